@@ -90,6 +90,11 @@ _settings_options = shared_options(
     click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
     overrides(BuildConfig),
 )
+_NPROC = click.option(
+    "--nproc",
+    type=click.IntRange(min=1, max=256),
+    help="Processes on this machine, each on a GPU of its own where there are several.",
+)
 _build_options = shared_options(
     _inputs, click.option("--cache", shell_complete=complete_folder, help="Folder of the cache."), _settings_options
 )
@@ -120,11 +125,7 @@ def _given(options: dict[str, Any]) -> set[str]:
 
 @main.command()
 @_build_options
-@click.option(
-    "--nproc",
-    type=click.IntRange(min=1, max=256),
-    help="Processes on this machine, each on a GPU of its own where there are several.",
-)
+@_NPROC
 @click.option(
     "--part",
     metavar="R/N",
@@ -215,11 +216,7 @@ def build(
 @click.argument("cache", type=CacheFolder())
 @_inputs
 @_settings_options
-@click.option(
-    "--nproc",
-    type=click.IntRange(min=1, max=256),
-    help="Processes on this machine, each on a GPU of its own where there are several.",
-)
+@_NPROC
 @JSON
 def extend(*, cache: Path, nproc: int | None, **options: Any) -> None:
     """Add signals, finer settings, new or formerly failed samples to a finished cache.

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,16 @@ def disk_words(error: OSError) -> str:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files in a folder and below; 0 if it is not there."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def nearest_there(place: Path) -> Path:
+    """A place, or the nearest folder above it where it is not there yet."""
+    return next(found for found in (place.absolute(), *place.absolute().parents) if found.exists())
+
+
+def free_bytes(place: Path) -> int:
+    """Free bytes of the disk that a place is on, or will be."""
+    return shutil.disk_usage(nearest_there(place)).free
 
 
 def is_below(filename: object, folder: Path) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -26,7 +25,7 @@ from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import FileEntry
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError, TransferError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, publish_file
-from vlm_distill_cache.common.files.disk import AGAIN, name_written
+from vlm_distill_cache.common.files.disk import AGAIN, free_bytes, name_written
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.streams import stop_waiting_on, stoppable, wait
@@ -179,8 +178,7 @@ def cache_bytes(manifest: Manifest) -> int:
 
 def check_room(place: Path, needed: int, remedy: str) -> None:
     """Refuse to begin what cannot be finished: a file or folder that needs more bytes than are free."""
-    existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
-    if needed > (free := shutil.disk_usage(existing).free):
+    if needed > (free := free_bytes(place)):
         raise TransferError(f"{place}: needs {needed:,} bytes more, but there are {free:,} free; make room, {remedy}")
 
 

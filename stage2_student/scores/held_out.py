@@ -46,11 +46,6 @@ class OpenedItems:
     items: EvaluationSet
     unreadable: Mapping[str, Any]
 
-    @property
-    def note(self) -> str:
-        """How many are not scored and why; empty if all are."""
-        return unreadable_note(self.unreadable)
-
 
 def open_items(config: TrainConfig, encoder: SampleEncoder, cache: TeacherCache | None) -> OpenedItems:
     """Open the items that a configuration names, without those that cannot be read.
@@ -82,7 +77,8 @@ def probe_items(config: TrainConfig, cache: TeacherCache) -> list[str]:
     if config.evaluation.data is not None:
         opened = _open(config, encoder, cache)
         scorable = bool(opened.items.pairs or opened.items.questions)
-        return [*scoring_notes(config, cache, scorable=scorable, option=_run_option()), *filter(None, [opened.note])]
+        notes = scoring_notes(config, cache, scorable=scorable, option=_run_option())
+        return [*notes, *filter(None, [unreadable_note(opened.unreadable)])]
     # The cache was built from this data: a look at some is enough.
     items = open_evaluation(
         _data_of(config, cache), config.evaluation.split, config.evaluation.limit, images=_images_of(config)

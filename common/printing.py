@@ -81,6 +81,11 @@ def one_line(text: object, *, limit: int = MAX_SHOWN) -> str:
     return shown if len(shown) <= limit else f"{shown[: limit - len(_CUT)]}{_CUT}"
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def size_words(size: float) -> str:
     """Bytes as people read them: ``3.1 GB``."""
     for unit in ("B", "KB", "MB", "GB"):

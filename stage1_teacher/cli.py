@@ -415,6 +415,7 @@ def advise(
     bound = 0.05 if most is None and max_gradient_error is None else max_gradient_error
     _refuse_place(json_file)
     quiet_libraries()
+    short: Any = {"student": student, "steps": student_steps, "eval_data": eval_data, "overrides": student_set}
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     with (
@@ -423,14 +424,7 @@ def advise(
         name_full_disk(Path(scratch)),
     ):
         if student is not None:
-            refuse_student(
-                settings,
-                Path(scratch),
-                student=student,
-                steps=student_steps,
-                eval_data=eval_data,
-                overrides=student_set,
-            )
+            refuse_student(settings, Path(scratch), **short)
         kept = Path(scratch) / "probe"
         kept.mkdir()
         measured = measure_options(settings, kept, samples=samples)
@@ -440,10 +434,7 @@ def advise(
         scores = None
         if student is not None:
             gc.collect()  # the teacher, whose memory students need
-            scores = score_students(
-                measured, Path(scratch), student=student, steps=student_steps, eval_data=eval_data,
-                overrides=student_set, chosen=found.options,
-            )  # fmt: skip
+            scores = score_students(measured, Path(scratch), **short, chosen=found.options)
     table = report.advice_text(advice, None if scores is None else score_lines(scores))
     last = report.recommendation_text(found, command, budget=most, bound=bound, advice=advice)
     say(f"{table}\n\n{last}")

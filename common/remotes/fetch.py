@@ -20,9 +20,9 @@ from typing import TypeVar
 from vlm_distill_cache.common.cache.documents import parse_document, safe_path
 from vlm_distill_cache.common.cache.manifest import Manifest
 from vlm_distill_cache.common.cache.other_folders import describe_folder
-from vlm_distill_cache.common.cache.plan import PLAN, SHARDS
+from vlm_distill_cache.common.cache.plan import PLAN
 from vlm_distill_cache.common.cache.side_files import MANIFEST
-from vlm_distill_cache.common.cache.sidecar import FileEntry
+from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_name
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError, TransferError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, publish_file
 from vlm_distill_cache.common.files.disk import AGAIN, free_bytes, name_written
@@ -159,11 +159,6 @@ def in_parallel(tasks: Iterable[Callable[[], _T]], jobs: int) -> list[_T]:
         finally:
             stop.set()  # for those still at work when one failed, or when somebody pressed Ctrl-C
     return results
-
-
-def sidecar_name(shard: int) -> str:
-    """Return the path of a shard's sidecar relative to the cache."""
-    return f"{SHARDS}/{shard:05d}.json"
 
 
 def descriptions(manifest: Manifest) -> dict[str, FileEntry]:

@@ -240,14 +240,7 @@ class CachedDataset:
     def has_pictures(self) -> bool:
         """Whether any sample has a picture; reads records only of shards that do not say."""
         told = [self._cache.manifest.shards[shard] for shard, places in enumerate(self.shards) if len(places)]
-        if any(shard.pictures == shard.samples for shard in told):
-            return True
-        return any(
-            self._cache.read(self.sample_ids[place], ("image_hash",))["image_hash"].any()
-            for shard, places in enumerate(self.shards)
-            if self._cache.manifest.shards[shard].pictures != 0
-            for place in places.tolist()
-        )
+        return any(shard.pictures == shard.samples for shard in told) or self.first_picture() is not None
 
     def first_picture(self) -> int | None:
         """The place of the first sample with a picture; None: there is none."""

@@ -56,14 +56,26 @@ class Word:
     note: str = ""
 
 
+SHARED_WORDS: Mapping[str, Word] = {
+    **dict.fromkeys(("dataset", "dataset_name"), Word(options=("data",))),
+    "dataset_dir": Word(note="write data=FILE or FOLDER for the samples, images=FOLDER for their pictures"),
+    "data_path": Word(options=("data",)),
+    "image_folder": Word(options=("images",)),
+    "max_train_samples": Word(options=("limit",)),
+    "dataloader_num_workers": Word(options=("num_workers",)),
+    "use_cpu": Word(options=("device",), values={True: "cpu", False: "auto"}),
+}
+"""Words that mean the same in both stages."""
+
+
 def load_config(
     cls: type[ConfigT], yaml_path: Path | None, overrides: Iterable[str] = (), *, where: str | None = None
 ) -> ConfigT:
     """Build a config from its defaults, then a YAML file, then ``a.b=c`` overrides, in this order.
 
     Args:
-        cls: A dataclass; its fields may be bool, int, float, str, Path, Literal, Optional and other unions,
-            tuples, lists, ``dict[str, ...]`` and nested dataclasses.
+        cls: A dataclass; its fields may be bool, int, float, str, Literal, any of these or None, tuples of any length, and
+            nested dataclasses.
         yaml_path: A YAML mapping, or None for the defaults alone.
         overrides: Dotted keys with YAML values, for example ``optim.lr=1e-4`` or ``phases=[dpt, dft]``.
         where: Where the values come from, for errors; None: the file, or "options" without one.
@@ -293,11 +305,6 @@ def read_stage(path: Path | None, stage: str) -> dict[str, Any]:
     return {name: values[name] for name in SHARED if name in values} | (values.get(stage) or {})
 
 
-def has_section(path: Path | None, stage: str) -> bool:
-    """Whether a YAML file holds a stage's section."""
-    return stage in read_yaml(path)
-
-
 def _bounded_text(path: Path, *, plain: bool) -> str:
     if plain and not path.is_file():  # one of ours; a user may name a pipe
         raise YamlError("it is no file; move it away")
@@ -326,25 +333,26 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: Path) -> None:
     """Write a config as YAML, atomically, so that ``load_config`` gives an equal one."""
-    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
-    write_bytes_atomic(path, text.encode("utf-8"))
+    write_bytes_atomic(path, _yaml(config).encode())
 
 
-def save_replay(config: Any, folder: str | Path, *, command: str) -> Path | None:
-    """Keep a config beside a folder that may hold nothing else, ``FOLDER.build.yaml``, for a command that replays it.
+def _yaml(config: Any) -> str:
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def save_replay(config: Any, folder: str | Path) -> Path | None:
+    """Keep the options of a build beside a cache, which may hold nothing else: ``FOLDER.build.yaml``.
 
     Returns:
         The file; None if it cannot be written there, or another one has that name, which is left as it is.
     """
     place = Path(os.path.abspath(folder))  # noqa: PTH100 - resolving links would place it elsewhere
-    path, first = place.with_name(f"{place.name}.build.yaml"), f"# {command} "
-    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    path, first = place.with_name(f"{place.name}.build.yaml"), "# teacher-cache build --config "
     try:
         if path.exists() and not _bounded_text(path, plain=True).startswith(first):
             return None
-        write_bytes_atomic(
-            path, f"{first}{path.name}; relative paths start from the working directory\n{text}".encode()
-        )
+        head = f"{first}{path.name}; relative paths start from the working directory\n"
+        write_bytes_atomic(path, f"{head}{_yaml(config)}".encode())
     except (OSError, UnicodeDecodeError, YamlError):
         return None
     return path
@@ -353,11 +361,7 @@ def save_replay(config: Any, folder: str | Path, *, command: str) -> Path | None
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return config_to_dict(value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return str(value) if isinstance(value, Path) else value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -380,7 +384,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """The value of an override: YAML, but for an option that is a text or a path, which is taken as it stands."""
+    """The value of an override: YAML, but for an option that is a text, which is taken as it stands."""
 
     override: str
     text: str
@@ -393,8 +397,7 @@ class _Given:
 
     def of(self, hint: Any) -> Any:
         text = self.text.strip()
-        choices = set(typing.get_args(hint)) - {types.NoneType} if isinstance(hint, types.UnionType) else {hint}
-        if not choices <= {str, Path} or text in ("", "null", "~") or text[:1] + text[-1:] in ('""', "''"):
+        if hint not in (str, str | None) or text in ("", "null", "~") or text[:1] + text[-1:] in ('""', "''"):
             return self.parsed()
         return text
 
@@ -433,21 +436,16 @@ def _convert(hint: Any, value: Any, default: Any, path: str, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, _Given):
         value = value.of(hint)
-    if hint is Any:
-        return value
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
         raise ConfigError(f"{where}: {path} is {value!r}; expected one of {', '.join(map(repr, args))}")
     if origin in (Union, types.UnionType):
-        return _convert_union(args, value, default, path, where)
-    if origin in (tuple, list) or hint in (tuple, list):
-        return _convert_sequence(origin or hint, args, value, path, where)
-    if origin is dict or hint is dict:
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise ConfigError(f"{where}: {path} is {value!r}; expected a mapping with text keys")
-        item = args[1] if args else Any
-        return {key: _convert(item, v, dataclasses.MISSING, f"{path}.{key}", where) for key, v in value.items()}
+        return None if value is None else _convert(args[0], value, default, path, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: {path} is {value!r}; expected a list")
+        return tuple(_convert(args[0], item, None, f"{path}[{place}]", where) for place, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         base = default if isinstance(default, typing.cast("type", hint)) else None
         return _build(hint, value, base, f"{path}.", where)
@@ -460,8 +458,6 @@ def _convert_scalar(hint: Any, value: Any, path: str, where: str) -> Any:
             f"{where}: {path} is {one_line(value)!r}, which is not UTF-8 or holds characters that do not print; give it another "
             "name"
         )
-    if hint is Path and isinstance(value, str) and value:
-        return Path(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):
@@ -471,37 +467,6 @@ def _convert_scalar(hint: Any, value: Any, path: str, where: str) -> Any:
             pass
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if (hint in (bool, str) and isinstance(value, hint)) or (hint is type(None) and value is None):
+    if hint in (bool, str) and isinstance(value, hint):
         return value
-    expected = _SCALARS.get(hint, getattr(hint, "__name__", str(hint)))
-    raise ConfigError(f"{where}: {path} is {value!r} ({type(value).__name__}); expected {expected}")
-
-
-def _convert_union(args: tuple[Any, ...], value: Any, default: Any, path: str, where: str) -> Any:
-    if value is None and type(None) in args:
-        return None
-    choices = [arg for arg in args if arg is not type(None)]
-    exact = [arg for arg in choices if isinstance(arg, type) and type(value) is arg]
-    errors = []
-    for choice in exact + [arg for arg in choices if arg not in exact]:
-        try:
-            return _convert(choice, value, default, path, where)
-        except ConfigError as error:
-            errors.append(str(error))
-    raise ConfigError("; or ".join(dict.fromkeys(errors)))
-
-
-def _convert_sequence(kind: Any, args: tuple[Any, ...], value: Any, path: str, where: str) -> Any:
-    if not isinstance(value, list | tuple):
-        raise ConfigError(f"{where}: {path} is {value!r}; expected a list")
-    if kind is tuple and args and not (len(args) == 2 and args[1] is Ellipsis):
-        if len(value) != len(args):
-            raise ConfigError(f"{where}: {path} has {len(value)} values; expected {len(args)}")
-        hints = list(args)
-    else:
-        hints = [args[0] if args else Any] * len(value)
-    items = [
-        _convert(hint, item, dataclasses.MISSING, f"{path}[{i}]", where)
-        for i, (hint, item) in enumerate(zip(hints, value, strict=True))
-    ]
-    return tuple(items) if kind is tuple else items
+    raise ConfigError(f"{where}: {path} is {value!r} ({type(value).__name__}); expected {_SCALARS[hint]}")

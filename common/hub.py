@@ -141,7 +141,13 @@ def _local_folder(path: Path, what: str) -> HubFolder:
     place = path.resolve()
     holder = place.parent if place.name == "snapshots" else place
     if holder.name.startswith("models--") and (holder / "snapshots").is_dir():
-        path = _chosen_snapshot(holder, what)
+        chosen = snapshots_of(holder)
+        if len(chosen) != 1:
+            listed = ", ".join(entry.name for entry in chosen[:5]) or "none"
+            raise ModelError(
+                f"{what} {holder}: expected the snapshot of its main branch, or one; found {listed}: give one of them"
+            )
+        path = chosen[0]
     for entry in path.iterdir():
         if entry.is_symlink() and not entry.exists():
             raise ModelError(
@@ -152,18 +158,12 @@ def _local_folder(path: Path, what: str) -> HubFolder:
     return HubFolder(path, path.resolve().name, "") if name is None else HubFolder(path, *name)
 
 
-def _chosen_snapshot(holder: Path, what: str) -> Path:
-    """The snapshot that ``models--org--name`` stands for: of its main branch, or the only one."""
+def snapshots_of(holder: Path) -> list[Path]:
+    """The snapshot of the main branch in a repository's folder of a hub's cache; all of them where that is not there."""
     snapshots = sorted(entry for entry in (holder / "snapshots").iterdir() if entry.is_dir())
     main = holder / "refs" / "main"
     commit = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
-    chosen = [entry for entry in snapshots if entry.name == commit] or snapshots
-    if len(chosen) != 1:
-        listed = ", ".join(entry.name for entry in snapshots[:5]) or "none"
-        raise ModelError(
-            f"{what} {holder}: expected the snapshot of its main branch, or one; found {listed}: give one of them"
-        )
-    return chosen[0]
+    return [entry for entry in snapshots if entry.name == commit] or snapshots
 
 
 def _folder_of_hub(name: HubName, what: str, check: Callable[[Path], object]) -> HubFolder:

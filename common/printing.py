@@ -24,9 +24,8 @@ _CUT = "..."
 _QUOTED = re.compile(r"""(?<![\w=\\])(?:'(?:[^'\\\n]|\\.)*+'|"(?:[^"\\\n]|\\.)*+"|`[^`\n]*+`)(?!\w)""")
 _UNBROKEN = re.compile(r"\S+")
 SURROGATE = re.compile("[\ud800-\udfff]")  # a byte of a name that is not UTF-8
-CONTROL = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
-)  # moves the cursor or turns text round
+# What moves the cursor or turns text round.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 _WORD = re.compile(r"(?<!\S)\S*(?::/|\?)\S*")  # one that may be, or be a part of, an address
@@ -80,6 +79,11 @@ def one_line(text: object, *, limit: int = MAX_SHOWN) -> str:
     r"""Return a text in which everything that does not print is spelt out, ``\x1b``, on one line, cut at ``limit``."""
     shown = printable(hide_secrets(str(text))[: limit + 1], keep="")
     return shown if len(shown) <= limit else f"{shown[: limit - len(_CUT)]}{_CUT}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def size_words(size: float) -> str:

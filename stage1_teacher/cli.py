@@ -90,6 +90,11 @@ _settings_options = shared_options(
     click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
     overrides(BuildConfig),
 )
+_NPROC = click.option(
+    "--nproc",
+    type=click.IntRange(min=1, max=256),
+    help="Processes on this machine, each on a GPU of its own where there are several.",
+)
 _build_options = shared_options(
     _inputs, click.option("--cache", shell_complete=complete_folder, help="Folder of the cache."), _settings_options
 )
@@ -120,11 +125,7 @@ def _given(options: dict[str, Any]) -> set[str]:
 
 @main.command()
 @_build_options
-@click.option(
-    "--nproc",
-    type=click.IntRange(min=1, max=256),
-    help="Processes on this machine, each on a GPU of its own where there are several.",
-)
+@_NPROC
 @click.option(
     "--part",
     metavar="R/N",
@@ -192,7 +193,7 @@ def build(
             summary = extract(settings, overwrite=overwrite, part=own)
         else:
             summary = extract_with_processes(settings, nproc, overwrite=overwrite, part=own)
-    replay = save_replay(asked, asked.cache, command="teacher-cache build --config")
+    replay = save_replay(asked, asked.cache)
     answer(**summary_values(summary), options=replay)
     say(summary_text(summary))
     if replay is not None:
@@ -215,11 +216,7 @@ def build(
 @click.argument("cache", type=CacheFolder())
 @_inputs
 @_settings_options
-@click.option(
-    "--nproc",
-    type=click.IntRange(min=1, max=256),
-    help="Processes on this machine, each on a GPU of its own where there are several.",
-)
+@_NPROC
 @DRY_RUN
 @JSON
 def extend(*, cache: Path, nproc: int | None, dry_run: bool, **options: Any) -> None:
@@ -248,7 +245,7 @@ def extend(*, cache: Path, nproc: int | None, dry_run: bool, **options: Any) -> 
         extension = extend_cache(replace(settings, cache=str(cache)), given=given, processes=nproc)
     replay = None
     if extension.options is not None:
-        replay = save_replay(extension.options, cache, command="teacher-cache build --config")
+        replay = save_replay(extension.options, cache)
     answer(**extension_values(extension), options=replay)
     say(extension_text(extension))
     if replay is not None and extension.before is not None:
@@ -424,6 +421,7 @@ def advise(
     bound = 0.05 if most is None and max_gradient_error is None else max_gradient_error
     _refuse_place(json_file)
     quiet_libraries()
+    short: Any = {"student": student, "steps": student_steps, "eval_data": eval_data, "overrides": student_set}
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
     with (
@@ -432,14 +430,7 @@ def advise(
         name_full_disk(Path(scratch)),
     ):
         if student is not None:
-            refuse_student(
-                settings,
-                Path(scratch),
-                student=student,
-                steps=student_steps,
-                eval_data=eval_data,
-                overrides=student_set,
-            )
+            refuse_student(settings, Path(scratch), **short)
         kept = Path(scratch) / "probe"
         kept.mkdir()
         measured = measure_options(settings, kept, samples=samples)
@@ -449,10 +440,7 @@ def advise(
         scores = None
         if student is not None:
             gc.collect()  # the teacher, whose memory students need
-            scores = score_students(
-                measured, Path(scratch), student=student, steps=student_steps, eval_data=eval_data,
-                overrides=student_set, chosen=found.options,
-            )  # fmt: skip
+            scores = score_students(measured, Path(scratch), **short, chosen=found.options)
     table = report.advice_text(advice, None if scores is None else score_lines(scores))
     last = report.recommendation_text(found, command, budget=most, bound=bound, advice=advice)
     say(f"{table}\n\n{last}")

@@ -9,7 +9,7 @@ from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.description import check_whole_number
 from vlm_distill_cache.common.codecs.logits import preset_settings
 from vlm_distill_cache.common.codecs.registry import CODECS
-from vlm_distill_cache.common.config import SAYS_NOTHING, Word, take_paths
+from vlm_distill_cache.common.config import SAYS_NOTHING, SHARED_WORDS, Word, take_paths
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.terminal.next_step import DEFAULT_SIGNALS
 
@@ -106,12 +106,8 @@ class BuildConfig:
     WORDS: ClassVar[Mapping[str, Word]] = {
         "model_name_or_path": Word(options=("teacher",)),
         **dict.fromkeys(("output", "output_dir"), Word(options=("cache",), note="the folder that is written")),
-        **dict.fromkeys(("dataset", "dataset_name"), Word(options=("data",))),
-        "dataset_dir": Word(note="write data=FILE or FOLDER for the samples, images=FOLDER for their pictures"),
-        "data_path": Word(options=("data",)),
-        "image_folder": Word(options=("images",)),
+        **SHARED_WORDS,
         "dataset_split": Word(options=("split",)),
-        "max_train_samples": Word(options=("limit",)),
         **{
             name: Word(options=(name,), values={None: nothing}, others=True)
             for name, nothing in {"limit": 0, "max_length": 0, "images": "", "template": "auto", "teacher": ""}.items()
@@ -121,15 +117,12 @@ class BuildConfig:
             ("micro_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"),
             Word(options=("batch_size",), note="the samples of one forward pass"),
         ),
-        "dataloader_num_workers": Word(options=("num_workers",)),
-        "dtype": Word(options=("dtype",), values=_DTYPES, others=True),
         **dict.fromkeys(
-            ("precision", "mixed_precision", "torch_dtype"),
+            ("dtype", "precision", "mixed_precision", "torch_dtype"),
             Word(options=("dtype",), values=_DTYPES, others=True),
         ),
         "bf16": Word(options=("dtype",), values={True: "bfloat16", False: SAYS_NOTHING}),
         "fp16": Word(options=("dtype",), values={True: "float16", False: SAYS_NOTHING}),
-        "use_cpu": Word(options=("device",), values={True: "cpu", False: "auto"}),
         **dict.fromkeys(
             ("quantization", "quantisation", "quantise", "quantize"),
             Word(options=("quantisation",), values={None: "none", "int8": "8bit", "nf4": "4bit"}, others=True),

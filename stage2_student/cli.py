@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from vlm_distill_cache.common.config import config_from_dict, has_section, last_given, read_stage
+from vlm_distill_cache.common.config import config_from_dict, last_given, read_stage, read_yaml
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, LaunchError, ModelError, TransferError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.hub import HubFolder, hub_name, model_folder
@@ -223,7 +223,7 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
     refuse_sharding(launch.sharding, model="student")
     looking = partial(runs.look_at_run, extends=extend)
     look = partial(_preview, options, looking, trainings=COMPARED, processes=nproc)
-    if sketch is None and has_section(options["config"], "teacher_cache"):
+    if sketch is None and "teacher_cache" in read_yaml(options["config"]):
         both, _, cache = _given(dict(options))
         given = [f"--{name}={options[name]}" for name in ("data", "images") if options[name] is not None]
         with stopped_by_sigterm():

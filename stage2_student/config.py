@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
-from vlm_distill_cache.common.config import SAYS_NOTHING, Word, config_to_dict, take_paths
+from vlm_distill_cache.common.config import SAYS_NOTHING, SHARED_WORDS, Word, config_to_dict, take_paths
 from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import is_url, public_location
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights, require
@@ -291,11 +291,7 @@ class TrainConfig:
         },
         "model_name_or_path": Word(options=("student",)),
         "output_dir": Word(options=("output",)),
-        **dict.fromkeys(("dataset", "dataset_name"), Word(options=("data",))),
-        "dataset_dir": Word(note="write data=FILE or FOLDER for the samples, images=FOLDER for their pictures"),
-        "data_path": Word(options=("data",)),
-        "image_folder": Word(options=("images",)),
-        "max_train_samples": Word(options=("limit",)),
+        **SHARED_WORDS,
         "limit": Word(options=("limit",), values={0: None}, others=True),
         "images": Word(options=("images",), values={"": None}, others=True),
         "template": Word(options=("template",), values={"": None, "auto": None}, others=True),
@@ -318,12 +314,10 @@ class TrainConfig:
             values={False: SAYS_NOTHING}, note="students are trained in float32 or bfloat16. Write dtype=bfloat16"
         ),
         "torch_dtype": Word(note="weights are trained in float32. Write dtype=bfloat16 for mixed precision"),
-        "use_cpu": Word(options=("device",), values={True: "cpu", False: "auto"}),
         "max_grad_norm": Word(options=("clip",)),
         "save_steps": Word(options=("checkpoint_every",)),
         "save_total_limit": Word(options=("keep_checkpoints",)),
         "logging_steps": Word(options=("log_every",)),
-        "dataloader_num_workers": Word(options=("num_workers",)),
         "report_to": Word(
             options=("report_to",),
             values={"tensorboard": "tensorboard", **dict.fromkeys(("none", None, "no", "off", False), "none")},

@@ -68,7 +68,7 @@ class FailureCounts:
         """Count more."""
         for sample_id, reason in failures:
             self.total += 1
-            said = _without_id(brief(reason), sample_id)
+            said = brief(reason).removeprefix(f"sample {sample_id!r}: ")  # which stands beside it
             own_name = rf"(?<!\w){re.escape(sample_id)}(?!\w)"
             form = _OWN.sub("*", re.sub(own_name, "*", said) if len(sample_id) > 1 else said)
             if form not in self._groups and len(self._groups) >= _MAX_GROUPS:
@@ -150,8 +150,3 @@ def nothing_usable(failures: Iterable[tuple[str, str]], *, where: object, remedy
         + "\n".join(f"  {line}" for line in counts.lines())
         + f"\n{remedy}"
     )
-
-
-def _without_id(reason: str, sample_id: str) -> str:
-    """A reason without the name of its sample in front, which stands beside it."""
-    return reason.removeprefix(f"sample {sample_id!r}: ")

@@ -120,9 +120,8 @@ _TEACHER = also(
 
 _ONE_SOURCE = {
     **_DESCRIBED,
-    **dict.fromkeys(
-        ("split", "repository", "config", "file"), maybe(_NAME)
-    ),  # null in caches merged of plans without them
+    # Null in caches merged of plans without them.
+    **dict.fromkeys(("split", "repository", "config", "file"), maybe(_NAME)),
     **dict.fromkeys(("limit", "samples"), maybe(whole(0, MAX_SAMPLES))),
     "fingerprint": maybe(_NAME),
 }

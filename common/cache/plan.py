@@ -260,7 +260,8 @@ def _moved(old: Plan, new: Plan) -> list[str]:
         return lines
     if kept := _left(old.data, new.data):
         lines.append(f"  the data were {kept}: {by_make(f'DATA={kept} (--data)', f'--data {kept}')} goes on with them")
-    for number, (before, after) in enumerate(zip(_entries(old), _entries(new), strict=False), start=1):
+    entries = [described_parts(plan.data.get("mixture")) for plan in (old, new)]
+    for number, (before, after) in enumerate(zip(*entries, strict=False), start=1):
         if kept := _left(before, after):
             lines.append(f"  entry {number} of the mixture was {kept}: write `data: {kept}` there to go on with it")
     return lines
@@ -269,15 +270,19 @@ def _moved(old: Plan, new: Plan) -> list[str]:
 def _left(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What to type for data of a repository that has moved on since; empty if it has not."""
     name, was = old.get("repository"), old.get("revision")
-    if not name or not was or name != new.get("repository") or was == new.get("revision"):
-        return ""
-    file, config = old.get("file"), old.get("config")
-    return f"{name}@{was}{f'/{file}' if file else ''}{f':name={config}' if config else ''}"
+    moved = name and was and name == new.get("repository") and was != new.get("revision")
+    return hub_data_words(old) if moved else ""
 
 
-def _entries(plan: Plan) -> list[Mapping[str, Any]]:
-    listed = plan.data.get("mixture")
-    return [entry if isinstance(entry, dict) else {} for entry in listed] if isinstance(listed, list) else []
+def hub_data_words(data: Mapping[str, Any]) -> str:
+    """What to type for data of a repository of the hub, as a plan describes them: ``org/name[@revision][/file][:name=...]``."""
+    parts = {"revision": "@{}", "file": "/{}", "config": ":name={}"}
+    return str(data["repository"]) + "".join(form.format(data[key]) for key, form in parts.items() if data.get(key))
+
+
+def described_parts(listed: object) -> list[dict[str, Any]]:
+    """The entries of a mixture, or the parts of merged data, as a plan describes them: a stranger may have written it."""
+    return [part if isinstance(part, dict) else {} for part in listed] if isinstance(listed, list) else []
 
 
 def built_with(plan: Plan) -> str:

@@ -6,11 +6,13 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from vlm_distill_cache.common.errors import ConfigError, DistillError, NoRoomError
 from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.printing import one_line
 
 AGAIN = "run the same command again: it goes on where it stopped"
 _NO_ROOM = {errno.ENOSPC: "make room", errno.EDQUOT: "make room or raise the quota", errno.EFBIG: "raise `ulimit -f`"}
@@ -68,16 +70,27 @@ def name_written(final: Path, temporary: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(final / named.relative_to(temporary))) from error
 
 
-def disk_remedy(error: OSError) -> str:
-    """What to do about an error of the system, to stand behind it; empty where that is not known or said already."""
-    if error.errno is None or error.strerror != os.strerror(error.errno) or error.errno not in _REMEDIES:
-        return ""
-    return f"; {_REMEDIES[error.errno]}"
+def disk_words(error: OSError) -> str:
+    """An error of the system: the file that it names, what is wrong, and what to do where that is known and not said yet."""
+    place = f"{one_line(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
+    plain = error.errno is not None and error.strerror == os.strerror(error.errno)
+    remedy = _REMEDIES.get(error.errno or 0, "") if plain else ""
+    return f"{place}{error.strerror or error}{remedy and f'; {remedy}'}"
 
 
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files in a folder and below; 0 if it is not there."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def nearest_there(place: Path) -> Path:
+    """A place, or the nearest folder above it where it is not there yet."""
+    return next(found for found in (place.absolute(), *place.absolute().parents) if found.exists())
+
+
+def free_bytes(place: Path) -> int:
+    """Free bytes of the disk that a place is on, or will be."""
+    return shutil.disk_usage(nearest_there(place)).free
 
 
 def is_below(filename: object, folder: Path) -> bool:

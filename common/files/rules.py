@@ -121,9 +121,6 @@ def either(*rules: Rule) -> Rule:
     )
 
 
-NULL = Rule("null", lambda value: value is None)
-
-
 def maybe(rule: Rule) -> Rule:
     """Null, or what fits a rule; what is inside is named."""
     return Rule(

@@ -46,9 +46,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         *((f"{key}.", value) for key, value in stored.items() if isinstance(value, dict)),
     ]:
         for key in ("num_hidden_layers", "num_layers", "n_layer", "depth"):
-            if (
-                isinstance(count := section.get(key), int) and count > MAX_LAYERS
-            ):  # each is built before weights are compared
+            # Each is built before weights are compared.
+            if isinstance(count := section.get(key), int) and count > MAX_LAYERS:
                 raise ModelError(
                     f"{path}: {name}{key} is {brief(repr(count), limit=80)}, expected at most {MAX_LAYERS}; download it again"
                 )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vlm_distill_cache.common.errors import CacheFormatError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
+from vlm_distill_cache.common.printing import first_line
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _LFS = b"version https://git-lfs"
@@ -197,11 +198,11 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     except UnpicklingError as error:
         raise ModelError(
             f"{path}: refused, because it is damaged or holds more than tensors and could run code "
-            f"({_first_line(error)}); download it again from the model's own authors, or use safetensors"
+            f"({first_line(error)}); download it again from the model's own authors, or use safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ModelError(
-            f"{path}: damaged or truncated weights file ({_first_line(error)}); download it again"
+            f"{path}: damaged or truncated weights file ({first_line(error)}); download it again"
         ) from error
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
@@ -218,7 +219,3 @@ def _describe(content: object) -> str:
         return f"a {type(content).__name__}"
     name, value = next((k, v) for k, v in content.items() if not isinstance(v, Tensor) or not isinstance(k, str))
     return f"a {type(value).__name__} under {name!r}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

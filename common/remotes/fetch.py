@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,12 +20,12 @@ from typing import TypeVar
 from vlm_distill_cache.common.cache.documents import parse_document, safe_path
 from vlm_distill_cache.common.cache.manifest import Manifest
 from vlm_distill_cache.common.cache.other_folders import describe_folder
-from vlm_distill_cache.common.cache.plan import PLAN, SHARDS
+from vlm_distill_cache.common.cache.plan import PLAN
 from vlm_distill_cache.common.cache.side_files import MANIFEST
-from vlm_distill_cache.common.cache.sidecar import FileEntry
+from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_name
 from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError, TransferError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, HeldLock, publish_file
-from vlm_distill_cache.common.files.disk import AGAIN, name_written
+from vlm_distill_cache.common.files.disk import AGAIN, free_bytes, name_written
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.streams import stop_waiting_on, stoppable, wait
@@ -162,11 +161,6 @@ def in_parallel(tasks: Iterable[Callable[[], _T]], jobs: int) -> list[_T]:
     return results
 
 
-def sidecar_name(shard: int) -> str:
-    """Return the path of a shard's sidecar relative to the cache."""
-    return f"{SHARDS}/{shard:05d}.json"
-
-
 def descriptions(manifest: Manifest) -> dict[str, FileEntry]:
     """Return everything of a cache that its manifest lists: sidecars, and the files beside the shards."""
     return manifest.files | {sidecar_name(shard.index): shard.sidecar for shard in manifest.shards}
@@ -179,8 +173,7 @@ def cache_bytes(manifest: Manifest) -> int:
 
 def check_room(place: Path, needed: int, remedy: str) -> None:
     """Refuse to begin what cannot be finished: a file or folder that needs more bytes than are free."""
-    existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
-    if needed > (free := shutil.disk_usage(existing).free):
+    if needed > (free := free_bytes(place)):
         raise TransferError(f"{place}: needs {needed:,} bytes more, but there are {free:,} free; make room, {remedy}")
 
 

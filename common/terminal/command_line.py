@@ -25,7 +25,7 @@ from click.shell_completion import CompletionItem
 
 from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH
 from vlm_distill_cache.common.errors import DistillError, LaunchError
-from vlm_distill_cache.common.files.disk import disk_remedy
+from vlm_distill_cache.common.files.disk import disk_words
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.locations import is_url, nearest_path
 from vlm_distill_cache.common.printing import CONTROL, SURROGATE, hide_secrets, message, one_line, printable
@@ -224,9 +224,8 @@ class CommandGroup(Described, click.Group):
     def _fail_early(self, ctx: click.Context, args: list[str], text: str) -> NoReturn:
         """End before a command is known, with a document if one is asked for."""
         before = args[: next((place for place, one in enumerate(args) if one in self.commands), 0)]
-        behind = dict(zip(args, [*args[1:], "-"], strict=True)).get(
-            "--json", ""
-        )  # of some commands it may have a value
+        # Of some commands it may have a value.
+        behind = dict(zip(args, [*args[1:], "-"], strict=True)).get("--json", "")
         if "--json" in before or behind.startswith("-"):
             start_document()
         fail(text)
@@ -273,8 +272,7 @@ class CommandGroup(Described, click.Group):
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output left; the interpreter must not complain about it
         except OSError as error:
-            place = f"{one_line(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
-            fail(f"{place}{message(error.strerror or str(error))}{disk_remedy(error)}")
+            fail(message(disk_words(error)))
         except UnicodeEncodeError as error:
             if not SURROGATE.search(str(error.object)):
                 raise

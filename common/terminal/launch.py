@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.errors import ConfigError, ProcessFailedError
-from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.printing import first_line, one_line
 from vlm_distill_cache.common.terminal.sharding import OFF, find_sharding
 
 logger = logging.getLogger(__name__)
@@ -347,7 +347,7 @@ def meet(launch: Launch, *, limit_s: float | None = None) -> None:
             added = 0
             time.sleep(0.1)
     except RuntimeError as error:  # torch's errors of a connection
-        raise _nobody_came(launch, f"the other processes are gone ({_first_line(error)})") from error
+        raise _nobody_came(launch, f"the other processes are gone ({first_line(error)})") from error
 
 
 @contextlib.contextmanager
@@ -403,7 +403,7 @@ def _open_store(launch: Launch, deadline: float, limit: float) -> Any:
                     )
                 )
             except (RuntimeError, ValueError) as error:
-                opened.append(_first_line(error))
+                opened.append(first_line(error))
 
         thread = threading.Thread(target=open_store, daemon=True)
         thread.start()
@@ -454,7 +454,3 @@ def _unset(launch: Launch) -> str:
     launcher = next(entry for entry in _LAUNCHERS if entry.name == launch.launcher)
     names = (*launcher.marks, *launch.names, *launcher.local, *(_TORCH[3:] if launcher is _LAUNCHERS[0] else ()))
     return f"`unset {' '.join(names)}` and run the command again"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlm_distill_cache.common.cache.manifest import Manifest
 from vlm_distill_cache.common.cache.plan import card_store_line
+from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.side_files import CARD
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.errors import ConfigError
@@ -15,6 +16,16 @@ from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.tools.derive import seal_derived, side_files_of, write_records, write_shards
+
+
+def open_source(source: Path, target: Path, store: str) -> TeacherCache:
+    """Open a cache that is to be converted; errors are those of `convert`, but for a target that holds another one."""
+    cache = open_cache(source, open_shards=1)
+    if store == cache.plan.store:
+        raise ConfigError(f"{source} is a {store} cache already; copy the folder, or choose the other store")
+    refuse_overlap(target, source)
+    cache.check_side_files()
+    return cache
 
 
 def convert(
@@ -33,11 +44,7 @@ def convert(
         CacheMismatchError: If the target holds another cache.
     """
     source, target = Path(source), Path(target)
-    cache = open_cache(source, open_shards=1)
-    if store == cache.plan.store:
-        raise ConfigError(f"{source} is a {store} cache already; copy the folder, or choose the other store")
-    refuse_overlap(target, source)
-    cache.check_side_files()
+    cache = open_source(source, target, store)
     plan = replace(cache.plan, store=store)
     card = None
     if (source / CARD).is_file():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +14,10 @@ from typing import Any
 import click
 
 from vlm_distill_cache.common.errors import DistillError
-from vlm_distill_cache.common.files.disk import disk_remedy
+from vlm_distill_cache.common.files.disk import disk_words, free_bytes, nearest_there
 from vlm_distill_cache.common.files.notes import without_notes
 from vlm_distill_cache.common.hub import without_downloads
-from vlm_distill_cache.common.printing import message, one_line, size_words
+from vlm_distill_cache.common.printing import message, size_words
 from vlm_distill_cache.common.remotes.mirror import FOLDER_VARIABLE
 from vlm_distill_cache.common.terminal.command_line import say, tell
 from vlm_distill_cache.common.terminal.general import answer
@@ -54,7 +53,7 @@ class Outlook:
 
     def needs_writing(self, folder: Path) -> None:
         """A folder, or the nearest above one that is not there yet, that cannot be written is a problem."""
-        place = _nearest(folder)
+        place = nearest_there(folder)
         if not place.is_dir():
             self.problem(f"{place} is a file; give a folder")
         elif not os.access(place, os.W_OK | os.X_OK):
@@ -102,8 +101,7 @@ class _Checking:
         if isinstance(error, DistillError):
             self._outlook.problem(str(error))
         elif isinstance(error, OSError):
-            place = f"{one_line(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
-            self._outlook.problem(f"{place}{error.strerror or error}{disk_remedy(error)}")
+            self._outlook.problem(disk_words(error))
         else:
             return False
         return True
@@ -132,15 +130,3 @@ def download_lines(missing: dict[str, int | None]) -> list[str]:
         f"  to download: {name}, {'of a size that is not known' if size is None else size_words(size)}"
         for name, size in missing.items()
     ]
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes of the disk that a folder is on, or will be."""
-    return shutil.disk_usage(_nearest(folder)).free
-
-
-def _nearest(folder: Path) -> Path:
-    place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    return place

@@ -11,16 +11,16 @@ from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
 from vlm_distill_cache.common.cache.plan import PLAN, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import read_sidecar, sidecar_name, sidecar_path
-from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.disk import folder_bytes, refuse_overlap
 from vlm_distill_cache.common.locations import is_url
-from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.printing import size_words
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import cache_bytes, in_parallel, read_remote_manifest
 from vlm_distill_cache.common.remotes.pull import refuse_other_content
 from vlm_distill_cache.common.remotes.push import read_remote_state, read_whole
+from vlm_distill_cache.common.tools.convert import open_source
 from vlm_distill_cache.common.tools.merge import check_sources
 from vlm_distill_cache.common.tools.outlook import Outlook
 
@@ -132,11 +132,7 @@ def preview_convert(source: Path, target: Path, *, store: str) -> Outlook:
     with outlook.checking():
         refuse_occupied(target)
     with outlook.checking():
-        refuse_overlap(target, source)
-        cache = open_cache(source, open_shards=1)
-        if store == cache.plan.store:
-            raise ConfigError(f"{source} is a {store} cache already; copy the folder, or choose the other store")
-        cache.check_side_files()
+        cache = open_source(source, target, store)
         outlook.lines.append(f"  {len(cache)} samples in {cache.plan.shard_count} shards")
         outlook.needs_room(target, cache_bytes(cache.manifest), "about as much as the cache")
     return outlook

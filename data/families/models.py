@@ -70,17 +70,10 @@ class FamilyModel(NamedTuple):
 
 
 def open_family_model(
-    directory: Path,
-    *,
-    dtype: str = "float32",
-    device_map: str = "",
-    quantisation: Quantisation = "none",
-    vision_tower: Path | None = None,
+    directory: Path, *, dtype: str = "float32", device_map: str = "", quantisation: Quantisation = "none"
 ) -> FamilyModel:
     """Load a checkpoint directory; arguments and errors are those of `find_family_model`."""
-    opened, load = find_family_model(
-        directory, dtype=dtype, device_map=device_map, quantisation=quantisation, vision_tower=vision_tower
-    )
+    opened, load = find_family_model(directory, dtype=dtype, device_map=device_map, quantisation=quantisation)
     return opened._replace(model=load())
 
 
@@ -116,7 +109,11 @@ def find_family_model(
         return describe_family_model(directory), lambda: None
     with explained_errors(directory):
         found = _look_through(directory, vision_tower)
-        _check_placement(directory, device_map=device_map, quantisation=quantisation, published=found.is_published)
+        if found.is_published and (device_map or quantisation != "none"):
+            raise ConfigError(
+                f"{directory} is a checkpoint in its authors' own layout, for which device_map and quantisation are not "
+                "available; choose a device instead (device=cuda:0)"
+            )
         settings = _read_settings(
             directory,
             found.family,
@@ -490,11 +487,3 @@ def _tie_hint(lost: list[str]) -> str:
     if len(lost) != 1 or not lost[0].endswith("lm_head.weight"):
         return ""
     return "; if its output projection is the embedding, set tie_word_embeddings to true there, at the top"
-
-
-def _check_placement(directory: Path, *, device_map: str, quantisation: str, published: bool) -> None:
-    if published and (device_map or quantisation != "none"):
-        raise ConfigError(
-            f"{directory} is a checkpoint in its authors' own layout, for which device_map and quantisation are not "
-            "available; choose a device instead (device=cuda:0)"
-        )

@@ -79,7 +79,8 @@ class EntryDataset(Dataset):
                 f"its {said.form!r} would be the caption of a picture, and it has none; give a text by itself as "
                 "'messages', or as 'question' and 'answer'"
             )
-        if self.pictures_lie_beside and not self._marks_pictures and self._has_pictures and not says_text_only(entry):
+        lacks_it = self.pictures_lie_beside and not says_text_only(entry)
+        if lacks_it and self._pictured and not all(said.expected for said in self._pictured):
             raise SampleError(
                 'it has no picture, though other samples of this data have one; write "image": null into its entry if it is '
                 "text alone"
@@ -111,14 +112,6 @@ class EntryDataset(Dataset):
             except SampleError:
                 continue
         return found
-
-    @property
-    def _has_pictures(self) -> bool:
-        return bool(self._pictured)
-
-    @property
-    def _marks_pictures(self) -> bool:
-        return bool(self._pictured) and all(said.expected for said in self._pictured)
 
     def _sample(self, index: int, sample_id: str) -> Sample:
         if index in self.odd_ids:

@@ -121,10 +121,3 @@ def group_by_image(dataset: Dataset) -> Dataset:
         groups.setdefault(position if key is None else key, []).append(position)
     order = [position for group in groups.values() for position in group]
     return dataset if order == list(range(len(order))) else GroupedByImage(dataset, order, name=dataset.name)
-
-
-def key_of_paths(value: object) -> str | None:
-    """The name of an image that an entry gives by its path, or by a list with one path; None for all else."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    return value if isinstance(value, str) and value else None

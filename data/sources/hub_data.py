@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, ModelError, SampleError, TransferError
-from vlm_distill_cache.common.hub import HubName, downloading, explained_hub_errors, snapshot_name
+from vlm_distill_cache.common.hub import HubName, downloading, explained_hub_errors, snapshot_name, snapshots_of
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.images.recognise import picture_extensions
@@ -332,12 +332,9 @@ def _snapshot_of(folder: Path) -> Path:
     """The snapshot that a folder of the hub's cache stands for; any other folder itself."""
     if not (folder.name.startswith("datasets--") and (folder / "snapshots").is_dir()):
         return folder
-    snapshots = sorted(entry for entry in (folder / "snapshots").iterdir() if entry.is_dir())
-    main = folder / "refs" / "main"
-    commit = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
-    chosen = [entry for entry in snapshots if entry.name == commit] or snapshots
+    chosen = snapshots_of(folder)
     if len(chosen) != 1:
-        listed = ", ".join(map(str, snapshots[:5])) or "none"
+        listed = ", ".join(map(str, chosen[:5])) or "none"
         raise DataError(f"{folder} holds several snapshots and no main branch: {listed}; give one of them")
     return chosen[0]
 

@@ -94,7 +94,9 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> Batch:
         sample_ids=tuple(sample.sample_id for sample in samples),
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
-        attention_mask=_block_mask(samples, shape[1]) if packed else _padding_mask(lengths, shape[1]),
+        attention_mask=_block_mask(samples, shape[1])
+        if packed
+        else torch.arange(shape[1]) < torch.tensor(lengths)[:, None],
         position_ids=torch.from_numpy(position_ids),
         visual_mask=torch.from_numpy(visual_mask),
         image_inputs=join_image_inputs(samples),
@@ -172,10 +174,6 @@ def joinable(samples: Sequence[EncodedSample]) -> list[list[EncodedSample]]:
             groups[key] = groups.pop(None)
         groups.setdefault(key, []).append(sample)
     return list(groups.values())
-
-
-def _padding_mask(lengths: list[int], longest: int) -> Tensor:
-    return torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
 
 
 def _block_mask(samples: Sequence[EncodedSample], longest: int) -> Tensor:

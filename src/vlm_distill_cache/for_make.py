@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from vlm_distill_cache.common.config import canonical_overrides, canonical_values, has_section, last_given, read_stage
+from vlm_distill_cache.common.config import canonical_overrides, canonical_values, last_given, read_stage, read_yaml
 from vlm_distill_cache.common.errors import ConfigError, DistillError
 from vlm_distill_cache.common.printing import message
 from vlm_distill_cache.common.recipes import split_recipe
@@ -35,7 +35,7 @@ def named() -> dict[str, str]:
         ConfigError: For a file that cannot be read, or an option of both stages with two values.
     """
     config, of_cache = (Path(os.environ[name]) if os.environ.get(name) else None for name in ("CONFIG", "CACHE_CONFIG"))
-    both = has_section(config, "teacher_cache")
+    both = "teacher_cache" in read_yaml(config)
     found = {"BOTH_STAGES": "1"} if both else {}
     for file, stage, cls, options, variables in (
         (config if both else of_cache, "teacher_cache", BuildConfig, "CACHE_SET", {**_SHARED, "STORE": "store"}),

@@ -93,7 +93,8 @@ def run_shard(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[tup
     work.kept.refuse_others(shard.samples, shard.failed)
     there = [sample for sample in shard.samples if work.kept.holds(sample.sample_id)]
     new = [sample for sample in shard.samples if not work.kept.holds(sample.sample_id)]
-    for samples, codecs in ((there, work.kept.missing_codecs(work.codecs)), (new, work.codecs)):
+    missing = {name: codec for name, codec in work.codecs.items() if name in work.kept.missing}
+    for samples, codecs in ((there, missing), (new, work.codecs)):
         if codecs:
             part = replace(shard, samples=samples)
             yield from _run_samples(replace(work, codecs=codecs), part, batch_size)

@@ -1,8 +1,7 @@
 """What a sealed cache holds already, while it is topped up: records that get further signals, or stay as they are."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -44,10 +43,6 @@ class Kept:
         if not self.holds(sample_id):
             return []
         return list(self.cache.decode(AnswersCodec.signal, self.cache.read(sample_id, {"answer_text"})))
-
-    def missing_codecs(self, codecs: Mapping[str, Any]) -> dict[str, Any]:
-        """The codecs of the signals that the records lack."""
-        return {name: codec for name, codec in codecs.items() if name in self.missing}
 
     def refuse_others(self, samples: Iterable[EncodedSample], failed: Iterable[tuple[str, str]]) -> None:
         """Refuse data that are not those of the records any more.

@@ -97,7 +97,8 @@ def with_options_of(
     }  # fmt: skip
     for name in SIGNALS:  # a new signal gets what others like it have
         if name in plan.signals:
-            there = _options_of(name, codec_from_dict(plan.signals[name]).to_dict()) | there
+            codec, options = codec_from_dict(plan.signals[name]).to_dict(), EXTRACTORS[name].options
+            there = {option: _SHOWN[option](codec) for option in options if option in _SHOWN} | there
     if generated is not None:
         names = dict(zip(("max_new_tokens", "temperature", "top_p", "seed"), _ANSWER_OPTIONS, strict=True))
         there |= {option: generated.get(name) for name, option in names.items()}
@@ -106,11 +107,6 @@ def with_options_of(
     there["signals"] = tuple(dict.fromkeys([*(name for name in plan.signals if name in SIGNALS), *asked]))
     there |= {"base": str(base), "given": sorted(given)}
     return config_from_dict(ExtendConfig, config_to_dict(config) | there, where=f"the plan of {base}")
-
-
-def _options_of(signal: str, codec: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a build that the settings of a signal's codec show."""
-    return {option: _SHOWN[option](codec) for option in EXTRACTORS[signal].options if option in _SHOWN}
 
 
 def extend_plan(work: Build, config: ExtendConfig) -> Build:
@@ -167,8 +163,10 @@ def extend_plan(work: Build, config: ExtendConfig) -> Build:
         )
     if not work.teacher.loads:
         plan = as_far_as_known(plan, old)
-    _refuse_differences(config, old, plan, keeps_attention=any(_of_attention(name) for name in kept))
-    _refuse_lost(cache, dataset)
+    attention = {name for name, extractor in EXTRACTORS.items() if extractor.attention}
+    _refuse_differences(config, old, plan, keeps_attention=bool(attention & kept))
+    ids = set(dataset.sample_ids)
+    _refuse_absent(cache, [sample_id for sample_id in cache if sample_id not in ids])
     _refuse_begun(Path(config.cache), plan)
     kept_records = Kept(cache=cache, missing=frozenset(missing), names=frozenset(names))
     refuse_other_texts(replace(work, dataset=dataset), kept_records)
@@ -182,10 +180,6 @@ def _governs(signal: str, given: Collection[str]) -> bool:
     """Whether one of the given options is one of a signal's codec."""
     options = EXTRACTORS[signal].options if signal in EXTRACTORS else (_ANSWERS, *_ANSWER_OPTIONS)
     return any(name in given for name in options)
-
-
-def _of_attention(signal: str) -> bool:
-    return signal in EXTRACTORS and EXTRACTORS[signal].attention
 
 
 def _described(old: Mapping[str, Any], new: Mapping[str, Any], *, stays: Collection[str] = ()) -> dict[str, Any]:
@@ -205,13 +199,8 @@ def _samples_of(cache: TeacherCache, dataset: Dataset) -> Dataset:
     return ChosenSamples(dataset, [places[sample_id] for sample_id in wanted], name=dataset.name)
 
 
-def _refuse_lost(cache: TeacherCache, dataset: Dataset) -> None:
-    """Refuse data that lack samples with a record."""
-    ids = set(dataset.sample_ids)
-    _refuse_absent(cache, [sample_id for sample_id in cache if sample_id not in ids])
-
-
 def _refuse_absent(cache: TeacherCache, absent: list[str]) -> None:
+    """Refuse data that lack samples of a cache."""
     if absent:
         derived = " (its sources can be extended one by one, and merged again)" if DERIVED in cache.plan.extra else ""
         raise CacheMismatchError(

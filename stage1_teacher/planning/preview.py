@@ -15,12 +15,12 @@ from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
 from vlm_distill_cache.common.cache.versions import EXTENDING, version_folder
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, SampleError
 from vlm_distill_cache.common.files.atomic import read_json, write_bytes_atomic
-from vlm_distill_cache.common.files.disk import refuse_overlap
+from vlm_distill_cache.common.files.disk import free_bytes, refuse_overlap
 from vlm_distill_cache.common.hub import is_without_weights, model_folder
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.printing import one_line, size_words
 from vlm_distill_cache.common.terminal.command_line import PARENT
-from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, free_bytes, looking_only
+from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, looking_only
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.kept import Kept

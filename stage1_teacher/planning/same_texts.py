@@ -9,6 +9,7 @@ import logging
 import random
 from dataclasses import replace
 
+from vlm_distill_cache.common.cache.plan import described_parts
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.codecs.logits import LogitCodec
@@ -41,9 +42,9 @@ def refuse_other_texts(work: Build, kept: Kept) -> None:
         CacheMismatchError: By the sample's name, where it is among some that are looked at.
     """
     cache, found = kept.cache, work.plan.fingerprints["data"]
-    expected, parts = cache.plan.fingerprints.get("data"), cache.plan.data.get("parts")
-    known = {part.get("fingerprint") for part in parts if isinstance(part, dict)} if isinstance(parts, list) else set()
-    if found == expected or found in known:
+    expected = cache.plan.fingerprints.get("data")
+    parts = described_parts(cache.plan.data.get("parts"))
+    if found == expected or found in [part.get("fingerprint") for part in parts]:
         return
     derived = DERIVED in cache.plan.extra
     if not derived and _was_there(work.dataset, cache):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
-from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenRequest
+from vlm_distill_cache.common.attention.hidden import HiddenCapture
 from vlm_distill_cache.common.attention.layers import teacher_groups
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
@@ -150,7 +150,10 @@ class Teacher:
             model's dtype, zero where rows are padding.
         """
         inputs = inputs.to(self.device)
-        with self._record(inputs.attention) as attention, self._record_hidden(inputs.states) as states:
+        hidden: AbstractContextManager[Mapping[str, Tensor]] = nullcontext({})
+        if inputs.states:
+            hidden = HiddenCapture(self.language_model).record(inputs.states)
+        with self._record(inputs.attention) as attention, hidden as states:
             logits = row_logits(self.model, inputs.model_inputs, inputs.rows)  # [A, V]
             logits = logits.to(self.device, non_blocking=True)
         of_rows = {name: logits if place is None else logits[place] for name, place in inputs.places.items()}
@@ -169,10 +172,6 @@ class Teacher:
                 f"teacher {self.directory}: the tokenizer gives token id {int(text.max())}, the embedding has {rows} rows; "
                 "tokenizer and weights are of different checkpoints"
             )
-
-    def _record_hidden(self, requests: Mapping[str, HiddenRequest]) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """The capture of hidden states, if any are wanted."""
-        return HiddenCapture(self.language_model).record(requests) if requests else nullcontext({})
 
     def _record(self, requests: Mapping[str, AttentionRequest]) -> AbstractContextManager[Mapping[str, Tensor]]:
         """The attention capture; raises ModelError if there is none and attention is wanted."""

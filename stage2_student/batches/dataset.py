@@ -240,14 +240,7 @@ class CachedDataset:
     def has_pictures(self) -> bool:
         """Whether any sample has a picture; reads records only of shards that do not say."""
         told = [self._cache.manifest.shards[shard] for shard, places in enumerate(self.shards) if len(places)]
-        if any(shard.pictures == shard.samples for shard in told):
-            return True
-        return any(
-            self._cache.read(self.sample_ids[place], ("image_hash",))["image_hash"].any()
-            for shard, places in enumerate(self.shards)
-            if self._cache.manifest.shards[shard].pictures != 0
-            for place in places.tolist()
-        )
+        return any(shard.pictures == shard.samples for shard in told) or self.first_picture() is not None
 
     def first_picture(self) -> int | None:
         """The place of the first sample with a picture; None: there is none."""
@@ -334,9 +327,8 @@ class CachedDataset:
         limit = self._encoder.positions
         longest = int(self._cache.plan.extra.get("max_length", 0))  # of the teacher's, whose tokens these may be
         visual = self._encoder.image_encoder.token_count
-        if longest and was_cut(
-            self._cache
-        ):  # such a sequence has the greatest length, and may have more visual tokens here
+        # Such a sequence has the greatest length, and may have more visual tokens here.
+        if longest and was_cut(self._cache):
             geometry = self._cache.plan.geometry
             longest += max(0, visual - math.prod(geometry.get("grid") or [0]) + bool(geometry.get("drops_first")))
         if limit is None or (self._compare_labels and 0 < longest <= limit):

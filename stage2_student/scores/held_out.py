@@ -30,9 +30,8 @@ from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
 from vlm_distill_cache.stage2_student.training.preparation import BUILT_IN_DATA, built_in_data
 
 PROBED_QUESTIONS = 32
-MOST_UNREADABLE = (
-    0.5  # a larger share of items that cannot be read is refused: a wrong folder, more likely than bad files
-)
+# A larger share of items that cannot be read is refused: a wrong folder, more likely than bad files.
+MOST_UNREADABLE = 0.5
 SHOWN_REASONS = 3
 _FOLDERS = re.compile(r"""(?<![^\s('"`=])(?:~|/)(?:[^\s'"`,;()/:]*/)+""")  # around a file, from the root or a home
 _PROMPT = "sample 'prompt': "  # how an error calls what is asked; the item's id says more
@@ -46,11 +45,6 @@ class OpenedItems:
 
     items: EvaluationSet
     unreadable: Mapping[str, Any]
-
-    @property
-    def note(self) -> str:
-        """How many are not scored and why; empty if all are."""
-        return unreadable_note(self.unreadable)
 
 
 def open_items(config: TrainConfig, encoder: SampleEncoder, cache: TeacherCache | None) -> OpenedItems:
@@ -83,7 +77,8 @@ def probe_items(config: TrainConfig, cache: TeacherCache) -> list[str]:
     if config.evaluation.data is not None:
         opened = _open(config, encoder, cache)
         scorable = bool(opened.items.pairs or opened.items.questions)
-        return [*scoring_notes(config, cache, scorable=scorable, option=_run_option()), *filter(None, [opened.note])]
+        notes = scoring_notes(config, cache, scorable=scorable, option=_run_option())
+        return [*notes, *filter(None, [unreadable_note(opened.unreadable)])]
     # The cache was built from this data: a look at some is enough.
     items = open_evaluation(
         _data_of(config, cache), config.evaluation.split, config.evaluation.limit, images=_images_of(config)

@@ -15,7 +15,7 @@ from typing import Any
 
 from vlm_distill_cache import __version__
 from vlm_distill_cache.common.cache.counts import FailureCounts
-from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan, built_with
+from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan, built_with, hub_data_words
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
 from vlm_distill_cache.common.errors import CacheFormatError
@@ -113,11 +113,7 @@ def build_command(plan: Plan, *, images: bool = False) -> str:
     if images:
         options["--images"] = "IMAGES"
     if data.get("repository"):
-        at = f"@{data['revision']}" if data.get("revision") else ""
-        file = f"/{data['file']}" if data.get("file") else ""
-        options["--data"] = f"{data['repository']}{at}{file}" + (
-            f":name={data['config']}" if data.get("config") else ""
-        )
+        options["--data"] = hub_data_words(data)
     written: Mapping[str, Any] = next((how for how in plan.signals.values() if "max_new_tokens" in how), {})
     options["--signals"] = ",".join(sorted(name for name, how in plan.signals.items() if how is not written))
     low, high = logits.get("min_k"), logits.get("max_k")

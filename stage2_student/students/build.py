@@ -351,9 +351,9 @@ def initialize_by_fan_in(student: VisionLanguageModel) -> None:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
-def load_student(directory: Path, *, vision_tower: Path | None = None) -> VisionLanguageModel:
+def load_student(directory: Path) -> VisionLanguageModel:
     """Load a student of ours or a published MobileVLM or CompoDistill, in float32, with exactly its weights."""
-    return load_published(directory, dtype=torch.float32, vision_tower=vision_tower)
+    return load_published(directory, dtype=torch.float32)
 
 
 def own_image_encoder(

@@ -132,9 +132,8 @@ def _weights(preset: Mapping[str, Any]) -> str:
 def _differences(stored: Mapping[str, Any], preset: Mapping[str, Any]) -> list[str]:
     text = stored.get("text_config")
     found = {**stored, **(text if isinstance(text, dict) else {})}
-    projector = stored.get(
-        "mm_projector_type", preset.get("projector")
-    )  # as published; ours may be trained with another
+    # As published; ours may be trained with another.
+    projector = stored.get("mm_projector_type", preset.get("projector"))
     wrong = [] if projector == preset.get("projector") else [f"projector is {projector}, not {preset['projector']}"]
     return wrong + [
         f"{name} is {found[name]}, published {preset['language_model'][name]}"

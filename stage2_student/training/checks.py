@@ -111,10 +111,9 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
     )
     raise CacheMismatchError(
         f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.place} was built "
-        f"from ({cache.plan.data}, fingerprint {' or '.join(merged) or expected}): {what}. Give the cache's "
-        "data ("
-        f"{by_make('DATA=, IMAGES=, or ')}"
-        f"--data, --images), or build a cache for this data ({built_with(cache.plan)} --data ...)"
+        f"from ({cache.plan.data}, fingerprint {' or '.join(merged) or expected}): {what}. Give the cache's data "
+        f"({by_make('DATA=, IMAGES=, or ')}--data, --images), or build a cache for this data ({built_with(cache.plan)} "
+        "--data ...)"
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from vlm_distill_cache.common.attention.layers import GroupMatch
 from vlm_distill_cache.common.cache.counts import picture_words, unknown_words
+from vlm_distill_cache.common.cache.plan import described_parts
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.files.hashing import fingerprint
@@ -163,11 +164,11 @@ def _commits_of(cache: TeacherCache) -> dict[str, str] | list[dict[str, str]]:
     Of a mixture, those of each of its entries: two may be of one repository.
     """
     described = cache.plan.data
-    if entries := _listed(described.get("mixture")):
+    if entries := described_parts(described.get("mixture")):
         return [_commit_of(entry) for entry in entries]
     found: dict[str, str] = {}
-    for part in (described, *_listed(described.get("parts"))):
-        for entry in (part, *_listed(part.get("mixture"))):
+    for part in (described, *described_parts(described.get("parts"))):
+        for entry in (part, *described_parts(part.get("mixture"))):
             found |= _commit_of(entry)
     return found
 
@@ -175,10 +176,6 @@ def _commits_of(cache: TeacherCache) -> dict[str, str] | list[dict[str, str]]:
 def _commit_of(described: Mapping[str, object]) -> dict[str, str]:
     held = {"repository", "revision"} <= described.keys()
     return {str(described["repository"]): str(described["revision"])} if held else {}
-
-
-def _listed(value: object) -> list[dict[str, object]]:
-    return [part if isinstance(part, dict) else {} for part in value] if isinstance(value, list) else []
 
 
 def _open_mixture_for(cache: TeacherCache, data: str, folder: Path | None) -> Dataset:

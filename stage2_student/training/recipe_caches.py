@@ -47,10 +47,8 @@ def refuse_other_caches(config: TrainConfig, recipe: Recipe, given: Collection[s
         raise CacheMismatchError(
             f"phase {name}: {public_location(place)} is no cache of recipe {recipe.name}, whose {', '.join(wrong)} would be "
             f"another loss with it: {differences_text(why)}. Build a cache by the recipe, in another folder "
-            "("
-            f"{by_make(f'CACHE_SET={by_name} with make, ')}"
-            f"teacher-cache build --set {by_name}); or, to train with this one all the "
-            f"same, say so by giving the loss ({set_words([by_name, *themselves])})"
+            f"({by_make(f'CACHE_SET={by_name} with make, ')}teacher-cache build --set {by_name}); or, to train with this one "
+            f"all the same, say so by giving the loss ({set_words([by_name, *themselves])})"
         )
 
 

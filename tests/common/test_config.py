@@ -1,6 +1,6 @@
 """YAML and overrides into frozen dataclasses; errors name the field."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from vlm_distill_cache.common.errors import ConfigError
 @dataclass(frozen=True, kw_only=True)
 class Optim:
     lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, ...] = (0.9, 0.95)
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -26,11 +26,8 @@ class Config:
     steps: int = 10
     optim: Optim = Optim(lr=5e-4)
     phases: tuple[Literal["dpt", "dft", "sft"], ...] = ("dft",)
-    output: Path = Path("out")
+    output: str = "out"
     limit: int | None = None
-    grid: int | str = "auto"
-    weights: dict[str, float] = field(default_factory=dict)
-    tags: list[str] = field(default_factory=list)
     compile: bool = False
 
 
@@ -47,20 +44,15 @@ def test_later_sources_win_and_unset_options_keep_their_default(tmp_path):
 
 
 def test_values_take_the_type_of_their_field():
-    config = load(
-        "optim.lr=1e-4", "phases=[dpt, sft]", "output=a/b", "limit=3", "grid=12",
-        "weights={lm: 1, kd: 0.5}", "tags=[a]", "compile=true",
-    )  # fmt: skip
-    assert config.optim.lr == 1e-4  # YAML 1.1 reads 1e-4 as text
+    config = load("optim.lr=1e-4", "phases=[dpt, sft]", "output=a/b", "limit=3", "optim.betas=[1, 0.5]", "compile=true")
+    assert config.optim == Optim(lr=1e-4, betas=(1.0, 0.5))  # YAML 1.1 reads 1e-4 as text
     assert config.phases == ("dpt", "sft")
-    assert config.output == Path("a/b")
-    assert (config.limit, config.grid, config.tags, config.compile) == (3, 12, ["a"], True)
-    assert config.weights == {"lm": 1.0, "kd": 0.5}
-    assert load("grid=auto", "limit=null").grid == "auto"
+    assert (config.output, config.limit, config.compile) == ("a/b", 3, True)
+    assert load("limit=null").limit is None
 
 
 def test_saved_configs_load_equal(tmp_path):
-    config = load("optim.lr=2e-5", "weights={a: 1e-9}", "limit=4", "tags=[é]")
+    config = load("optim.lr=2e-5", "optim.betas=[1e-9]", "limit=4", "output=é")
     save_config(config, tmp_path / "c.yaml")
     assert load_config(Config, tmp_path / "c.yaml") == config
     assert config_from_dict(Config, config_to_dict(config)) == config
@@ -76,16 +68,15 @@ def test_saved_configs_load_equal(tmp_path):
         (["optim.lr=fast"], "optim.lr is 'fast'.*expected a number"),
         (["optim.lr=-1"], "optim.lr must be positive"),
         (["optim=3"], "optim.* is 3; expected a mapping"),
-        (["optim.betas=[1]"], "optim.betas has 1 values; expected 2"),
+        (["optim.betas=[1, x]"], r"optim.betas\[1\] is 'x'.*expected a number"),
         (["phases=dft"], "phases is 'dft'; expected a list"),
         (["phases=[late]"], r"phases\[0\] is 'late'; expected one of 'dpt', 'dft', 'sft'"),
         (["compile=1"], "compile is 1.*expected true or false"),
         (["limit=many"], "limit is 'many'"),
-        (["weights=3"], "weights is 3; expected a mapping with text keys"),
         (["steps.a=1", "steps=1", "steps.a=1"], "steps is 1, which has no options"),
         (["steps"], "expected KEY=VALUE"),
         (["steps=[1"], "the value is not YAML"),
-        (["weights={kd: 1, kd: 2}"], "the value is not YAML: line 1, column 9: 'kd' stands twice"),
+        (["optim={lr: 1, lr: 2}"], "the value is not YAML: line 1, column 9: 'lr' stands twice"),
     ],
 )
 def test_errors_name_the_option_and_what_was_expected(overrides, message):
@@ -117,7 +108,7 @@ def test_files_that_are_no_mapping_are_refused(tmp_path):
 @dataclass(frozen=True, kw_only=True)
 class _Named:
     name: str = ""
-    path: Path | None = None
+    path: str | None = None
     count: int = 0
 
 
@@ -137,9 +128,9 @@ class _Named:
         "a: b",
     ],
 )
-def test_a_text_or_path_that_is_set_is_taken_as_it_stands(text):
+def test_a_text_that_is_set_is_taken_as_it_stands(text):
     assert load_config(_Named, None, [f"name={text}"]).name == text
-    assert load_config(_Named, None, [f"path={text}"]).path == Path(text)
+    assert load_config(_Named, None, [f"path={text}"]).path == text
 
 
 def test_quotes_nothing_and_other_kinds_are_still_yaml():

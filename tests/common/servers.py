@@ -111,6 +111,13 @@ REDIRECTS = {
 }  # fmt: skip
 
 
+class Http(ThreadingHTTPServer):
+    """A server whose threads are waited for."""
+
+    daemon_threads = False
+    request_queue_size = 128  # with 5, the library's number, some of many threads at once are let in a second later
+
+
 class FaultyServer:
     """Serves a folder, with ranges, or passes on to another server, as its ``faults`` say.
 
@@ -134,8 +141,7 @@ class FaultyServer:
         self.secrets: list[str | None] = []
         self.closing = threading.Event()
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = False
+        self._server = Http(("127.0.0.1", 0), self._handler())
         if tls is not None:
             self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.server_port}"

@@ -1,14 +1,17 @@
 """Fixtures shared by the tests of stage two."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import lora_runs
 import pytest
+import tower_runs
 import train_runs
 from accelerate.state import AcceleratorState
 from broken_runs import train_in_two_processes
+from filelock import FileLock
 from finished_runs import make_config
 from tiny_cache import build_tiny_cache
 
@@ -27,11 +30,21 @@ def tiny_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def in_two_processes(tiny_cache, tmp_path_factory):
-    """The folders of the runs of `train_runs` and `lora_runs`, each trained in two processes."""
-    folder = tmp_path_factory.mktemp("two")
-    made = {"plain": train_runs.make_config, "lora": lora_runs.make_config}
-    train_in_two_processes(folder, *(make(tiny_cache[0], folder / name) for name, make in made.items()))
-    return {name: folder / name for name in made}
+    """The folders of the runs of `train_runs`, `lora_runs` and `tower_runs`, each trained in two processes.
+
+    Whoever of the workers comes first trains them for all: starting torch twice takes longer than the runs.
+    """
+    home = tmp_path_factory.getbasetemp()
+    folder = (home.parent if "PYTEST_XDIST_WORKER" in os.environ else home) / "two"
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "done").exists():
+            folder.mkdir(exist_ok=True)
+            made = {"plain": train_runs.make_config, "lora": lora_runs.make_config}
+            configs = [make(tiny_cache[0], folder / name) for name, make in made.items()]
+            configs.append(tower_runs.make_config(tower_runs.mixed_cache(folder / "mixed"), folder / "tower"))
+            train_in_two_processes(folder, *configs)
+            (folder / "done").touch()
+    return {name: folder / name for name in ("plain", "lora", "tower", "mixed")}
 
 
 @pytest.fixture(autouse=True)

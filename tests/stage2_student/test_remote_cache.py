@@ -4,11 +4,12 @@ import json
 import os
 import threading
 from functools import cache, partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 
 import pytest
 from click.testing import CliRunner
-from tiny_cache import DATA
+from servers import Http
+from tiny_cache import DATA, build_tiny_cache
 
 from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.codecs.logits import LogitCodec
@@ -37,8 +38,7 @@ class Server:
     """A folder behind HTTP that can be switched off for good."""
 
     def __init__(self, root):
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=root))
-        self._server.daemon_threads = False
+        self._server = Http(("127.0.0.1", 0), partial(_Quiet, directory=root))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -52,9 +52,17 @@ class Server:
             self._server.server_close()
 
 
+@pytest.fixture(scope="module")
+def places(tiny_cache, tmp_path_factory):
+    """The tiny cache in either store: files in folders, or an archive a shard."""
+    place = tmp_path_factory.mktemp("zarr") / "cache"
+    build_tiny_cache(place, store="zarr")
+    return {"zarr": place, "webdataset": tiny_cache[0]}
+
+
 @pytest.fixture
-def server(tiny_cache, tmp_path, monkeypatch):
-    server = Server(tiny_cache[0])
+def server(request, places, tmp_path, monkeypatch):
+    server = Server(places[getattr(request, "param", "webdataset")])
     monkeypatch.setenv("VLM_DISTILL_CACHE_DIR", str(tmp_path / "near"))
     # One try: these tests switch the server off for good.
     monkeypatch.setattr(mirror_module, "open_remote", lambda url: open_remote(url, attempts=1, timeout=5))
@@ -84,27 +92,29 @@ def losses(result):
 
 
 @pytest.fixture(scope="module")
-def from_folder(tiny_cache, tmp_path_factory):
-    """The student of a projector, learnt from the folder, once."""
+def from_folder(places, tmp_path_factory):
+    """The student of a projector, learnt from a folder, once."""
 
     @cache
-    def trained(projector=None):
-        return train(make_config(tiny_cache[0], tmp_path_factory.mktemp("whole") / "run", projector=projector))
+    def trained(projector=None, store="webdataset"):
+        return train(make_config(places[store], tmp_path_factory.mktemp("whole") / "run", projector=projector))
 
     return trained
 
 
-@pytest.mark.parametrize("projector", [None, "taf"])
+@pytest.mark.parametrize(
+    ("server", "store", "projector"), [("zarr", "zarr", None), ("webdataset", "webdataset", "taf")], indirect=["server"]
+)
 def test_a_student_learns_from_an_address_what_it_learns_from_the_folder(
-    tiny_cache, server, tmp_path, monkeypatch, from_folder, projector
+    server, places, store, tmp_path, monkeypatch, from_folder, projector
 ):
     monkeypatch.setenv("VLM_DISTILL_CACHE_BYTES", "1")  # each shard leaves as soon as it is closed
-    expected = from_folder(projector)
+    expected = from_folder(projector, store)
     found = train(make_config(f"{server.url}?signature=secret", tmp_path / "b", projector=projector))
     assert losses(found) == losses(expected)
     assert "secret" not in (found.final / "distillation.json").read_text()
     provenance = json.loads((found.final / "distillation.json").read_text())
-    assert provenance["caches"] == {server.url: open_cache(tiny_cache[0]).manifest_hash}
+    assert provenance["caches"] == {server.url: open_cache(places[store]).manifest_hash}
     assert provenance["config"]["cache"] == server.url
     assert found.preparation.fingerprint == expected.preparation.fingerprint  # a moved cache is the same
 
@@ -129,7 +139,8 @@ def test_a_server_that_dies_ends_the_run_in_words_and_it_goes_on_later(
     assert losses(resumed)[-1] == losses(from_folder())[-1]
 
 
-def test_the_whole_run_works_from_an_address_and_then_offline(tiny_cache, server, tmp_path):
+@pytest.mark.parametrize("server", ["zarr"], indirect=True)
+def test_the_whole_run_works_from_an_address_and_then_offline(server, tmp_path):
     overrides = [
         "dpt.steps=1", "dft.steps=1", "sft.steps=1", "dpt.batch_size=4", "dft.batch_size=4",
         "evaluation.limit=2", "evaluation.letters=false", "evaluation.agreement_samples=4",
@@ -202,7 +213,7 @@ def test_a_student_trains_on_merged_parts_as_on_the_whole(tiny_cache, tmp_path, 
 
 
 def test_fewer_tokens_a_row_still_train(tiny_cache, tmp_path):
-    build_of_defaults(tmp_path / "cache")
+    build_tiny_cache(tmp_path / "cache", exact=False, signals=("logits",))
     pull_partial(tmp_path / "cache", tmp_path / "part", Selection(signals=("logits",), top_k=4))
     codec = LogitCodec.from_dict(open_cache(tmp_path / "part").plan.signals["logits"])
     cache = open_cache(tmp_path / "part")
@@ -211,9 +222,3 @@ def test_fewer_tokens_a_row_still_train(tiny_cache, tmp_path):
     dft = {"steps": 1, "batch_size": 4, "losses": {"logits": 1.0}}
     result = train(make_config(tmp_path / "part", tmp_path / "run", dft=dft))
     assert all(record["logits"] > 0 for record in result.log)
-
-
-def build_of_defaults(path):
-    from tiny_cache import build_tiny_cache
-
-    build_tiny_cache(path, exact=False, signals=("logits",))

@@ -124,7 +124,7 @@ def build_tiny_cache(
     groups: int = 1,
     layers: str = "middle",
     shard_size: int = 6,
-    store: str = "zarr",
+    store: str = "webdataset",
     failed=(),
     sealed: bool = True,
     dataset=None,

@@ -49,7 +49,7 @@ SIZES = [
     {"min_pixels": 256, "max_pixels": 1024},
     {"min_pixels": 256},
     {"max_pixels": 1024, "size": None},
-    {"min_pixels": 256, "max_pixels": 1024, "size": {"longest_edge": 4096}},
+    {"min_pixels": 256, "max_pixels": 1024, "size": {"longest_edge": 512}},
     {"min_pixels": 2048, "max_pixels": 256},
     {"crop_size": 24},
     {"crop_size": None},
@@ -170,6 +170,8 @@ def test_settings_are_read_as_the_library_reads_them_or_refused_by_name(name, ch
                 assert counted == encoded.inputs["image_grid_thw"].prod() // config.vision_config.spatial_merge_size**2
             elif name in ("idefics3", "smolvlm", "internvl"):
                 assert counted == len(encoded.inputs["pixel_values"]) * encoder.least_token_count
+            if len(encoded.tiles) > 400:
+                break  # the seconds of such a picture show what the next one would
     assert len(worked) > 8, worked
     assert refused
     assert all("preprocessor_config.json" in reason for reason in refused), refused

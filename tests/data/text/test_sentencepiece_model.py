@@ -147,7 +147,7 @@ def settings_beside(draw, size):
 def test_a_stored_tokenizer_has_the_settings_that_it_was_made_with(folder, tmp_path_factory):
     names = [f"{name}_token_id" for name in ("bos", "eos", "unk", "pad")]
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
     @given(settings_beside(len(own(folder))))
     def holds(beside):
         first, second, third = (tmp_path_factory.mktemp("stored") for _ in range(3))

@@ -10,7 +10,7 @@ from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
-from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes, recompute_fidelity
+from vlm_distill_cache.stage1_teacher.extract import extract, recompute_fidelity
 from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
 from vlm_distill_cache.stage1_teacher.planning import open as opening
@@ -116,13 +116,6 @@ def test_who_resumes_takes_the_batch_size_of_the_plan_and_measures_nothing(tmp_p
     assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
     with pytest.raises(CacheMismatchError, match=r"batch_size: the cache has 2, this run has 4"):
         extract(config(tmp_path / "cache", batch_size=4))
-
-
-def test_several_processes_share_the_batch_size_that_the_first_found(tmp_path: Path, config, monkeypatch):
-    extract(config(tmp_path / "whole", batch_size=2))
-    monkeypatch.setattr(opening, "automatic_batch_size", lambda _: 2)  # in this process alone
-    extract_with_processes(config(tmp_path / "cache"), 2)
-    assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
 
 
 def test_a_plan_that_another_machine_wrote_meanwhile_is_adopted(tmp_path: Path, config, monkeypatch):

@@ -21,6 +21,7 @@ from vlm_distill_cache.common.terminal.launch import ALONE, Launch
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import _progress, extract, extract_with_processes
+from vlm_distill_cache.stage1_teacher.planning import open as opening
 from vlm_distill_cache.stage1_teacher.planning.parts import (
     WHOLE,
     Part,
@@ -170,9 +171,15 @@ def test_an_unfinished_cache_of_own_data_says_that_its_teacher_continues_it(tmp_
         teacher_directory(teacher="", data="my.json", scratch=tmp_path, cache=tmp_path / "other")
 
 
-@pytest.mark.parametrize("store", ["webdataset", "zarr"])
-def test_two_processes_give_the_bytes_of_one(tmp_path: Path, config, store: str):
-    check_processes(tmp_path, config, store, {"zarr": (1, 2), "webdataset": (1,)}[store])
+def test_one_process_gives_the_bytes_of_a_build_without_any(tmp_path: Path, config):
+    check_processes(tmp_path, config, "webdataset", (1,))
+
+
+def test_two_processes_give_the_bytes_of_one_and_share_the_batch_size_that_the_first_found(
+    tmp_path: Path, config, monkeypatch
+):
+    monkeypatch.setattr(opening, "automatic_batch_size", lambda _: 2)  # in this process alone
+    check_processes(tmp_path, lambda cache, **options: config(cache, batch_size=0, **options), "zarr", (1, 2))
 
 
 @pytest.mark.slow

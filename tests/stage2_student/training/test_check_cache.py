@@ -1,6 +1,7 @@
 """Bad news before the first step: each misfit is refused with both values and the remedy."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -224,15 +225,19 @@ def copy_with_plan(cache, target, **changes):
     return target
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_a_lost_or_short_shard_file_is_found_before_the_first_step(tiny_cache, tmp_path, damage):
-    shutil.copytree(tiny_cache[0], tmp_path / "c")
-    path = sorted(file for file in (tmp_path / "c" / "shards" / "00003.zarr").rglob("*") if file.is_file())[-1]
+@pytest.mark.parametrize(("store", "damage"), [("zarr", "missing"), ("zarr", "truncated"), ("webdataset", "truncated")])
+def test_a_lost_or_short_shard_file_is_found_before_the_first_step(tmp_path, store, damage):
+    build_tiny_cache(tmp_path / "c", signals=("logits",), store=store)
+    path = sorted(file for file in (tmp_path / "c" / "shards").rglob("*") if file.is_file() and "00003." in str(file))[
+        -1
+    ]
     content = path.read_bytes()
     path.unlink()
     if damage == "truncated":
         path.write_bytes(content[:-1])
-    with pytest.raises(CacheFormatError, match=rf"00003.zarr.*{path.name}: .*`cachectl verify`"):
+    with pytest.raises(
+        CacheFormatError, match=rf"{re.escape(str(path.relative_to(tmp_path / 'c')))}: .*`cachectl verify"
+    ):
         prepare(make_config(tmp_path / "c", dft={"steps": 1}))  # no signal, so no record is read
 
 

@@ -1,17 +1,17 @@
 """A vision tower that is trained, and parts with learning rates of their own."""
 
 import copy
-import json
 
-import PIL.Image
 import pytest
 import torch
-from broken_runs import Copies, train_in_two_processes
+from broken_runs import Copies
 from lora_runs import equal_weights, losses, save_teacher
 from test_library_student import make_batch, opened  # noqa: F401 - a fixture
 from tiny_cache import build_tiny_cache
 from tiny_families import TINY
 from tiny_students import library_student, mobilevlm_student
+from tower_runs import TOWER
+from tower_runs import make_config as mixed_config
 from train_runs import make_config
 
 from vlm_distill_cache.common.errors import ConfigError
@@ -30,12 +30,6 @@ from vlm_distill_cache.stage2_student.training.parts import TrainedParts, checkp
 from vlm_distill_cache.stage2_student.training.preparation import prepare
 from vlm_distill_cache.stage2_student.training.steps import build_optimizer
 
-LOSSES = {"logits": 1.0, "answer_attention": 1.0, "visual_map": 0.5}
-TOWER = {
-    "phases": ["dft"],
-    "dft": {"steps": 4, "batch_size": 6, "trainable": "tower", "tower_lr": 1e-3, "projector_lr": 5e-4, "losses": LOSSES},
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def whole(tiny_cache, tmp_path_factory):
@@ -44,24 +38,6 @@ def whole(tiny_cache, tmp_path_factory):
     config = make_config(tiny_cache[0], copies.output, **TOWER)
     before = copy.deepcopy(prepare(config).student.state_dict())
     return train(config, after_step=copies), before, copies
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
-    """A cache of which every other sample is text alone, and its data."""
-    folder = tmp_path_factory.mktemp("mixed")
-    entries = []
-    for index in range(10):
-        turns = [("human", "what color is the circle ?"), ("gpt", ("red", "blue")[index % 2])]
-        entry = {"id": str(index), "conversations": [{"from": who, "value": text} for who, text in turns]}
-        if index % 2:
-            PIL.Image.new("RGB", (40, 40), (20 * index, 90, 10)).save(folder / f"{index}.png")
-            entry["image"] = f"{index}.png"
-        entries.append(entry)
-    data = folder / "data.json"
-    data.write_text(json.dumps(entries))
-    build_tiny_cache(folder / "cache", dataset=open_dataset(str(data)))
-    return folder / "cache", str(data)
 
 
 def test_all_is_trained_but_the_layers_of_the_tower_that_nothing_reads(whole):
@@ -90,16 +66,12 @@ def test_a_killed_run_goes_on_exactly(whole, tiny_cache, tmp_path):
     assert equal_weights(resumed.model, result.model)
 
 
-def test_two_processes_see_the_same_steps_as_one_where_some_see_no_picture(mixed, tmp_path):
+def test_two_processes_see_the_same_steps_as_one_where_some_see_no_picture(in_two_processes, tmp_path):
     """A process whose micro-batches are text alone has no gradient of the tower; it does not keep the other waiting."""
-    cache, data = mixed
-    dft = TOWER["dft"] | {"batch_size": 4, "micro_batch_size": 1}
-    one, two = (make_config(cache, tmp_path / name, data=data, **TOWER | {"dft": dft}) for name in ("one", "two"))
-    expected = train(one)
-    train_in_two_processes(tmp_path, two)
-    for found, step in zip(losses(read_log(tmp_path / "two")), losses(expected.log), strict=True):
+    expected, two = train(mixed_config(in_two_processes["mixed"], tmp_path / "one")), in_two_processes["tower"]
+    for found, step in zip(losses(read_log(two)), losses(expected.log), strict=True):
         assert found == {k: v if isinstance(v, str) else pytest.approx(v, rel=2e-3, abs=1e-5) for k, v in step.items()}
-    student = load_student(tmp_path / "two" / "final")
+    student = load_student(two / "final")
     for name, value in expected.model.state_dict().items():
         torch.testing.assert_close(student.state_dict()[name], value, atol=2e-3, rtol=2e-2)
 

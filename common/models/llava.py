@@ -44,7 +44,7 @@ def take_image_tokens(model: Any) -> None:
         model.loss_function = partial(loss_on_words, model.config.image_token_id, model.loss_function)
 
 
-def look_up_row_0(embedding: nn.Module, config: Any) -> bool:
+def look_up_row_0(embedding: Any, config: Any) -> bool:
     """Let an embedding that has no row for the image token take row 0 for it; whether it has none."""
     beyond: bool = config.image_token_id >= embedding.weight.shape[0]
     if beyond:

@@ -49,6 +49,12 @@ def hide_secrets(text: str) -> str:
     return _TOKEN.sub(r"\1\2...", text)
 
 
+def holds_token(text: str) -> bool:
+    """Whether a text holds a token of the hub: one that this machine has, or what looks like one."""
+    own = _own_tokens(*map(os.environ.get, _TOKEN_SETTINGS))
+    return any(token in text for token in own) or any(found[1] for found in _TOKEN.finditer(text))
+
+
 @functools.lru_cache(maxsize=1)
 def _own_tokens(token: str | None, older: str | None, *places: str | None) -> tuple[str, ...]:
     """The tokens of the hub that this machine holds, where huggingface_hub finds them; not imported for that."""

@@ -45,7 +45,13 @@ from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
-from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, refuse_inside_student, students_in
+from vlm_distill_cache.stage2_student.final_folder import (
+    FOR_OTHERS,
+    PROVENANCE,
+    read_provenance,
+    refuse_inside_student,
+    students_in,
+)
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
 from vlm_distill_cache.stage2_student.resolve import given_options, open_caches
 from vlm_distill_cache.stage2_student.scores.results import render_table
@@ -425,7 +431,7 @@ def export(student: str, output: Path, layout: str, dtype: str | None, quantise:
     written = export_student(_trained_folder(student).path, output, layout=layout, dtype=dtype, quantise=quantise)
     answer(output=output, layout=layout, dtype=written, quantise=quantise)
     say(f"Exported to {output}: layout {layout}, {written}{f', {quantise}' if quantise else ''}")
-    if layout not in ("adapter", "gguf"):
+    if layout not in FOR_OTHERS:
         tell(f"Next: distill evaluate {quoted(output)}")
 
 
@@ -493,7 +499,8 @@ def push(
         if done.pushed
         else "Everything is there already"
     )
-    tell(f"Next: distill evaluate {quoted(str(done.place))}")
+    if read_provenance(folder).get("export", {}).get("layout") not in FOR_OTHERS:
+        tell(f"Next: distill evaluate {quoted(str(done.place))}")
 
 
 @main.command(name="import")

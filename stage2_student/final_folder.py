@@ -31,6 +31,7 @@ from vlm_distill_cache.common.hub import snapshot_name
 from vlm_distill_cache.common.locations import by_make
 
 FINAL, PROVENANCE = "final", "distillation.json"
+FOR_OTHERS = ("adapter", "gguf")  # layouts of exports that hold no model which is read here
 _COUNT = whole(0, 1 << 60)
 _ENCODER = {"template": TEMPLATE, "image_token_id": whole(-MAX_TOKEN, MAX_TOKEN), "max_length": whole(1, 1 << 24)}
 _UNSIGNED = {

@@ -28,9 +28,9 @@ from vlm_distill_cache.data.text.templates import PromptTemplate
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.exports.layouts import FOR_OTHERS, LAYOUTS
+from vlm_distill_cache.stage2_student.exports.layouts import LAYOUTS
 from vlm_distill_cache.stage2_student.exports.source import Quantise, Source
-from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final, refuse_inside_student
+from vlm_distill_cache.stage2_student.final_folder import FOR_OTHERS, PROVENANCE, read_final, refuse_inside_student
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.scores.card import has_edited_card, read_scores, write_card
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model

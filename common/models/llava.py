@@ -40,10 +40,16 @@ def take_image_tokens(model: Any) -> None:
     There ``<image>`` is no token: the text is cut where it stands, and what is put there is embedded already. Here its place
     is marked by an id beyond the vocabulary, for which row 0 is looked up before the picture takes its place.
     """
-    embedding = model.get_input_embeddings()
-    if model.config.image_token_id >= embedding.weight.shape[0]:
-        embedding.register_forward_pre_hook(partial(_look_up_row_0, model.config))
+    if look_up_row_0(model.get_input_embeddings(), model.config):
         model.loss_function = partial(loss_on_words, model.config.image_token_id, model.loss_function)
+
+
+def look_up_row_0(embedding: Any, config: Any) -> bool:
+    """Let an embedding that has no row for the image token take row 0 for it; whether it has none."""
+    beyond: bool = config.image_token_id >= embedding.weight.shape[0]
+    if beyond:
+        embedding.register_forward_pre_hook(partial(_with_row_0, config))
+    return beyond
 
 
 def loss_on_words(
@@ -54,6 +60,6 @@ def loss_on_words(
     return loss_function(labels=labels.masked_fill(~is_word, -100), vocab_size=vocab_size, **arguments)
 
 
-def _look_up_row_0(config: Any, embedding: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _with_row_0(config: Any, embedding: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     ids, *rest = inputs
     return (ids.masked_fill(ids == config.image_token_id, 0), *rest)

@@ -3,8 +3,10 @@
 Dims: B texts, T tokens of the longest, M pictures.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,28 @@ from vlm_distill_cache.common.pixels.rgb import MAX_PIXELS, paste_on_square, to_
 # PIL classes that some versions of the library (5.17) give at their top level only where torchvision is installed, and
 # the module that has them anyway.
 _BEHIND_TORCHVISION = {"Idefics3ImageProcessor": "idefics3", "SmolVLMImageProcessor": "smolvlm"}
+
+# Options of texts: what each takes, its default first.
+_COUNT = (None,)  # or any above 0
+_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "padding": (True, False, "longest", "max_length", "do_not_pad"),
+    "padding_side": ("left", "right"),
+    "max_length": _COUNT,
+    "pad_to_multiple_of": _COUNT,
+    "truncation": (False, True, "longest_first", "only_first", "do_not_truncate"),
+    "add_special_tokens": (True, False),
+    "return_tensors": (None, "pt", "np"),
+    "return_attention_mask": (True, False),
+    "return_offsets_mapping": (False, True),
+    "return_mm_token_type_ids": (False, True),
+}
+# What the library gives along and changes nothing here; and what there is none of here, so that it must be asked for none.
+_IGNORED = ("verbose", "return_text_replacement_offsets", "videos_kwargs", "audio_kwargs")
+_NONE_OF = (
+    "videos", "audio", "stride", "is_split_into_words", "sanitize_control_tokens", "return_token_type_ids",
+    "return_overflowing_tokens", "return_special_tokens_mask", "return_length",
+)  # fmt: skip
+_LONGEST = 1 << 24  # tokens; tokenizers without a limit name a larger one
 
 
 def pil_class(settings: Mapping[str, Any]) -> Any:
@@ -83,83 +107,126 @@ class VisionLanguageProcessor(ProcessorMixin):
         images: Any = None,
         text: str | Sequence[str] | None = None,
         *,
-        padding: bool | str = True,
-        padding_side: str = "left",
-        max_length: int | None = None,
-        truncation: bool = False,
-        add_special_tokens: bool = True,
-        return_tensors: str | None = None,
-        **_: Any,
+        text_kwargs: Mapping[str, Any] | None = None,
+        images_kwargs: Mapping[str, Any] | None = None,
+        common_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> BatchFeature:
         """Prepare texts, with at most one picture each.
 
         Args:
-            images: Pictures in the order of the texts that hold an image token: PIL, uint8 arrays ``[H, W, 3]``, paths or
-                addresses; one, a list, or a list for each text.
+            images: Pictures in the order of the texts that hold an image token: PIL, uint8 arrays or tensors ``[H, W]``,
+                ``[H, W, C]`` or ``[C, H, W]`` with 1, 3 or 4 channels, a file's bytes, paths or addresses; one, a list, or a
+                list (or None) for each text.
             text: One or several.
-            padding: False: none; ``max_length``: to that; else to the longest.
-            padding_side: ``left``, as generation needs it, or ``right``.
-            max_length: Tokens of a text, at most, with ``truncation``.
+            text_kwargs, images_kwargs, common_kwargs: Options, too; those of the image processor are handed to it.
+            options: As the library's tokenizers take them: ``padding`` (True or ``longest``, the default; ``max_length``;
+                False or ``do_not_pad``), ``padding_side`` (``left``, the default, as generation needs it, or ``right``),
+                ``pad_to_multiple_of``, ``truncation`` to ``max_length`` (default: the tokenizer's),
+                ``add_special_tokens``, ``return_tensors``, ``return_attention_mask``, ``return_offsets_mapping`` (of
+                pictures their image token's) and ``return_mm_token_type_ids`` (1: picture). Others are refused.
 
         Returns:
             ``input_ids`` and ``attention_mask``, int64 ``[B, T]``; with pictures ``pixel_values``, float32
             ``[M, 3, height, width]``.
 
         Raises:
-            ValueError: Texts and pictures do not go together, or a picture cannot be used.
+            ValueError: Texts and pictures do not go together, a picture cannot be used, or there is no such option.
         """
-        texts = [text] if isinstance(text, str) else list(text or ())
-        if not texts:
-            raise ValueError(f"no text; give one, with {self.image_token} where the picture stands")
-        pictures = [_rgb(image) for image in _flat(images)]
-        counts = [one.count(self.image_token) for one in texts]
-        if max(counts) > 1:
+        asked = {**(common_kwargs or {}), **(text_kwargs or {}), **options}
+        of_pictures = self.image_processor.valid_kwargs.__annotations__.keys() - _OPTIONS.keys()
+        pixels = {name: asked.pop(name) for name in of_pictures & asked.keys()} | dict(images_kwargs or {})
+        pixels.pop("return_tensors", None)
+        taken = _options(asked)
+        if unknown := sorted(pixels.keys() - of_pictures):
             raise ValueError(
-                f"a text holds {max(counts)} times {self.image_token}; this model takes one picture a text"
+                f"images_kwargs: no option {', '.join(unknown)}; there are {', '.join(sorted(of_pictures))}"
             )
-        if sum(counts) != len(pictures):
+        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else []
+        if not texts or not all(isinstance(one, str) for one in texts):
             raise ValueError(
-                f"{len(pictures)} pictures, but {sum(counts)} of the texts hold {self.image_token}; put it once into each text "
-                "that a picture belongs to, or use apply_chat_template"
+                f"text: expected a text or a list of texts, with {self.image_token} where the picture stands, got "
+                f"{type(next(iter(texts), text)).__name__}"
             )
-        rows = [self._ids(one, add_special_tokens=add_special_tokens) for one in texts]
-        if truncation and max_length is not None:
-            if any(self.image_token_id in row[max_length:] for row in rows):
-                raise ValueError(f"max_length={max_length} would cut a picture off; raise it, or shorten the text")
-            rows = [row[:max_length] for row in rows]
+        pictures = [_rgb(image) for image in self._in_order(images, texts)]
+        rows = [self._read(one, taken) for one in texts]
+        limit, padding = taken["max_length"] or self.tokenizer.model_max_length, taken["padding"]
+        if taken["truncation"] not in (False, "do_not_truncate"):
+            if any(one == self.image_token_id for row in rows for one, _ in row[limit:]):
+                raise ValueError(f"max_length={limit} would cut a picture off; raise it, or shorten the text")
+            rows = [row[:limit] for row in rows]
         masks = [[1] * len(row) for row in rows]
-        if padding:
-            longest = max(map(len, rows))
-            width = max(longest, max_length or 0) if padding == "max_length" else longest
+        if padding not in (False, "do_not_pad"):
+            width = max(map(len, rows))
+            if padding == "max_length":
+                if limit > _LONGEST:
+                    raise ValueError("padding='max_length' needs max_length")
+                width = max(width, limit)
+            width += -width % (taken["pad_to_multiple_of"] or 1)
             filler = self.tokenizer.pad_token_id
             filler = self.tokenizer.eos_token_id if filler is None else filler
-            rows = [_padded(row, width, filler or 0, padding_side) for row in rows]
-            masks = [_padded(row, width, 0, padding_side) for row in masks]
-        data: dict[str, Any] = {"input_ids": rows, "attention_mask": masks}
+            rows = [_padded(row, width, (filler or 0, (0, 0)), taken["padding_side"]) for row in rows]
+            masks = [_padded(row, width, 0, taken["padding_side"]) for row in masks]
+        data: dict[str, Any] = {"input_ids": [[one for one, _ in row] for row in rows]}
+        if taken["return_attention_mask"]:
+            data["attention_mask"] = masks
+        if taken["return_offsets_mapping"]:
+            data["offset_mapping"] = [[span for _, span in row] for row in rows]
+        if taken["return_mm_token_type_ids"]:
+            data["mm_token_type_ids"] = [[int(one == self.image_token_id) for one, _ in row] for row in rows]
         if pictures:
-            data["pixel_values"] = np.stack([self._pixels(picture) for picture in pictures])
-        return BatchFeature(data, tensor_type=return_tensors)
+            data["pixel_values"] = np.stack([self._pixels(picture, pixels) for picture in pictures])
+        return BatchFeature(data, tensor_type=taken["return_tensors"])
 
-    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Ids of a text, its picture opened out."""
+    def _in_order(self, images: Any, texts: Sequence[str]) -> list[Any]:
+        """The pictures in the order of the texts, each of which has its own."""
+        many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+        given = [] if images is None else list(images) if many else [images]
+        counts = [text.count(self.image_token) for text in texts]
+        alone = "this model takes one picture a text or conversation, or none"
+        if any(one is None or isinstance(one, list | tuple) for one in given):
+            lists = [list(one) if isinstance(one, list | tuple) else [] if one is None else [one] for one in given]
+            if len(lists) != len(texts):
+                raise ValueError(f"{len(lists)} lists of pictures for {len(texts)} texts; give one list for each text")
+            for number, (own, count) in enumerate(zip(lists, counts, strict=True), 1):
+                if len(own) != count or count > 1:
+                    raise ValueError(
+                        f"text {number}: {len(own)} pictures, and {count} times {self.image_token}; {alone}"
+                    )
+            return [image for own in lists for image in own]
+        if max(counts) > 1:
+            raise ValueError(f"a text holds {max(counts)} times {self.image_token}; {alone}")
+        if sum(counts) != len(given):
+            raise ValueError(
+                f"{len(given)} pictures, but {sum(counts)} of the texts hold {self.image_token}; put it once into each text "
+                f"that a picture belongs to, or use apply_chat_template; {alone}"
+            )
+        return given
+
+    def _read(self, text: str, taken: Mapping[str, Any]) -> list[tuple[int, tuple[int, int]]]:
+        """Ids of a text, its picture opened out, and the characters of each."""
         tokenizer, bos = self.tokenizer, self.tokenizer.bos_token
 
-        def read(part: str) -> list[int]:
-            return list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+        def read(start: int, end: int) -> list[tuple[int, tuple[int, int]]]:
+            tells = {"return_offsets_mapping": True} if taken["return_offsets_mapping"] else {}
+            found = tokenizer(text[start:end], add_special_tokens=False, verbose=False, **tells)
+            spans = found.get("offset_mapping") or [(0, 0)] * len(found["input_ids"])
+            return [(one, (start + a, start + b)) for one, (a, b) in zip(found["input_ids"], spans, strict=True)]
 
-        if self.image_token_id in tokenizer.added_tokens_decoder:
-            found = read(text)
+        at = text.find(self.image_token)
+        if at < 0 or self.image_token_id in tokenizer.added_tokens_decoder:
+            found = read(0, len(text))
         else:
-            before, marker, after = text.partition(self.image_token)
-            found = read(before) + ([self.image_token_id, *read(after)] if marker else [])
-        ids = [one for one in found for _ in range(self.visual_tokens if one == self.image_token_id else 1)]
-        if not (add_special_tokens and self.adds_special_tokens) or (bos and text.startswith(bos)):
-            return ids
+            end = at + len(self.image_token)
+            found = [*read(0, at), (self.image_token_id, (at, end)), *read(end, len(text))]
+        row = [one for one in found for _ in range(self.visual_tokens if one[0] == self.image_token_id else 1)]
+        if not (taken["add_special_tokens"] and self.adds_special_tokens) or (bos and text.startswith(bos)):
+            return row
         bare, full = (tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (False, True))
         starts = (at for at in range(len(full)) if full[at : at + len(bare)] == bare)
-        return [*full[: next(starts, 0)], *ids]
+        return [*((one, (0, 0)) for one in full[: next(starts, 0)]), *row]
 
-    def _pixels(self, image: PIL.Image.Image) -> np.ndarray:
+    def _pixels(self, image: PIL.Image.Image, options: Mapping[str, Any]) -> np.ndarray:
         """A picture as float32 ``[3, height, width]``."""
         side = max(image.size)
         if self.layout == "pad" and image.width != image.height:
@@ -169,28 +236,57 @@ class VisionLanguageProcessor(ProcessorMixin):
                     f"{MAX_PIXELS} pixels allowed; crop it first"
                 )
             image = paste_on_square(image, side, self.image_processor.image_mean)
-        values = self.image_processor(image, do_pad=False)["pixel_values"][0]
+        values = self.image_processor(image, **{"do_pad": False, **options})["pixel_values"][0]
         return np.asarray(values, dtype=np.float32)
 
 
-def _padded(row: list[int], width: int, filler: int, side: str) -> list[int]:
+def _options(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of texts.
+
+    Raises:
+        ValueError: There is no such option, or it takes no such value.
+    """
+    taken = {name: allowed[0] for name, allowed in _OPTIONS.items()}
+    for name, given in asked.items():
+        value = getattr(given, "value", given)  # the library has enums for some
+        if name in _OPTIONS:
+            allowed = _OPTIONS[name]
+            is_count = allowed == _COUNT and type(value) is int and value > 0
+            if value is not None and not is_count and value not in allowed:
+                expected = "a count above 0" if allowed == _COUNT else " or ".join(map(repr, allowed))
+                raise ValueError(f"{name}: got {value!r}, expected {expected}")
+            taken[name] = allowed[0] if value is None else value
+        elif not (value is None or name in _IGNORED or (name in _NONE_OF and value in (False, [], ()))):
+            raise ValueError(f"no option {name} (got {value!r:.80}) of this processor; there are {', '.join(_OPTIONS)}")
+    return taken
+
+
+def _padded(row: list[Any], width: int, filler: Any, side: str) -> list[Any]:
     missing = [filler] * (width - len(row))
     return row + missing if side == "right" else missing + row
 
 
-def _flat(images: Any) -> list[Any]:
-    """All pictures of a nested list, in order."""
-    if images is None:
-        return []
-    if not isinstance(images, list | tuple):
-        return [images]
-    return [image for part in images for image in _flat(part)]
-
-
 def _rgb(image: Any) -> PIL.Image.Image:
     """A picture as the model sees it: upright, alpha over white."""
-    if isinstance(image, str):
-        image = PIL.Image.open(image) if Path(image).is_file() else load_image(image)
+    if isinstance(image, bytes):
+        image = PIL.Image.open(BytesIO(image))
+    elif isinstance(image, str | Path):
+        image = PIL.Image.open(image) if os.path.isfile(image) else load_image(str(image))  # noqa: PTH113 - any text
     elif not isinstance(image, PIL.Image.Image):
-        image = PIL.Image.fromarray(np.asarray(image))
+        image = _from_array(image)
     return to_rgb(PIL.ImageOps.exif_transpose(image))
+
+
+def _from_array(image: Any) -> PIL.Image.Image:
+    """A picture of an array or tensor; floats and wider numbers have no one meaning."""
+    kind, shape = str(getattr(image, "dtype", type(image).__name__)).removeprefix("torch."), getattr(image, "shape", ())
+    first, last = (len(shape) == 3 and shape[at] in (1, 3, 4) for at in (0, -1))
+    if kind != "uint8" or 0 in shape or not (len(shape) == 2 or first != last):
+        raise ValueError(
+            f"a picture of type {kind}{f' and shape {tuple(shape)}' if shape else ''}; expected PIL's, an array or tensor of "
+            "uint8 in shape [H, W], or [H, W, C] or [C, H, W] with 1, 3 or 4 channels on one side, a file's bytes, a path or "
+            "an address"
+        )
+    values = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
+    values = np.moveaxis(values, 0, -1) if first else values
+    return PIL.Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[2:] == (1,) else values))

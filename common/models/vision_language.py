@@ -16,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.common.models.llava import loss_on_words
+from vlm_distill_cache.common.models.llava import look_up_row_0, loss_on_words
 from vlm_distill_cache.common.models.projectors import (
     LDPProjector,
     LDPv2Projector,
@@ -74,9 +74,12 @@ OnRows = Callable[[Tensor, Any], Any]
 class VisualDecoder:
     """Mixed into a decoder of the library (``LlamaModel``, ``Qwen2Model``): adds projector and vision tower."""
 
+    embed_tokens: nn.Embedding
+
     def add_vision(self, config: VisionLanguageConfig) -> None:
         """Make tower and projector, with random weights; a ModelError if they do not fit each other."""
         self.image_token_id = config.image_token_id
+        look_up_row_0(self.embed_tokens, config)  # MobileVLM: 32000 rows, and the image token is 32000
         self.vision_tower = VisionTower(
             config.vision_config, config.vision_feature_layer, config.vision_feature_select_strategy
         )
@@ -105,24 +108,29 @@ class VisualDecoder:
 
     def embed_multimodal(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """Embed tokens and put the projected images where the image token stands, in batch-row order: ``[B, T, D]``."""
-        embeds = self._embed_text(input_ids)
+        return self._put_images(self.embed_tokens(input_ids), input_ids == self.image_token_id, pixel_values)
+
+    def _put_images(self, embeds: Tensor, is_image: Tensor, pixel_values: Tensor) -> Tensor:
         visual = self.mm_projector(self.vision_tower(pixel_values)).to(embeds.dtype)  # [M, N, D]
-        is_image = input_ids == self.image_token_id  # [B, T]
-        found = int(is_image.sum())
+        found = int(is_image.sum())  # of [B, T]
         if found != visual.shape[0] * visual.shape[1]:
             raise ModelError(
-                f"input_ids hold {found} image tokens, expected {visual.shape[0]} images x {visual.shape[1]} "
-                f"visual tokens; encode with the student's image_grid {self.mm_projector.out_grid}"
+                f"the text holds {found} image tokens, expected {visual.shape[0]} images x {visual.shape[1]} "
+                f"visual tokens; encode with the student's image_grid {self.mm_projector.out_grid}, and give input_ids: "
+                "inputs_embeds tell image tokens from others only where nothing else has the same embedding"
             )
         return embeds.masked_scatter(is_image.unsqueeze(-1), visual)
 
-    def _embed_text(self, input_ids: Tensor) -> Tensor:
-        """Embed tokens; an image token beyond the embedding (MobileVLM: 32000 rows) gets row 0."""
-        embedding: nn.Embedding = self.embed_tokens  # type: ignore[attr-defined]
-        if self.image_token_id >= embedding.weight.shape[0]:
-            input_ids = input_ids.masked_fill(input_ids == self.image_token_id, 0)
-        embeds: Tensor = embedding(input_ids)
-        return embeds
+    def _image_places(self, inputs_embeds: Tensor, attention_mask: Any) -> Tensor:
+        """Where the embedding of the image token stands, bool ``[B, T]``; padding, which may have the same, left out.
+
+        No place of an image token is missed, so these are its places where they are as many as the images need.
+        """
+        token = torch.full((1,), self.image_token_id, device=inputs_embeds.device)
+        places: Tensor = (inputs_embeds == self.embed_tokens(token).to(inputs_embeds.dtype)).all(-1)
+        if isinstance(attention_mask, Tensor) and attention_mask.shape == places.shape:
+            places = places & attention_mask.bool()
+        return places
 
     def _refuse_missing_images(self, input_ids: Tensor, past: Any) -> None:
         """Raise ModelError for image tokens without an image, unless the model generated them itself."""
@@ -148,19 +156,27 @@ class VisualDecoder:
         """Run the language model over text and images.
 
         ``input_ids`` are int64 ``[B, T]``, or in their place ``inputs_embeds`` float ``[B, T, D]``, with images already
-        embedded; ``pixel_values`` float ``[M, 3, height, width]``, with the first step only; ``attention_mask`` bool or 0/1
+        embedded, or to be put where the image token's embedding stands; ``pixel_values`` float ``[M, 3, height, width]``,
+        with the first step only; ``attention_mask`` bool or 0/1
         ``[B, past + T]``, bool ``[B, 1, T, past + T]`` (True: may attend), a dict of masks by kind of layer, or None. All
         else, such as keys and values of earlier steps, is as for the library's decoders.
 
         Returns:
             ``last_hidden_state`` float ``[B, T, D]``, and keys and values for the next step.
+
+        Raises:
+            ModelError: Images and image tokens do not go together.
         """
-        if input_ids is not None and inputs_embeds is None:
-            if pixel_values is None:
-                self._refuse_missing_images(input_ids, kwargs.get(PAST, kwargs.get("past_key_values")))
-                inputs_embeds = self._embed_text(input_ids)
-            else:
-                inputs_embeds = self.embed_multimodal(input_ids, pixel_values)
+        if input_ids is not None and inputs_embeds is not None:
+            raise ModelError("got input_ids and inputs_embeds; give one of them")
+        if inputs_embeds is not None and pixel_values is not None:
+            places = self._image_places(inputs_embeds, attention_mask)
+            inputs_embeds = self._put_images(inputs_embeds, places, pixel_values)
+        elif input_ids is not None and pixel_values is not None:
+            inputs_embeds = self.embed_multimodal(input_ids, pixel_values)
+        elif input_ids is not None:
+            self._refuse_missing_images(input_ids, kwargs.get(PAST, kwargs.get("past_key_values")))
+            inputs_embeds = self.embed_tokens(input_ids)
         if (
             isinstance(attention_mask, Tensor)
             and attention_mask.dim() == 4

@@ -69,5 +69,3 @@ LAYOUTS: Mapping[str, Writer] = {
     "adapter": write_adapter,
     "gguf": write_llama_cpp,
 }
-FOR_OTHERS = ("adapter", "gguf")
-"""Layouts that hold no model which is read here."""

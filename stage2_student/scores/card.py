@@ -28,7 +28,7 @@ from vlm_distill_cache.common.files.signed import read_signed, write_signed
 from vlm_distill_cache.common.hub import CARD, HubName, hub_name
 from vlm_distill_cache.common.printing import hide_secrets, markdown, markdown_code, one_line, printable
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
-from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, own_file, read_provenance
+from vlm_distill_cache.stage2_student.final_folder import FOR_OTHERS, PROVENANCE, own_file, read_provenance
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.pruned_folder import read_settings
 from vlm_distill_cache.stage2_student.scores.origin import UNKNOWN
@@ -259,6 +259,8 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
         if taught
         else "The baseline of a distillation: trained on the same data and as long, on the answers alone, without a teacher."
     )
+    prefix = provenance["encoder"]["template"].get("bos_after_image")
+    needs = " The library's processor of it takes no question without a picture." if prefix else ""
     return f"""---
 {_metadata(config, origin, scores, name, export.get("layout"))}
 ---
@@ -290,7 +292,7 @@ What is derived is under the licences of what it was derived from: teacher, data
 
 ## Make it again
 
-{_commands(config, caches, taught)}
+{_commands(config, caches, "run" if taught and scores and GAIN in scores.reports else "train")}
 
 Versions: {", ".join(versions) or "not stated"}.
 
@@ -299,7 +301,7 @@ Versions: {", ".join(versions) or "not stated"}.
 - It knows what its data and its teacher taught it, with their faults and their bias, and was tried on no more than what stands
   under "Scores". Look at its answers on your own pictures before others rely on them.
 - Its prompt format is {markdown_code(provenance["encoder"]["template"].get("name"))}, which the chat template writes; it was
-  trained on at most {provenance["encoder"]["max_length"]} tokens.
+  trained on at most {provenance["encoder"]["max_length"]} tokens.{needs}
 - Names and licences above are what the makers of cache and data state.
 """
 
@@ -418,6 +420,8 @@ def _phases(origin: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _scores(scores: CardScores | None, export: Any) -> str:
+    if scores is None and export and export.get("layout") in FOR_OTHERS:
+        return "Not scored: `distill evaluate` scores the student that this export was made of."
     if scores is None:
         return "Not scored yet: `distill evaluate FOLDER --card` does it, and writes the scores here."
     own = next(iter(scores.reports))
@@ -486,13 +490,12 @@ answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shap
 print(processor.decode(answer, skip_special_tokens=True))"""
 
 
-def _commands(config: Mapping[str, Any], caches: Iterable[Mapping[str, Any]], taught: bool) -> str:
-    """The commands of both stages, and the configuration that they take."""
+def _commands(config: Mapping[str, Any], caches: Iterable[Mapping[str, Any]], verb: str) -> str:
+    """The commands of both stages, and the configuration that they take; a run's scores tell that it was one."""
     left_out = {"output", "cache", *({*PHASE_NAMES} - {*config["phases"]})}
     told = {key: _without_folders(value) for key, value in config.items() if key not in left_out}
     builds = list(dict.fromkeys(str(cache["command"]) for cache in caches if cache.get("command")))
-    command = "distill run --config config.yaml --cache CACHE --output OUTPUT" if taught else ""
-    lines = [*builds, command or "distill train --config config.yaml --cache CACHE --output OUTPUT"]
+    lines = [*builds, f"distill {verb} --config config.yaml --cache CACHE --output OUTPUT"]
     settings = yaml.safe_dump(told, sort_keys=False, width=10_000)
     return (
         "The cache, from the teacher and the data; then the student, from the data and the cache. Words in capitals, and "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, Model
 from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.files.hashing import file_digests, sha256_hex
 from vlm_distill_cache.common.hub import CARD, HubName
-from vlm_distill_cache.common.printing import SURROGATE, one_line
+from vlm_distill_cache.common.printing import SURROGATE, holds_token, one_line
 from vlm_distill_cache.common.remotes.hub import NO_ACCESS, refuse_offline, settle_transfer, sorted_hub_errors
 from vlm_distill_cache.common.remotes.streams import Retries, said
 from vlm_distill_cache.stage2_student.final_folder import FINAL, IS_READ, PROVENANCE, own_file, read_final
@@ -28,7 +29,14 @@ if TYPE_CHECKING:
 
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
 _SHOWN = 10  # names in an error
+_MOST_TEXT = 1 << 26  # bytes; what is larger holds weights
 MAIN = "main"
+# What git takes for no branch (git-check-ref-format(1)), or for something else than one.
+_NO_BRANCH = re.compile(
+    r"@|HEAD|[0-9a-f]{40}|(?:refs/|[-/]).*|.*(?:[\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]|\.\.|@\{|//|[./]$|\.lock(?:/|$)).*"
+    r"|(?:.*/)?\..*|(?:.*/)?[^/]{201,}(?:/.*)?",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +128,20 @@ def push_student(
 
     Raises:
         ModelError: If the folder is no student or damaged, or another model is there.
-        ConfigError: If the repository is public and ``public`` is not given, or the hub is switched off.
+        ConfigError: If the repository is public and ``public`` is not given, the hub is switched off, the revision is no
+            branch's name, or a file or the message holds a token of the hub.
         TransferError: If the hub refuses, cannot be reached, or holds something else afterwards.
     """
     place = HubName(place.repository, place.revision or MAIN)
+    if _NO_BRANCH.fullmatch(place.revision):
+        raise ConfigError(
+            f"--revision {one_line(place.revision)!r} is no branch's name; expected one as git takes it, of at most 200 "
+            "characters: letters, digits, - and _, with . and / inside, as in v1 or tests/long; no commit, no refs/..."
+        )
+    if holds_token(message):
+        raise ConfigError(
+            "--message: holds a token of the hub, which whoever reads the repository could use; leave it out"
+        )
     refuse_offline(str(place), "copy the folder")
     push = _Push(folder, place, read_final(folder), public=public, overwrite=overwrite)
 
@@ -300,7 +318,16 @@ def _files_of(folder: Path, provenance: Mapping[str, Any], place: HubName) -> di
         card = card_text(
             folder, provenance, place=HubName(place.repository, "" if place.revision == MAIN else place.revision)
         )
-    return files | {CARD: card.encode()}
+    files[CARD] = card.encode()
+    for name, content in files.items():
+        if _size(content) <= _MOST_TEXT:
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            if holds_token(data.decode(errors="replace")):
+                raise ConfigError(
+                    f"{folder / name}: holds a token of the hub, which whoever reads the repository could use; take it out, and "
+                    "make a new token on the hub if others have seen this one"
+                )
+    return files
 
 
 def _size(content: Path | bytes) -> int:

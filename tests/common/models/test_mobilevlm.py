@@ -117,6 +117,30 @@ def test_projected_images_stand_where_the_image_tokens_are_in_batch_order():
     assert torch.equal(embeds[0, :3], student.model.embed_tokens(input_ids[0, :3]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("image", [IMAGE, 3])
+def test_embeddings_of_a_text_get_its_pictures_as_its_ids_do_or_are_refused(image):
+    student = make_student()
+    student.config.image_token_id = student.model.image_token_id = image
+    pixels, tokens = torch.randn(2, 3, 24, 24), [image] * 9
+    # In front, what a tokenizer without a padding token of its own pads with: row 0, as an image token beyond the rows has.
+    ids = torch.tensor([[0, 0, 1, 5, *tokens, 7], [1, 6, *tokens, 7, 8, 9]])
+    inputs = {"attention_mask": (ids != 0).long(), "pixel_values": pixels}
+    embeds = student.get_input_embeddings()(ids)
+    there = inputs["attention_mask"].bool()
+    found, expected = student(inputs_embeds=embeds, **inputs).logits, student(input_ids=ids, **inputs).logits
+    assert torch.equal(found[there], expected[there])
+    other = student(inputs_embeds=embeds, **inputs | {"pixel_values": pixels.flip(0)}).logits
+    assert not torch.allclose(found[there], other[there])
+    with pytest.raises(ModelError, match=r"holds 0 image tokens, expected 2 images x 9 .* and give input_ids"):
+        student(inputs_embeds=embeds + 1e-3, **inputs)
+    embeds[1, -1] = student.get_input_embeddings()(torch.tensor(image))
+    with pytest.raises(ModelError, match="holds 19 image tokens"):
+        student(inputs_embeds=embeds, **inputs)
+    with pytest.raises(ModelError, match="give one of them"):
+        student(input_ids=ids, inputs_embeds=embeds, **inputs)
+
+
 @pytest.mark.parametrize(
     ("visual", "pixels", "message"),
     [

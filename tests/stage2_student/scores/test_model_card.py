@@ -70,7 +70,8 @@ def test_a_run_leaves_cards_that_are_valid_and_tell_what_its_files_hold(tiny_cac
         told = yaml.safe_load(block(text, "yaml"))
         again = config_from_dict(TrainConfig, {**told, "cache": config.cache, "output": config.output})
         assert describe(again, {}) == describe(config_from_dict(TrainConfig, provenance["config"]), {})
-        build = shlex.split(block(text, "sh").splitlines()[0])
+        build, train = map(shlex.split, block(text, "sh").splitlines())
+        assert train[:2] == ["distill", {"sft": "train", "distilled": "run"}[own]]
         settings = [value for flag, value in pairwise(build) if flag == "--set"]
         signals = build[build.index("--signals") + 1]
         made = load_options(BuildConfig, {"signals": signals.split(",")}, settings)
@@ -182,6 +183,22 @@ def test_a_card_says_what_was_scored_on_what_and_no_folder_of_the_machine(tiny_c
     (final / "README.md").write_text("---\nlicense: mit\n---\nMine")
     assert CliRunner().invoke(main, ["export", str(final), "--output", str(tmp_path / "x")]).exit_code == 0
     assert f"{final / 'README.md'} was edited; the export has a card of its own" in caplog.text
+
+
+def test_a_card_names_the_command_that_made_the_student_and_what_can_be_done_with_it(copied):
+    final = copied / "distilled" / "final"
+    provenance = read_provenance(final)
+    assert "distill run --config" in card_text(final, provenance)
+    assert "takes no question without" not in card_text(final, provenance)
+    (final / SCORES).unlink()
+    assert "distill train --config" in card_text(final, provenance)
+    assert "`distill evaluate FOLDER --card` does it" in card_text(final, provenance)
+    provenance["encoder"]["template"] |= {"name": "paligemma", "bos_after_image": True}
+    for layout in ("adapter", "gguf"):
+        text = card_text(final, provenance | {"export": {"layout": layout}})
+        assert "--card" not in text
+        assert "scores the student that this export was made of" in text
+        assert "takes no question without a picture" in text
 
 
 def test_licences_are_those_that_are_stated(copied, tmp_path):

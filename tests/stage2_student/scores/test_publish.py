@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from hub_server import TOKEN, ModelHub, use_models
 from servers import Fault
 
-from vlm_distill_cache.common.files.signed import list_files
+from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.common.hub import model_folder
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
@@ -65,6 +65,17 @@ def test_a_pushed_run_is_private_and_reads_back_equal(hub, copied, monkeypatch):
     said = {}
     exec(lines.replace("print(", "said = ("), said)
     assert isinstance(said["said"], str)
+
+
+def test_a_push_ends_with_a_step_that_can_be_done(hub, copied):
+    final = copied / "distilled" / "final"
+    provenance = read_final(final)
+    for layout in ("auto", "adapter", "gguf"):
+        export = {"layout": layout, "dtype": "float32", "quantise": None, "made_from": {"files": {}, "export": None}}
+        write_signed(final / PROVENANCE, provenance | {"export": export})
+        done = push(final, f"me/{layout}")
+        assert "Pushed " in done.output
+        assert ("Next: distill evaluate me/auto" in done.output) is (layout == "auto")
 
 
 def test_nothing_of_others_is_replaced_or_shown_to_everybody_unasked(hub, copied):

@@ -10,7 +10,7 @@ from vlm_distill_cache.common.hub import HubName
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final, refuse_inside_student
 from vlm_distill_cache.stage2_student.scores.card import SCORES
-from vlm_distill_cache.stage2_student.scores.publish import _files_of
+from vlm_distill_cache.stage2_student.scores.publish import _NO_BRANCH, _files_of, push_student
 
 PLACE = HubName("me/student")
 
@@ -57,6 +57,34 @@ def test_what_a_hub_would_refuse_or_nobody_could_read_is_named_before_it_is_sent
         with pytest.raises(ModelError, match=words):
             _files_of(final, provenance, PLACE)
         (final / name).write_bytes(before)
+
+
+def test_no_token_leaves_with_a_student_or_its_message(copied, monkeypatch):
+    final = copied / "sft" / "final"
+    provenance = read_final(final)
+    monkeypatch.setenv("HF_TOKEN", "in-use-here")
+    for name in ("README.md", "LICENSE", "NOTICE.txt"):
+        before = (final / name).read_bytes() if (final / name).exists() else b""
+        for token in (b"in-use-here", b"hf_" + b"Ab1" * 11):
+            (final / name).write_bytes(b"---\nlicense: mit\n---\nlogin(token='" + token + b"')")
+            with pytest.raises(ConfigError, match=f"{name}: holds a token of the hub") as refused:
+                _files_of(final, provenance, PLACE)
+            assert token.decode() not in str(refused.value)
+        (final / name).write_bytes(before or b"of hf_transformers and hf_hub_download")
+    assert _files_of(final, provenance, PLACE).keys() >= {"README.md", "LICENSE", "NOTICE.txt"}
+    with pytest.raises(ConfigError, match="--message: holds a token of the hub"):
+        push_student(final, PLACE, message="with in-use-here")
+
+
+def test_what_is_no_branch_is_refused_before_anything_is_read_or_asked(tmp_path):
+    for branch in (
+        "..", "-x", "a b", "refs/pr/1", "HEAD", "a" * 300, "@", "a..b", "a~1", "a^", "a:b", "a?", "a*", "a[", "a\\b", "/a",
+        "a/", "a//b", ".a", "a/.b", "a.", "a.lock/b", "a@{b", "a\n", "a\x7f", "\udcff", "0" * 40,
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="is no branch's name; expected one as git takes it"):
+            push_student(tmp_path, PLACE._replace(revision=branch), dry_run=True)
+    for good in ("main", "v1.0", "tests/long", "a@b", "HEADS", "\u00e9", "x" * 200):
+        assert not _NO_BRANCH.fullmatch(good)
 
 
 def test_nothing_is_written_into_a_students_folder(copied):

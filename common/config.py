@@ -333,15 +333,21 @@ def save_config(config: Any, path: Path) -> None:
 def save_replay(config: Any, folder: str | Path, *, command: str) -> Path | None:
     """Keep a config beside a folder that may hold nothing else, ``FOLDER.build.yaml``, for a command that replays it.
 
+    Args:
+        config: None removes the file: it is not true any more.
+
     Returns:
         The file; None if it cannot be written there, or another one has that name, which is left as it is.
     """
     place = Path(os.path.abspath(folder))  # noqa: PTH100 - resolving links would place it elsewhere
     path, first = place.with_name(f"{place.name}.build.yaml"), f"# {command} "
-    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
     try:
         if path.exists() and not _bounded_text(path, plain=True).startswith(first):
             return None
+        if config is None:
+            path.unlink(missing_ok=True)
+            return None
+        text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
         write_bytes_atomic(
             path, f"{first}{path.name}; relative paths start from the working directory\n{text}".encode()
         )

@@ -246,9 +246,7 @@ def extend(*, cache: Path, nproc: int | None, dry_run: bool, **options: Any) -> 
         return
     with explain_disk_errors(cache), stopped_by_sigterm():
         extension = extend_cache(replace(settings, cache=str(cache)), given=given, processes=nproc)
-    replay = None
-    if extension.options is not None:
-        replay = save_replay(extension.options, cache, command="teacher-cache build --config")
+    replay = save_replay(extension.options, cache, command="teacher-cache build --config")
     answer(**extension_values(extension), options=replay)
     say(extension_text(extension))
     if replay is not None and extension.before is not None:

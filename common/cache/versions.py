@@ -7,11 +7,13 @@ on in the folder that he opened: it is known by its inode.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
-from vlm_distill_cache.common.cache.manifest import Manifest
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
+from vlm_distill_cache.common.errors import CacheFormatError
 
 MARK, BEFORE, EXTENDING = ".", "before", "extending"
 _HASH_DIGITS = 12
@@ -24,6 +26,16 @@ Identity = tuple[int, int]
 def version_folder(cache_dir: Path, kind: str, manifest: Manifest) -> Path:
     """The folder of a version beside a cache; ``manifest``: of the version before."""
     return cache_dir.with_name(f"{cache_dir.name}{MARK}{kind}-{manifest.hash[:_HASH_DIGITS]}")
+
+
+def kept_version(cache_dir: Path, hash_before: str) -> Path | None:
+    """Where a cache is kept as it was, before it was extended, by the hash of its manifest then; None: nowhere."""
+    place = cache_dir.resolve()
+    folder = place.with_name(f"{place.name}{MARK}{BEFORE}-{hash_before[:_HASH_DIGITS]}")
+    with contextlib.suppress(CacheFormatError, OSError, ValueError):
+        if read_manifest(folder).hash == hash_before:
+            return folder
+    return None
 
 
 def version_of(folder: Path) -> Path | None:

@@ -401,7 +401,7 @@ def advise(
 ) -> None:
     """Compare presets, top-k and bits by bytes and gradient error on a probe, and say which to build with."""
     given = {name: value for name, value in options.items() if name != "overrides"}
-    options_given = canonical_overrides(BuildConfig, options["overrides"])
+    options_given, named = canonical_overrides(BuildConfig, options["overrides"]), _given(options)
     settings, _ = _settings(options)
 
     import gc
@@ -421,6 +421,8 @@ def advise(
     most = None if budget is None else parse_bytes(budget)
     bound = 0.05 if most is None and max_gradient_error is None else max_gradient_error
     _refuse_place(json_file)
+    if "data" in named and "cache" not in named:  # the cache of other data has the default's place
+        given["cache"] = report.cache_for(settings.data, settings.store)
     quiet_libraries()
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -452,7 +454,9 @@ def advise(
                 overrides=student_set, chosen=found.options,
             )  # fmt: skip
     table = report.advice_text(advice, None if scores is None else score_lines(scores))
-    last = report.recommendation_text(found, command, budget=most, bound=bound, advice=advice)
+    last = report.recommendation_text(
+        found, command, budget=most, bound=bound, advice=advice, tolerated=settings.max_failed_share
+    )
     say(f"{table}\n\n{last}")
     figures = report.advice_json(advice, found, command, scores)
     answer(**figures)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from copy import deepcopy
 from dataclasses import replace
@@ -19,7 +20,7 @@ from PIL import Image
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
 from vlm_distill_cache.common.cache.plan import Plan, read_plan, write_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, preset_settings
+from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.config import load_config, save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DistillError, SampleNotCachedError
@@ -29,6 +30,7 @@ from vlm_distill_cache.common.remotes.push import push
 from vlm_distill_cache.common.tools.merge import merge
 from vlm_distill_cache.common.tools.select import Selection, pull_partial
 from vlm_distill_cache.common.tools.verify import verify
+from vlm_distill_cache.data.sources.mixture import entry_of_cache
 from vlm_distill_cache.stage1_teacher import extend as extending
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
@@ -175,6 +177,7 @@ def test_what_records_are_not_of_is_refused_by_name_and_nothing_changes(
             more(cache, **{**data, "signals": ("hidden",), **options})
         found = tree(tmp_path)
         assert {name: found[name] for name in before} == before
+        assert not list(tmp_path.glob("cache.*"))
     more(cache, **data, signals=("hidden",))
     assert open_cache(cache).signals == ("hidden", "logits")
 
@@ -339,6 +342,9 @@ def test_options_are_told_from_the_codecs_that_they_gave_and_give_them_again(val
     assert again["logits"] == built["logits"] | {"temperatures": [1.0, 3.0]}
 
 
+LOGITS = {"logits": LogitCodec.from_preset("wide").to_dict()}
+
+
 def sealed(signals: dict[str, dict], *, groups: int = 1) -> tuple[Plan, Manifest]:
     """Of a cache that holds these signals."""
     folder = Path(__file__).parents[1] / "common/fixtures/cache-v1-zarr"
@@ -351,14 +357,64 @@ def sealed(signals: dict[str, dict], *, groups: int = 1) -> tuple[Plan, Manifest
 
 def test_settings_of_no_preset_are_not_replaced_by_another_ones():
     for other in ({"gap_steps": False, "balanced": False}, {"min_k": 3}, {"floor": 0.5, "max_k": 7, "min_k": 7}):
-        own = {"codec": "logits", **preset_settings("wide"), "temperatures": [1.0, 2.0], "exact": False, **other}
-        plan, manifest = sealed({"logits": own})
+        plan, manifest = sealed({"logits": {**LOGITS["logits"], **other}})
         asked = BuildConfig(temperatures=(1.0, 4.0), logits="wide")
         with pytest.raises(ConfigError, match=r"temperatures would make logits anew.*give logits as well"):
             with_options_of(asked, Path("cache"), plan, manifest, given=("temperatures",))
         with_options_of(asked, Path("cache"), plan, manifest, given=("temperatures", "logits"))
         options = with_options_of(asked, Path("cache"), plan, manifest, given=())
         assert unnamed_signals(options, plan) == ["logits"]
+
+
+def test_where_no_version_can_take_a_caches_place_is_refused_before_anything_is_opened(tmp_path: Path, monkeypatch):
+    cache, kept = tmp_path / "cache", tmp_path / "cache.before-0123456789ab"
+    for folder in (cache / "shards", kept):
+        folder.mkdir(parents=True)
+    for place, message in ((kept, rf"version of {cache}, kept"), (Path("/dev"), r"mount point.*copy the cache")):
+        for dry in ([], ["--dry-run"]):
+            said = CliRunner().invoke(main, ["extend", str(place), *dry]).output
+            assert re.search(message, said), said
+    for inside in (cache, cache / "shards"):
+        monkeypatch.chdir(inside)
+        with pytest.raises(ConfigError, match=r"inside of the cache.*cd out of it first"):
+            more(Path(os.path.relpath(cache)))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DistillError, match=r"plan\.json"):  # nothing of the place is in the way
+        more(Path("cache"))
+
+
+def test_data_that_are_not_given_are_those_that_the_cache_names_or_are_asked_for():
+    plan, manifest = sealed(LOGITS)
+
+    def data_of(name: str) -> str:
+        return with_options_of(
+            BuildConfig(), Path("cache"), replace(plan, data={"name": name}), manifest, given=()
+        ).data
+
+    for name in ("shapes", "shapes:images=30,seed=1", "easy-vqa"):
+        assert [data_of(f"{name}{more}") for more in ("", "[:7]", "/test")] == [name] * 3
+    for name in ("data.json", "shapes.json", "shapes:images=10000000,seed=0", "org/easy-vqa", "None"):
+        with pytest.raises(ConfigError, match=rf"no data given \(--data\).*{re.escape(name)}"):
+            data_of(name)
+
+
+def test_a_limit_is_the_entrys_where_it_is_one_of_an_entry_and_the_caches_where_it_is_not(tmp_path: Path):
+    plan, manifest = sealed(LOGITS)
+    path, cache = tmp_path / "mixture.yaml", tmp_path / "one"
+
+    def limit_of(was: int, entry: int | None, **given: int) -> int:
+        lines = [
+            f"- data: a.json\n  cache: one\n{f'  limit: {entry}' if entry else ''}",
+            "- data: b.json\n  cache: two",
+        ]
+        path.write_text("\n".join(lines))
+        options = BuildConfig(data=str(path), **given)
+        of = replace(plan, data={"name": "a.json", "limit": was})
+        found = with_options_of(options, cache, of, manifest, given=("data", *given))
+        return entry_of_cache(found.data, found.base).limit_within(found.limit) or 0
+
+    assert [limit_of(4, 4), limit_of(4, 6), limit_of(6, 4), limit_of(0, 4), limit_of(0, None)] == [4, 6, 4, 4, 0]
+    assert [limit_of(4, None), limit_of(4, 6, limit=5), limit_of(4, None, limit=0)] == [4, 5, 0]
 
 
 def test_a_look_writes_nothing_and_says_what_the_extension_then_does(

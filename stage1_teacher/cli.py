@@ -163,6 +163,7 @@ def build(
 
     from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
+    from vlm_distill_cache.stage1_teacher.planning.extension import stated
     from vlm_distill_cache.stage1_teacher.planning.parts import choose_part, local_device
     from vlm_distill_cache.stage1_teacher.report import next_command, summary_text, summary_values
 
@@ -192,6 +193,7 @@ def build(
             summary = extract(settings, overwrite=overwrite, part=own)
         else:
             summary = extract_with_processes(settings, nproc, overwrite=overwrite, part=own)
+    asked = replace(asked, **stated(read_plan(summary.cache)))  # what it was begun with stays
     replay = save_replay(asked, asked.cache, command="teacher-cache build --config")
     answer(**summary_values(summary), options=replay)
     say(summary_text(summary))

@@ -121,8 +121,8 @@ def _with_options(extension: Extension, options: BuildConfig, plan: Plan) -> Ext
     """With the options of a build that finds the cache complete, if there are any, and what of those given it does not have."""
     has = stated(plan)
     notes = [
-        f"{name}={getattr(options, name)!r} is not recorded, the cache has {text!r}: it is taken along when samples or signals "
-        "are added to a cache of one build, or give it to a build of another cache"
+        f"{name}={getattr(options, name)!r} is not recorded, the cache states {repr(text) if text else 'none'}: give it "
+        "again when samples or signals are added to a cache of one build, or build another cache"
         for name, text in has.items() if getattr(options, name) != text
     ]  # fmt: skip
     unnamed = unnamed_signals(options, plan)

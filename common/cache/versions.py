@@ -28,14 +28,17 @@ def version_folder(cache_dir: Path, kind: str, manifest: Manifest) -> Path:
     return cache_dir.with_name(f"{cache_dir.name}{MARK}{kind}-{manifest.hash[:_HASH_DIGITS]}")
 
 
-def kept_version(cache_dir: Path, hash_before: str) -> Path | None:
-    """Where a cache is kept as it was, before it was extended, by the hash of its manifest then; None: nowhere."""
-    place = cache_dir.resolve()
-    folder = place.with_name(f"{place.name}{MARK}{BEFORE}-{hash_before[:_HASH_DIGITS]}")
-    with contextlib.suppress(CacheFormatError, OSError, ValueError):
-        if read_manifest(folder).hash == hash_before:
-            return folder
-    return None
+def kept_versions(cache_dir: Path) -> dict[str, Path]:
+    """Where a cache is kept as it was before it was extended: folders beside it, by the hash of their manifest."""
+    place, found = cache_dir.resolve(), {}
+    with contextlib.suppress(OSError):
+        for folder in place.parent.iterdir():
+            if folder.name.startswith(f"{place.name}{MARK}{BEFORE}-"):
+                with contextlib.suppress(CacheFormatError, OSError):
+                    manifest = read_manifest(folder)
+                    if version_folder(place, BEFORE, manifest) == folder:
+                        found[manifest.hash] = folder
+    return found
 
 
 def version_of(folder: Path) -> Path | None:

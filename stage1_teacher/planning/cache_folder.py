@@ -276,7 +276,7 @@ def _mention_descriptions(stored: Plan, plan: Plan) -> None:
             # A folder has no revision: the weights are compared, whichever way they are named.
             if key in new and new[key] != old.get(key) and (key in old or key != "revision"):
                 logger.warning(
-                    "the cache was begun with %s.%s = %r and keeps that; %r is not recorded (--overwrite begins again)",
+                    "the cache was begun with %s.%s = %r and keeps that; %r is not recorded (a cache that is begun anew has it)",
                     part, key, old.get(key, ""), new[key],
                 )  # fmt: skip
 

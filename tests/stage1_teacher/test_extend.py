@@ -283,7 +283,7 @@ def test_commands_on_one_cache_exclude_each_other_and_the_command_line_says_what
     replayed = ["extend", str(cache), "--config", str(tmp_path / "all.yaml")]
     said = CliRunner().invoke(main, replayed).output
     assert "Nothing to add" in said
-    assert "license='cc0-1.0' is not recorded, the cache has 'mit'" in said
+    assert "license='cc0-1.0' is not recorded, the cache states 'mit'" in said
     kept = load_config(BuildConfig, Path(f"{cache}.build.yaml"))
     assert (kept.logits, kept.license, kept.source) == ("wide", "mit", "us")
     refused = CliRunner().invoke(main, [*replayed, "--signals", "visual_columns", "--set", "precision=bfloat16"]).output

@@ -343,6 +343,9 @@ def _yaml(config: Any) -> str:
 def save_replay(config: Any, folder: str | Path) -> Path | None:
     """Keep the options of a build beside a cache, which may hold nothing else: ``FOLDER.build.yaml``.
 
+    Args:
+        config: None removes the file: it is not true any more.
+
     Returns:
         The file; None if it cannot be written there, or another one has that name, which is left as it is.
     """
@@ -350,6 +353,9 @@ def save_replay(config: Any, folder: str | Path) -> Path | None:
     path, first = place.with_name(f"{place.name}.build.yaml"), "# teacher-cache build --config "
     try:
         if path.exists() and not _bounded_text(path, plain=True).startswith(first):
+            return None
+        if config is None:
+            path.unlink(missing_ok=True)
             return None
         head = f"{first}{path.name}; relative paths start from the working directory\n"
         write_bytes_atomic(path, f"{head}{_yaml(config)}".encode())

@@ -164,6 +164,7 @@ def build(
 
     from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
+    from vlm_distill_cache.stage1_teacher.planning.extension import stated
     from vlm_distill_cache.stage1_teacher.planning.parts import choose_part, local_device
     from vlm_distill_cache.stage1_teacher.report import next_command, summary_text, summary_values
 
@@ -193,6 +194,7 @@ def build(
             summary = extract(settings, overwrite=overwrite, part=own)
         else:
             summary = extract_with_processes(settings, nproc, overwrite=overwrite, part=own)
+    asked = replace(asked, **stated(read_plan(summary.cache)))  # what it was begun with stays
     replay = save_replay(asked, asked.cache)
     answer(**summary_values(summary), options=replay)
     say(summary_text(summary))
@@ -243,9 +245,7 @@ def extend(*, cache: Path, nproc: int | None, dry_run: bool, **options: Any) -> 
         return
     with explain_disk_errors(cache), stopped_by_sigterm():
         extension = extend_cache(replace(settings, cache=str(cache)), given=given, processes=nproc)
-    replay = None
-    if extension.options is not None:
-        replay = save_replay(extension.options, cache)
+    replay = save_replay(extension.options, cache)
     answer(**extension_values(extension), options=replay)
     say(extension_text(extension))
     if replay is not None and extension.before is not None:
@@ -400,7 +400,7 @@ def advise(
 ) -> None:
     """Compare presets, top-k and bits by bytes and gradient error on a probe, and say which to build with."""
     given = {name: value for name, value in options.items() if name != "overrides"}
-    options_given = canonical_overrides(BuildConfig, options["overrides"])
+    options_given, named = canonical_overrides(BuildConfig, options["overrides"]), _given(options)
     settings, _ = _settings(options)
 
     import gc
@@ -420,6 +420,8 @@ def advise(
     most = None if budget is None else parse_bytes(budget)
     bound = 0.05 if most is None and max_gradient_error is None else max_gradient_error
     _refuse_place(json_file)
+    if "data" in named and "cache" not in named:  # the cache of other data has the default's place
+        given["cache"] = report.cache_for(settings.data, settings.store)
     quiet_libraries()
     short: Any = {"student": student, "steps": student_steps, "eval_data": eval_data, "overrides": student_set}
     if output is not None:
@@ -442,7 +444,9 @@ def advise(
             gc.collect()  # the teacher, whose memory students need
             scores = score_students(measured, Path(scratch), **short, chosen=found.options)
     table = report.advice_text(advice, None if scores is None else score_lines(scores))
-    last = report.recommendation_text(found, command, budget=most, bound=bound, advice=advice)
+    last = report.recommendation_text(
+        found, command, budget=most, bound=bound, advice=advice, tolerated=settings.max_failed_share
+    )
     say(f"{table}\n\n{last}")
     figures = report.advice_json(advice, found, command, scores)
     answer(**figures)

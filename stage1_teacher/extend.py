@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm_distill_cache.common.cache.manifest import read_manifest
-from vlm_distill_cache.common.cache.plan import read_plan
+from vlm_distill_cache.common.cache.plan import Plan, read_plan
+from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.versions import BEFORE, EXTENDING, MARK, version_folder
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DistillError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, exchange_folders, hold_folder, remove
@@ -23,8 +24,21 @@ from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.tools.derived_card import DERIVED
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import BuildSummary, extract, extract_with_processes
-from vlm_distill_cache.stage1_teacher.planning.cache_folder import refuse_others_files, refuse_unwritable
-from vlm_distill_cache.stage1_teacher.planning.extension import NothingToAddError, plan_of, with_options_of
+from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
+    check_cache_folder,
+    has_shard_files,
+    refuse_others_files,
+    refuse_unwritable,
+    stored_plan,
+)
+from vlm_distill_cache.stage1_teacher.planning.extension import (
+    NothingToAddError,
+    plan_of,
+    refuse_place,
+    stated,
+    unnamed_signals,
+    with_options_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +50,9 @@ class Extension:
         before: Where the cache as it was is kept; None if nothing has changed.
         signals: Those that are new or of other settings.
         samples: Records that are new.
-        options: Those of a build that finds the cache complete; None of a part of one, or of a merged one.
+        options: Those of a build that finds the cache complete; None if there are none: of a part of one, of a merged one,
+            or where the settings of a signal are of no option.
+        notes: What was asked for and is not recorded, and why there are no options.
     """
 
     cache: Path
@@ -45,6 +61,7 @@ class Extension:
     before: Path | None = None
     signals: tuple[str, ...] = ()
     samples: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def extend(config: BuildConfig, *, given: Collection[str], processes: int | None = None) -> Extension:
@@ -63,6 +80,7 @@ def extend(config: BuildConfig, *, given: Collection[str], processes: int | None
     """
     cache = Path(config.cache)
     base = cache.resolve()  # its neighbours are those of the folder that a link leads to
+    refuse_place(base)
     busy = "another command builds, extends or copies this cache; wait for its end, then run the same command again"
     with hold_folder(base, busy=busy):
         plan, manifest = plan_of(cache), read_manifest(cache)
@@ -73,27 +91,54 @@ def extend(config: BuildConfig, *, given: Collection[str], processes: int | None
         options = with_options_of(config, cache, plan, manifest, given=given)
         new = version_folder(base, EXTENDING, manifest)
         check_room(new, manifest.totals["bytes"] - folder_bytes(new), "then run the same command again")
-        whole = None if DERIVED in plan.extra else options.as_build(cache)
-        options = replace(options, cache=str(new))
+        options, whole = replace(options, cache=str(new)), options.as_build(cache)
+        _drop_refused(new)
         try:
             summary = extract(options) if processes is None else extract_with_processes(options, processes)
         except NothingToAddError:
-            return Extension(cache=cache, options=whole)
+            return _with_options(Extension(cache=cache), whole, plan)
+        finally:
+            _drop_refused(new)
         made = read_manifest(new)
         if made.hash == manifest.hash:  # all that failed failed again
             _discard(new)
-            return Extension(cache=cache, options=whole, summary=replace(summary, cache=cache))
+            return _with_options(Extension(cache=cache, summary=replace(summary, cache=cache)), whole, plan)
         with hold_folder(new, busy=busy):
             before = _take_place(base, new)
-    signals = {name: settings for name, settings in plan_of(base).signals.items() if settings != plan.signals.get(name)}
-    return Extension(
+    now = plan_of(base)
+    signals = {name: settings for name, settings in now.signals.items() if settings != plan.signals.get(name)}
+    found = Extension(
         cache=cache,
-        options=whole,
         summary=replace(summary, cache=cache),
         before=before,
         signals=tuple(sorted(signals)),
         samples=made.totals["samples"] - manifest.totals["samples"],
     )
+    return _with_options(found, whole, now)
+
+
+def _with_options(extension: Extension, options: BuildConfig, plan: Plan) -> Extension:
+    """With the options of a build that finds the cache complete, if there are any, and what of those given it does not have."""
+    has = stated(plan)
+    notes = [
+        f"{name}={getattr(options, name)!r} is not recorded, the cache states {repr(text) if text else 'none'}: give it "
+        "again when samples or signals are added to a cache of one build, or build another cache"
+        for name, text in has.items() if getattr(options, name) != text
+    ]  # fmt: skip
+    unnamed = unnamed_signals(options, plan)
+    if unnamed and DERIVED not in plan.extra:
+        notes.append(f"there is no file of options to build it with: none gives the settings of {', '.join(unnamed)}")
+    whole = None if unnamed or DERIVED in plan.extra else replace(options, **has)
+    return replace(extension, options=whole, notes=tuple(notes))
+
+
+def _drop_refused(new: Path) -> None:
+    """Remove what a run left that was refused before its first shard: nobody would go on with it."""
+    if stored_plan(new) is None or (new / MANIFEST).exists() or has_shard_files(new):
+        return
+    with contextlib.suppress(ConfigError, OSError):  # with files of somebody else
+        check_cache_folder(new, overwrite=True)
+        _discard(new)
 
 
 def _take_place(base: Path, new: Path) -> Path:

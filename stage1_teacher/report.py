@@ -73,6 +73,10 @@ def summary_text(summary: BuildSummary) -> str:
 
 def extension_text(extension: Extension) -> str:
     """Describe what became of a cache that was to be extended, for a terminal."""
+    return "\n".join([_added_text(extension), *(f"Note: {one_line(note)}" for note in extension.notes)])
+
+
+def _added_text(extension: Extension) -> str:
     if extension.summary is None:
         return f"Nothing to add: {extension.cache} holds all of that, and no sample of it failed"
     if extension.before is None:
@@ -96,7 +100,7 @@ def extension_values(extension: Extension) -> dict[str, Any]:
     """What became of a cache that was to be extended, for programs."""
     values = {} if extension.summary is None else summary_values(extension.summary)
     added = {"signals": extension.signals, "samples": extension.samples}
-    return {**values, "cache": extension.cache, "added": added, "before": extension.before}
+    return {**values, "cache": extension.cache, "added": added, "before": extension.before, "notes": extension.notes}
 
 
 def summary_values(summary: BuildSummary) -> dict[str, Any]:

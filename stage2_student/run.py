@@ -147,7 +147,7 @@ def run(
     cache = caches.get(config.cache) or open_trusted(config.cache, verify=config.verify)  # phases may all have others
     stamp = {"run": describe(config, hashes), "evaluation": describe_scoring(config, cache, hashes)}
     previous = read_stamp(output)
-    refuse_other_run(output, previous, stamp, extends=extends)
+    refuse_other_run(output, previous, stamp, hashes=hashes, extends=extends)
     finished = previous.get("finished") == fingerprint(stamp) and "left" in previous
     lost = find_lost(output, previous["left"]) if finished else []
     if finished and kept_share(config.student) is not None:
@@ -411,7 +411,7 @@ def look_at_run(outlook: Outlook, config: TrainConfig, caches: Mapping[str, Teac
         there = previous.get("run", {}).get("cache") or ""
         hashes = {place: cache.manifest_hash or there for place, cache in caches.items()}
         stamp = {"run": describe(config, hashes)}
-        refuse_other_run(output, previous, stamp, extends=extends)
+        refuse_other_run(output, previous, stamp, hashes=hashes, extends=extends)
         if extends and all(cache.manifest_hash for cache in caches.values()):
             student = config.student if kept_share(config.student) is None else str(output / FOLDER)
             look_at_extension(arms(replace(config, student=student)).values(), caches)

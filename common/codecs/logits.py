@@ -174,6 +174,12 @@ class LogitCodec(Codec):
         """The codec of a preset of `preset_settings`, with exact tail masses at some temperatures."""
         return cls(**preset_settings(name), temperatures=temperatures)
 
+    @property
+    def preset(self) -> str | None:
+        """The preset of these settings, whatever the temperatures; None: of none, as in older caches and parts of rows."""
+        names = (*LOGIT_PRESETS, f"fixed:{self.max_k}")
+        return next((name for name in names if self.from_preset(name, temperatures=self.temperatures) == self), None)
+
     def fields(self) -> tuple[Field, ...]:
         """Arrays of a record: three per row, two per entry."""
         real, gap = ("f4", "f4") if self.exact else ("f2", "u1")

@@ -112,3 +112,15 @@ def refuse_overlap(folder: Path, *others: str | Path) -> None:
                 f"{folder} and {other} are one folder or lie inside each other; a cache holds nothing else: choose a "
                 "folder beside it"
             )
+
+
+def is_mount_point(folder: Path) -> bool:
+    """Whether something is mounted on a folder, be it another folder of the same disk."""
+    if os.path.ismount(folder):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
+        return False
+    places = (line.split(" ")[4] for line in lines)
+    return str(folder) in (re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place) for place in places)

@@ -41,6 +41,7 @@ from vlm_distill_cache.stage1_teacher.extract import open_shards
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS
 from vlm_distill_cache.stage1_teacher.loop.forward import run_alone
 from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, encode_records, reduce_output, to_cpu
+from vlm_distill_cache.stage1_teacher.loop.unknown_words import UnknownBudget, UnknownToken
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
 from vlm_distill_cache.stage1_teacher.planning.parts import fix_threads
@@ -123,7 +124,8 @@ class Advice:
     def recommend(self, *, budget: float | None = None, bound: float | None = None) -> "Recommendation":
         """The smallest error within a budget in bytes; or the fewest bytes within a bound of the error.
 
-        Sets of the map that serve one loss only are taken where nothing else fits; ``exact8`` never is.
+        Sets of the map that serve one loss only are taken where nothing else fits; ``exact8`` never is. A part of which
+        nothing was measured stays as the options of the command say.
         """
 
         def rank(one: Recommendation) -> tuple[float, ...]:
@@ -139,7 +141,7 @@ class Advice:
     def _combinations(self, budget: float | None, bound: float | None) -> Iterator["Recommendation"]:
         """Each choice of one set a part."""
         parts = dict.fromkeys(found.part for found in self.sets)
-        for chosen in product(*([found for found in self.sets if found.part == part] for part in parts)):
+        for chosen in product(*(self._choices(part) for part in parts)):
             options = {key: value for found in chosen for key, value in found.options.items()}
             if options.get("map_preset") == "exact8":
                 continue
@@ -152,6 +154,12 @@ class Advice:
                 fits=(budget is None or size <= budget) and (bound is None or (error is not None and error <= bound)),
                 every_loss=options.get("map_preset") not in FILTERED_ONLY,
             )
+
+    def _choices(self, part: str) -> list[OptionSet]:
+        sets = [found for found in self.sets if found.part == part]
+        if any(found.error is not None for found in sets):
+            return [found for found in sets if found.error is not None]
+        return [found for found in sets if found.given] or sets[:1]  # nothing tells what the smallest would lose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +338,9 @@ def measure_options(config: BuildConfig, folder: Path, *, samples: int) -> Measu
     plan = replace(work.plan, sample_count=len(positions))
     dataset = ChosenSamples(work.dataset, positions, name=work.dataset.name)
     total, whole = work.plan.sample_count, work.plan.shard_count
+    if ANSWERS not in work.codecs:  # as a build does, which would stop there
+        words = UnknownToken.of(work.encoder)
+        UnknownBudget(words=words, total=total, share=config.max_unknown_share).probe(work.dataset, work.encoder)
     work = replace(work, dataset=dataset, plan=plan)
     own = dict(work.codecs)
     measured = Measured(

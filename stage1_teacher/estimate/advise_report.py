@@ -5,8 +5,10 @@ The page is one file; no script, no font and no picture is fetched.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.printing import html_text, one_line, size_words
@@ -94,16 +96,28 @@ def _cells(found: OptionSet, columns: Sequence[str]) -> list[str]:
 
 
 def recommendation_text(
-    found: Recommendation, command: str, *, budget: float | None, bound: float | None, advice: Advice
+    found: Recommendation,
+    command: str,
+    *,
+    budget: float | None,
+    bound: float | None,
+    advice: Advice,
+    tolerated: float = 1.0,
 ) -> str:
-    """Why this choice, and the command that builds the cache."""
+    """Why this choice, and the command that builds the cache.
+
+    Args:
+        tolerated: The share of samples that a build may fail to read.
+    """
     limits = [f"{size_words(budget)}"] if budget is not None else []
     limits += [f"a gradient error of {bound:g}"] if bound is not None else []
     asked = " and ".join(limits)
     error = "not measured" if found.error is None else f"{found.error:.3g}"
     size = f"{size_words(found.cache_bytes)}, gradient error {error}"
     if found.error is None and bound is not None:
-        lines = [f"Whether anything keeps to {asked} was not measured; the fewest bytes: {size}"]
+        lines = [f"Whether anything keeps to {asked} was not measured; with the options given: {size}"]
+    elif found.error is None:
+        lines = [f"{'Within' if found.fits else 'Not within'} {asked}, with the options given: {size}"]
     elif found.fits:
         best = "fewest bytes" if bound is not None else "smallest gradient error"
         lines = [f"Within {asked}, the {best}: {size}"]
@@ -118,7 +132,15 @@ def recommendation_text(
             lines.append(f"  {' or '.join(less)} would take less; {fixed}" if less else f"  {fixed}")
     if unseen := sorted({one.part for one in advice.sets} - {one.part for one in advice.sets if one.error is not None}):
         lines.append(
-            f"  note: no sample of the probe has anything to compare of {', '.join(unseen)}: that was not measured"
+            f"  note: no sample of the probe has anything to compare of {', '.join(unseen)}: that was not measured, and "
+            "stays as the options given say"
+        )
+    share = advice.failed / (advice.failed + advice.probe)
+    if share > tolerated:
+        enough = min(1.0, math.ceil(20 * share + 1) / 20)
+        lines.append(
+            f"  warning: {100 * share:.3g} % of the probe could not be used, and this build stops where more than "
+            f"{100 * tolerated:.4g} % cannot (max_failed_share): mend the data, or add --set max_failed_share={enough:g}"
         )
     if not found.every_loss:
         lines.append(
@@ -126,6 +148,12 @@ def recommendation_text(
             "the map's own tokens"
         )
     return "\n".join([*lines, f"Next: {command}"])
+
+
+def cache_for(data: str, store: str) -> str:
+    """A folder for the cache of some data, named after these."""
+    name = re.sub(r"[^\w.-]+", "-", Path(data.rstrip("/")).stem).strip("-.")[:80]
+    return f"build/cache/{name or 'data'}-{store}"
 
 
 def build_command(given: Mapping[str, Any], overrides: Sequence[str], chosen: Mapping[str, str]) -> str:

@@ -183,7 +183,7 @@ def begun_otherwise(cache_dir: Path, plan: Plan) -> bool:
     stored = stored_plan(cache_dir)
     if stored is None or (cache_dir / MANIFEST).exists():
         return False
-    if any(path.is_file() and not is_leftover(path) for path in (cache_dir / SHARDS).rglob("*")):
+    if has_shard_files(cache_dir):
         return False
     try:
         refuse_changed_plan(stored, plan, where=str(cache_dir))
@@ -191,6 +191,11 @@ def begun_otherwise(cache_dir: Path, plan: Plan) -> bool:
         logger.info("%s was begun with other settings, and no shard was finished: it is begun anew", cache_dir)
         return True
     return False
+
+
+def has_shard_files(cache_dir: Path) -> bool:
+    """Whether a folder holds any part of a shard that was finished."""
+    return any(path.is_file() and not is_leftover(path) for path in (cache_dir / SHARDS).rglob("*"))
 
 
 def refuse_unlisted(cache_dir: Path, known: Collection[str]) -> None:
@@ -269,7 +274,7 @@ def _mention_descriptions(stored: Plan, plan: Plan) -> None:
             # A folder has no revision: the weights are compared, whichever way they are named.
             if key in new and new[key] != old.get(key) and (key in old or key != "revision"):
                 logger.warning(
-                    "the cache was begun with %s.%s = %r and keeps that; %r is not recorded (--overwrite begins again)",
+                    "the cache was begun with %s.%s = %r and keeps that; %r is not recorded (a cache that is begun anew has it)",
                     part, key, old.get(key, ""), new[key],
                 )  # fmt: skip
 

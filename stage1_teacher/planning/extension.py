@@ -5,6 +5,9 @@ Records are joined by sample id, so that new samples may stand anywhere in the d
 part stands for no whole data set: it keeps its samples and their order.
 """
 
+import contextlib
+import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,36 +20,47 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, with_visual_source
 from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
+from vlm_distill_cache.common.cache.versions import version_of
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
+from vlm_distill_cache.common.codecs.description import Codec
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DistillError
+from vlm_distill_cache.common.files.disk import is_mount_point
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.tools.derived_card import DERIVED
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.grouping import ChosenSamples
+from vlm_distill_cache.data.sources.mixture import entry_of_cache
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.kept import Kept
-from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS
+from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, Sizes
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
 from vlm_distill_cache.stage1_teacher.planning.same_texts import refuse_other_texts, refuse_reordered
 
-# What a codec's settings say of an option; None: what no option gives.
-_SHOWN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "temperatures": lambda codec: tuple(codec["temperatures"]),
-    "grid": lambda codec: codec["grid"][0] if len(set(codec["grid"])) == 1 else None,
-    "attention_dtype": lambda codec: "f4" if codec.get("exact", codec.get("preset") == "f4") else "u1",
-    "map_preset": lambda codec: None if codec["preset"] == "f4" else codec["preset"],
-    "map_grid": lambda codec: codec.get("grid", 0),
-    "hidden_layers": lambda codec: tuple(codec["layers"]),
-    "hidden_dtype": lambda codec: "f4" if codec["exact"] else "f2",
+logger = logging.getLogger(__name__)
+
+# What a codec says of an option; None: what no option gives.
+_SHOWN: dict[str, Callable[[Any], Any]] = {
+    "logits": lambda codec: codec.preset,
+    "temperatures": lambda codec: codec.temperatures,
+    "grid": lambda codec: codec.grid[0] if len(set(codec.grid)) == 1 else None,
+    "attention_dtype": lambda codec: "f4" if getattr(codec, "exact", getattr(codec, "preset", "") == "f4") else "u1",
+    "map_preset": lambda codec: None if codec.preset == "f4" else codec.preset,
+    "map_grid": lambda codec: codec.grid,
+    "hidden_layers": lambda codec: codec.layers,
+    "hidden_dtype": lambda codec: "f4" if codec.exact else "f2",
+    "groups": lambda codec: codec.groups,
 }
 _OF_WEIGHTS = ("teacher", "vision_tower")  # fingerprints that only weights tell
 _AUTOMATIC = {"batch_size": 0, "threads": 0, "max_length": 0, "template": "auto", "dtype": "auto"}  # as in the cache
 _ANSWERS = AnswersCodec.signal  # an option, too
 _ANSWER_OPTIONS = ("max_new_tokens", "answer_temperature", "answer_top_p", "answer_seed")
+_BUILT_IN = re.compile(r"(?P<spec>easy-vqa|shapes(?::images=[0-9]{1,5}(?:,seed=[0-9]{1,9})?)?)(?:[\[/].*)?")
 
 
 class NothingToAddError(DistillError):
@@ -77,9 +91,11 @@ def with_options_of(
     """The options that a cache was built with, under those that are given; its signals and the new ones.
 
     Raises:
-        DistillError: If its plan says what no build has.
+        DistillError: If its plan says what no build has, or no option gives what is to stay.
     """
     given = {name for name in given if getattr(config, name, None) != _AUTOMATIC.get(name)}
+    if "data" not in given:
+        config = replace(config, data=_named_data(base, plan))
     teacher, data, generated = plan.teacher, plan.data, plan.signals.get(_ANSWERS)
     totals = manifest.totals
     there: dict[str, Any] = {
@@ -89,16 +105,15 @@ def with_options_of(
         "dtype": teacher.get("dtype"), "quantisation": teacher.get("quantisation"),
         "device_map": teacher.get("device_map"), "layers": teacher.get("layer_choice"),
         "groups": len(teacher.get("groups") or ()) or None,
-        "split": data.get("split") or None, "limit": None if DERIVED in plan.extra else data.get("limit"),
-        _ANSWERS: None if generated is None else "generate",
+        "split": data.get("split") or None, "limit": None if DERIVED in plan.extra else _limit_of(config, base, plan, given),
+        **stated(plan), _ANSWERS: None if generated is None else "generate",
         # What was tolerated is no part of a plan: as much as there is.
         "max_failed_share": max(config.max_failed_share, totals["failed"] / plan.sample_count),
         "max_unknown_share": max(config.max_unknown_share, totals.get("unknown_rows", 0) / max(1, totals["rows"])),
     }  # fmt: skip
-    for name in SIGNALS:  # a new signal gets what others like it have
-        if name in plan.signals:
-            codec, options = codec_from_dict(plan.signals[name]).to_dict(), EXTRACTORS[name].options
-            there = {option: _SHOWN[option](codec) for option in options if option in _SHOWN} | there
+    codecs = {name: codec_from_dict(plan.signals[name]) for name in SIGNALS if name in plan.signals}
+    for name, codec in codecs.items():  # a new signal gets what others like it have
+        there = _options_of(name, codec) | there
     if generated is not None:
         names = dict(zip(("max_new_tokens", "temperature", "top_p", "seed"), _ANSWER_OPTIONS, strict=True))
         there |= {option: generated.get(name) for name, option in names.items()}
@@ -106,7 +121,115 @@ def with_options_of(
     there = {name: value for name, value in there.items() if value is not None and name not in given}
     there["signals"] = tuple(dict.fromkeys([*(name for name in plan.signals if name in SIGNALS), *asked]))
     there |= {"base": str(base), "given": sorted(given)}
-    return config_from_dict(ExtendConfig, config_to_dict(config) | there, where=f"the plan of {base}")
+    options = config_from_dict(ExtendConfig, config_to_dict(config) | there, where=f"the plan of {base}")
+    for name, codec in codecs.items():
+        if _governs(name, given) and not _gives(options, name, codec, plan):
+            _refuse_unnamed(options, name, codec, plan)
+    return options
+
+
+def _options_of(signal: str, codec: Codec) -> dict[str, Any]:
+    """The options of a build that a signal's codec shows."""
+    shown = {option: _SHOWN[option](codec) for option in EXTRACTORS[signal].options if option in _SHOWN}
+    return {option: value for option, value in shown.items() if value is not None}
+
+
+def _gives(options: BuildConfig, signal: str, codec: Any, plan: Plan) -> bool:
+    """Whether a build with these options would have this codec."""
+    grid = (options.grid, options.grid) if options.grid else getattr(codec, "grid", (1, 1))
+    layers = tuple(layer % (plan.teacher["layers"] + 1) for layer in options.hidden_layers)
+    sizes = Sizes(grid=grid, layers=layers, width=getattr(codec, "width", 1))
+    return bool(EXTRACTORS[signal].codec(options, sizes) == codec)
+
+
+def _refuse_unnamed(options: ExtendConfig, signal: str, codec: Codec, plan: Plan) -> None:
+    """Refuse to replace a signal where settings that were not given would become others, unasked."""
+    shown = _options_of(signal, codec)
+    unnamed = not _gives(replace(options, **shown), signal, codec, plan)
+    if others := [
+        name
+        for name in EXTRACTORS[signal].options
+        if name in _SHOWN
+        and name not in options.given
+        and (shown[name] != getattr(options, name) if name in shown else unnamed)
+    ]:
+        governing = ", ".join(name for name in EXTRACTORS[signal].options if name in options.given)
+        raise ConfigError(
+            f"{options.base}: {governing} would make {signal} anew, and no value of {', '.join(others)} gives the settings that "
+            f"it has for all of its signals ({one_line(codec.to_dict())}), which would become others, too: give "
+            f"{', '.join(others)} as well to say what is wanted, or leave {governing} out; nothing was changed"
+        )
+
+
+def unnamed_signals(options: BuildConfig, plan: Plan) -> list[str]:
+    """Signals of a cache that a build with these options would hold in another way."""
+    codecs = {name: codec_from_dict(plan.signals[name]) for name in SIGNALS if name in plan.signals}
+    return [name for name, codec in codecs.items() if not _gives(options, name, codec, plan)]
+
+
+def stated(plan: Plan) -> dict[str, Any]:
+    """The licences and the source that a plan states, by their options; empty where it states none."""
+    places = {
+        "license": plan.data.get("cache_license"), "data_license": plan.data.get("license"),
+        "teacher_license": plan.teacher.get("license"), "source": plan.data.get("source"),
+    }  # fmt: skip
+    return {option: str(text or "") for option, text in places.items()}
+
+
+def _named_data(base: Path, plan: Plan) -> str:
+    """The built-in data set that a cache names; nothing else is opened because a cache says so."""
+    found = _BUILT_IN.fullmatch(str(plan.data.get("name")))
+    if found is None:
+        raise ConfigError(
+            f"{base}: no data given (--data), and a cache does not hold the place of its own, which it calls "
+            f"{one_line(plan.data.get('name'))}: give --data, and --images if it had them"
+        )
+    return found["spec"]
+
+
+def _limit_of(config: BuildConfig, base: Path, plan: Plan, given: Collection[str]) -> int | None:
+    """The limit that a cache was built with, if it was no limit of its entry of a mixture, which may have grown."""
+    limit = plan.data.get("limit")
+    entry = entry_of_cache(config.data, str(base)) if limit and "limit" not in given else None
+    if entry is None or entry.limit == limit:
+        return limit if entry is None else 0
+    if entry.limit is None:
+        logger.warning(
+            "%s was built with limit=%d, which stays; its entry of %s has no limit: --set limit=0 takes all of it",
+            base, limit, config.data,
+        )  # fmt: skip
+        return limit
+    logger.info(
+        "%s was built with limit=%d, its entry of %s says %d, which is taken", base, limit, config.data, entry.limit
+    )
+    return 0
+
+
+def refuse_place(base: Path) -> None:
+    """Refuse a cache that no new version can take the place of, before the teacher runs.
+
+    Args:
+        base: Its folder, resolved.
+
+    Raises:
+        ConfigError: With the remedy.
+    """
+    if (of := version_of(base)) is not None and of.is_dir():
+        raise ConfigError(
+            f"{base}: is a version of {of}, kept or made when that was extended: extend {of}, or copy this folder to another "
+            "name and extend the copy"
+        )
+    with contextlib.suppress(OSError):  # a working directory that is gone
+        if Path.cwd().is_relative_to(base):
+            raise ConfigError(
+                f"{base}: this command was started inside of the cache, and would stand in its older version afterwards: cd out "
+                f"of it first, then extend {quoted(base)}"
+            )
+    if is_mount_point(base):
+        raise ConfigError(
+            f"{base}: is a mount point, which no other folder can take the place of: copy the cache into a folder of a disk "
+            f"(cp -r {quoted(base)} FOLDER) and extend the copy, or mount the folder above it"
+        )
 
 
 def extend_plan(work: Build, config: ExtendConfig) -> Build:

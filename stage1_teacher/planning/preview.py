@@ -37,6 +37,7 @@ from vlm_distill_cache.stage1_teacher.planning.extension import (
     NothingToAddError,
     as_far_as_known,
     plan_of,
+    refuse_place,
     with_options_of,
 )
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
@@ -95,6 +96,8 @@ def preview_extension(config: BuildConfig, *, given: Collection[str], processes:
     outlook, cache = Outlook(), Path(config.cache)
     base = cache.resolve()
     options: ExtendConfig | None = None
+    with outlook.checking():
+        refuse_place(base)
     with outlook.checking():
         plan, manifest = plan_of(cache), read_manifest(cache)
         refuse_others_files(base, plan, manifest)

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.documents import describe_differences
+from vlm_distill_cache.common.cache.versions import kept_versions
 from vlm_distill_cache.common.config import config_from_dict, read_yaml
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, DistillError
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig, describe
 from vlm_distill_cache.stage2_student.final_folder import FINAL, read_provenance
 
@@ -27,19 +30,38 @@ def differing_options(output: Path, config: TrainConfig, hashes: Mapping[str, st
 
     With ``offers`` it says where ``--extend`` would help.
     """
-    now = describe(config, hashes)
+    now, known = describe(config, hashes), True
     try:
         before = _described(output / FINAL)
     except FileNotFoundError:
         try:
-            before = describe(config_from_dict(TrainConfig, read_yaml(output / "config.yaml")), hashes)
+            before, known = describe(config_from_dict(TrainConfig, read_yaml(output / "config.yaml")), hashes), False
         except DistillError:
             return ""
     except DistillError:
         return ""
     lines = describe_differences(before, now, there="there", here="this run")
     offer = f"; {_OFFER}" if offers and (output / FINAL).is_dir() and is_longer(before, now) else ""
-    return "".join(f"; {line.strip()}" for line in lines[:10]) + offer
+    return (
+        "".join(f"; {line.strip()}" for line in lines[:10]) + offer + versions_kept(before if known else None, hashes)
+    )
+
+
+def versions_kept(before: Mapping[str, Any] | None, hashes: Mapping[str, str]) -> str:
+    """Where the caches that a run learned from are kept, if they were extended since: the end of an error; else empty.
+
+    Args:
+        before: As `describe` says what the run was; None: nothing tells.
+        hashes: Of the caches by their paths, as they are now.
+    """
+    named = [] if before is None else [before, *(part for part in before.values() if isinstance(part, Mapping))]
+    learned = {one for part in named for one in (part.get("cache"), *(part.get("caches") or ()))}
+    is_it = "is what it was before" if before is None else "goes on with what that run learned from"
+    return "".join(
+        f"; {place} was extended: --cache {quoted(folder)} {is_it}, another --output trains on the extended cache"
+        for place, now in hashes.items() if not is_url(place)
+        for old, folder in kept_versions(Path(place)).items() if old != now and (before is None or old in learned)
+    )  # fmt: skip
 
 
 def has_other_length(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from vlm_distill_cache.common.files.signed import read_signed
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.stage2_student.final_folder import FINAL
 from vlm_distill_cache.stage2_student.pruned_folder import FOLDER
-from vlm_distill_cache.stage2_student.training.extension import has_other_length, is_longer
+from vlm_distill_cache.stage2_student.training.extension import has_other_length, is_longer, versions_kept
 from vlm_distill_cache.stage2_student.training.output_folder import CONFIG, STAMP, holds_anything
 
 BASELINE, DISTILLED = "sft", "distilled"
@@ -56,11 +56,16 @@ def read_stamp(output: Path) -> dict[str, Any]:
 
 
 def refuse_other_run(
-    output: Path, previous: Mapping[str, Any], stamp: Mapping[str, Any], *, extends: bool = False
+    output: Path,
+    previous: Mapping[str, Any],
+    stamp: Mapping[str, Any],
+    *,
+    hashes: Mapping[str, str],
+    extends: bool = False,
 ) -> None:
     """Refuse to mix two runs in one folder; another way of scoring is fine, students are scored again then.
 
-    With ``extends`` more steps of the last phase are fine, too.
+    With ``extends`` more steps of the last phase are fine, too. ``hashes`` are those of the caches by path, now.
 
     Raises:
         ConfigError: Naming each differing option with both values, and the remedy.
@@ -76,4 +81,5 @@ def refuse_other_run(
             f"{output} belongs to a run with other options:\n" + "\n".join(lines) + "\n"
             f"Use the same options, another --output{by_make(' (OUTPUT=...)')}, or delete that folder to begin again"
             + ("; to train its students longer, add --extend, which goes on from their end" if longer else "")
+            + versions_kept(previous["run"], hashes)
         )

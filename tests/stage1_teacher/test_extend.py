@@ -3,18 +3,26 @@
 import errno
 import json
 import os
+import re
 import shutil
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
+import hypothesis
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis.strategies import booleans, fixed_dictionaries, sampled_from
 from PIL import Image
 
-from vlm_distill_cache.common.cache.plan import read_plan, write_plan
+from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
+from vlm_distill_cache.common.cache.plan import Plan, read_plan, write_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.config import save_config
+from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
+from vlm_distill_cache.common.config import load_config, save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DistillError, SampleNotCachedError
 from vlm_distill_cache.common.files.atomic import hold_folder
 from vlm_distill_cache.common.opening import open_cache
@@ -22,15 +30,16 @@ from vlm_distill_cache.common.remotes.push import push
 from vlm_distill_cache.common.tools.merge import merge
 from vlm_distill_cache.common.tools.select import Selection, pull_partial
 from vlm_distill_cache.common.tools.verify import verify
+from vlm_distill_cache.data.sources.mixture import entry_of_cache
 from vlm_distill_cache.stage1_teacher import extend as extending
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
 from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
 from vlm_distill_cache.stage1_teacher.extend import Extension, extend
 from vlm_distill_cache.stage1_teacher.extract import extract
-from vlm_distill_cache.stage1_teacher.loop.signals import Sizes, build_codecs
+from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, Sizes, build_codecs
 from vlm_distill_cache.stage1_teacher.loop.work import Build
-from vlm_distill_cache.stage1_teacher.planning.extension import plan_of
+from vlm_distill_cache.stage1_teacher.planning.extension import plan_of, unnamed_signals, with_options_of
 
 QUESTIONS = ("what color is the circle ?", "is there a square ?")
 
@@ -168,6 +177,7 @@ def test_what_records_are_not_of_is_refused_by_name_and_nothing_changes(
             more(cache, **{**data, "signals": ("hidden",), **options})
         found = tree(tmp_path)
         assert {name: found[name] for name in before} == before
+        assert not list(tmp_path.glob("cache.*"))
     more(cache, **data, signals=("hidden",))
     assert open_cache(cache).signals == ("hidden", "logits")
 
@@ -237,7 +247,8 @@ def test_commands_on_one_cache_exclude_each_other_and_the_command_line_says_what
     tmp_path: Path, tiny_llava: Path
 ):
     cache, data = tmp_path / "cache", {"data": str(write_data(tmp_path / "data", "aB")), "teacher": str(tiny_llava)}
-    extract(settings(cache, **data, signals=("logits",)))
+    built = settings(cache, **data, signals=("logits",), logits="wide", license="mit", source="us")
+    extract(built)
     command = [
         "extend",
         str(cache),
@@ -261,16 +272,20 @@ def test_commands_on_one_cache_exclude_each_other_and_the_command_line_says_what
     with pytest.raises(
         CacheMismatchError, match=r"and more .*write signals: \[hidden, logits\] where logits stands"
     ) as less:
-        extract(settings(cache, **data, signals=("logits",)))
+        extract(built)
     assert "overwrite" not in str(less.value)
     replayed = CliRunner().invoke(main, ["build", "--config", f"{cache}.build.yaml"])
     assert (replayed.exit_code, "is up to date" in replayed.output) == (0, True)
     refused = CliRunner().invoke(main, [*command, "--set", "cache=other"])
     assert (refused.exit_code, "cache=other are the same option" in refused.output) == (2, True)
     # The file of all options that a build leaves is one to extend with; words of other programs are options that are given.
-    save_config(settings(cache, **data, signals=("logits",), batch_size=0), tmp_path / "all.yaml")
+    save_config(replace(built, batch_size=0, license="cc0-1.0"), tmp_path / "all.yaml")
     replayed = ["extend", str(cache), "--config", str(tmp_path / "all.yaml")]
-    assert "Nothing to add" in CliRunner().invoke(main, replayed).output
+    said = CliRunner().invoke(main, replayed).output
+    assert "Nothing to add" in said
+    assert "license='cc0-1.0' is not recorded, the cache states 'mit'" in said
+    kept = load_config(BuildConfig, Path(f"{cache}.build.yaml"))
+    assert (kept.logits, kept.license, kept.source) == ("wide", "mit", "us")
     refused = CliRunner().invoke(main, [*replayed, "--signals", "visual_columns", "--set", "precision=bfloat16"]).output
     assert "teacher.dtype: the cache has 'float32', this run has 'bfloat16'" in refused
 
@@ -286,7 +301,6 @@ def test_a_signals_options_are_those_that_its_codec_depends_on():
         "logits": "wide", "temperatures": (1.0,), "attention_dtype": "f4", "grid": 3, "map_preset": "blocks", "map_grid": 3,
         "hidden_layers": (0,), "hidden_dtype": "f4", "groups": 2, "max_length": 9, "shard_size": 9,
     }  # fmt: skip
-    from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS
 
     def codecs(config: BuildConfig) -> dict[str, dict]:
         sizes = Sizes(grid=(config.grid, config.grid), layers=config.hidden_layers, width=8)
@@ -298,6 +312,109 @@ def test_a_signals_options_are_those_that_its_codec_depends_on():
         depends = {name for name, codec in codecs(plain).items() if codec != changed[name]}
         listed = {name for name in SIGNALS if option in EXTRACTORS[name].options}
         assert depends == listed, option
+
+
+_VALUES: dict[str, tuple[object, ...]] = {
+    "logits": (*LOGIT_PRESETS, "fixed:2", "fixed:17", "fixed:255"), "temperatures": ((1.0,), (1.0, 2.0), (4.0, 1.0)),
+    "grid": (0, 1, 3), "map_grid": (0, 2), "hidden_layers": ((0,), (-1,), (1, 0), (0, -1)), "groups": (1, 2),
+    **{name: get_args(get_type_hints(BuildConfig)[name]) for name in ("attention_dtype", "map_preset", "hidden_dtype")},
+}  # fmt: skip
+_SHAPES = {option for extractor in EXTRACTORS.values() for option in extractor.options} - {"layers"}
+
+
+@hypothesis.settings(max_examples=40)
+@given(values=fixed_dictionaries({name: sampled_from(_VALUES[name]) for name in sorted(_SHAPES)}), square=booleans())
+def test_options_are_told_from_the_codecs_that_they_gave_and_give_them_again(values: dict, square: bool):
+    """Or a signal would become another one, unasked, when an option beside is given, and the file of options would lie."""
+
+    def codecs(config: BuildConfig) -> dict[str, dict]:
+        grid = (config.grid, config.grid) if config.grid else (3, 3) if square else (2, 3)
+        sizes = Sizes(grid=grid, layers=tuple(layer % 3 for layer in config.hidden_layers), width=32)
+        return {name: codec.to_dict() for name, codec in build_codecs(config, sizes).items()}
+
+    built = codecs(BuildConfig(signals=SIGNALS, **values))
+    plan, manifest = sealed(built, groups=values["groups"])
+    found = with_options_of(BuildConfig(), Path("cache"), plan, manifest, given=())
+    assert codecs(found) == built
+    assert unnamed_signals(found, plan) == []
+    warmer = BuildConfig(temperatures=(1.0, 3.0))
+    again = codecs(with_options_of(warmer, Path("cache"), plan, manifest, given=("temperatures",)))
+    assert again["logits"] == built["logits"] | {"temperatures": [1.0, 3.0]}
+
+
+LOGITS = {"logits": LogitCodec.from_preset("wide").to_dict()}
+
+
+def sealed(signals: dict[str, dict], *, groups: int = 1) -> tuple[Plan, Manifest]:
+    """Of a cache that holds these signals."""
+    folder = Path(__file__).parents[1] / "common/fixtures/cache-v1-zarr"
+    plan = read_plan(folder)
+    teacher = {**plan.teacher, "layers": 2, "groups": [[layer] for layer in range(groups)]}
+    fields = {name: codec_from_dict(codec).fields() for name, codec in signals.items()}
+    data = {"name": "shapes"}
+    return replace(plan, signals=signals, fields=fields, teacher=teacher, data=data), read_manifest(folder)
+
+
+def test_settings_of_no_preset_are_not_replaced_by_another_ones():
+    for other in ({"gap_steps": False, "balanced": False}, {"min_k": 3}, {"floor": 0.5, "max_k": 7, "min_k": 7}):
+        plan, manifest = sealed({"logits": {**LOGITS["logits"], **other}})
+        asked = BuildConfig(temperatures=(1.0, 4.0), logits="wide")
+        with pytest.raises(ConfigError, match=r"temperatures would make logits anew.*give logits as well"):
+            with_options_of(asked, Path("cache"), plan, manifest, given=("temperatures",))
+        with_options_of(asked, Path("cache"), plan, manifest, given=("temperatures", "logits"))
+        options = with_options_of(asked, Path("cache"), plan, manifest, given=())
+        assert unnamed_signals(options, plan) == ["logits"]
+
+
+def test_where_no_version_can_take_a_caches_place_is_refused_before_anything_is_opened(tmp_path: Path, monkeypatch):
+    cache, kept = tmp_path / "cache", tmp_path / "cache.before-0123456789ab"
+    for folder in (cache / "shards", kept):
+        folder.mkdir(parents=True)
+    for place, message in ((kept, rf"version of {cache}, kept"), (Path("/dev"), r"mount point.*copy the cache")):
+        for dry in ([], ["--dry-run"]):
+            said = CliRunner().invoke(main, ["extend", str(place), *dry]).output
+            assert re.search(message, said), said
+    for inside in (cache, cache / "shards"):
+        monkeypatch.chdir(inside)
+        with pytest.raises(ConfigError, match=r"inside of the cache.*cd out of it first"):
+            more(Path(os.path.relpath(cache)))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DistillError, match=r"plan\.json"):  # nothing of the place is in the way
+        more(Path("cache"))
+
+
+def test_data_that_are_not_given_are_those_that_the_cache_names_or_are_asked_for():
+    plan, manifest = sealed(LOGITS)
+
+    def data_of(name: str) -> str:
+        return with_options_of(
+            BuildConfig(), Path("cache"), replace(plan, data={"name": name}), manifest, given=()
+        ).data
+
+    for name in ("shapes", "shapes:images=30,seed=1", "easy-vqa"):
+        assert [data_of(f"{name}{more}") for more in ("", "[:7]", "/test")] == [name] * 3
+    for name in ("data.json", "shapes.json", "shapes:images=10000000,seed=0", "org/easy-vqa", "None"):
+        with pytest.raises(ConfigError, match=rf"no data given \(--data\).*{re.escape(name)}"):
+            data_of(name)
+
+
+def test_a_limit_is_the_entrys_where_it_is_one_of_an_entry_and_the_caches_where_it_is_not(tmp_path: Path):
+    plan, manifest = sealed(LOGITS)
+    path, cache = tmp_path / "mixture.yaml", tmp_path / "one"
+
+    def limit_of(was: int, entry: int | None, **given: int) -> int:
+        lines = [
+            f"- data: a.json\n  cache: one\n{f'  limit: {entry}' if entry else ''}",
+            "- data: b.json\n  cache: two",
+        ]
+        path.write_text("\n".join(lines))
+        options = BuildConfig(data=str(path), **given)
+        of = replace(plan, data={"name": "a.json", "limit": was})
+        found = with_options_of(options, cache, of, manifest, given=("data", *given))
+        return entry_of_cache(found.data, found.base).limit_within(found.limit) or 0
+
+    assert [limit_of(4, 4), limit_of(4, 6), limit_of(6, 4), limit_of(0, 4), limit_of(0, None)] == [4, 6, 4, 4, 0]
+    assert [limit_of(4, None), limit_of(4, 6, limit=5), limit_of(4, None, limit=0)] == [4, 5, 0]
 
 
 def test_a_look_writes_nothing_and_says_what_the_extension_then_does(

@@ -29,6 +29,7 @@ from vlm_distill_cache.stage1_teacher.estimate.advise_report import (
     advice_page,
     advice_text,
     build_command,
+    cache_for,
     recommendation_text,
 )
 
@@ -147,10 +148,11 @@ def test_the_recommendation_is_the_best_that_fits(asked: dict, options: tuple, s
 
 def test_what_was_not_measured_has_no_error():
     """Alone, and beside what was measured: null in the figures, words in the text, and no bound that it keeps to."""
-    states = (a_set("states", {"hidden_dtype": "f2"}, 600, None), a_set("states", {"hidden_dtype": "f4"}, 800, None))
+    f2, f4 = (a_set("states", {"hidden_dtype": kind}, size, None) for kind, size in (("f2", 600), ("f4", 800)))
+    states = (replace(f4, given=True), f2)
     both, alone = replace(made_up(), sets=(*made_up().sets, *states)), replace(made_up(), sets=states)
     found = alone.recommend(bound=0.05)
-    assert (found.error, found.fits, found.options) == (None, False, {"hidden_dtype": "f2"})
+    assert (found.error, found.fits, found.options) == (None, False, {"hidden_dtype": "f4"})
     text = recommendation_text(found, "", budget=None, bound=0.05, advice=alone)
     assert "keeps to a gradient error of 0.05 was not measured" in text
     assert "gradient error not measured" in recommendation_text(
@@ -159,7 +161,28 @@ def test_what_was_not_measured_has_no_error():
     assert both.recommend(bound=0.05).error == made_up().recommend(bound=0.05).error
     text = recommendation_text(both.recommend(bound=0.05), "", budget=None, bound=0.05, advice=both)
     assert "nothing to compare" not in text
-    assert "no sample of the probe has anything to compare of states" in text
+    assert "no sample of the probe has anything to compare of states: that was not measured, and stays" in text
+
+
+def test_a_command_that_would_stop_says_so_and_one_that_would_go_on_does_not():
+    for failed, tolerated, enough in ((5, 0.01, 0.55), (19, 0.5, 0.85), (95, 0.9, 1.0), (5, 0.5, None), (0, 0.0, None)):
+        advice = replace(made_up(), failed=failed)
+        text = recommendation_text(
+            advice.recommend(bound=0.1), "build", budget=None, bound=0.1, advice=advice, tolerated=tolerated
+        )
+        assert ("could not be used" in text) == (enough is not None)
+        if enough is not None:
+            assert f"--set max_failed_share={enough:g}\n" in text
+            assert failed / (failed + advice.probe) < enough <= BuildConfig(max_failed_share=enough).max_failed_share
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [("a b/own data.json", "own-data"), ("pics/", "pics"), ("org/name@main:split=x", "name-main-split-x"),
+     ("shapes", "shapes"), ("/", "data"), ("../../..", "data"), ("x/{000..099}.tar", "000..099")],
+)  # fmt: skip
+def test_a_proposed_cache_is_named_after_the_data(data: str, name: str):
+    assert cache_for(data, "zarr") == f"build/cache/{name}-zarr"
 
 
 def test_what_would_stop_a_student_or_the_figures_is_said_before_the_teacher_runs(

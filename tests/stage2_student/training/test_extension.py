@@ -3,15 +3,19 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from finished_runs import make_config
 
+from vlm_distill_cache.common.cache.manifest import read_manifest
+from vlm_distill_cache.common.cache.versions import BEFORE, version_folder
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.run import look_at_training, run, train_alone
+from vlm_distill_cache.stage2_student.training.extension import versions_kept
 
 SHORT, LONG = "sft.steps=2", "sft.steps=4"
 STEADY = ("phases=[dpt, sft]", "sft.schedule=constant", "sft.warmup=0", "checkpoint_every=1")
@@ -96,3 +100,20 @@ def test_a_finished_run_offers_to_extend_both_students(tiny_cache, tmp_path):
     assert run(longer, extends=True).fresh
     assert not run(longer, extends=True).fresh
     assert len((output / "distilled" / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_who_trained_on_a_cache_that_was_extended_since_is_told_where_that_one_is(tmp_path):
+    frozen = Path(__file__).parents[2] / "common/fixtures/cache-v1-zarr"
+    manifest, cache = read_manifest(frozen), tmp_path / "a cache"
+    kept, other = version_folder(cache, BEFORE, manifest), version_folder(tmp_path / "b", BEFORE, manifest)
+    shutil.copytree(frozen, kept)
+    shutil.copytree(frozen, tmp_path / f"{cache.name}.before-0123456789ab")  # is not what its name says
+    other.mkdir()
+    was, now = manifest.hash, {str(cache): "1" * 32, str(tmp_path / "b"): "2" * 32, "s3://bucket/c": "3" * 32}
+    for before in ({"cache": was}, {"cache": None, "sft": {"cache": was}}, {"dpt": {"caches": [was, "4" * 32]}}):
+        said = versions_kept(before, now)
+        assert f"{cache} was extended: --cache '{kept}' goes on with what that run learned from" in said
+        assert said.count("--cache") == 1
+    assert f"--cache '{kept}' is what it was before" in versions_kept(None, now)
+    assert versions_kept({"cache": "4" * 32, "dft": {"cache": None}, "lr": "x"}, now) == ""
+    assert versions_kept({"cache": was}, {str(cache): was}) == ""

@@ -503,6 +503,11 @@ def _merged(model: Any) -> Any:
     """A model whose adapters are added to its weights: a copy that shares all others; the model itself if it has none."""
     if not has_adapters(model):
         return model
+    if any(getattr(module, "disable_adapters", False) is True for module in model.modules() if _is_adapter(module)):
+        raise ModelError(
+            "the model's adapters are switched off, so that it does not say what they would add to its weights: switch them "
+            "on (enable_adapter_layers), or save the model that they were put into (unload)"
+        )
     adapted = {
         id(part)
         for module in model.modules()

@@ -15,6 +15,7 @@ from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json, write_json_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import check, entries, text
+from vlm_distill_cache.common.files.tensor_table import read_tensor_table
 from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.stage2_student.batches.batch import TrainingSample
 from vlm_distill_cache.stage2_student.losses.objective import units_of
@@ -28,6 +29,7 @@ from vlm_distill_cache.stage2_student.training.distillation import (
 )
 
 BATCH, SHARE, ROW = "distillation", "share", ("dataset", "position")
+_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # which peft may save beside an adapter
 ADDED = "added"  # to the losses, by a trainer's own compute_loss
 LEARNT_FROM = "distillation.json"  # in a checkpoint
 _LOSSES = "the losses are those of LossWeights"
@@ -255,7 +257,18 @@ class DistillationTrainerMixin:
                         "DistillationDataset(..., student=CHECKPOINT)"
                     )
         if not self._load_weights(folder):
+            trainer: Any = self
+            _refuse_other_adapters(folder, trainer.accelerator.unwrap_model(trainer.model))
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        except ValueError as error:
+            raise ConfigError(
+                f"{checkpoint}: its optimizer's state is not of the parameters that are trained now ({error}); train the same "
+                "ones (requires_grad, adapters) with the same optim, or begin anew from its weights"
+            ) from error
 
     def _load_best_model(self) -> None:
         trainer: Any = self
@@ -375,6 +388,25 @@ class _Collator:
                 raise ConfigError(f"a sample is {brief(repr(one))}; train and evaluate on a DistillationDataset")
         made = [one if isinstance(one, TrainingSample) else self._datasets[one[ROW[0]]][one[ROW[1]]] for one in samples]
         return {BATCH: self._datasets[0].collate(made)}
+
+
+def _refuse_other_adapters(folder: Path, model: Any) -> None:
+    """Refuse a checkpoint of other adapters, of which peft would load what fits, and leave the rest as it is."""
+    from peft import get_peft_model_state_dict
+
+    for name in model.active_adapters[:1]:  # the trainer loads the first alone
+        file = (folder / name if (folder / name).is_dir() else folder) / "adapter_model.safetensors"
+        if not file.is_file():
+            raise ModelError(f"{file} is not there; resume a checkpoint that this trainer wrote of the same adapters")
+        held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        found, expected = read_tensor_table(file), {key: tuple(value.shape) for key, value in held.items()}
+        both = [key for key in (*expected, *found) if key in expected or not key.endswith(_EMBEDDINGS)]
+        if wrong := [key for key in both if expected.get(key) != found.get(key)]:
+            raise ModelError(
+                f"{file}: {len(wrong)} of its tensors are not those of the model's adapters, such as {wrong[0]} "
+                f"({found.get(wrong[0], 'absent')}, expected {expected.get(wrong[0], 'none')}); give the model the adapters "
+                "that were trained, or begin anew"
+            )
 
 
 def _rows(number: int, dataset: DistillationDataset, positions: list[int] | None) -> Any:

@@ -251,6 +251,9 @@ def test_adapters_are_added_to_what_is_saved_and_not_to_the_model_in_training(gi
     assert_same(adapted.state_dict(), before, atol=0, rtol=0)
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "student")
     assert_same(vdc.DistillationLoss(dataset)(again.eval(), batch).named(), trained, atol=1e-5, rtol=1e-4)
+    adapted.base_model.disable_adapter_layers()
+    with pytest.raises(vdc.ModelError, match="adapters are switched off"):
+        dataset.save_student(tmp_path / "student")
 
 
 def test_data_sets_losses_and_models_of_different_kinds_are_not_mixed(dataset, tiny_cache, folder):

@@ -214,6 +214,30 @@ def test_a_resumed_training_ends_as_one_without_a_break_and_the_best_model_is_th
         trainer("other").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it by its name of old
+def test_a_checkpoint_of_other_adapters_or_trained_parameters_is_not_resumed(dataset, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model, saving = dataset.student, {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+
+    def train(run, student, folder=None, steps=1):
+        arguments = transformers.TrainingArguments(**options(tmp_path / run, **saving, max_steps=steps))
+        Trainer(student, arguments, train_dataset=dataset).train(resume_from_checkpoint=folder)
+
+    train("whole", model)
+    model.lm_head.requires_grad_(False)
+    with pytest.raises(vdc.ConfigError, match=r"not of the parameters that are trained now.*train the same"):
+        train("whole", model, str(tmp_path / "whole" / "checkpoint-1"), 2)
+    for run, settings in (("query", {"target_modules": ["q_proj"]}), ("key", {"target_modules": ["k_proj"]})):
+        adapted = get_peft_model(model, LoraConfig(r=2, **settings))
+        if run == "query":
+            train(run, adapted)
+        else:
+            with pytest.raises(vdc.ModelError, match=r"adapter_model.safetensors: \d+ of its tensors .*k_proj.*absent"):
+                train(run, adapted, str(tmp_path / "query" / "checkpoint-1"), 2)
+        model = adapted.unload()
+
+
 def test_an_evaluation_counts_its_own_batches_alone(dataset, student, tiny_cache, tmp_path):
     held_out = vdc.DistillationDataset(tiny_cache[0], student, LOSSES, data=DATA, limit=5)
     trainer = Trainer(

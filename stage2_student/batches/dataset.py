@@ -453,8 +453,9 @@ def check_join(record: Record, encoded: EncodedSample, *, where: str, compare_la
     cached = np.asarray(record["labels"]).astype(np.int64)
     if compare_labels and not np.array_equal(labels, cached):
         raise CacheMismatchError(
-            f"{where}: the cached labels are {_short(cached)}, the data now gives {_short(labels)}: text, template or "
-            "tokenizer changed since the cache was built. Train with the data of the cache, or build the cache again"
+            f"{where}: the cached labels are {_short(cached, labels)}, the data now gives {_short(labels, cached)}: text, "
+            "template or tokenizer changed since the cache was built. Train with the data of the cache, or build the cache "
+            "again"
         )
     now, then = bytes(encoded.image_hash), np.asarray(record["image_hash"]).astype(np.uint8).tobytes()
     if now != then:
@@ -478,6 +479,12 @@ def refuse_strange_tokens(record: Record, rows: int, *, where: str) -> None:
             )
 
 
-def _short(labels: np.ndarray) -> str:
-    shown = ", ".join(str(value) for value in labels[:8])
-    return f"[{shown}{', ...' if len(labels) > 8 else ''}] ({len(labels)} tokens)"
+def _short(labels: np.ndarray, others: np.ndarray) -> str:
+    """Labels from two before the first that others have not."""
+    both = min(len(labels), len(others))
+    differ = np.flatnonzero(labels[:both] != others[:both])
+    first = int(differ[0]) if len(differ) else both
+    start = max(0, first - 2)
+    shown = ", ".join(str(value) for value in labels[start : start + 8])
+    around = f"{'..., ' if start else ''}{shown}{', ...' if len(labels) > start + 8 else ''}"
+    return f"[{around}] ({len(labels)} tokens, the first other one at position {first})"

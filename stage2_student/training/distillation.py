@@ -15,9 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
+from torch.utils.data._utils.collate import default_collate_fn_map
 from transformers import PreTrainedModel
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture, checkpoint_recorded
@@ -243,8 +245,11 @@ class DistillationDataset(Dataset[TrainingSample]):
             source=self._source,
         )
 
-    def sampler(self, *, seed: int = 0, window: int = 8) -> "ShardSampler":
+    def sampler(self, *, seed: int = 0, window: int = 8, positions: Sequence[int] | None = None) -> "ShardSampler":
         """An order that shuffles shards, and samples inside each ``window`` of them, as `train()` reads: fast from disks.
+
+        Args:
+            positions: Of a `Subset` (its ``indices``), which the order is for; None: for all.
 
         Raises:
             ConfigError: If ``seed`` is no whole number from 0 on, or ``window`` none from 1 on.
@@ -252,9 +257,16 @@ class DistillationDataset(Dataset[TrainingSample]):
         for name, value, least in (("seed", seed, 0), ("window", window, 1)):
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"sampler: {name} is {value!r}; expected a whole number of {least} or more")
-        return ShardSampler(
-            ShardShuffle(shards=self._joined.shards, seed=seed, window=window, repeats=self._joined.repeats(seed))
-        )
+        shards, repeats = self._joined.shards, self._joined.repeats(seed)
+        if positions is not None:
+            owner = np.zeros(len(self), dtype=np.int64)
+            for number, shard in enumerate(shards):
+                owner[shard] = number
+            owners = owner[places := np.asarray(positions, dtype=np.int64)]
+            order = np.argsort(owners, kind="stable")
+            shards = np.split(order, np.searchsorted(owners[order], np.arange(1, len(shards))))
+            repeats = None if repeats is None else repeats[places]
+        return ShardSampler(ShardShuffle(shards=shards, seed=seed, window=window, repeats=repeats))
 
     @cached_property
     def _places(self) -> dict[str, list[int]]:
@@ -292,6 +304,13 @@ class DistillationDataset(Dataset[TrainingSample]):
         if not -len(self) <= place < len(self):
             raise IndexError(f"no sample {place}; there are {len(self)}")
         return place % len(self)
+
+
+def _refuse_default(samples: Sequence[TrainingSample], **_: Any) -> None:
+    raise ConfigError("a DataLoader of a DistillationDataset has no collate_fn; give collate_fn=dataset.collate")
+
+
+default_collate_fn_map[TrainingSample] = _refuse_default  # where torch's documentation says how to add a type
 
 
 class ShardSampler(Sampler[int]):
@@ -484,6 +503,11 @@ def _merged(model: Any) -> Any:
     """A model whose adapters are added to its weights: a copy that shares all others; the model itself if it has none."""
     if not has_adapters(model):
         return model
+    if any(getattr(module, "disable_adapters", False) is True for module in model.modules() if _is_adapter(module)):
+        raise ModelError(
+            "the model's adapters are switched off, so that it does not say what they would add to its weights: switch them "
+            "on (enable_adapter_layers), or save the model that they were put into (unload)"
+        )
     adapted = {
         id(part)
         for module in model.modules()

@@ -310,6 +310,12 @@ def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: 
     for cache in caches.values():
         cache.check_side_files()  # projector, vision tower and processor are read next
     parts = parts or open_parts(config, first)
+    for step in ("do_rescale", "do_normalize"):
+        if getattr(type(parts.image_processor), step, None) and not getattr(parts.image_processor, step):
+            _log.warning(
+                "%s: its image processor has %s false, which %s has true unless it is set: is preprocessor_config.json (or "
+                "processor_config.json) that of the checkpoint?", parts.where, step, type(parts.image_processor).__name__,
+            )  # fmt: skip
     for cache in caches.values():
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)

@@ -1,5 +1,6 @@
 """The losses of a cache in `transformers.Trainer`, or a trainer derived from it."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -8,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json, write_json_atomic
+from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import check, entries, text
+from vlm_distill_cache.common.files.tensor_table import read_tensor_table
 from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.stage2_student.batches.batch import TrainingSample
 from vlm_distill_cache.stage2_student.losses.objective import units_of
@@ -25,6 +29,8 @@ from vlm_distill_cache.stage2_student.training.distillation import (
 )
 
 BATCH, SHARE, ROW = "distillation", "share", ("dataset", "position")
+_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # which peft may save beside an adapter
+ADDED = "added"  # to the losses, by a trainer's own compute_loss
 LEARNT_FROM = "distillation.json"  # in a checkpoint
 _LOSSES = "the losses are those of LossWeights"
 _NOT_OURS = {
@@ -36,6 +42,7 @@ _NOT_OURS = {
 }
 _ORDER = "DistillationDataset.sampler says the order"
 _SEQUENCES = "sequences, and the tokens that are supervised, are those that the teacher saw"
+_TOKENS = "tokenizer and template are those of the data set, which agree with the teacher's"
 _WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0.0,), _LOSSES),
     "train_sampling_strategy": (("random",), _ORDER),
@@ -45,6 +52,11 @@ _WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
     "eval_packing": ((None, False), _SEQUENCES),
     "padding_free": ((False,), _SEQUENCES),
     "assistant_only_loss": ((False,), _SEQUENCES),
+    "eos_token": ((None,), _TOKENS),
+    "pad_token": ((None,), _TOKENS),
+    "chat_template_path": ((None,), _TOKENS),
+    "predict_with_generate": ((False,), "an evaluation computes the losses, and generates nothing"),
+    "dispatch_batches": ((None, False), "batches are no tensors that one process could cut up for the others"),
 }
 
 
@@ -81,32 +93,40 @@ class DistillationTrainerMixin:
         model: Any = None,
         args: Any = None,
         *,
-        train_dataset: DistillationDataset | None = None,
+        train_dataset: Any = None,
         eval_dataset: Any = None,
         **others: Any,
     ) -> None:
         """Take a trainer's arguments.
 
         Raises:
-            ConfigError: If a data set is no `DistillationDataset`, the two have other losses or are for other students, or
-                an argument asks for what cannot be used here.
+            ConfigError: If a data set is no `DistillationDataset` nor part of one, the two have other losses or are for
+                other students, or an argument asks for what cannot be used here.
             ModelError: If the model is of another kind than the training set's student, or has adapters without peft's
                 wrapper.
         """
         _refuse_arguments(self, args, others)
         held_out = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
-        given = [train_dataset, *(dataset for dataset in held_out.values() if dataset is not None)]
-        if wrong := [dataset for dataset in given if not isinstance(dataset, DistillationDataset)]:
+        given = [dataset for dataset in (train_dataset, *held_out.values()) if dataset is not None]
+        if not given or (_is_trl(self) and train_dataset is None):
             raise ConfigError(
-                f"train_dataset or eval_dataset is {type(wrong[0]).__name__}; expected vlm_distill_cache.DistillationDataset"
+                "train_dataset is None; expected vlm_distill_cache.DistillationDataset (transformers.Trainer evaluates "
+                "without one, if there is an eval_dataset)"
             )
-        datasets: list[Any] = given
+        parts = [_part(dataset) for dataset in given]
+        datasets = [dataset for dataset, _ in parts]
+        self._data, positions = parts[0]
         for dataset in datasets:
-            refuse_other(dataset.made_for, datasets[0].made_for, "train_dataset and eval_dataset do not fit each other")
-        self.distillation = DistillationLoss(datasets[0])
-        model = datasets[0].student if model is None else model
+            refuse_other(dataset.made_for, self._data.made_for, "train_dataset and eval_dataset do not fit each other")
+        self.distillation = DistillationLoss(self._data)
+        model = self._data.student if model is None else model
         if model is None:
-            raise ConfigError("train_dataset is a copy, which holds no model; give model=")
+            raise ConfigError("the data set is a copy, which holds no model; give model=")
+        if not isinstance(model, nn.Module) and not _is_trl(self):  # TRL loads a model by its name
+            raise ConfigError(
+                f"model is {brief(repr(model))}; expected a model that is loaded, or none: the data set's student is used "
+                "then, which DistillationDataset(..., student=) takes by its folder or name"
+            )
         if isinstance(model, nn.Module):
             self.distillation.base_of(model)
             saves = args is None or args.save_strategy != "no"
@@ -116,11 +136,18 @@ class DistillationTrainerMixin:
                     "give model= what get_peft_model returned, or set save_strategy='no'"
                 )
         self._sums: dict[bool, dict[str, Any]] = {True: defaultdict(float), False: defaultdict(float)}
-        self._steps, self._data = 0, datasets[0]
-        self._sampler = datasets[0].sampler(seed=0 if args is None else args.data_seed or args.seed)
+        self._steps = 0
+        self._computed: list[torch.Tensor] = []
+        seed = 0 if args is None else args.seed if args.data_seed is None else args.data_seed
+        self._sampler = self._data.sampler(seed=seed, positions=positions)
+        self._learns_from = self._data.made_for | {
+            "data set": self._data.fingerprint
+            if positions is None
+            else fingerprint([self._data.fingerprint, positions])
+        }
         if _is_trl(self):
             args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-            rows = {id(dataset): _rows(number, len(dataset)) for number, dataset in enumerate(datasets)}
+            rows = {id(dataset): _rows(number, *parts[number]) for number, dataset in enumerate(given)}
             train_dataset = rows[id(train_dataset)]
             if isinstance(eval_dataset, Mapping):
                 eval_dataset = {name: rows[id(dataset)] for name, dataset in eval_dataset.items()}
@@ -129,7 +156,8 @@ class DistillationTrainerMixin:
         if args is not None:
             args.remove_unused_columns = False
         others["data_collator"] = _Collator(datasets)
-        others.setdefault("processing_class", datasets[0].tokenizer)
+        # A copy, since TRL changes it.
+        others["processing_class"] = copy.deepcopy(others.get("processing_class") or self._data.tokenizer)
         trainer: Any = super()
         trainer.__init__(
             model=model,
@@ -165,14 +193,23 @@ class DistillationTrainerMixin:
             sums, count = self._sums[training], 1 if training else counts[name]
             sums[name] = sums[name] + value.detach().float() * count
             sums[f"{name}/count"] += count
+        if not training:
+            self._computed.append(losses.total.detach())
         return (losses.total, {}) if return_outputs else losses.total
 
     def prediction_step(
         self, model: nn.Module, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, None, None]:
         """The loss on a batch that is held out; logits are never whole, so there are none."""
+        self._computed = []
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None  # type: ignore[attr-defined]
+            loss = self.compute_loss(model, self._prepare_inputs(inputs)).detach()  # type: ignore[attr-defined]
+        # What a class of the user's own made of the loss, which is no mean over units that are known here.
+        own = loss - sum(self._computed) / max(1, len(self._computed))
+        rows = inputs[BATCH].row_count
+        self._sums[False][ADDED] += own.float() * rows
+        self._sums[False][f"{ADDED}/count"] += rows
+        return loss, None, None
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train, from what is in no other training's sums."""
@@ -185,10 +222,11 @@ class DistillationTrainerMixin:
         self._sums[False].clear()
         output = super().evaluation_loop(*args, **options)  # type: ignore[misc]
         prefix = next((key.removesuffix("loss") for key in output.metrics if key.endswith("_loss")), None)
-        if prefix is not None and (terms := self._means(training=False)):
+        terms = self._means(training=False)
+        if prefix is not None and ADDED in terms:
+            weighted = (weight * terms.get(name, 0.0) for name, weight in self.distillation.weights.items())
+            terms["loss"] = terms.pop(ADDED) + sum(weighted)
             output.metrics.update({f"{prefix}{name}": value for name, value in terms.items()})
-            weights = self.distillation.weights
-            output.metrics[f"{prefix}loss"] = sum(weight * terms.get(name, 0.0) for name, weight in weights.items())
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
@@ -197,16 +235,12 @@ class DistillationTrainerMixin:
             logs |= self._means(training=True)
         super().log(logs, *args, **options)  # type: ignore[misc]
 
-    def _learnt_from(self) -> dict[str, str]:
-        """What a checkpoint's training learns from: it goes on from there alone."""
-        return {**self._data.made_for, "data set": self._data.fingerprint}
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         trainer: Any = self
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         folder = Path(trainer._get_output_dir(trial)) / f"checkpoint-{trainer.state.global_step}"
         if trainer.args.should_save and folder.is_dir():
-            write_json_atomic(folder / LEARNT_FROM, self._learnt_from())
+            write_json_atomic(folder / LEARNT_FROM, self._learns_from)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -215,7 +249,7 @@ class DistillationTrainerMixin:
             stored = check(
                 read_json(folder / LEARNT_FROM), rule, str(folder / LEARNT_FROM), remedy="resume another one"
             )
-            for name, value in self._learnt_from().items():
+            for name, value in self._learns_from.items():
                 if stored.get(name) != value:
                     raise ConfigError(
                         f"{folder} is of a training whose {name} was {brief(str(stored.get(name)))}; it is now {brief(value)}. "
@@ -223,7 +257,18 @@ class DistillationTrainerMixin:
                         "DistillationDataset(..., student=CHECKPOINT)"
                     )
         if not self._load_weights(folder):
+            trainer: Any = self
+            _refuse_other_adapters(folder, trainer.accelerator.unwrap_model(trainer.model))
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        except ValueError as error:
+            raise ConfigError(
+                f"{checkpoint}: its optimizer's state is not of the parameters that are trained now ({error}); train the same "
+                "ones (requires_grad, adapters) with the same optim, or begin anew from its weights"
+            ) from error
 
     def _load_best_model(self) -> None:
         trainer: Any = self
@@ -286,19 +331,46 @@ def _is_trl(trainer: Any) -> bool:
     return any(base.__module__.startswith("trl.") for base in type(trainer).__mro__)
 
 
+def _part(dataset: Any) -> tuple[DistillationDataset, list[int] | None]:
+    """A data set and None, or the one that a `Subset` is of, and the positions that it takes of it."""
+    if not isinstance(dataset, Subset):
+        if not isinstance(dataset, DistillationDataset):
+            raise ConfigError(
+                f"train_dataset or eval_dataset is {type(dataset).__name__}; expected "
+                "vlm_distill_cache.DistillationDataset, or a part of one (torch.utils.data.random_split, Subset)"
+            )
+        return dataset, None
+    whole, chosen = _part(dataset.dataset)
+    within = range(len(whole)) if chosen is None else chosen
+    try:
+        return whole, [within[position] for position in dataset.indices]
+    except (IndexError, TypeError) as error:
+        raise ConfigError(
+            f"a Subset takes {brief(repr(dataset.indices))} of {len(within)} samples; expected positions of some of them"
+        ) from error
+
+
 def _refuse_arguments(trainer: Any, args: Any, others: Mapping[str, Any]) -> None:
     """Refuse what would have no effect, or break off deep inside."""
     if not hasattr(trainer, "training_step"):
         raise ConfigError(
             f"class {type(trainer).__name__} has no trainer among its bases; add transformers.Trainer, last"
         )
-    if _is_trl(trainer) and not hasattr(args, "dataset_kwargs"):
-        raise ConfigError(f"args is {type(args).__name__}; expected trl.SFTConfig")
+    if _is_trl(trainer):
+        base = next(base for base in type(trainer).__mro__ if base.__module__.startswith("trl."))
+        if base.__name__ != "SFTTrainer":
+            raise ConfigError(
+                f"trl.{base.__name__} trains in a way of its own, which the losses of a cache have no place in; derive from "
+                "trl.SFTTrainer or transformers.Trainer"
+            )
+        if not hasattr(args, "dataset_kwargs"):
+            raise ConfigError(f"args is {type(args).__name__}; expected trl.SFTConfig")
     for name in _NOT_OURS:
         if others.get(name) is not None:
             raise ConfigError(f"{name}= is given, which cannot be used here: {_NOT_OURS[name]}; leave it out")
     for name, (usual, why) in _WITHOUT_EFFECT.items():
-        if (value := getattr(args, name, usual[0])) not in usual:
+        accelerates = getattr(args, "accelerator_config", None)
+        if (value := getattr(args, name, getattr(accelerates, name, usual[0]))) not in usual:
             raise ConfigError(
                 f"{name} is {value!r} in args, which cannot be used here: {why}; leave it at {usual[0]!r}"
             )
@@ -318,8 +390,28 @@ class _Collator:
         return {BATCH: self._datasets[0].collate(made)}
 
 
-def _rows(number: int, count: int) -> Any:
+def _refuse_other_adapters(folder: Path, model: Any) -> None:
+    """Refuse a checkpoint of other adapters, of which peft would load what fits, and leave the rest as it is."""
+    from peft import get_peft_model_state_dict
+
+    for name in model.active_adapters[:1]:  # the trainer loads the first alone
+        file = (folder / name if (folder / name).is_dir() else folder) / "adapter_model.safetensors"
+        if not file.is_file():
+            raise ModelError(f"{file} is not there; resume a checkpoint that this trainer wrote of the same adapters")
+        held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        found, expected = read_tensor_table(file), {key: tuple(value.shape) for key, value in held.items()}
+        both = [key for key in (*expected, *found) if key in expected or not key.endswith(_EMBEDDINGS)]
+        if wrong := [key for key in both if expected.get(key) != found.get(key)]:
+            raise ModelError(
+                f"{file}: {len(wrong)} of its tensors are not those of the model's adapters, such as {wrong[0]} "
+                f"({found.get(wrong[0], 'absent')}, expected {expected.get(wrong[0], 'none')}); give the model the adapters "
+                "that were trained, or begin anew"
+            )
+
+
+def _rows(number: int, dataset: DistillationDataset, positions: list[int] | None) -> Any:
     """Positions in a data set as a `datasets.Dataset`."""
     import datasets
 
-    return datasets.Dataset.from_dict(dict(zip(ROW, ([number] * count, list(range(count))), strict=True)))
+    places = list(range(len(dataset))) if positions is None else positions
+    return datasets.Dataset.from_dict(dict(zip(ROW, ([number] * len(places), places), strict=True)))

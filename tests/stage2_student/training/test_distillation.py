@@ -1,8 +1,10 @@
 """`DistillationDataset` and `DistillationLoss` in somebody else's loop: the objective of `train()`, whatever is around it."""
 
 import copy
+import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -249,6 +251,9 @@ def test_adapters_are_added_to_what_is_saved_and_not_to_the_model_in_training(gi
     assert_same(adapted.state_dict(), before, atol=0, rtol=0)
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "student")
     assert_same(vdc.DistillationLoss(dataset)(again.eval(), batch).named(), trained, atol=1e-5, rtol=1e-4)
+    adapted.base_model.disable_adapter_layers()
+    with pytest.raises(vdc.ModelError, match="adapters are switched off"):
+        dataset.save_student(tmp_path / "student")
 
 
 def test_data_sets_losses_and_models_of_different_kinds_are_not_mixed(dataset, tiny_cache, folder):
@@ -321,6 +326,7 @@ def test_misuse_ends_in_words(dataset, tiny_cache, folder, tmp_path):
         (lambda: dataset[0:2], "expected one position or one id"),
         (lambda: dataset[1.5], r"sample 1\.5 .float.; expected one"),
         (lambda: dataset.collate([]), "one or more"),
+        (lambda: next(iter(DataLoader(dataset, batch_size=2))), "give collate_fn=dataset.collate"),
         (lambda: dataset.sampler(seed=-1), "seed is -1"),
         (lambda: dataset.sampler(seed="a"), "seed is 'a'"),
         (lambda: copied.save_student(tmp_path / "new"), "holds no model.*give model="),
@@ -335,6 +341,16 @@ def test_misuse_ends_in_words(dataset, tiny_cache, folder, tmp_path):
         with pytest.raises(vdc.DistillError, match=f"(?s){words}"):
             misuse()
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("step", ["do_rescale", "do_normalize"])
+def test_a_processor_that_leaves_out_a_step_is_worth_a_line(step, tiny_cache, dataset, folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path / "student")
+    file = tmp_path / "student" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {step: False}))
+    assert "image processor" not in caplog.text
+    make(tiny_cache[0], tmp_path / "student")
+    assert f"its image processor has {step} false, which CLIP" in caplog.text
 
 
 def test_what_does_not_fit_is_refused_in_words(dataset, tiny_cache, folder, tmp_path):

@@ -1,5 +1,6 @@
 """The mixin in `transformers.Trainer` and in TRL's: a step is one of `train()`, and the log has each term."""
 
+import itertools
 import pickle
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny_cache import make_teacher
+from torch.utils.data import Subset, random_split
 
 import vlm_distill_cache as vdc
 from vlm_distill_cache.data import builtin
+from vlm_distill_cache.data.text.processors import tokenizer_fingerprint
 
 DATA = "shapes:images=20,seed=5"
 LOSSES = vdc.LossWeights(logits=1.0, answer_attention=2.0, visual_columns=1.0)
@@ -84,8 +87,77 @@ def test_a_step_of_unequal_micro_batches_is_the_step_of_one_big_batch_and_the_lo
     assert all(torch.equal(value, after[name]) for name, value in weights_of(again.student).items())
 
 
+def test_an_evaluations_loss_is_what_compute_loss_says(dataset, tmp_path):
+    def extra(batch):
+        return batch.labels.float().mean() / 50  # a mean over supervised rows
+
+    class Adds(Trainer):
+        def compute_loss(self, model, inputs, *args, **options):
+            return super().compute_loss(model, inputs, *args, **options) + extra(inputs["distillation"])
+
+    class Twice(Trainer):
+        def compute_loss(self, model, inputs, *args, **options):
+            return sum(super(Twice, self).compute_loss(model, inputs, *args, **options) for _ in range(2))
+
+    class Replaces(Trainer):
+        def compute_loss(self, model, inputs, *args, **options):
+            return extra(inputs["distillation"])
+
+    arguments = transformers.TrainingArguments(**options(tmp_path / "run", per_device_eval_batch_size=6))
+    whole = dataset.collate([dataset[place] for place in range(len(dataset))])
+    plain = Trainer(args=arguments, eval_dataset=dataset).evaluate()  # without anything to train on
+    added = extra(whole).item()
+    assert added > 0.5
+    for kind, expected in ((Adds, plain["eval_loss"] + added), (Twice, 2 * plain["eval_loss"]), (Replaces, added)):
+        found = kind(args=arguments, eval_dataset=dataset).evaluate()
+        assert found["eval_loss"] == pytest.approx(expected, rel=1e-4), kind
+        for name in ("eval_lm", "eval_visual_columns") if kind is not Replaces else ():
+            assert found[name] == pytest.approx(plain[name], rel=1e-6), name
+
+
+def test_parts_of_a_data_set_are_trained_and_evaluated_on_as_they_are(dataset, tmp_path):
+    part, held_out = random_split(dataset, [13, 7], torch.Generator().manual_seed(1))
+    part = Subset(part, range(1, 12))  # a part of a part
+    places = [part.dataset.indices[index] for index in range(1, 12)]
+    arguments = transformers.TrainingArguments(
+        **options(tmp_path / "run", per_device_train_batch_size=3, gradient_accumulation_steps=4, max_steps=1),
+        data_seed=0,
+    )
+    loss = vdc.DistillationLoss(dataset)
+    trainer = Trainer(args=arguments, train_dataset=part, eval_dataset=held_out)
+
+    def reference(positions):
+        dataset.student.eval()
+        with torch.no_grad():
+            return named(loss(dataset.student, dataset.collate([dataset[position] for position in positions])))
+
+    trained, evaluated = reference(places), reference(held_out.indices)
+    assert trainer.evaluate()["eval_logits"] == pytest.approx(evaluated["logits"], rel=1e-4)
+    trainer.train()
+    for name in ("lm", "logits", "visual_columns"):
+        assert trainer.state.log_history[-2][name] == pytest.approx(trained[name], rel=1e-4), name
+    other = Trainer(args=arguments, train_dataset=held_out)
+    assert other._learns_from["data set"] != trainer._learns_from["data set"]
+    # Of one seed the order is the data set's own where the part is all of it: a seed of 0 is a seed.
+    order = list(dataset.sampler(seed=0, window=1))
+    assert list(dataset.sampler(seed=0, window=1, positions=range(20))) == order
+    assert list(Trainer(args=arguments, train_dataset=dataset)._get_train_sampler()) == list(dataset.sampler(seed=0))
+    # A shard's samples stand together, also where positions come in any order and twice.
+    mixed = [*held_out.indices, held_out.indices[0]]
+    found = list(dataset.sampler(seed=4, window=1, positions=mixed))
+    assert sorted(found) == list(range(len(mixed)))
+    shard_of = {place: number for number, shard in enumerate(dataset._joined.shards) for place in shard.tolist()}
+    shards = [shard_of[mixed[position]] for position in found]
+    assert len([one for one, _ in itertools.groupby(shards)]) == len(set(shards)) > 1
+
+
 def test_a_wrong_data_set_is_refused(dataset, tiny_cache, student, tmp_path):
     arguments = transformers.TrainingArguments(**options(tmp_path / "run"))
+    for indices in ([20], [0.5]):
+        with pytest.raises(vdc.ConfigError, match=r"of 20 samples; expected positions of some"):
+            Trainer(args=arguments, train_dataset=Subset(dataset, indices))
+    with pytest.raises(vdc.ConfigError, match=r"model is 'no/folder'; expected a model that is loaded"):
+        Trainer("no/folder", arguments, train_dataset=dataset)
     for wrong in ({"train_dataset": [1, 2]}, {"train_dataset": dataset, "eval_dataset": [1]}, {}):
         with pytest.raises(vdc.ConfigError, match=r"expected vlm_distill_cache\.DistillationDataset"):
             Trainer(args=arguments, **wrong)
@@ -142,6 +214,30 @@ def test_a_resumed_training_ends_as_one_without_a_break_and_the_best_model_is_th
         trainer("other").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it by its name of old
+def test_a_checkpoint_of_other_adapters_or_trained_parameters_is_not_resumed(dataset, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model, saving = dataset.student, {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+
+    def train(run, student, folder=None, steps=1):
+        arguments = transformers.TrainingArguments(**options(tmp_path / run, **saving, max_steps=steps))
+        Trainer(student, arguments, train_dataset=dataset).train(resume_from_checkpoint=folder)
+
+    train("whole", model)
+    model.lm_head.requires_grad_(False)
+    with pytest.raises(vdc.ConfigError, match=r"not of the parameters that are trained now.*train the same"):
+        train("whole", model, str(tmp_path / "whole" / "checkpoint-1"), 2)
+    for run, settings in (("query", {"target_modules": ["q_proj"]}), ("key", {"target_modules": ["k_proj"]})):
+        adapted = get_peft_model(model, LoraConfig(r=2, **settings))
+        if run == "query":
+            train(run, adapted)
+        else:
+            with pytest.raises(vdc.ModelError, match=r"adapter_model.safetensors: \d+ of its tensors .*k_proj.*absent"):
+                train(run, adapted, str(tmp_path / "query" / "checkpoint-1"), 2)
+        model = adapted.unload()
+
+
 def test_an_evaluation_counts_its_own_batches_alone(dataset, student, tiny_cache, tmp_path):
     held_out = vdc.DistillationDataset(tiny_cache[0], student, LOSSES, data=DATA, limit=5)
     trainer = Trainer(
@@ -174,12 +270,19 @@ def test_what_has_no_effect_or_trains_something_else_is_refused(dataset, tmp_pat
         "label_smoothing_factor": 0.1,
         "train_sampling_strategy": "sequential",
         "include_num_input_tokens_seen": "all",
+        "accelerator_config": {"dispatch_batches": True},
     }
     for name, value in changed.items():
-        with pytest.raises(vdc.ConfigError, match=f"{name} is {value!r} in args"):
+        named = "dispatch_batches is True" if isinstance(value, dict) else f"{name} is {value!r}"
+        with pytest.raises(vdc.ConfigError, match=f"{named} in args"):
             Trainer(
                 args=transformers.TrainingArguments(**options(tmp_path / "run", **{name: value})), train_dataset=dataset
             )
+    generates = transformers.Seq2SeqTrainingArguments(**options(tmp_path / "run"), predict_with_generate=True)
+    with pytest.raises(vdc.ConfigError, match=r"predict_with_generate is True in args.*generates nothing"):
+        type("Seq2Seq", (vdc.DistillationTrainerMixin, transformers.Seq2SeqTrainer), {})(
+            args=generates, train_dataset=dataset
+        )
     with pytest.raises(vdc.ConfigError, match=r"Trainer stands before .*Mixed\(DistillationTrainerMixin, Trainer\)"):
         type("Mixed", (transformers.Trainer, vdc.DistillationTrainerMixin), {})
     with pytest.raises(vdc.ConfigError, match="no trainer among its bases"):
@@ -202,6 +305,21 @@ def test_trl_takes_the_same_step_in_adapters(dataset, tmp_path):
     class SFTTrainer(vdc.DistillationTrainerMixin, trl.SFTTrainer):
         pass
 
+    class Preferences(vdc.DistillationTrainerMixin, trl.DPOTrainer):
+        pass
+
+    asked = tokenizer_fingerprint(dataset.tokenizer)
+    for name in ("eos_token", "pad_token", "chat_template_path"):
+        arguments = trl.SFTConfig(**options(tmp_path / "run", bf16=False))
+        setattr(arguments, name, "<unk>")  # of the constructor TRL warns
+        with pytest.raises(vdc.ConfigError, match=f"{name} is '<unk>' in args.*tokenizer and template are those"):
+            SFTTrainer(args=arguments, train_dataset=dataset)
+    arguments = trl.SFTConfig(**options(tmp_path / "run", bf16=False))
+    with pytest.raises(vdc.ConfigError, match=r"trl\.DPOTrainer trains in a way of its own"):
+        Preferences(args=arguments, train_dataset=dataset)
+    with pytest.raises(vdc.ConfigError, match=r"train_dataset is None"):
+        SFTTrainer(args=arguments, eval_dataset=dataset)
+
     order = list(dataset.sampler(seed=42))[:6]
     with torch.no_grad():
         expected = named(vdc.DistillationLoss(dataset)(dataset.student, dataset.collate([dataset[p] for p in order])))
@@ -220,3 +338,5 @@ def test_trl_takes_the_same_step_in_adapters(dataset, tmp_path):
     ]
     assert any("lora_B" in name for name in changed)
     assert trainer.evaluate()["eval_logits"] > 0
+    assert trainer.processing_class is not dataset.tokenizer  # TRL changes its own
+    assert tokenizer_fingerprint(dataset.tokenizer) == asked

@@ -32,8 +32,13 @@ from vlm_distill_cache.stage2_student.students.model import vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
 from vlm_distill_cache.stage2_student.students.presets import student_folder
 from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free
-from vlm_distill_cache.stage2_student.training.checks import check_labels_fit, check_losses, refuse_other_teacher
-from vlm_distill_cache.stage2_student.training.extension import earlier_training
+from vlm_distill_cache.stage2_student.training.checks import (
+    check_labels_fit,
+    check_losses,
+    check_machine,
+    refuse_other_teacher,
+)
+from vlm_distill_cache.stage2_student.training.extension import as_begun, earlier_training
 from vlm_distill_cache.stage2_student.training.log import read_log
 from vlm_distill_cache.stage2_student.training.output_folder import refuse_misplaced
 from vlm_distill_cache.stage2_student.training.preparation import (
@@ -92,17 +97,21 @@ def preview(
         trainings: The folders below the output that students are trained in; ``""``: the output itself.
     """
     outlook = Outlook()
+    # Only a run starts the processes itself, on this machine.
+    starts = processes if len(trainings) > 1 else 1
+    look_at_machine = partial(check_machine, processes=processes, starts=starts, each=outlook.checking)
     with looking_only() as missing:
         with outlook.checking():
             read_plan(local_folder(sketch or cache), sketch=sketch is not None)
         if outlook.problems:
             if sketch is not None and not any(sketch.iterdir()):
                 outlook.problems.clear()
-            _look_without_cache(outlook, path, [*given, f"cache={cache}"])
+            _look_without_cache(outlook, path, [*given, f"cache={cache}"], look_at_machine)
             return outlook
         config, left = resolve_each(outlook, lambda some: resolve(path, some, cache=sketch or cache), given)
         if config is None:
             return outlook
+        config = as_begun(config)
         caches: dict[str, TeacherCache] = {}
         with outlook.checking():
             caches = open_caches(config, opening=partial(open_or_plan, sketch=sketch, named=cache))
@@ -112,6 +121,7 @@ def preview(
             *(f"  cache: {_cache_line(found)}" for found in caches.values()),
             f"  phases: {', '.join(config.phases)}; processes: {processes}",
         ]
+        look_at_machine(config)
         outlook.needs_writing(output)
         with outlook.checking():
             refuse_overlap(output, *(found.path for found in caches.values()), *([] if is_url(cache) else [cache]))
@@ -129,7 +139,9 @@ def preview(
     return outlook
 
 
-def _look_without_cache(outlook: Outlook, path: Path | None, given: Sequence[str]) -> None:
+def _look_without_cache(
+    outlook: Outlook, path: Path | None, given: Sequence[str], look_at_machine: Callable[[TrainConfig], None]
+) -> None:
     """What can be said where nothing is known of the cache: options, the student's name, the held-out data, the folder."""
     config, left = resolve_each(outlook, lambda some: resolve_config(path, some, teacher_width=UNKNOWN_WIDTH), given)
     if config is None:
@@ -137,6 +149,7 @@ def _look_without_cache(outlook: Outlook, path: Path | None, given: Sequence[str
     if kept_share(config.student) is None and not any(one.startswith("student=") for one in left):
         with outlook.checking():
             student_folder(config.student, config.student_weights)
+    look_at_machine(config)
     how = config.evaluation
     if how.data is not None:
         images = how.images or config.images
@@ -212,8 +225,6 @@ def look_at_student(
     }.values():
         with outlook.checking():
             _check_data(phase, caches)
-    if any(config.phase(name).trainable == "lora" for name in config.phases):
-        outlook.needs_package("peft", extra="lora", why="trainable=lora")
     if not known:
         return None
     first = caches[str(config.phase(config.phases[0]).cache)]

@@ -33,7 +33,7 @@ def as_begun(config: TrainConfig) -> TrainConfig:
         before = config_from_dict(TrainConfig, read_yaml(Path(config.output) / CONFIG, missing_ok=True))
     except DistillError:  # whoever needs it says so
         return config
-    unused = {name: getattr(before, name) for name in PHASE_NAMES if name not in config.phases}
+    unused: dict[str, Any] = {name: getattr(before, name) for name in PHASE_NAMES if name not in config.phases}
     if not any(config.phase(name).trainable == "lora" for name in config.phases):
         unused["lora"] = before.lora
     return replace(config, **unused)

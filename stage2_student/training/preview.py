@@ -13,14 +13,14 @@ from typing import Any
 
 from vlm_distill_cache.common.cache.plan import Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.errors import CacheMismatchError, DistillError
+from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.files.disk import folder_bytes, refuse_overlap
 from vlm_distill_cache.common.hub import is_without_weights, public_name
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import local_folder
-from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, looking_only
+from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, looking_only, resolve_each
 from vlm_distill_cache.data.registry import open_evaluation
 from vlm_distill_cache.data.sources.mixture import own_caches
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints
@@ -108,7 +108,7 @@ def preview(
                 outlook.problems.clear()
             _look_without_cache(outlook, path, [*given, f"cache={cache}"], look_at_machine)
             return outlook
-        config, left = resolve_each(outlook, lambda some: resolve(path, some, cache=sketch or cache), given)
+        config, left = resolve_each(outlook, partial(resolve, cache=sketch or cache), path, given)
         if config is None:
             return outlook
         config = as_begun(config)
@@ -143,7 +143,7 @@ def _look_without_cache(
     outlook: Outlook, path: Path | None, given: Sequence[str], look_at_machine: Callable[[TrainConfig], None]
 ) -> None:
     """What can be said where nothing is known of the cache: options, the student's name, the held-out data, the folder."""
-    config, left = resolve_each(outlook, lambda some: resolve_config(path, some, teacher_width=UNKNOWN_WIDTH), given)
+    config, left = resolve_each(outlook, partial(resolve_config, teacher_width=UNKNOWN_WIDTH), path, given)
     if config is None:
         return
     if kept_share(config.student) is None and not any(one.startswith("student=") for one in left):
@@ -176,35 +176,6 @@ def _hours_lines(config: TrainConfig, folders: Sequence[Path]) -> list[str]:
     return [
         f"  hours: about {left * sum(seconds) / len(seconds) / 3600:.2g} for {left} steps, as fast as those logged there"
     ]
-
-
-def resolve_each(
-    outlook: Outlook, resolve: Callable[[Sequence[str]], TrainConfig], given: Sequence[str]
-) -> tuple[TrainConfig | None, list[str]]:
-    """A configuration from the options that can be used; each one that cannot is a problem.
-
-    Returns:
-        The configuration, None if the fault is no single option's; and the options that were left out.
-    """
-    sound, left = list(given), list[str]()
-    while True:
-        with outlook.checking():
-            return resolve(sound), left
-        told = outlook.problems[-1]
-        guilty = next((option for option in reversed(sound) if _fails(resolve, sound, option) != told), None)
-        if guilty is None:
-            return None, left
-        sound.remove(guilty)
-        left.append(guilty)
-
-
-def _fails(resolve: Callable[[Sequence[str]], TrainConfig], given: Sequence[str], without: str) -> str:
-    """What is wrong with options but one; empty: nothing."""
-    try:
-        resolve([option for option in given if option != without])
-    except (DistillError, OSError) as error:
-        return str(error)
-    return ""
 
 
 def open_or_plan(place: str, *, sketch: Path | None, named: str) -> TeacherCache:

@@ -22,6 +22,7 @@ from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, looking_only, resolve_each
 from vlm_distill_cache.data.registry import open_evaluation
+from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.mixture import own_caches
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints
 from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
@@ -46,6 +47,7 @@ from vlm_distill_cache.stage2_student.training.preparation import (
     check_phase,
     find_all,
     open_cached_data,
+    probe_planned,
 )
 from vlm_distill_cache.stage2_student.training.steps import extended_training
 
@@ -191,11 +193,12 @@ def look_at_student(
 ) -> StudentParts | None:
     """Check student, data and losses against the caches; None: the student is not ``known``, or cut on the way."""
     check_losses(config, caches, each=outlook.checking)
+    opened: list[tuple[TeacherCache, Dataset]] = []
     for phase in {
         (phase.cache, phase.data, phase.images): phase for phase in map(config.phase, config.phases)
     }.values():
         with outlook.checking():
-            _check_data(phase, caches)
+            opened += _check_data(phase, caches)
     if not known:
         return None
     first = caches[str(config.phase(config.phases[0]).cache)]
@@ -229,6 +232,10 @@ def look_at_student(
         for term in terms:
             with outlook.checking():
                 term.fit(cache.plan, losses, parts, where)
+    for cache, dataset in [] if outlook.problems else opened:
+        if not cache.manifest_hash:  # not there yet; samples of others are looked at below
+            with outlook.checking():
+                probe_planned(config, dataset, cache, parts)
     if not outlook.problems and all(isinstance(cache, TeacherCache) for cache in caches.values()):
         with outlook.checking():  # with samples of the data
             found = find_all(config, caches)
@@ -251,9 +258,9 @@ def look_at_extension(trainings: Iterable[TrainConfig], caches: Mapping[str, Tea
             extended_training(config, find_all(config, caches).phases, hashes)
 
 
-def _check_data(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> None:
+def _check_data(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> list[tuple[TeacherCache, Dataset]]:
     if own_caches(phase.data, str(phase.cache)) is not None:
-        return  # which fit their entries, or else say so when they are opened
+        return []  # which fit their entries, or else say so when they are opened
     cache = caches[str(phase.cache)]
     dataset = open_cached_data(cache, data=phase.data, images=phase.images)
     if dataset.fingerprint() not in {cache.plan.fingerprints.get("data"), *merged_fingerprints(cache)}:
@@ -261,6 +268,7 @@ def _check_data(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> None:
             f"data set {dataset.name} ({len(dataset)} samples) is not the one that {cache.place} is built from "
             f"({cache.plan.data.get('name')}, {cache.plan.sample_count} samples); give the cache's data (--data, --images)"
         )
+    return [(cache, dataset)]
 
 
 def bytes_to_write(config: TrainConfig, parts: StudentParts) -> int:

@@ -127,21 +127,19 @@ def resolve_each(
             if config is not None:
                 return config, left
             outlook.problem(told)
-            places = (
-                i
-                for i in reversed(range(len(sound)))
-                if _is_guilty(sound[i].partition("=")[0], told, attempt(file, [*sound[:i], *sound[i + 1 :]])[1])
-            )
+            names = [option.partition("=")[0] for option in sound]
+            # Those that the error names first: each look costs milliseconds.
+            order = sorted(range(len(sound)), key=lambda i: names[i].rpartition(".")[2] not in told)
+            places = (i for i in order if _is_guilty(names[i], told, attempt(file, [*sound[:i], *sound[i + 1 :]])[1]))
             if (place := next(places, None)) is not None:
                 left.append(sound.pop(place))
                 continue
             values: dict[Any, Any] = {}
             with suppress(DistillError):
                 values = read_yaml(file)
-            keys = (
-                key for key in _keys(values) if _is_guilty(str(key[-1]), told, attempt(without(values, key), sound)[1])
-            )
-            if (key := next(keys, None)) is None:
+            keys = sorted(_keys(values), key=lambda key: str(key[-1]) not in told)
+            guilty = (key for key in keys if _is_guilty(str(key[-1]), told, attempt(without(values, key), sound)[1]))
+            if (key := next(guilty, None)) is None:
                 return None, left
             file = without(values, key)
             left.append(f"{'.'.join(str(part) for part in key if part not in STAGES)}=")

@@ -114,7 +114,7 @@ teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
 distill: $(STAMP) ## Stage two: train a student from the cache (built first if missing), evaluate, report
 	$(if $(BOTH_STAGES),$(if $(GIVEN),$(NO_OPTIONS)) exec $(BIN)/distill run $(WHOLE))
 	if [ -z "$(BOTH_STAGES)" ] && [[ "$$CACHE" != *://* ]] && [ ! -f "$$CACHE/manifest.json" ]; then echo "Looking at both stages before the teacher runs"; sketch=$$(mktemp -d); trap 'rm -rf "$$sketch"' EXIT; found=0; $(BIN)/teacher-cache build $(STAGE_ONE) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; $(BIN)/distill run $(STAGE_TWO) --dry-run --sketch "$$sketch" > /dev/null || found=$$?; exit $$found; fi
-	if [ -z "$(BOTH_STAGES)" ] && { [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && { [ -n "$(GIVEN)" ] || [ ! -f "$$CACHE/manifest.json" ]; }; }; }; then exec $(MAKE) --no-print-directory teacher-cache; fi
+	if [ -z "$(BOTH_STAGES)" ] && { [ -n "$$TEACHER" ] || { [[ "$$CACHE" != *://* ]] && { [ -n "$(GIVEN)" ] || [ ! -f "$$CACHE/manifest.json" ]; }; }; }; then VLM_DISTILL_IN_RUN=1 exec $(MAKE) --no-print-directory teacher-cache; fi
 	if [ -z "$(BOTH_STAGES)" ]; then exec $(BIN)/distill run $(STAGE_TWO); fi
 
 evaluate: $(STAMP) ## Score the distilled student of OUTPUT again, on EVAL_DATA if given

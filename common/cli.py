@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING, Any, Never
 
 import click
 
@@ -298,18 +298,19 @@ def pull(
     --shards, --samples, --signals and --top-k download only what is needed and create a smaller cache that records its
     source.
     """
-    part = (shards, samples, signals, top_k) != (None,) * 4
+    wanted: dict[str, Any] = {"shards": shards, "samples": samples, "signals": signals, "top_k": top_k}
+    part = any(value is not None for value in wanted.values())
     if dry_run:
         from vlm_distill_cache.common.tools.previews import preview_pull
 
-        preview_pull(source, cache, part=part).show()
+        preview_pull(source, cache, part=wanted if part else None).show()
         return
     from vlm_distill_cache.common.tools.trust import demand_sound
 
     if part:
         from vlm_distill_cache.common.tools.select import parse_selection, pull_partial
 
-        selection = parse_selection(shards=shards, samples=samples, signals=signals, top_k=top_k)
+        selection = parse_selection(**wanted)
         with _progress("pull") as shard_bar:
             smaller = pull_partial(source, cache, selection, jobs=jobs, on_shard=shard_bar.update)
         if not no_verify:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import json
 import logging
 import os
@@ -68,6 +69,12 @@ SHARED_WORDS: Mapping[str, Word] = {
 """Words that mean the same in both stages."""
 
 
+@functools.cache
+def _hints(cls: type) -> Mapping[str, Any]:
+    """A class's type hints: each option is looked up in them, and they are slow to make."""
+    return typing.get_type_hints(cls)
+
+
 def load_config(
     cls: type[ConfigT], yaml_path: Path | None, overrides: Iterable[str] = (), *, where: str | None = None
 ) -> ConfigT:
@@ -109,7 +116,7 @@ def words_of(cls: type) -> Mapping[str, Word]:
 def option_names(cls: type, prefix: str = "") -> dict[str, Any]:
     """All options of a configuration, dotted, with their types; those that have options of their own included."""
     names: dict[str, Any] = {}
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for field in dataclasses.fields(cls):
         names[f"{prefix}{field.name}"] = hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
@@ -169,7 +176,7 @@ def last_given(overrides: Sequence[str], option: str) -> str:
 
 
 def _leaves(cls: type, values: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    hints, leaves = typing.get_type_hints(cls), list[tuple[str, Any]]()
+    hints, leaves = _hints(cls), list[tuple[str, Any]]()
     for key, value in values.items():
         inner = hints.get(key)
         if isinstance(value, dict) and dataclasses.is_dataclass(inner):
@@ -199,7 +206,7 @@ def _renamed(cls: type, items: Iterable[tuple[str, Any]], where: str) -> list[tu
 def _meaning(cls: type, key: str, value: Any, where: str, path: str = "") -> tuple[tuple[str, ...], Any, str]:
     """The options that a word stands for, its value for them, and what is to be said about it."""
     head, dot, rest = key.partition(".")
-    word, inner = words_of(cls).get(head), typing.get_type_hints(cls).get(head)
+    word, inner = words_of(cls).get(head), _hints(cls).get(head)
     if dot and word is not None and word.options and not dataclasses.is_dataclass(inner):
         raise ConfigError(f"{where}: {path}{key}: {head} has no options of its own; write {path}{head}=VALUE")
     if word is None or (dot and word.options):
@@ -226,7 +233,7 @@ def _meaning(cls: type, key: str, value: Any, where: str, path: str = "") -> tup
 
 def _refuse_unknown(root: type, cls: type, values: Mapping[Any, Any], path: str, where: str) -> None:
     """Refuse options that there are not, with the one that was meant where that can be told."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = [field.name for field in dataclasses.fields(cls) if field.init]
     for key, value in values.items():
         if key in fields:
@@ -413,7 +420,7 @@ def _build(cls: Any, values: Any, base: Any, path: str, where: str) -> Any:
     if not isinstance(values, dict):
         name = path.rstrip(".") or cls.__name__
         raise ConfigError(f"{where}: {name} is {brief(repr(values))}; expected a mapping of options")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     arguments: dict[str, Any] = {}
     for name, field in fields.items():

@@ -23,6 +23,7 @@ given. Hold data out by keeping it in another file.
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -80,6 +81,7 @@ def open_dataset(
     images: Path | None = None,
     limit: int | None = None,
     commits: Mapping[str, str] | Sequence[Mapping[str, str]] = NO_COMMITS,
+    strict: bool = False,
 ) -> Dataset:
     """Open the data a user names.
 
@@ -90,6 +92,7 @@ def open_dataset(
         limit: Take the first samples only.
         commits: By repository of the hub: which commit to read where no revision is named; of a mixture, one such
             mapping for all of its entries, or one for each.
+        strict: Refuse a held-out split for which the training data is read, because there is none.
 
     Raises:
         DataError: Nothing can be read under that name; the message lists what can.
@@ -108,7 +111,16 @@ def open_dataset(
     elif name == "easy-vqa":
         dataset = EasyVqaDataset(split)
     else:
-        dataset = _open_path(name, options, split, images, commits)
+        dataset = _open_path(name, options, split, images, commits, strict=strict)
+        if (
+            strict
+            and split != "train"
+            and _is_all_there_is(dataset, partial(_open_path, name, options, "train", images, commits))
+        ):
+            raise DataError(
+                f"data {spec!r} has no split {split!r}: what is read is the same as for split=train; leave split out, or name "
+                "data that has it"
+            )
     if limit is None or limit >= len(dataset):
         return dataset
     return ChosenSamples(dataset, range(limit), name=f"{dataset.name}[:{limit}]")
@@ -185,11 +197,15 @@ def _open_path(
     split: str,
     images: Path | None,
     commits: Mapping[str, str] | Sequence[Mapping[str, str]],
+    *,
+    strict: bool = False,
 ) -> Dataset:
     path, kind = Path(name), Path(name).suffix.lower()
     if kind in MIXTURES and path.is_file():
         _refuse_options(name, options)
-        return open_mixture(path, split=split, images=images, open_part=open_dataset, commits=commits)
+        return open_mixture(
+            path, split=split, images=images, open_part=partial(open_dataset, strict=strict), commits=commits
+        )
     if not isinstance(commits, Mapping):
         commits = {repository: commit for each in commits for repository, commit in each.items()}
     if kind in TEXTS and path.is_file():
@@ -231,6 +247,15 @@ def _open_path(
     if re.match(r"\w+://", name):
         state = "is an address, and nothing is downloaded from there: download it"
     raise DataError(f"data {name!r} {state}; expected {FORMS}")
+
+
+def _is_all_there_is(dataset: Dataset, open_training: Callable[[], Dataset]) -> bool:
+    """Whether what was opened as another split is the training data."""
+    try:
+        training = open_training()
+    except DataError:
+        return False
+    return len(training) == len(dataset) and training.fingerprint() == dataset.fingerprint()
 
 
 def _in_repository(name: str) -> tuple[HubName, str | None] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,9 @@ from vlm_distill_cache.common.terminal.command_line import (
 )
 from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
 from vlm_distill_cache.common.terminal.launch import enter_launch
+from vlm_distill_cache.common.terminal.next_step import IN_RUN
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
+from vlm_distill_cache.common.tools.outlook import Outlook, resolve_each
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
 
 logger = logging.getLogger(__name__)
@@ -102,16 +106,36 @@ _build_options = shared_options(
 
 def _settings(options: dict[str, Any]) -> tuple[BuildConfig, Recipe | None]:
     """The configuration that the options shared by several commands give, and the recipe it began with."""
+    return _resolve(*_file_and_options(options))
+
+
+def _file_and_options(options: dict[str, Any]) -> tuple[Path | None, list[str]]:
+    """The YAML file, and all other options as ``a.b=c``."""
     config, settings, signals = (options.pop(name) for name in ("config", "overrides", "signals"))
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
-    if signals is not None:
-        given.append(f"signals=[{signals}]")
-    recipe, values, settings = split_recipe(read_stage(config, "teacher_cache"), settings)
+    return config, [*settings, *given, *([] if signals is None else [f"signals=[{signals}]"])]
+
+
+def _resolve(config: Path | None, given: Sequence[str]) -> tuple[BuildConfig, Recipe | None]:
+    recipe, values, settings = split_recipe(read_stage(config, "teacher_cache"), given)
     where = "options" if config is None else str(config)
     values = canonical_values(BuildConfig, values, where=where)
     if recipe is not None:
         values = merge_options(recipe.stage_one, values)
-    return load_options(BuildConfig, values, [*settings, *given], where=where), recipe
+    return load_options(BuildConfig, values, settings, where=where), recipe
+
+
+def _looked_at(outlook: Outlook, options: dict[str, Any]) -> BuildConfig:
+    """For a dry run: the configuration of the options that can be used; those that cannot are problems.
+
+    Raises:
+        click.exceptions.Exit: If nothing can be made of them, which is shown.
+    """
+    settings, _ = resolve_each(outlook, lambda *some: _resolve(*some)[0], *_file_and_options(options))
+    if settings is None:
+        outlook.show()
+        raise click.exceptions.Exit(1)
+    return settings
 
 
 def _given(options: dict[str, Any]) -> set[str]:
@@ -158,9 +182,12 @@ def build(
     if not dry_run and (sketch or estimate) is not None:
         raise click.UsageError("--sketch and --estimate go with --dry-run")
     refuse_sharding(enter_launch().sharding, model="teacher")
-    settings, recipe = _settings(options)
+    outlook, recipe = Outlook(), None
     if dry_run:  # before what takes seconds
         logger.info("looking at teacher, data and cache; nothing is built")
+        settings = _looked_at(outlook, options)
+    else:
+        settings, recipe = _settings(options)
 
     from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
@@ -185,7 +212,7 @@ def build(
         from vlm_distill_cache.stage1_teacher.planning.preview import preview_build
 
         preview_build(
-            settings, overwrite=overwrite, part=own, processes=nproc or 1, sketch=sketch, estimate=estimate
+            outlook, settings, overwrite=overwrite, part=own, processes=nproc or 1, sketch=sketch, estimate=estimate
         ).show()
         return
     with explain_disk_errors(settings.cache), stopped_by_sigterm():
@@ -210,7 +237,7 @@ def build(
             )
         else:
             proposed = recipe.name
-    if summary.manifest is not None:
+    if summary.manifest is not None and IN_RUN not in os.environ:
         tell(next_command(summary, settings, recipe=proposed))
 
 
@@ -229,7 +256,8 @@ def extend(*, cache: Path, nproc: int | None, dry_run: bool, **options: Any) -> 
     as it was until the new one is finished.
     """
     given = _given(options)
-    settings, _ = _settings(options)
+    outlook = Outlook()
+    settings = _looked_at(outlook, options) if dry_run else _settings(options)[0]
     if "cache" in given and Path(settings.cache).resolve() != cache.resolve():
         raise click.UsageError(f"cache={settings.cache} beside {cache}: leave one of the two out")
 
@@ -241,7 +269,7 @@ def extend(*, cache: Path, nproc: int | None, dry_run: bool, **options: Any) -> 
     if dry_run:
         from vlm_distill_cache.stage1_teacher.planning.preview import preview_extension
 
-        preview_extension(replace(settings, cache=str(cache)), given=given, processes=nproc or 1).show()
+        preview_extension(outlook, replace(settings, cache=str(cache)), given=given, processes=nproc or 1).show()
         return
     with explain_disk_errors(cache), stopped_by_sigterm():
         extension = extend_cache(replace(settings, cache=str(cache)), given=given, processes=nproc)

@@ -227,6 +227,11 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
     """Train `sft`, the baseline without a teacher, and the distilled student; score both, write the report."""
     launch = enter_launch()
     refuse_sharding(launch.sharding, model="student")
+    if launch.size > 1:
+        raise LaunchError(
+            f"{launch.launcher} started {launch.size} processes of `distill run`, which starts its own: run it once, with "
+            f"--nproc {launch.size}; or train by `distill train`, which {launch.launcher} may start"
+        )
     looking = partial(runs.look_at_run, extends=extend)
     look = partial(_preview, options, looking, trainings=COMPARED, processes=nproc)
     if sketch is None and "teacher_cache" in read_yaml(options["config"]):
@@ -240,11 +245,6 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
         return
     _refuse_sketch(sketch)
     settings, of_recipe = _load(options)
-    if launch.size > 1:
-        raise LaunchError(
-            f"{launch.launcher} started {launch.size} processes of `distill run`, which starts its own: run it once, with "
-            f"--nproc {launch.size}; or train by `distill train`, which {launch.launcher} may start"
-        )
     with stopped_by_sigterm():
         summary = runs.run(settings, processes=nproc, extends=extend, say=tell)
     answer(**vars(summary), scores=runs.read_scores(summary.output))

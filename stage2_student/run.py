@@ -63,7 +63,7 @@ from vlm_distill_cache.stage2_student.scores.results import (
     render_table,
     table_rows,
 )
-from vlm_distill_cache.stage2_student.training.extension import differing_options, earlier_training
+from vlm_distill_cache.stage2_student.training.extension import as_begun, differing_options, earlier_training
 from vlm_distill_cache.stage2_student.training.output_folder import (
     CONFIG,
     STAMP,
@@ -140,7 +140,7 @@ def run(
         CacheMismatchError: If the cache fits neither data nor student.
     """
     began = time.monotonic()
-    config = with_folders(config)
+    config = as_begun(with_folders(config))
     output = Path(config.output)
     caches = open_caches(config)
     hashes = {place: cache.manifest_hash for place, cache in caches.items()}
@@ -190,10 +190,11 @@ def train_and_score(
         ConfigError: If a student there is of another run.
     """
     from vlm_distill_cache.stage2_student.scores.held_out import probe_items, unreadable_note
-    from vlm_distill_cache.stage2_student.training.checks import check_losses
+    from vlm_distill_cache.stage2_student.training.checks import check_losses, check_machine
     from vlm_distill_cache.stage2_student.training.preparation import cache_notes, prepare
 
     output = Path(config.output)
+    check_machine(config, processes=processes, starts=processes)
     check_losses(config, caches)  # else a misfit of the distilled student shows when the baseline is trained
     if extends:  # before the folder is another run's
         from vlm_distill_cache.stage2_student.train import resume_point
@@ -381,7 +382,7 @@ def train_alone(
     from vlm_distill_cache.stage2_student.train import train  # torch
 
     refuse_uncut(config.student, config.teacher)
-    config = with_folders(config)
+    config = as_begun(with_folders(config))
     output = Path(config.output)
     refuse_foreign_folder(output)
     caches = caches or open_caches(config)

@@ -44,6 +44,7 @@ from vlm_distill_cache.stage2_student.training.checkpoint import (
     restore_training,
     write_checkpoint,
 )
+from vlm_distill_cache.stage2_student.training.checks import check_machine, refuse_device
 from vlm_distill_cache.stage2_student.training.extension import differing_options
 from vlm_distill_cache.stage2_student.training.log import TrainingLog
 from vlm_distill_cache.stage2_student.training.output_folder import CONFIG
@@ -101,6 +102,7 @@ def train(
     hide_library_bars()
     refuse_sharding(enter_launch().sharding, model="student")
     refuse_callers_modes()
+    check_machine(config, processes=enter_launch().size)
     meet(enter_launch())
     # All processes: everything that can be wrong is found here, before the first step.
     run = prepare(config, caches)
@@ -248,15 +250,8 @@ def choose_gpu(device: str, *, processes: int) -> None:
     Raises:
         ConfigError: If there is no such device here, or one is named for several processes.
     """
-    kind, _, index = device.partition(":")
-    if kind != "cuda":
-        return
-    if int(index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={device!r}: {torch.cuda.device_count()} CUDA devices are here; choose auto, cpu or one of them"
-        )
-    if index and processes > 1:
-        raise ConfigError(f"device={device!r}: each of {processes} processes has a GPU of its own; write device=cuda")
+    refuse_device(device, processes=processes)
+    _, _, index = device.partition(":")
     if index:
         torch.cuda.set_device(int(index))
 

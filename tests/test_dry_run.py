@@ -1,11 +1,13 @@
 """``--dry-run``: nothing is written, all problems are named at once, and what starts without it would start with it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cache_factory import build_cache, make_plan
@@ -15,7 +17,10 @@ from hub_server import ModelHub, use_models
 from tiny_cache import build_tiny_cache
 
 from vlm_distill_cache.commands import group_of
+from vlm_distill_cache.common.cache.plan import read_plan
+from vlm_distill_cache.common.files.disk import refuse_no_disk
 from vlm_distill_cache.common.terminal import general
+from vlm_distill_cache.stage2_student.final_folder import read_provenance
 from vlm_distill_cache.stage2_student.run import train_alone
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,6 +130,8 @@ def test_all_that_a_build_lacks_is_named_at_once(tmp_path):
         ("{tmp}", (), "no readable config.json|config.json"),
         ("pruned:2", (), "above 0 and at most 1"),
         ("mobilevlm-tiny", ("dft.lrr=1",), "unknown option dft.lrr"),
+        ("mobilevlm-tiny", ("device=cuda:99",), "CUDA devices are here; choose auto"),
+        ("mobilevlm-tiny", ("projector=mlp", "max_length=38", "evaluation.data=easy-vqa"), "exceed max_length=38"),
         ("mobilevlm-tiny", ("dft.losses.visual_map=1",), "needs a signal that .* does not hold: visual_map"),
         ("mobilevlm-tiny", ("dft.losses.temperature=7",), "losses.temperature is 7.0"),
         ("mobilevlm-tiny", ("evaluation.data=none.json",), "none.json' does not exist"),
@@ -143,6 +150,78 @@ def test_what_is_wrong_with_a_student_is_known_before_its_cache_is_built(sketch,
     assert re.search(problem, errors[0]), errors
     assert str(sketch) not in told.output
     assert not output.exists()
+
+
+def test_more_processes_than_samples_of_a_step_are_refused_before_a_cache_is_built(sketch, tmp_path):
+    words = run_options("c", tmp_path / "run", "dft.batch_size=4")
+    told = invoke("stage2_student", "run", *words, "--sketch", sketch, "--nproc", "9")
+    assert told.exit_code == 1
+    assert "phase dft: batch_size is 4 samples for 9 processes" in told.output
+
+
+@pytest.mark.parametrize("stage", ["teacher_cache", "distill"])
+def test_every_option_that_cannot_be_used_is_named_whether_in_a_file_or_beside_it(tiny_llava, cache, tmp_path, stage):
+    wrong = {
+        "teacher_cache": {"nosuch": 1, "fidelity_samples": -5, "logits": "fixed:9999999", "device_map": "auto2"},
+        "distill": {"nosuch": 1, "clip": -1, "dft.lrr": 2, "sft.batch_size": 0, "template": "foo", "device": "cuda:99"},
+    }[stage]
+    command = {
+        "teacher_cache": ("stage1_teacher", "build", *build_options(tiny_llava, tmp_path / "new")[:-2]),
+        "distill": ("stage2_student", "train", "--dry-run", "--cache", cache, "--output", tmp_path / "new"),
+    }[stage]
+    lines = list(wrong.items())
+    for in_file in (2, len(lines)):
+        nested: dict = {}
+        for name, value in lines[:in_file]:
+            *above, last = name.split(".")
+            (nested.setdefault(above[0], {}) if above else nested)[last] = value
+        file = tmp_path / "options.yaml"
+        file.write_text(json.dumps({stage: nested}))
+        beside = [word for name, value in lines[in_file:] for word in ("--set", f"{name}={json.dumps(value)}")]
+        told = invoke(*command, "--config", file, *beside)
+        assert f"{len(wrong)} problems above" in told.output, (in_file, told.output)
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_training_that_is_refused_at_once_leaves_no_folder(cache, tmp_path):
+    words = [word for word in run_options(cache, tmp_path / "new", "device=cuda:99") if word != "--dry-run"]
+    told = invoke("stage2_student", "train", *words)
+    assert told.exit_code == 1
+    assert "CUDA devices are here" in told.output
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_part_that_cannot_be_pulled_is_refused_before_as_it_is_after(tmp_path):
+    build_cache(tmp_path / "one", make_plan())
+    ids = tmp_path / "ids.txt"
+    ids.write_text("nobody\n")
+    parts = {
+        ("--shards", "garbage"): 1,
+        ("--shards", "99"): 1,
+        ("--samples", ids): 1,
+        ("--samples", tmp_path / "none"): 1,
+        ("--signals", "hidden_states"): 1,
+        ("--top-k", "999"): 1,
+        ("--shards", "0", "--samples", "2", "--signals", "logits", "--top-k", "4"): 0,
+    }
+    for number, (part, code) in enumerate(parts.items()):
+        target = tmp_path / f"part-{number}"
+        words = ("pull", tmp_path / "one", target, *part)
+        looked = invoke("common", *words, "--dry-run")
+        assert not target.exists()
+        done = invoke("common", *words, "--no-verify")
+        assert [looked.exit_code, done.exit_code] == [code, code], (looked.output, done.output)
+        if not code:
+            assert f": {read_plan(target).sample_count} samples, logits" in looked.output
+
+
+def test_a_file_system_that_keeps_no_files_is_found_out_and_one_that_tells_no_size_is_used(tmp_path, monkeypatch):
+    if Path("/proc/self").exists():
+        with pytest.raises(OSError, match="nothing can be written there"):
+            refuse_no_disk(Path("/proc"))
+    monkeypatch.setattr(os, "statvfs", lambda place: SimpleNamespace(f_blocks=0))
+    refuse_no_disk(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_students_problems_are_named_together(sketch, tmp_path, monkeypatch):
@@ -190,13 +269,18 @@ def test_a_name_that_is_not_on_the_hub_is_a_problem_and_weights_stay_there(sketc
 def test_options_that_differ_from_what_is_there_are_named(cache, tmp_path, tiny_llava):
     output = tmp_path / "run"
     train_alone(make_config(cache, output, "phases=[sft]"))
+    trained = read_provenance(output / "final")["fingerprint"]
     told = invoke("stage2_student", "train", *run_options(cache, output, "phases=[sft]", "sft.lr=1"))
     assert told.exit_code == 1
     assert "sft.lr: there has" in told.output
-    same = run_options(cache, output, "phases=[sft]", student="mobilevlm")
-    told = invoke("stage2_student", "train", *same)
+    for unused in ((), ("dpt.steps=77", "dft.lr=0.5", "lora.rank=3")):
+        same = run_options(cache, output, "phases=[sft]", *unused, student="mobilevlm")
+        told = invoke("stage2_student", "train", *same)
+        assert told.exit_code == 0, told.output
+        assert "hours: none, all steps are done" in told.output
+    told = invoke("stage2_student", "train", *[word for word in same if word != "--dry-run"])
     assert told.exit_code == 0, told.output
-    assert "hours: none, all steps are done" in told.output
+    assert read_provenance(output / "final")["fingerprint"] == trained
 
 
 def test_the_example_of_both_stages_runs_and_is_compared_with_what_it_left(tmp_path, monkeypatch):
@@ -205,9 +289,12 @@ def test_the_example_of_both_stages_runs_and_is_compared_with_what_it_left(tmp_p
     def call(command, environment, *, output=None):
         with monkeypatch.context() as apart:  # as a process of its own has
             apart.setattr(general, "_chosen", general._Chosen())
+            for name in environment.keys() - os.environ.keys():
+                apart.setenv(name, environment[name])
             done = invoke("stage1_teacher", *command[3:])
         if output not in (None, subprocess.DEVNULL):
             output.write(done.stdout.encode())
+        assert "Next: " not in done.output  # what comes next goes on at once
         assert done.exit_code == 0 or "differs" in str(done.output) or "other settings" in done.output, done.output
         return done.exit_code
 

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,23 @@ def name_written(final: Path, temporary: Path) -> Iterator[None]:
         if not named.is_relative_to(temporary):
             raise
         raise OSError(error.errno, error.strerror, str(final / named.relative_to(temporary))) from error
+
+
+def refuse_no_disk(place: Path) -> None:
+    """Refuse a folder such as ``/proc``, where nothing can be made, whatever its mode says.
+
+    Only where the system tells of no disk at all this is tried, since some disks of networks tell of none.
+
+    Raises:
+        OSError: Naming it.
+    """
+    if os.statvfs(place).f_blocks:
+        return
+    try:
+        with tempfile.TemporaryDirectory(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, "nothing can be written there; give a folder of a disk", str(place)) from error
 
 
 def disk_words(error: OSError) -> str:

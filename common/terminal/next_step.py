@@ -13,6 +13,8 @@ from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.recipes.cache_fit import recipe_of
 from vlm_distill_cache.common.terminal.command_line import quoted
 
+IN_RUN = "VLM_DISTILL_IN_RUN"
+"""Set where a cache is built by what goes on to train from it, so that no next command is proposed."""
 DEFAULT_SIGNALS = (LogitCodec.signal, RowAttentionCodec.signal)
 """What stage one keeps, and all that students are trained on, unless told otherwise."""
 _DISTILLING = ("dpt", "dft")

@@ -16,6 +16,7 @@ from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.terminal.command_line import run_command, said_so_far
 from vlm_distill_cache.common.terminal.general import has_document
+from vlm_distill_cache.common.terminal.next_step import IN_RUN
 from vlm_distill_cache.common.tools.outlook import Outlook
 
 _BUILD = (sys.executable, "-m", "vlm_distill_cache.stage1_teacher.cli", "build")
@@ -34,7 +35,7 @@ def build_first(options: Sequence[str], cache: str, look: Callable[[Path | None]
         click.exceptions.Exit: If one of the two stages could not start, or the build failed; both have said why.
     """
     built = is_url(cache) or (Path(cache) / MANIFEST).is_file()
-    command, environment = [*_BUILD, *options, "--cache", cache], {**os.environ, **said_so_far()}
+    command, environment = [*_BUILD, *options, "--cache", cache], {**os.environ, **said_so_far(), IN_RUN: "1"}
     with tempfile.TemporaryDirectory() as scratch:
         sketch, told = Path(scratch) / "of", Path(scratch) / "told.json"
         sketch.mkdir()

@@ -8,6 +8,7 @@ taken for the whole. The fingerprints of teacher, tokenizer, template and data s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,8 @@ def write_shards(
     """
     refuse_occupied(target)
     with name_full_disk(target):
-        try:
+        with another_folder(target):
             write_plan(target, plan)
-        except CacheMismatchError as error:
-            differences = str(error).rpartition("\n")[0]  # without the remedy, which is for `teacher-cache build`
-            raise CacheMismatchError(f"{differences}\nName a new folder, or delete {target}.") from error
         for remote, files in side_files:
             fetch_files(remote, target, files)
         for index in range(plan.shard_count):
@@ -113,6 +111,20 @@ def write_shards(
                 on_shard()
         if card is not None:
             write_bytes_atomic(target / CARD, card)
+
+
+@contextmanager
+def another_folder(target: Path) -> Iterator[None]:
+    """The remedy of a plan that is not the one there is for a build; here it is another folder.
+
+    Raises:
+        CacheMismatchError: Naming the differences.
+    """
+    try:
+        yield
+    except CacheMismatchError as error:
+        differences = str(error).rpartition("\n")[0]
+        raise CacheMismatchError(f"{differences}\nName a new folder, or delete {target}.") from error
 
 
 def seal_derived(target: Path, *, fidelity: dict[str, Any] | None) -> Manifest:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
+from vlm_distill_cache.common.config import STAGES, ConfigT, read_yaml
 from vlm_distill_cache.common.errors import DistillError
-from vlm_distill_cache.common.files.disk import disk_words, free_bytes, nearest_there
+from vlm_distill_cache.common.files.disk import disk_words, free_bytes, nearest_there, refuse_no_disk
 from vlm_distill_cache.common.files.notes import without_notes
 from vlm_distill_cache.common.hub import without_downloads
 from vlm_distill_cache.common.printing import message, size_words
@@ -58,6 +60,9 @@ class Outlook:
             self.problem(f"{place} is a file; give a folder")
         elif not os.access(place, os.W_OK | os.X_OK):
             self.problem(f"{place}: cannot be written; change its owner or mode (chown, chmod), or give another place")
+        else:
+            with self.checking():
+                refuse_no_disk(place)
 
     def needs_package(self, name: str, *, extra: str, why: str) -> None:
         """A package that is not installed is a problem."""
@@ -88,6 +93,82 @@ class Outlook:
         tell(f"It would start; {written}.")
 
 
+def resolve_each(
+    outlook: Outlook,
+    resolve: Callable[[Path | None, Sequence[str]], ConfigT],
+    path: Path | None,
+    given: Sequence[str],
+) -> tuple[ConfigT | None, list[str]]:
+    """A configuration from the options that can be used; each one that cannot is a problem.
+
+    Args:
+        resolve: From a YAML file and options ``a.b=c`` to a configuration.
+
+    Returns:
+        The configuration, None if the fault is no single option's; and the options that were left out, as ``a.b=c``.
+    """
+    sound, left = list(given), list[str]()
+    with tempfile.TemporaryDirectory() as scratch:
+        file, shorter = path, Path(scratch) / "options.yaml"
+
+        def attempt(place: Path | None, options: Sequence[str]) -> tuple[ConfigT | None, str]:
+            try:
+                return resolve(place, options), ""
+            except (DistillError, OSError) as error:
+                return None, _named(error).replace(str(shorter), str(path))
+
+        def without(values: Mapping[Any, Any], key: tuple[Any, ...]) -> Path:
+            shorter.write_text(yaml.safe_dump(_less(values, key)))
+            return shorter
+
+        while True:
+            config, told = attempt(file, sound)
+            if config is not None:
+                return config, left
+            outlook.problem(told)
+            names = [option.partition("=")[0] for option in sound]
+            # Those that the error names first: each look costs milliseconds.
+            order = sorted(range(len(sound)), key=lambda i: names[i].rpartition(".")[2] not in told)
+            places = (i for i in order if _is_guilty(names[i], told, attempt(file, [*sound[:i], *sound[i + 1 :]])[1]))
+            if (place := next(places, None)) is not None:
+                left.append(sound.pop(place))
+                continue
+            values: dict[Any, Any] = {}
+            with suppress(DistillError):
+                values = read_yaml(file)
+            keys = sorted(_keys(values), key=lambda key: str(key[-1]) not in told)
+            guilty = (key for key in keys if _is_guilty(str(key[-1]), told, attempt(without(values, key), sound)[1]))
+            if (key := next(guilty, None)) is None:
+                return None, left
+            file = without(values, key)
+            left.append(f"{'.'.join(str(part) for part in key if part not in STAGES)}=")
+
+
+def _is_guilty(option: str, told: str, without: str) -> bool:
+    """Whether an option is at fault for an error, by the one without it, which may be that it is not there."""
+    return without != told and not without.startswith(f"{option}: none is given")
+
+
+def _keys(values: Mapping[Any, Any], above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    keys: list[tuple[Any, ...]] = []
+    for name, value in values.items():
+        keys += _keys(value, (*above, name)) if isinstance(value, dict) and value else [(*above, name)]
+    return keys
+
+
+def _less(values: Mapping[Any, Any], key: tuple[Any, ...]) -> dict[Any, Any]:
+    """Values without one of theirs, several levels down."""
+    name, *rest = key
+    kept = {**values}
+    inner = kept.pop(name)
+    return {**kept, name: _less(inner, tuple(rest))} if rest else kept
+
+
+def _named(error: DistillError | OSError) -> str:
+    """An expected error as a problem."""
+    return str(error) if isinstance(error, DistillError) else disk_words(error)
+
+
 class _Checking:
     """The block of `Outlook.checking`."""
 
@@ -98,12 +179,9 @@ class _Checking:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, DistillError):
-            self._outlook.problem(str(error))
-        elif isinstance(error, OSError):
-            self._outlook.problem(disk_words(error))
-        else:
+        if not isinstance(error, DistillError | OSError):
             return False
+        self._outlook.problem(_named(error))
         return True
 
 

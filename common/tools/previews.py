@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
-from vlm_distill_cache.common.cache.plan import PLAN, read_plan
+from vlm_distill_cache.common.cache.plan import PLAN, read_plan, refuse_changed_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import read_sidecar, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
@@ -21,8 +22,10 @@ from vlm_distill_cache.common.remotes.fetch import cache_bytes, in_parallel, rea
 from vlm_distill_cache.common.remotes.pull import refuse_other_content
 from vlm_distill_cache.common.remotes.push import read_remote_state, read_whole
 from vlm_distill_cache.common.tools.convert import open_source
+from vlm_distill_cache.common.tools.derive import another_folder
 from vlm_distill_cache.common.tools.merge import check_sources
 from vlm_distill_cache.common.tools.outlook import Outlook
+from vlm_distill_cache.common.tools.select import Selection, look_at_part, parse_selection
 
 
 def preview_push(cache_dir: Path, location: str, *, jobs: int, overwrite: bool) -> Outlook:
@@ -86,10 +89,13 @@ def _shard_there(remote: Remote, cache_dir: Path, index: int) -> int:
     return 0
 
 
-def preview_pull(source: str, cache_dir: Path, *, part: bool) -> Outlook:
-    """What a pull would bring; of a part of a cache no more than the whole."""
+def preview_pull(source: str, cache_dir: Path, *, part: Mapping[str, Any] | None) -> Outlook:
+    """What a pull would bring; ``part`` is what `parse_selection` takes, None where all is wanted."""
     outlook = Outlook([f"cachectl pull would copy {source} to {cache_dir}"])
     outlook.needs_writing(cache_dir)
+    selection: Selection | None = None
+    with outlook.checking():
+        selection = None if part is None else parse_selection(**part)
     with outlook.checking():
         refuse_overlap(cache_dir, source)
     with outlook.checking():
@@ -99,15 +105,27 @@ def preview_pull(source: str, cache_dir: Path, *, part: bool) -> Outlook:
         outlook.lines.append(
             f"  the cache there: {manifest.totals['samples']} samples in {len(manifest.shards)} shards"
         )
-        if part:
+        if part is not None:
             refuse_occupied(cache_dir)
-            outlook.lines.append(f"  a part of {size_words(total)}: how much of it is known once its shards are read")
+            if selection is not None:
+                _look_at_part(outlook, remote, cache_dir, selection, total)
             return outlook
         refuse_other_content(cache_dir, remote, manifest)
         there = folder_bytes(cache_dir)
         outlook.lines.append(f"  there already: {size_words(there)} of {size_words(total)}")
         outlook.needs_room(cache_dir, max(0, total - there), "cache")
     return outlook
+
+
+def _look_at_part(outlook: Outlook, remote: Remote, cache_dir: Path, selection: Selection, total: int) -> None:
+    plan, size = look_at_part(remote, selection)
+    if (cache_dir / PLAN).is_file():
+        with another_folder(cache_dir):
+            refuse_changed_plan(read_plan(cache_dir), plan, where=str(cache_dir))
+    outlook.lines.append(
+        f"  a part of {size_words(total)}: {plan.sample_count} samples, {', '.join(sorted(plan.signals))}"
+    )
+    outlook.needs_room(cache_dir, size, "at most what is read of its shards")
 
 
 def preview_merge(sources: Sequence[Path], target: Path, *, store: str | None) -> Outlook:

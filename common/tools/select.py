@@ -8,6 +8,7 @@ is a derived cache (``common.tools.derive``): its plan says of which cache it is
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,13 +255,27 @@ def pull_partial(
     try:
         with temporary_for(target / _STAGING, directory=True) as staging:
             source = _Source(open_remote(location), staging, jobs)
-            return _derive(source, target, selection, on_shard=on_shard)
+            return _derive(source, target, *_planned(source, selection), top_k=selection.top_k, on_shard=on_shard)
     finally:
         with contextlib.suppress(OSError):  # not empty: it is a cache, or the beginning of one
             target.rmdir()
 
 
-def _derive(source: _Source, target: Path, selection: Selection, *, on_shard: Callable[[], object] | None) -> Manifest:
+def look_at_part(remote: Remote, selection: Selection, *, jobs: int = 8) -> tuple[Plan, int]:
+    """What `pull_partial` would make: the smaller cache's plan, and how many bytes of shards it would download.
+
+    Errors are those of `pull_partial`, as far as plan, index and sidecars tell, which are downloaded for this.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        source = _Source(remote, Path(scratch), jobs)
+        plan, slots = _planned(source, selection)
+        read = {slot.source for slot in slots if slot.failed is None}
+        files = [needed_files(source.chosen_sidecars[shard].files, source.names) for shard in sorted(read)]
+        return plan, sum(entry.size for chosen in files for entry in chosen.values())
+
+
+def _planned(source: _Source, selection: Selection) -> tuple[Plan, list[Slot]]:
+    """The plan of a part of a cache and its samples; ``source`` is told which fields are read."""
     signals = _select_signals(source.plan, selection)
     slots = _select_slots(source, selection)
     how: dict[str, Any] = {
@@ -272,14 +287,25 @@ def _derive(source: _Source, target: Path, selection: Selection, *, on_shard: Ca
     if DERIVED in source.plan.extra:
         how["before"] = source.plan.extra[DERIVED]
     plan = derive_plan(source.plan, sample_count=len(slots), how=how, signals=signals)
-    fidelity = carry_fidelity(source.manifest.fidelity, source.plan, signals=signals)
-    stored = source.plan.signals.get(LogitCodec.signal, {})
     # A plan from before images were shared gets a field that its source does not have.
     source.names = frozenset(f.name for f in plan.all_fields) & {f.name for f in source.plan.all_fields}
+    return plan, slots
+
+
+def _derive(
+    source: _Source,
+    target: Path,
+    plan: Plan,
+    slots: list[Slot],
+    *,
+    top_k: int | None,
+    on_shard: Callable[[], object] | None,
+) -> Manifest:
+    stored = source.plan.signals.get(LogitCodec.signal, {})
 
     def read(slot: Slot) -> Record:
         record = source.read(slot.source, slot.sample_id)
-        return record if selection.top_k is None else truncate_logits(record, stored, selection.top_k)
+        return record if top_k is None else truncate_logits(record, stored, top_k)
 
     return derive_cache(
         target,
@@ -287,7 +313,7 @@ def _derive(source: _Source, target: Path, selection: Selection, *, on_shard: Ca
         slots,
         read,
         sources=[(source.remote, source.manifest)],
-        fidelity=fidelity,
+        fidelity=carry_fidelity(source.manifest.fidelity, source.plan, signals=plan.signals),
         unknown=recountable_unknown(source.chosen_sidecars.values()),
         on_shard=on_shard,
     )

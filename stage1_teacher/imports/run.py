@@ -15,7 +15,6 @@ from vlm_distill_cache.common.cache.sidecar import missing_shards
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 from vlm_distill_cache.common.terminal.progress import progress
-from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Dataset, Sample
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import EncodedSample
@@ -42,6 +41,7 @@ from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
     refuse_unlisted,
     refuse_unwritable,
 )
+from vlm_distill_cache.stage1_teacher.planning.open import open_data
 from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder, codecs_for, make_plan, teacher_directory
 from vlm_distill_cache.stage1_teacher.quality.card import write_card
 from vlm_distill_cache.stage1_teacher.teacher.export import export_processor
@@ -148,8 +148,7 @@ def import_logprobs(
     _refuse_options(config)
     cache_dir = Path(config.cache)
     refuse_unwritable(cache_dir)
-    images = Path(config.images) if config.images else None
-    dataset = open_dataset(config.data, split=config.split, images=images, limit=config.limit or None)
+    dataset = open_data(config, cache_dir)
     directory = teacher_directory(teacher=config.teacher, data=config.data, scratch=cache_dir.parent, cache=cache_dir)
     teacher = ServedTeacher(directory, name=name)
     described = cast("Teacher", teacher)  # planning reads no more of it than a served one has

@@ -35,7 +35,7 @@ from vlm_distill_cache.common.cache.side_files import (
 from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar, sidecar_name
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, hold_folder, read_json, remove
-from vlm_distill_cache.common.files.disk import is_below, name_full_disk, nearest_there
+from vlm_distill_cache.common.files.disk import is_below, name_full_disk, nearest_there, refuse_no_disk
 from vlm_distill_cache.common.locations import by_make
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ def refuse_unwritable(cache_dir: Path, *, sealed_too: bool = False) -> None:
     if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
         code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
         raise OSError(code, f"cannot be written ({os.strerror(code)}); {_WRITABLE}", str(place))
+    if place.is_dir():
+        refuse_no_disk(place)
 
 
 def in_use(cache_dir: Path, *, alone: bool = False) -> AbstractContextManager[None]:

@@ -7,12 +7,14 @@ from pathlib import Path
 from vlm_distill_cache.common.attention.layers import published_count
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
 from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.grouping import group_by_image
 from vlm_distill_cache.data.sources.mixture import entry_of_cache
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.encode_ahead import count_workers
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.batch_size import automatic_batch_size
+from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
 from vlm_distill_cache.stage1_teacher.planning.extension import ExtendConfig, extend_plan
 from vlm_distill_cache.stage1_teacher.planning.plan import (
     beyond_positions,
@@ -37,12 +39,7 @@ def open_build(config: BuildConfig, *, loads: bool = True) -> Build:
     """
     base = config.base if isinstance(config, ExtendConfig) else config.cache
     config = _for_entry(config, base)
-    dataset = open_dataset(
-        config.data,
-        split=config.split,
-        images=Path(config.images) if config.images else None,
-        limit=config.limit or None,
-    )
+    dataset = open_data(config, Path(base))
     scratch = Path(config.cache).parent / f"{config.data.partition(':')[0]}-teacher"
     directory = teacher_directory(
         teacher=config.teacher, data=config.data, scratch=scratch, cache=Path(config.cache), trains=loads
@@ -81,6 +78,22 @@ def open_build(config: BuildConfig, *, loads: bool = True) -> Build:
     if config.batch_size or not loads:
         return work
     return replace(work, plan=replace(work.plan, batch_size=automatic_batch_size(work)))
+
+
+def open_data(config: BuildConfig, cache: Path) -> Dataset:
+    """Open the data as a configuration says.
+
+    Raises:
+        DataError: Also if they have no such split, unless ``cache`` was begun with it when nothing was said about that.
+    """
+    begun = stored_plan(cache)
+    return open_dataset(
+        config.data,
+        split=config.split,
+        images=Path(config.images) if config.images else None,
+        limit=config.limit or None,
+        strict=begun is None or begun.data.get("split") != config.split,
+    )
 
 
 def _for_entry(config: BuildConfig, cache: str) -> BuildConfig:

@@ -21,7 +21,6 @@ from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.printing import one_line, size_words
 from vlm_distill_cache.common.terminal.command_line import PARENT
 from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, looking_only
-from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.kept import Kept
 from vlm_distill_cache.stage1_teacher.loop.work import Build
@@ -40,7 +39,7 @@ from vlm_distill_cache.stage1_teacher.planning.extension import (
     refuse_place,
     with_options_of,
 )
-from vlm_distill_cache.stage1_teacher.planning.open import open_build
+from vlm_distill_cache.stage1_teacher.planning.open import open_build, open_data
 from vlm_distill_cache.stage1_teacher.planning.parts import Part
 from vlm_distill_cache.stage1_teacher.planning.plan import LOOKED_AT, refuse_settings
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
@@ -49,15 +48,23 @@ _ESTIMATED = ("cache_bytes", "stage_one_hours", "samples")
 
 
 def preview_build(
-    config: BuildConfig, *, overwrite: bool, part: Part, processes: int, sketch: Path | None, estimate: Path | None
+    outlook: Outlook,
+    config: BuildConfig,
+    *,
+    overwrite: bool,
+    part: Part,
+    processes: int,
+    sketch: Path | None,
+    estimate: Path | None,
 ) -> Outlook:
     """Look at everything that a build needs.
 
     Args:
+        outlook: What is known already; it is added to and returned.
         sketch: A new folder that gets what the cache will say of itself, without shards; the only thing that is written.
         estimate: The figures that ``teacher-cache estimate --json`` has written for these options.
     """
-    outlook, cache_dir = Outlook(), Path(config.cache)
+    cache_dir = Path(config.cache)
     with outlook.checking():
         check_cache_folder(cache_dir, overwrite=overwrite)
     with outlook.checking():
@@ -91,9 +98,9 @@ def preview_build(
     return outlook
 
 
-def preview_extension(config: BuildConfig, *, given: Collection[str], processes: int) -> Outlook:
-    """Look at everything that an extension of ``config.cache`` needs, as `extend` takes it."""
-    outlook, cache = Outlook(), Path(config.cache)
+def preview_extension(outlook: Outlook, config: BuildConfig, *, given: Collection[str], processes: int) -> Outlook:
+    """As `preview_build`, of an extension of ``config.cache``, as `extend` takes it."""
+    cache = Path(config.cache)
     base = cache.resolve()
     options: ExtendConfig | None = None
     with outlook.checking():
@@ -152,8 +159,7 @@ def _open(outlook: Outlook, config: BuildConfig, missing: dict[str, int | None])
                 return None
     if work is None:
         with outlook.checking():  # the data may be at fault, too
-            images = Path(config.images) if config.images else None
-            open_dataset(config.data, split=config.split, images=images, limit=config.limit or None)
+            open_data(config, Path(config.cache))
         if unknown:
             outlook.lines.append(f"teacher {config.teacher}: what its cache holds is known once its weights are here")
             outlook.lines += download_lines(missing)

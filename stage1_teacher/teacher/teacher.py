@@ -5,7 +5,7 @@ columns, and the output projection runs on supervised rows only, so neither ``[B
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from vlm_distill_cache.data.text.processors import module_fingerprint, tokenizer
 from vlm_distill_cache.stage1_teacher.teacher.inputs import Request, TeacherInputs, prepare_inputs
 
 logger = logging.getLogger(__name__)
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""How the library spreads a model over devices; a device map may also be a device."""
 
 
 class Teacher:
@@ -65,6 +67,8 @@ class Teacher:
         if dtype == "auto":
             dtype = "float32" if wanted.type == "cpu" else "bfloat16"
         self.dtype = dtype
+        if device_map and device_map not in MAPS:
+            _device(device_map, option="device_map", others=MAPS)
         self.device_map = device_map
         self.quantisation: Quantisation = quantisation
         if quantisation != "none" and not device_map:
@@ -198,22 +202,26 @@ class Teacher:
             return None, str(error)
 
 
-def _device(name: str) -> torch.device:
-    """The device of a name.
+def _device(name: str, *, option: str = "device", others: Sequence[str] = ("auto",)) -> torch.device:
+    """The device of a name; the option takes ``others``, too.
 
     Raises:
         ConfigError: If there is no such device here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    named = f"choose {', '.join(others)}, cpu"
+    here = torch.accelerator.current_accelerator()
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device={name!r}: {error}; choose auto, cpu, cuda or cuda:N") from error
+        raise ConfigError(f"{option}={name!r} is no device; {named}, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device={name!r}: {torch.cuda.device_count()} CUDA devices are here; choose auto, cpu or one of them"
+            f"{option}={name!r}: {torch.cuda.device_count()} CUDA devices are here; {named} or one of them"
         )
+    if device.type not in ("cpu", "cuda", here and here.type):
+        raise ConfigError(f"{option}={name!r}: this machine cannot compute there; {named}, cuda or cuda:N")
     return device
 
 

@@ -23,7 +23,7 @@ from vlm_distill_cache.data.sample import EvaluationSet, Question
 from vlm_distill_cache.data.sources.mixture import MIXTURES, is_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints, splits_and_limits
-from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.config import EvaluationConfig, TrainConfig
 from vlm_distill_cache.stage2_student.scores.card import CardScores
 from vlm_distill_cache.stage2_student.scores.results import MEMORISED, EvaluationReport
 from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
@@ -74,15 +74,16 @@ def probe_items(config: TrainConfig, cache: TeacherCache) -> list[str]:
     """
     cache.check_side_files(["processor"])
     encoder = encoder_of_cache(cache.plan, cache.path / "processor", max_length=config.max_length)
+    data = _data_of(config, cache)
+    if config.evaluation.split != EvaluationConfig().split:  # asked for, so that it has to be there
+        open_dataset(data, split=config.evaluation.split, images=_images_of(config), strict=True)
     if config.evaluation.data is not None:
         opened = _open(config, encoder, cache)
         scorable = bool(opened.items.pairs or opened.items.questions)
         notes = scoring_notes(config, cache, scorable=scorable, option=_run_option())
         return [*notes, *filter(None, [unreadable_note(opened.unreadable)])]
     # The cache was built from this data: a look at some is enough.
-    items = open_evaluation(
-        _data_of(config, cache), config.evaluation.split, config.evaluation.limit, images=_images_of(config)
-    )
+    items = open_evaluation(data, config.evaluation.split, config.evaluation.limit, images=_images_of(config))
     step = max(1, len(items.questions) // PROBED_QUESTIONS)
     readable = any(_fault(item, encoder) is None for item in items.questions[::step])
     return scoring_notes(config, cache, scorable=bool(items.pairs) or readable, option=_run_option())

@@ -5,6 +5,7 @@ known format is checked where it is opened (``common.cache.reader``); labels and
 sample (``batches.dataset.check_join``).
 """
 
+import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import is_bf16_available
 from torch import nn
 from transformers import AutoConfig
 
@@ -20,7 +23,7 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.codecs.description import Codec
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
-from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ModelError, SampleError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import AGAIN
 from vlm_distill_cache.common.locations import by_make
@@ -37,6 +40,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
     merged_fingerprints,
     missing_samples,
 )
+from vlm_distill_cache.stage2_student.batches.sampler import micro_batch_count
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import TrainConfig
@@ -141,6 +145,66 @@ def check_losses(
     # As far as the caches tell; which of their samples are trained on is known once the data is open.
     with each():
         check_pictures((name, losses, cache, partial(_may_have_pictures, cache)) for name, losses, cache in phases)
+
+
+def check_machine(
+    config: TrainConfig,
+    *,
+    processes: int,
+    starts: int = 1,
+    each: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    """Refuse what this machine, or a number of processes, cannot train; needs neither cache nor student.
+
+    Args:
+        processes: Of the training, on all machines.
+        starts: Those that are started here, and share its devices.
+        each: Around each check.
+
+    Raises:
+        ConfigError: Naming the option.
+    """
+    with each():
+        refuse_device(config.device, processes=processes)
+        on_gpu = config.device != "cpu" and torch.cuda.is_available()
+        if on_gpu and starts > torch.cuda.device_count():
+            raise ConfigError(
+                f"--nproc {starts}: each process has a GPU of its own, and {torch.cuda.device_count()} are here; start as many "
+                "at most, or set device=cpu"
+            )
+    with each():
+        if config.dtype == "bfloat16" and config.device != "cpu" and not is_bf16_available(ignore_tpu=True):
+            raise ConfigError("dtype=bfloat16: the accelerator of this machine cannot compute in it; set dtype=float32")
+    for name in config.phases:
+        with each():
+            phase = config.phase(name)
+            try:
+                micro_batch_count(phase.batch_size, world_size=processes, micro_batch_size=phase.micro_batch_size)
+            except ConfigError as error:
+                raise ConfigError(f"phase {name}: {error}") from error
+    with each():
+        lora = any(config.phase(name).trainable == "lora" for name in config.phases)
+        if lora and importlib.util.find_spec("peft") is None:
+            raise ConfigError(
+                "trainable=lora needs peft, which is not installed: run `pip install 'vlm-distill-cache[lora]'`"
+            )
+
+
+def refuse_device(device: str, *, processes: int) -> None:
+    """Refuse a GPU that is not here, or one for several processes.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return
+    if int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={device!r}: {torch.cuda.device_count()} CUDA devices are here; choose auto, cpu or one of them"
+        )
+    if index and processes > 1:
+        raise ConfigError(f"device={device!r}: each of {processes} processes has a GPU of its own; write device=cuda")
 
 
 def check_signals(cache: TeacherCache, losses: LossWeights, *, phase: str, off: Sequence[str] = ()) -> None:

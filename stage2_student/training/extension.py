@@ -8,6 +8,7 @@ how it was trained, so that an extension that was killed goes on too; it is repl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,27 @@ from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, Disti
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.terminal.command_line import quoted
-from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig, describe
+from vlm_distill_cache.stage2_student.config import PHASE_NAMES, PhaseConfig, TrainConfig, describe
 from vlm_distill_cache.stage2_student.final_folder import FINAL, read_provenance
+from vlm_distill_cache.stage2_student.training.output_folder import CONFIG
 
 OF_LENGTH = ("steps", "epochs", "warmup")  # of the last phase
 _OFFER = "to train the same student longer, add --extend, which goes on from there"
+
+
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """A configuration with what it does not use as its folder's training has it.
+
+    Phases that do not run, and the adapters where no phase has any, are in the fingerprints of trainings all the same.
+    """
+    try:
+        before = config_from_dict(TrainConfig, read_yaml(Path(config.output) / CONFIG, missing_ok=True))
+    except DistillError:  # whoever needs it says so
+        return config
+    unused: dict[str, Any] = {name: getattr(before, name) for name in PHASE_NAMES if name not in config.phases}
+    if not any(config.phase(name).trainable == "lora" for name in config.phases):
+        unused["lora"] = before.lora
+    return replace(config, **unused)
 
 
 def differing_options(output: Path, config: TrainConfig, hashes: Mapping[str, str], *, offers: bool = True) -> str:
@@ -35,7 +52,7 @@ def differing_options(output: Path, config: TrainConfig, hashes: Mapping[str, st
         before = _described(output / FINAL)
     except FileNotFoundError:
         try:
-            before, known = describe(config_from_dict(TrainConfig, read_yaml(output / "config.yaml")), hashes), False
+            before, known = describe(config_from_dict(TrainConfig, read_yaml(output / CONFIG)), hashes), False
         except DistillError:
             return ""
     except DistillError:

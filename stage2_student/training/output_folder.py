@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlm_distill_cache.common.config import read_yaml
@@ -36,12 +36,18 @@ def claim_output(output: Path, *caches: Path) -> Iterator[None]:
     if enter_launch().rank != 0:  # one process of several holds it for all
         yield
         return
+    is_new = not output.exists()
     with name_full_disk(output):
         output.mkdir(parents=True, exist_ok=True)
         with hold_folder(output, busy="another process works there; wait for it, or give another --output"):
             clean_stale(output)
             refuse_misplaced(output)
-            yield
+            try:
+                yield
+            finally:
+                if is_new:
+                    with suppress(OSError):  # not empty: more was done there than to refuse it
+                        output.rmdir()
 
 
 def refuse_misplaced(output: Path) -> None:

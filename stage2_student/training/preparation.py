@@ -19,7 +19,7 @@ from vlm_distill_cache.common.attention.layers import GroupMatch
 from vlm_distill_cache.common.cache.counts import picture_words, unknown_words
 from vlm_distill_cache.common.cache.plan import described_parts
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.errors import ConfigError, DataError
+from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.locations import is_url
@@ -53,6 +53,7 @@ from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_p
 from vlm_distill_cache.stage2_student.students.presets import student_folder
 from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free, tower_parameters
 from vlm_distill_cache.stage2_student.training.checks import (
+    PROBED_SAMPLES,
     check_data,
     check_geometry,
     check_labels_fit,
@@ -319,17 +320,48 @@ def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: 
     for cache in caches.values():
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
+    encoder = student_encoder(config, caches, parts)
+    return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
+
+
+def student_encoder(config: TrainConfig, caches: Mapping[str, TeacherCache], parts: StudentParts) -> SampleEncoder:
+    """What a student reads samples with."""
     # What a cache could hold, its student can read.
     longest = max(longest_sequence(cache.plan) for cache in caches.values())
-    encoder = SampleEncoder(
+    return SampleEncoder(
         tokenizer=parts.tokenizer,
         image_encoder=parts.image_encoder,
-        template=choose_template(config, parts, first),
+        template=choose_template(config, parts, caches[str(config.phase(config.phases[0]).cache)]),
         image_token_id=parts.image_token_id,
         max_length=config.max_length or longest,
         positions=known_positions(parts.model.config),
     )
-    return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
+
+
+def probe_planned(config: TrainConfig, dataset: Dataset, cache: TeacherCache, parts: StudentParts) -> None:
+    """Refuse data of a cache that is not there yet by a few samples: too long for this run, or none that can be read.
+
+    Raises:
+        ConfigError: With the first sample's fault.
+    """
+    encoder = student_encoder(config, {str(config.phase(config.phases[0]).cache): cache}, parts)
+    same, longest = same_tokenizer(cache, parts.tokenizer), longest_sequence(cache.plan)
+    reads = _reading(encoder, encoder.template, cache, compares=same, limited=config.max_length is not None)
+    places, faults = range(0, len(dataset), max(1, len(dataset) // PROBED_SAMPLES)), list[str]()
+    for place in places:
+        try:
+            reads(dataset[place])
+        except SampleError as error:
+            faults.append(str(error))
+            with contextlib.suppress(SampleError):  # that the teacher cannot read it either is a recorded failure
+                replace(reads, max_length=longest)(dataset[place])
+                raise ConfigError(
+                    f"{error}. The teacher reads up to max_length={longest}: leave max_length unset in stage two, or raise it"
+                ) from error
+    if len(faults) == len(places):
+        raise ConfigError(
+            f"data {dataset.name!r}: {parts.where} can read none of {len(places)} samples that were looked at: {faults[0]}"
+        )
 
 
 def cache_notes(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> list[str]:

@@ -13,15 +13,16 @@ from typing import Any
 
 from vlm_distill_cache.common.cache.plan import Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.errors import CacheMismatchError, DistillError
+from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.files.disk import folder_bytes, refuse_overlap
 from vlm_distill_cache.common.hub import is_without_weights, public_name
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import local_folder
-from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, looking_only
+from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, looking_only, resolve_each
 from vlm_distill_cache.data.registry import open_evaluation
+from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.mixture import own_caches
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints
 from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
@@ -32,8 +33,13 @@ from vlm_distill_cache.stage2_student.students.model import vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
 from vlm_distill_cache.stage2_student.students.presets import student_folder
 from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free
-from vlm_distill_cache.stage2_student.training.checks import check_labels_fit, check_losses, refuse_other_teacher
-from vlm_distill_cache.stage2_student.training.extension import earlier_training
+from vlm_distill_cache.stage2_student.training.checks import (
+    check_labels_fit,
+    check_losses,
+    check_machine,
+    refuse_other_teacher,
+)
+from vlm_distill_cache.stage2_student.training.extension import as_begun, earlier_training
 from vlm_distill_cache.stage2_student.training.log import read_log
 from vlm_distill_cache.stage2_student.training.output_folder import refuse_misplaced
 from vlm_distill_cache.stage2_student.training.preparation import (
@@ -41,6 +47,7 @@ from vlm_distill_cache.stage2_student.training.preparation import (
     check_phase,
     find_all,
     open_cached_data,
+    probe_planned,
 )
 from vlm_distill_cache.stage2_student.training.steps import extended_training
 
@@ -92,17 +99,21 @@ def preview(
         trainings: The folders below the output that students are trained in; ``""``: the output itself.
     """
     outlook = Outlook()
+    # Only a run starts the processes itself, on this machine.
+    starts = processes if len(trainings) > 1 else 1
+    look_at_machine = partial(check_machine, processes=processes, starts=starts, each=outlook.checking)
     with looking_only() as missing:
         with outlook.checking():
             read_plan(local_folder(sketch or cache), sketch=sketch is not None)
         if outlook.problems:
             if sketch is not None and not any(sketch.iterdir()):
                 outlook.problems.clear()
-            _look_without_cache(outlook, path, [*given, f"cache={cache}"])
+            _look_without_cache(outlook, path, [*given, f"cache={cache}"], look_at_machine)
             return outlook
-        config, left = resolve_each(outlook, lambda some: resolve(path, some, cache=sketch or cache), given)
+        config, left = resolve_each(outlook, partial(resolve, cache=sketch or cache), path, given)
         if config is None:
             return outlook
+        config = as_begun(config)
         caches: dict[str, TeacherCache] = {}
         with outlook.checking():
             caches = open_caches(config, opening=partial(open_or_plan, sketch=sketch, named=cache))
@@ -112,6 +123,7 @@ def preview(
             *(f"  cache: {_cache_line(found)}" for found in caches.values()),
             f"  phases: {', '.join(config.phases)}; processes: {processes}",
         ]
+        look_at_machine(config)
         outlook.needs_writing(output)
         with outlook.checking():
             refuse_overlap(output, *(found.path for found in caches.values()), *([] if is_url(cache) else [cache]))
@@ -129,14 +141,17 @@ def preview(
     return outlook
 
 
-def _look_without_cache(outlook: Outlook, path: Path | None, given: Sequence[str]) -> None:
+def _look_without_cache(
+    outlook: Outlook, path: Path | None, given: Sequence[str], look_at_machine: Callable[[TrainConfig], None]
+) -> None:
     """What can be said where nothing is known of the cache: options, the student's name, the held-out data, the folder."""
-    config, left = resolve_each(outlook, lambda some: resolve_config(path, some, teacher_width=UNKNOWN_WIDTH), given)
+    config, left = resolve_each(outlook, partial(resolve_config, teacher_width=UNKNOWN_WIDTH), path, given)
     if config is None:
         return
     if kept_share(config.student) is None and not any(one.startswith("student=") for one in left):
         with outlook.checking():
             student_folder(config.student, config.student_weights)
+    look_at_machine(config)
     how = config.evaluation
     if how.data is not None:
         images = how.images or config.images
@@ -165,35 +180,6 @@ def _hours_lines(config: TrainConfig, folders: Sequence[Path]) -> list[str]:
     ]
 
 
-def resolve_each(
-    outlook: Outlook, resolve: Callable[[Sequence[str]], TrainConfig], given: Sequence[str]
-) -> tuple[TrainConfig | None, list[str]]:
-    """A configuration from the options that can be used; each one that cannot is a problem.
-
-    Returns:
-        The configuration, None if the fault is no single option's; and the options that were left out.
-    """
-    sound, left = list(given), list[str]()
-    while True:
-        with outlook.checking():
-            return resolve(sound), left
-        told = outlook.problems[-1]
-        guilty = next((option for option in reversed(sound) if _fails(resolve, sound, option) != told), None)
-        if guilty is None:
-            return None, left
-        sound.remove(guilty)
-        left.append(guilty)
-
-
-def _fails(resolve: Callable[[Sequence[str]], TrainConfig], given: Sequence[str], without: str) -> str:
-    """What is wrong with options but one; empty: nothing."""
-    try:
-        resolve([option for option in given if option != without])
-    except (DistillError, OSError) as error:
-        return str(error)
-    return ""
-
-
 def open_or_plan(place: str, *, sketch: Path | None, named: str) -> TeacherCache:
     """A cache that is there; at the place that is the sketch, what stands for a cache that is ``named`` so."""
     if sketch is None or Path(place) != sketch:
@@ -207,13 +193,12 @@ def look_at_student(
 ) -> StudentParts | None:
     """Check student, data and losses against the caches; None: the student is not ``known``, or cut on the way."""
     check_losses(config, caches, each=outlook.checking)
+    opened: list[tuple[TeacherCache, Dataset]] = []
     for phase in {
         (phase.cache, phase.data, phase.images): phase for phase in map(config.phase, config.phases)
     }.values():
         with outlook.checking():
-            _check_data(phase, caches)
-    if any(config.phase(name).trainable == "lora" for name in config.phases):
-        outlook.needs_package("peft", extra="lora", why="trainable=lora")
+            opened += _check_data(phase, caches)
     if not known:
         return None
     first = caches[str(config.phase(config.phases[0]).cache)]
@@ -247,6 +232,10 @@ def look_at_student(
         for term in terms:
             with outlook.checking():
                 term.fit(cache.plan, losses, parts, where)
+    for cache, dataset in [] if outlook.problems else opened:
+        if not cache.manifest_hash:  # not there yet; samples of others are looked at below
+            with outlook.checking():
+                probe_planned(config, dataset, cache, parts)
     if not outlook.problems and all(isinstance(cache, TeacherCache) for cache in caches.values()):
         with outlook.checking():  # with samples of the data
             found = find_all(config, caches)
@@ -269,9 +258,9 @@ def look_at_extension(trainings: Iterable[TrainConfig], caches: Mapping[str, Tea
             extended_training(config, find_all(config, caches).phases, hashes)
 
 
-def _check_data(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> None:
+def _check_data(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> list[tuple[TeacherCache, Dataset]]:
     if own_caches(phase.data, str(phase.cache)) is not None:
-        return  # which fit their entries, or else say so when they are opened
+        return []  # which fit their entries, or else say so when they are opened
     cache = caches[str(phase.cache)]
     dataset = open_cached_data(cache, data=phase.data, images=phase.images)
     if dataset.fingerprint() not in {cache.plan.fingerprints.get("data"), *merged_fingerprints(cache)}:
@@ -279,6 +268,7 @@ def _check_data(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> None:
             f"data set {dataset.name} ({len(dataset)} samples) is not the one that {cache.place} is built from "
             f"({cache.plan.data.get('name')}, {cache.plan.sample_count} samples); give the cache's data (--data, --images)"
         )
+    return [(cache, dataset)]
 
 
 def bytes_to_write(config: TrainConfig, parts: StudentParts) -> int:

@@ -206,3 +206,23 @@ def test_json_of_other_kinds_is_refused_with_its_own_remedy(tmp_path, name, cont
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         open_dataset(str(tmp_path / name))
+
+
+def test_a_split_that_data_do_not_have_is_refused_where_it_was_asked_for(llava, tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text("image,question,answer\na.png,What is it?,a cat\n")
+    mixture = tmp_path / "mixed.yaml"
+    mixture.write_text(f"- data: shapes:images=3\n- data: {llava}\n")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}
+    (folder / "train.jsonl").write_text(json.dumps(row))
+    (folder / "README.md").write_text("")
+    for spec in map(str, (llava, table, mixture, folder)):
+        open_dataset(spec, strict=True)
+        open_dataset(spec, split="test", limit=1)  # as caches that were built so are opened
+        with pytest.raises(DataError, match="has no split 'test'"):
+            open_dataset(spec, split="test", strict=True)
+    (folder / "test.jsonl").write_text(json.dumps(row).replace("Hi", "Ho"))
+    assert open_dataset(str(folder), split="test", strict=True)[0].turns[0].question == "Ho"
+    assert len(open_dataset("shapes:images=3", split="test", strict=True)) == 3

@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 # Helpers are imported by their bare names from any folder, whichever tests are asked for.
@@ -23,18 +22,12 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(line)
 
 
-MEASURED = 4  # cases of one test that coverage looks at: the others run twice as fast and reach the same lines
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    cases: Counter[str] = Counter()
+    if os.environ.get("RUN_SLOW"):
+        return
     for item in items:
-        if "slow" in item.keywords and not os.environ.get("RUN_SLOW"):
+        if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: set RUN_SLOW=1"))
-        test = item.nodeid.partition("[")[0]
-        cases[test] += 1
-        if cases[test] > MEASURED:
-            item.add_marker("no_cover")
 
 
 def pytest_collection_finish() -> None:

@@ -94,35 +94,27 @@ def test_processes_that_srun_started_share_the_work(stage: str, command, undistu
     assert stage == "two" or made == undisturbed[stage]  # a sum of two gradients may differ in the last bit
 
 
-def start_alone(command, folder: Path, wait_s: int) -> subprocess.Popen:
-    """One of two processes whose other one never comes."""
+@pytest.mark.parametrize("how", ["timeout", signal.SIGINT, signal.SIGTERM])
+def test_who_waits_for_processes_that_nobody_started_ends(how, command, tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     left = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}
-    left |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "VLM_DISTILL_LAUNCH_WAIT": str(wait_s)}
-    return start("two", command["two"](folder), left)
-
-
-def test_who_waits_for_processes_that_nobody_started_ends(command, tmp_path: Path):
-    process = start_alone(command, tmp_path / "made", 1)
+    left |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "VLM_DISTILL_LAUNCH_WAIT": "1" if how == "timeout" else "300",
+    }
+    process = start("two", command["two"](tmp_path / "made"), left)
+    if how != "timeout":
+        time.sleep(8)
+        process.send_signal(how)
+        began = time.monotonic()
     said, _ = process.communicate(timeout=100)
     assert process.returncode != 0
     assert "Traceback" not in said
-    assert "`unset SLURM_STEP_ID SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID`" in said
-
-
-def test_who_waits_for_processes_that_nobody_started_can_be_stopped(command, tmp_path: Path):
-    how = (signal.SIGINT, signal.SIGTERM)
-    both = [start_alone(command, tmp_path / kind.name, 300) for kind in how]
-    time.sleep(12)  # two that start at once take longer to come to their wait
-    for process, kind in zip(both, how, strict=True):
-        assert process.poll() is None
-        process.send_signal(kind)
-    began = time.monotonic()
-    for process in both:
-        said, _ = process.communicate(timeout=100)
-        assert process.returncode != 0
-        assert "Traceback" not in said
+    if how == "timeout":
+        assert "`unset SLURM_STEP_ID SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID`" in said
+    else:
         assert time.monotonic() - began < 10
 
 

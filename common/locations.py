@@ -29,11 +29,8 @@ def nearest_path(path: str | Path) -> str:
         beside = [entry.name for entry, _ in zip(place.parent.iterdir(), range(_LOOKED_AT), strict=False)]
     except OSError:
         return ""
-    return (
-        nearest(str(place), (str(place.with_name(name)) for name in beside if not name.startswith(".")))
-        if place.name
-        else ""
-    )
+    others = (str(place.with_name(name)) for name in beside if not name.startswith(".") and name != place.name)
+    return nearest(str(place), others) if place.name and not place.exists() else ""
 
 
 def by_make(words: str, otherwise: str = "") -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
-from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH
+from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH, refuse_inside
 from vlm_distill_cache.common.cache.plan import (
     DESCRIPTIVE,
     PLAN,
@@ -154,8 +154,10 @@ def check_cache_folder(cache_dir: Path, *, overwrite: bool) -> tuple[list[Path],
     """What a cache's folder holds, and the names in it that are no part of a cache.
 
     Raises:
-        ConfigError: If it holds something that is not a cache, or, to be overwritten, not only a cache.
+        ConfigError: If it holds something that is not a cache, or, to be overwritten, not only a cache; or if it lies in
+            a cache or a student's folder.
     """
+    refuse_inside(cache_dir)
     if cache_dir.exists() and not cache_dir.is_dir():
         raise ConfigError(f"{cache_dir} is a file; give a folder for the cache ({by_make('CACHE=...', '--cache')})")
     if (cache_dir / SKETCH).is_file():

@@ -288,8 +288,8 @@ class _Finite(click.FloatRange):
         return number
 
 
-_FIGURES = json_of("assumptions", "comparison", "probe")
-_ADVICE = {"advice.json": json_of("sets", "recommendation"), "advice.html": marked(b"<title>Advice for ")}
+ESTIMATE = json_of("assumptions", "comparison", "probe")
+ADVICE = {"advice.json": json_of("sets", "recommendation"), "advice.html": marked(b"<title>Advice for ")}
 
 
 def _json_file(is_ours: IsOurs) -> Callable[[Any], Any]:
@@ -323,7 +323,7 @@ _POSITIVE = _Finite(min=0, min_open=True)
 )
 @click.option("--student-step", type=_POSITIVE, help="Seconds of training a sample, if you measured a student.")
 @click.option("--price", type=_Finite(min=0), help="Of the teacher's machine for an hour; adds costs to the hours.")
-@_json_file(_FIGURES)
+@_json_file(ESTIMATE)
 def estimate(
     *,
     samples: int,
@@ -377,7 +377,7 @@ def estimate(
     type=NewFolder(file_okay=False),
     help="Folder for advice.html and advice.json; default: nothing is written.",
 )
-@_json_file(_ADVICE["advice.json"])
+@_json_file(ADVICE["advice.json"])
 @click.option("--student", help="Also train a short student on each preset, and score it (minutes each).")
 @click.option(
     "--student-steps", type=click.IntRange(min=1), default=100, show_default=True, help="Steps of a short student."
@@ -422,7 +422,7 @@ def advise(
     bound = 0.05 if most is None and max_gradient_error is None else max_gradient_error
     quiet_libraries()
     if output is not None:
-        for name, is_ours in _ADVICE.items() if output.is_dir() else ():
+        for name, is_ours in ADVICE.items() if output.is_dir() else ():
             refuse_others_file(output / name, is_ours)
         output.mkdir(parents=True, exist_ok=True)
     with (

@@ -66,13 +66,14 @@ def explain_disk_errors(cache: Path | str) -> Iterator[None]:
 
 
 def refuse_unwritable(cache_dir: Path, *, sealed_too: bool = False) -> None:
-    """Notice a read-only folder before a teacher is loaded.
+    """Notice a read-only folder, or one inside another cache or a student, before a teacher is loaded.
 
     Args:
         sealed_too: A sealed cache will be written to as well; else it may lie on a read-only disk.
     """
     if not sealed_too and (cache_dir / MANIFEST).is_file():
         return
+    refuse_inside(cache_dir)
     place = cache_dir.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -154,10 +155,8 @@ def check_cache_folder(cache_dir: Path, *, overwrite: bool) -> tuple[list[Path],
     """What a cache's folder holds, and the names in it that are no part of a cache.
 
     Raises:
-        ConfigError: If it holds something that is not a cache, or, to be overwritten, not only a cache; or if it lies in
-            a cache or a student's folder.
+        ConfigError: If it holds something that is not a cache, or, to be overwritten, not only a cache.
     """
-    refuse_inside(cache_dir)
     if cache_dir.exists() and not cache_dir.is_dir():
         raise ConfigError(f"{cache_dir} is a file; give a folder for the cache ({by_make('CACHE=...', '--cache')})")
     if (cache_dir / SKETCH).is_file():

@@ -68,7 +68,7 @@ def test_nothing_is_written_into_a_students_folder(copied):
             refuse_inside(target)
     refuse_inside(copied / "x")
     done = CliRunner().invoke(main, ["export", str(final), "--output", str(final / "x")])
-    assert (done.exit_code, "a student's folder" in done.output) == (1, True)
+    assert (done.exit_code, "a student's folder" in done.output) == (2, True)
     assert sorted(final.rglob("*")) == before
     assert os.path.lexists(final / PROVENANCE)
 

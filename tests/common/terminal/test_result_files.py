@@ -38,9 +38,10 @@ WRITTEN = [
 ]
 
 
-@pytest.fixture
-def places(tmp_path):
-    """Somebody's files, a cache and a student, and their bytes."""
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Somebody's files, a cache and a student: nothing changes them."""
+    tmp_path = tmp_path_factory.mktemp("places")
     build_cache(tmp_path / "cache", make_plan())
     (tmp_path / "student").mkdir()
     for name in ("student/distillation.json", "student/config.json"):

@@ -194,7 +194,24 @@ def test_a_slip_is_told_from_another_name_as_the_slow_way_tells_it():
     def plain(word: str) -> str:
         return word.lower().replace("_", "")
 
-    words = "dft dtf dpt data date loss lr Lr rate l_r top_k top_p tf32 tf23 bf16 steps".split()
+    words = [
+        "dft",
+        "dtf",
+        "dpt",
+        "data",
+        "date",
+        "loss",
+        "lr",
+        "Lr",
+        "rate",
+        "l_r",
+        "top_k",
+        "top_p",
+        "tf32",
+        "tf23",
+        "bf16",
+        "steps",
+    ]
     for one in words:
         most = 0 if len(plain(one)) < 3 else 1 if len(plain(one)) < 6 else 2
         far = {word: edits(plain(one), plain(word)) for word in words if word != one}

@@ -442,8 +442,27 @@ def unusable_name(argument: str, *, printed: str) -> str:
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class ConfigFile(click.Path):
+    """A YAML file of options; of a run of older versions, which kept none, that of its distilled student is named."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """Return the path."""
+        path = Path(value)
+        if not os.path.lexists(path):
+            student = path.parent / "distilled" / path.name
+            of_run = f"; of that run, give --config {quoted(student)} --output {quoted(path.parent)}"
+            self.fail(f"{path}: there is no such file{of_run if student.is_file() else nearest_path(path)}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 CONFIG = click.option(
-    "--config", type=FILE, help="YAML file of options; relative paths in it start from the working directory."
+    "--config",
+    type=ConfigFile(dir_okay=False, path_type=Path),
+    help="YAML file of options; relative paths in it start from the working directory.",
 )
 
 

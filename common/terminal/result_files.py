@@ -69,7 +69,7 @@ class ResultFile(click.Path):
     """A file for a command's result, looked at before the work begins; see `refuse_others_file`."""
 
     def __init__(self, is_ours: IsOurs) -> None:
-        super().__init__(path_type=Path)
+        super().__init__(dir_okay=False, path_type=Path)
         self.is_ours = is_ours
 
     def convert(

@@ -94,7 +94,7 @@ class PhaseConfig:
             note="batch_size is the samples of a step over all processes, micro_batch_size the most in one pass"
         ),
         "wd": Word(options=("weight_decay",)),
-        "lr_rate": Word(options=("lr",)),
+        "lr_rate": Word(note="write lr=RATE"),
         "finetuning_type": Word(
             options=("trainable",),
             values={"full": "all", "lora": "lora"},

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from click.shell_completion import CompletionItem
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
 from vlm_distill_cache import __version__
 from vlm_distill_cache.common.config import canonical_overrides, known_names, last_given, option_names, words_of
@@ -341,6 +341,35 @@ class Command(Described):
 def _ends(args: list[str], place: int) -> bool:
     """Whether no value stands at this place, but another option or nothing."""
     return len(args) <= place or args[place].startswith("-")
+
+
+class _Bash(BashComplete):
+    """Completes ``KEY=VALUE``, which bash hands over, and wants back, as words of their own: KEY, =, VALUE."""
+
+    source_template = BashComplete.source_template.replace(
+        "COMPREPLY+=($value)", "COMPREPLY+=($value)\n            [[ $value != *= ]] || compopt -o nospace 2> /dev/null"
+    )
+
+    before = ""  # of the word to complete, what bash keeps
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        """The words before the one to complete, and that one, put together around each ``=``."""
+        args, last = super().get_completion_args()
+        joined = list[str]()
+        for word, previous in zip([*args, last], ["", *args], strict=True):
+            if joined and "=" in (word, previous):
+                joined[-1] += word
+            else:
+                joined.append(word)
+        self.before = joined[-1] if last == "=" else joined[-1].removesuffix(last)
+        return joined[:-1], joined[-1]
+
+    def format_completion(self, item: CompletionItem) -> str:
+        """The line that the shell reads."""
+        return f"{item.type},{str(item.value).removeprefix(self.before)}"
+
+
+add_completion_class(_Bash)
 
 
 def completes(words: Callable[[], list[str]], *, several: bool = False) -> Completed:

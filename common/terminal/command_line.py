@@ -461,7 +461,7 @@ class ConfigFile(click.Path):
 
 CONFIG = click.option(
     "--config",
-    type=ConfigFile(dir_okay=False, path_type=Path),
+    type=ConfigFile(exists=True, dir_okay=False, path_type=Path),
     help="YAML file of options; relative paths in it start from the working directory.",
 )
 

@@ -31,6 +31,7 @@ from vlm_distill_cache.common.terminal.command_line import (
 from vlm_distill_cache.common.terminal.general import JSON, answer, has_document
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.terminal.progress import ProgressLines, progress
+from vlm_distill_cache.common.terminal.result_files import PICTURE_MARK, ResultFile, marked
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -54,9 +55,7 @@ def main() -> None:
 @main.command()
 @click.argument("cache", type=CacheLocation())
 @click.argument("sample_id", required=False)
-@click.option(
-    "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw where each word looked: OUT.png."
-)
+@click.option("--picture", type=ResultFile(marked(PICTURE_MARK)), help="Draw where each word looked: OUT.png.")
 @click.option(
     "--image",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

@@ -25,6 +25,7 @@ import yaml
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.files.yaml_text import MAX_BYTES, YamlError, parse_yaml
+from vlm_distill_cache.common.locations import slips
 from vlm_distill_cache.common.printing import CONTROL, SURROGATE, brief, one_line
 
 ConfigT = TypeVar("ConfigT")
@@ -36,7 +37,6 @@ STAGES = ("teacher_cache", "distill")
 """The sections of a file that holds a whole run."""
 SHARED = ("data", "images", "cache", "recipe")
 """What stands beside them, for both."""
-NEAR = 0.75  # of difflib: two letters of eight apart
 _SCALARS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -67,6 +67,37 @@ SHARED_WORDS: Mapping[str, Word] = {
     "use_cpu": Word(options=("device",), values={True: "cpu", False: "auto"}),
 }
 """Words that mean the same in both stages."""
+
+
+NOT_HERE: Mapping[str, Word] = {
+    **dict.fromkeys(
+        ("attn_implementation", "flash_attention", "flash_attn", "use_flash_attn", "use_flash_attention_2"),
+        Word(
+            values=dict.fromkeys((None, False, "auto"), SAYS_NOTHING),
+            note="how attention is computed follows from the signals that are asked for; leave it out",
+        ),
+    ),
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2", "adam_epsilon"),
+        Word(
+            values=dict.fromkeys((0.9, 0.999, 1e-8), SAYS_NOTHING),
+            note="it is AdamW's own, 0.9, 0.999, 1e-8; leave it out",
+        ),
+    ),
+    "tf32": Word(values=dict.fromkeys((None, False), SAYS_NOTHING), note="write dtype=bfloat16 for faster arithmetic"),
+    "packing": Word(
+        values=dict.fromkeys((None, False), SAYS_NOTHING), note="each sample is a sequence of its own; leave it out"
+    ),
+    "eval_batch_size": Word(note="it follows from the batch size of the command; leave it out"),
+    **dict.fromkeys(
+        ("nproc", "num_proc", "num_processes", "nproc_per_node"),
+        Word(
+            note="processes are no option of a configuration: `teacher-cache build` and `distill run` have --nproc N, and "
+            "torchrun or `accelerate launch` may start `distill train`"
+        ),
+    ),
+}
+"""Words of other trainers that neither stage has an option for."""
 
 
 @functools.cache
@@ -197,6 +228,8 @@ def _renamed(cls: type, items: Iterable[tuple[str, Any]], where: str) -> list[tu
             continue
         if (before := spelt.setdefault(options, key)) != key:
             raise ConfigError(f"{where}: {before} and {key} are the same option, {options[-1]}; give one of them")
+        if len(options) > 1:  # what cannot be used is named as it was given
+            _convert(option_names(cls)[options[0]], value, dataclasses.MISSING, key, where)
         if options != (key,) and (note or len(options) > 1):
             logger.info("%s is taken as %s%s", key, ", ".join(options), note and f": {note}")
         (wide if len(options) > 1 else narrow).extend((option, value) for option in options)
@@ -241,26 +274,40 @@ def _refuse_unknown(root: type, cls: type, values: Mapping[Any, Any], path: str,
                 _refuse_unknown(root, typing.cast("type", hints[key]), value, f"{path}{key}.", where)
             continue
         hint = _meant(root, cls, str(key), path)
+        parts = [name for name in fields if dataclasses.is_dataclass(hints[name])]
+        if parts and isinstance(value, dict):
+            near = slips(str(key), parts)
+            hint = f"; did you mean {path}{near[0]}?" if near else f": {', '.join(parts)} have options of their own."
         raise ConfigError(f"{where}: unknown option {path}{key}{hint} Known: {', '.join(fields)}")
+
+
+def known_names(cls: type, prefix: str = "") -> dict[str, Word | None]:
+    """All options of a configuration and the words for them, dotted, with what a word means."""
+    names: dict[str, Word | None] = {f"{prefix}{word}": meant for word, meant in words_of(cls).items()}
+    for name, hint in typing.get_type_hints(cls).items():
+        if name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+            names[f"{prefix}{name}"] = None
+            if dataclasses.is_dataclass(hint):
+                names |= known_names(typing.cast("type", hint), f"{prefix}{name}.")
+    return names
 
 
 def _meant(root: type, cls: type, key: str, path: str) -> str:
     elsewhere = [name for name in option_names(root) if name.rpartition(".")[2] == key]
+    if path and key in words_of(root):
+        elsewhere = [key]
     if elsewhere == [key]:
         return f"; {key} is no option of {path.rstrip('.')}: write {key}."
     if elsewhere:
         of = " or ".join(name.rpartition(".")[0] for name in elsewhere)
         return f"; {key} belongs to {of}: write {elsewhere[len(elsewhere) // 2]}."
-    ours = {field.name: f"; did you mean {path}{field.name}?" for field in dataclasses.fields(cls)}
-    theirs = {
-        word: f"; did you mean {path}{word}?" if meant.options else f"; did you mean {word}? But {meant.note}."
-        for word, meant in words_of(cls).items()
-    }
-    anywhere = {name.rpartition(".")[2]: f"; did you mean {name}?" for name in option_names(root)}
-    for names in (theirs | ours, anywhere):
-        if near := difflib.get_close_matches(key, names, n=1, cutoff=NEAR):
-            return names[near[0]]
-    return "."
+    here = {name: f"{path}{name}" for name in known_names(cls) if "." not in name}
+    elsewhere = [name for name in option_names(root) if slips(key, [name.rpartition(".")[2]])]
+    near = [here[name] for name in slips(key, here)] or elsewhere[len(elsewhere) // 2 :]
+    if not near:
+        return "."
+    word = known_names(root).get(near[0])
+    return f"; did you mean {near[0]}?{'' if word is None or word.options else f' But {word.note}.'}"
 
 
 def take_paths(config: Any) -> None:
@@ -410,9 +457,12 @@ class _Given:
 
     def of(self, hint: Any) -> Any:
         text = self.text.strip()
-        if hint not in (str, str | None) or text in ("", "null", "~") or text[:1] + text[-1:] in ('""', "''"):
-            return self.parsed()
-        return text
+        if hint in (str, str | None) and text not in ("", "null", "~") and text[:1] + text[-1:] not in ('""', "''"):
+            return text
+        parsed = self.parsed()
+        if typing.get_origin(hint) is tuple and isinstance(parsed, str | int | float) and not isinstance(parsed, bool):
+            return _Given(self.override, f"[{text}]").parsed()  # as --signals and --phases are given
+        return parsed
 
 
 def _build(cls: Any, values: Any, base: Any, path: str, where: str) -> Any:

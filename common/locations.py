@@ -1,10 +1,11 @@
-"""Places: which are addresses and how one may be shown, and whether we are in a clone of this project."""
+"""Places: which are addresses and how one may be shown, what a misspelt name means, and whether we are in a clone of ours."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from vlm_distill_cache.common.printing import hide_secrets, one_line
 _SECRETS = "VLM_DISTILL_ADDRESSES"  # of a process that another one of ours started: public addresses to whole ones
 _LOOKED_AT = 10_000  # entries of a folder
 _MAKEFILE_BYTES = 1 << 16
+_DIGITS = re.compile(r"\d")
 _SCHEMES = ("s3", "hf", "http", "https")
 
 
@@ -22,6 +24,38 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {one_line(near[0])}?)" if near else ""
 
 
+def slips(name: str, known: Iterable[str]) -> list[str]:
+    """The known names that a slip of the finger makes this of: case, lines between words, a letter or two.
+
+    Names that differ in a digit are other names, and of short ones those that differ in more than a letter.
+    """
+    plain, found = _plain_name(name), dict[str, int]()
+    most = 0 if len(plain) < 3 else 1 if len(plain) < 6 else 2
+    for one in known:
+        other = _plain_name(one)
+        if abs(len(other) - len(plain)) <= most and _DIGITS.findall(other) == _DIGITS.findall(plain):
+            found[one] = _edits(plain, other)
+    least = min(found.values(), default=most + 1)
+    return [one for one, count in found.items() if count == least <= most]
+
+
+def _plain_name(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def _edits(one: str, other: str) -> int:
+    """Letters to add, leave out, replace or exchange with the next one."""
+    rows = [list(range(len(other) + 1))]
+    for i, letter in enumerate(one, start=1):
+        row = [i]
+        for j, there in enumerate(other, start=1):
+            row.append(min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (letter != there)))
+            if i > 1 and j > 1 and (letter, one[i - 2]) == (other[j - 2], there):
+                row[-1] = min(row[-1], rows[-2][j - 2] + 1)
+        rows.append(row)
+    return rows[-1][-1]
+
+
 def nearest_path(path: str | Path) -> str:
     """As `nearest`, among what lies beside a path that is not there."""
     place = Path(path)
@@ -29,11 +63,8 @@ def nearest_path(path: str | Path) -> str:
         beside = [entry.name for entry, _ in zip(place.parent.iterdir(), range(_LOOKED_AT), strict=False)]
     except OSError:
         return ""
-    return (
-        nearest(str(place), (str(place.with_name(name)) for name in beside if not name.startswith(".")))
-        if place.name
-        else ""
-    )
+    others = (str(place.with_name(name)) for name in beside if not name.startswith(".") and name != place.name)
+    return nearest(str(place), others) if place.name and not place.exists() else ""
 
 
 def by_make(words: str, otherwise: str = "") -> str:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
     DRY_RUN,
     FILE,
-    FOLDER,
     SETTINGS,
     CacheFolder,
     CommandGroup,
@@ -45,6 +44,7 @@ from vlm_distill_cache.common.terminal.command_line import (
 from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
 from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.common.terminal.next_step import IN_RUN
+from vlm_distill_cache.common.terminal.result_files import IsOurs, ResultFile, json_of, marked, refuse_others_file
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.common.tools.outlook import Outlook, resolve_each
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
@@ -160,7 +160,7 @@ def _given(options: dict[str, Any]) -> set[str]:
 @DRY_RUN
 @click.option(
     "--sketch",
-    type=click.Path(path_type=Path),
+    type=NewFolder(),
     help="With --dry-run: write what the cache will say of itself, without shards, to this new folder; `distill run --dry-run "
     "--sketch` then checks a student against it.",
 )
@@ -312,25 +312,23 @@ class _Finite(click.FloatRange):
         return number
 
 
-_JSON_FILE = click.option(
-    "--json",
-    "json_file",
-    is_flag=False,
-    flag_value="",
-    metavar="[FILE]",
-    help="Also write all figures here; without FILE, print them and nothing else.",
-)
+ESTIMATE = json_of("assumptions", "comparison", "probe")
+ADVICE = {"advice.json": json_of("sets", "recommendation"), "advice.html": marked(b"<title>Advice for ")}
+
+
+def _json_file(is_ours: IsOurs) -> Callable[[Any], Any]:
+    return click.option(
+        "--json",
+        "json_file",
+        type=ResultFile(is_ours),
+        is_flag=False,
+        flag_value="",
+        metavar="[FILE]",
+        help="Also write all figures here; without FILE, print them and nothing else.",
+    )
+
+
 _POSITIVE = _Finite(min=0, min_open=True)
-
-
-def _refuse_place(json_file: str | None) -> None:
-    """Notice that figures could not be written, before they are measured."""
-    if json_file and not Path(json_file).parent.is_dir():
-        raise click.BadParameter(f"{json_file}: there is no folder {Path(json_file).parent}")
-    if json_file and Path(json_file).is_dir():
-        raise click.BadParameter(
-            f"{json_file}: is a folder; give a file in it, {quoted(Path(json_file) / 'figures.json')}"
-        )
 
 
 @main.command()
@@ -349,7 +347,7 @@ def _refuse_place(json_file: str | None) -> None:
 )
 @click.option("--student-step", type=_POSITIVE, help="Seconds of training a sample, if you measured a student.")
 @click.option("--price", type=_Finite(min=0), help="Of the teacher's machine for an hour; adds costs to the hours.")
-@_JSON_FILE
+@_json_file(ESTIMATE)
 def estimate(
     *,
     samples: int,
@@ -358,7 +356,7 @@ def estimate(
     student_parameters: float | None,
     student_step: float | None,
     price: float | None,
-    json_file: str | None,
+    json_file: Path | None,
     **options: Any,
 ) -> None:
     """Predict bytes, hours and cost from a measured probe, before anything is built; takes the options of `build`."""
@@ -372,7 +370,6 @@ def estimate(
         counts = parse_students(students)
     except ValueError as error:
         raise click.BadParameter(f"{students!r}: expected numbers like 1,3,10 ({error})") from error
-    _refuse_place(json_file)
     quiet_libraries()
     scenario = Scenario(
         students=counts, epochs=epochs, student_parameters=student_parameters, student_step=student_step, price=price
@@ -381,7 +378,7 @@ def estimate(
     say(estimate_text(figures))
     answer(**figures.to_dict())
     if json_file:
-        write_json_atomic(Path(json_file), figures.to_dict())
+        write_json_atomic(json_file, figures.to_dict())
 
 
 @main.command()
@@ -404,7 +401,7 @@ def estimate(
     type=NewFolder(file_okay=False),
     help="Folder for advice.html and advice.json; default: nothing is written.",
 )
-@_JSON_FILE
+@_json_file(ADVICE["advice.json"])
 @click.option("--student", help="Also train a short student on each preset, and score it (minutes each).")
 @click.option(
     "--student-steps", type=click.IntRange(min=1), default=100, show_default=True, help="Steps of a short student."
@@ -419,7 +416,7 @@ def advise(
     budget: str | None,
     max_gradient_error: float | None,
     output: Path | None,
-    json_file: str | None,
+    json_file: Path | None,
     student: str | None,
     student_steps: int,
     student_set: tuple[str, ...],
@@ -447,12 +444,13 @@ def advise(
 
     most = None if budget is None else parse_bytes(budget)
     bound = 0.05 if most is None and max_gradient_error is None else max_gradient_error
-    _refuse_place(json_file)
     if "data" in named and "cache" not in named:  # the cache of other data has the default's place
         given["cache"] = report.cache_for(settings.data, settings.store)
     quiet_libraries()
     short: Any = {"student": student, "steps": student_steps, "eval_data": eval_data, "overrides": student_set}
     if output is not None:
+        for name, is_ours in ADVICE.items() if output.is_dir() else ():
+            refuse_others_file(output / name, is_ours)
         output.mkdir(parents=True, exist_ok=True)
     with (
         stopped_by_sigterm(),
@@ -479,7 +477,7 @@ def advise(
     figures = report.advice_json(advice, found, command, scores)
     answer(**figures)
     if json_file:
-        write_json_atomic(Path(json_file), figures)
+        write_json_atomic(json_file, figures)
     if output is not None:
         write_json_atomic(output / "advice.json", figures)
         write_bytes_atomic(output / "advice.html", report.advice_page(advice, f"{table}\n\n{last}").encode())
@@ -487,7 +485,7 @@ def advise(
 
 
 @main.command()
-@click.argument("cache", type=FOLDER)
+@click.argument("cache", type=CacheFolder())
 @JSON
 def seal(cache: Path) -> None:
     """Write the manifest of a complete cache from its sidecars."""
@@ -498,6 +496,7 @@ def seal(cache: Path) -> None:
         sealed_names,
     )
 
+    read_plan(cache)  # of a folder that is no cache, it says what it is
     with explain_disk_errors(cache):
         refuse_unlisted(cache, sealed_names(cache))
         manifest = seal_cache(cache)
@@ -506,7 +505,7 @@ def seal(cache: Path) -> None:
 
 
 @main.command()
-@click.argument("cache", type=FOLDER)
+@click.argument("cache", type=CacheFolder())
 @JSON
 def report(cache: Path) -> None:
     """Print what a sealed cache holds and what it cost."""
@@ -522,7 +521,7 @@ def report(cache: Path) -> None:
 
 @main.command("demo-teacher")
 @click.option("--data", type=click.Choice(["shapes", "easy-vqa"]), default="shapes", show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option("--output", type=NewFolder(), required=True, help="Directory to write.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @JSON
 def demo_teacher(data: str, output: Path, seed: int) -> None:

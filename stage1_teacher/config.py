@@ -9,7 +9,7 @@ from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.description import check_whole_number
 from vlm_distill_cache.common.codecs.logits import preset_settings
 from vlm_distill_cache.common.codecs.registry import CODECS
-from vlm_distill_cache.common.config import SAYS_NOTHING, SHARED_WORDS, Word, take_paths
+from vlm_distill_cache.common.config import NOT_HERE, SAYS_NOTHING, SHARED_WORDS, Word, take_paths
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.terminal.next_step import DEFAULT_SIGNALS
 
@@ -34,7 +34,8 @@ _STAGE_TWO = (
     "save_steps save_total_limit logging_steps lora_r lora_alpha lora_dropout lora_enable lora_target_modules use_peft optim "
     "fsdp deepspeed resume_from_checkpoint overwrite_output_dir optimizer global_batch_size grad_accum bs wd alpha beta kd_weight "
     "kd_alpha lora_rank eval_steps eval_strategy evaluation_strategy do_eval save_strategy logging_strategy run_name logging_dir "
-    "do_train remove_unused_columns load_best_model_at_end group_by_length push_to_hub ddp_find_unused_parameters"
+    "student_model_name_or_path freeze_vision_tower freeze_backbone mm_projector_type finetuning_type lora_target lr_rate kd_ratio "
+    "data_seed do_train remove_unused_columns load_best_model_at_end group_by_length push_to_hub ddp_find_unused_parameters"
 )
 
 
@@ -104,7 +105,15 @@ class BuildConfig:
     """
 
     WORDS: ClassVar[Mapping[str, Word]] = {
-        "model_name_or_path": Word(options=("teacher",)),
+        **NOT_HERE,
+        **dict.fromkeys(
+            ("model_name_or_path", "model", "model_name", "teacher_model_name_or_path"), Word(options=("teacher",))
+        ),
+        "top_p": Word(options=("answer_top_p",)),
+        "do_sample": Word(
+            values={False: SAYS_NOTHING}, note="write answers=generate and answer_temperature=1 for sampled answers"
+        ),
+        "bits": Word(options=("quantisation",), values={4: "4bit", 8: "8bit", 16: SAYS_NOTHING, None: SAYS_NOTHING}),
         **dict.fromkeys(("output", "output_dir"), Word(options=("cache",), note="the folder that is written")),
         **SHARED_WORDS,
         "dataset_split": Word(options=("split",)),
@@ -135,7 +144,7 @@ class BuildConfig:
                 "(dft.losses.temperature=2 in stage two), or answer_temperature=1 for sampled answers"
             ),
         ),
-        "top_k": Word(note="write logits=fixed:K for the K likeliest tokens of each row"),
+        **dict.fromkeys(("top_k", "k"), Word(note="write logits=fixed:K for the K likeliest tokens of each row")),
         "cache_dir": Word(
             note="write cache=FOLDER for the cache that is written; downloads of the hub go where the variable HF_HOME says"
         ),

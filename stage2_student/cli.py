@@ -39,6 +39,7 @@ from vlm_distill_cache.common.terminal.command_line import (
 )
 from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
 from vlm_distill_cache.common.terminal.launch import enter_launch, explain_lost_processes
+from vlm_distill_cache.common.terminal.result_files import ResultFile, json_of
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.common.tools.both_stages import build_first
 from vlm_distill_cache.common.tools.outlook import Outlook
@@ -49,7 +50,6 @@ from vlm_distill_cache.stage2_student.final_folder import (
     FOR_OTHERS,
     PROVENANCE,
     read_provenance,
-    refuse_inside_student,
     students_in,
 )
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
@@ -301,6 +301,9 @@ def prune(
 def _trained_folder(student: str) -> HubFolder:
     """The folder of a trained student; of one that is lost, its run is named."""
     path = Path(student)
+    if path.is_file():
+        inside = path.parent if (path.parent / PROVENANCE).is_file() else "the `final` folder of a training"
+        raise ModelError(f"{student} is a file; give {inside}")
     found = [] if (path / PROVENANCE).exists() else students_in(path if path.is_dir() else path.parent)
     if found:
         meant = " or ".join(map(quoted, found))
@@ -317,6 +320,11 @@ def _trained_folder(student: str) -> HubFolder:
     return model_folder(student, what="student")
 
 
+def _is_report(content: bytes) -> bool:
+    """Whether a file is what `evaluate` wrote; those of a run hold more, and are its own."""
+    return any(json_of("scores", "items", *more, others=False)(content) for more in ((), ("unreadable",)))
+
+
 @main.command()
 @click.argument("student", shell_complete=complete_folder)
 @click.option("--data", help="Data set of the held-out items; default: the one it was trained on.")
@@ -327,7 +335,7 @@ def _trained_folder(student: str) -> HubFolder:
     help="Compare with this cache's teacher (a folder or an address); default: the one of its training.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Score at most so many items.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file to write.")
+@click.option("--output", type=ResultFile(_is_report), help="JSON file to write.")
 @click.option("--card", is_flag=True, help="Write the scores into the card (README.md) in the student's folder, too.")
 @JSON
 def evaluate(
@@ -350,8 +358,6 @@ def evaluate(
     )
     from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
 
-    if output is not None and not output.parent.is_dir():
-        raise click.BadParameter(f"{output}: there is no folder {output.parent}")  # before hours of scoring
     runs.set_up_libraries()
     folder = _trained_folder(student)
     if card and folder.revision:
@@ -518,7 +524,6 @@ def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -
     from vlm_distill_cache.common.models.convert import convert_published
 
     runs.set_up_libraries()
-    refuse_inside_student(output)
     tower = None if vision_tower is None else model_folder(vision_tower, what="--vision-tower").path
     convert_published(model_folder(checkpoint, what="checkpoint").path, output, vision_tower=tower)
     answer(output=output)

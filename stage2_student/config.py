@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
-from vlm_distill_cache.common.config import SAYS_NOTHING, SHARED_WORDS, Word, config_to_dict, take_paths
+from vlm_distill_cache.common.config import NOT_HERE, SAYS_NOTHING, SHARED_WORDS, Word, config_to_dict, take_paths
 from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import is_url, public_location
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights, require
@@ -94,6 +94,19 @@ class PhaseConfig:
             note="batch_size is the samples of a step over all processes, micro_batch_size the most in one pass"
         ),
         "wd": Word(options=("weight_decay",)),
+        "lr_rate": Word(note="write lr=RATE"),
+        "finetuning_type": Word(
+            options=("trainable",),
+            values={"full": "all", "lora": "lora"},
+            note="write trainable=all, lora, projector or tower",
+        ),
+        **dict.fromkeys(
+            ("freeze_vision_tower", "freeze_backbone"),
+            Word(
+                note="what is trained is an option of phases: write trainable=projector, all, lora or tower (the vision tower is "
+                "frozen but for tower), and freeze=[...] for parts of it"
+            ),
+        ),
         "warmup_steps": Word(
             values={0: SAYS_NOTHING},
             note="the warm-up is a share of a phase's steps. Write warmup=(warm-up steps)/(steps)",
@@ -222,7 +235,7 @@ _STAGE_ONE = (
     "split store signals temperatures attention_dtype grid map_preset map_grid answers max_new_tokens "
     "answer_temperature answer_top_p answer_seed hidden_layers hidden_dtype groups layers long_samples shard_size "
     "device_map quantisation quantization max_failed_share max_unknown_share fidelity_samples threads "
-    "teacher_license data_license source dataset_split quantise quantize per_device_eval_batch_size"
+    "top_p do_sample teacher_license data_license source dataset_split quantise quantize per_device_eval_batch_size"
 )
 _TEMPERATURE = Word(
     note="that of the losses on logits is an option of a phase, one of those that the cache was built for: write "
@@ -289,7 +302,16 @@ class TrainConfig:
             name: replace(word, options=tuple(found for option in word.options for found in _each(option)))
             for name, word in PhaseConfig.WORDS.items()
         },
-        "model_name_or_path": Word(options=("student",)),
+        **NOT_HERE,
+        **dict.fromkeys(
+            ("model_name_or_path", "model", "model_name", "student_model_name_or_path"), Word(options=("student",))
+        ),
+        "teacher_model_name_or_path": Word(
+            note="the teacher runs in stage one, `teacher-cache build --teacher`; here its cache is given, cache=FOLDER. Write "
+            "teacher=FOLDER for what a student pruned:KEEP is cut out of"
+        ),
+        "mm_projector_type": Word(note="write projector=ldpnet, ldpnetv2, mlp or taf"),
+        "data_seed": Word(options=("seed",), note="it is the seed of fresh weights, too"),
         "output_dir": Word(options=("output",)),
         **SHARED_WORDS,
         "limit": Word(options=("limit",), values={0: None}, others=True),
@@ -298,11 +320,14 @@ class TrainConfig:
         "max_length": Word(options=("max_length",), values={0: None}, others=True),
         **dict.fromkeys(("max_seq_length", "model_max_length", "cutoff_len", "sequence_len"), _LENGTH),
         **dict.fromkeys(("temperature", "kd_temperature", "distill_temperature"), _TEMPERATURE),
-        **dict.fromkeys(("alpha", "beta", "kd_weight", "kd_alpha"), _KD_WEIGHT),
+        **dict.fromkeys(("alpha", "beta", "kd_weight", "kd_alpha", "kd_ratio"), _KD_WEIGHT),
         "losses": Word(note="each phase has losses of its own: write dft.KEY"),
-        "top_k": Word(
-            note="how many of the teacher's tokens a student learns from is fixed when the cache is built: write logits=fixed:K "
-            "in stage one, `teacher-cache build`"
+        **dict.fromkeys(
+            ("top_k", "k"),
+            Word(
+                note="how many of the teacher's tokens a student learns from is fixed when the cache is built: write "
+                "logits=fixed:K in stage one, `teacher-cache build`"
+            ),
         ),
         "dtype": Word(options=("dtype",), values=_DTYPES, others=True),
         **dict.fromkeys(
@@ -330,7 +355,13 @@ class TrainConfig:
             name: Word(values={False: SAYS_NOTHING}, note="write trainable=lora")
             for name in ("lora_enable", "use_peft")
         },
-        "lora_target_modules": Word(note="adapters are on all linear layers of the language model; leave it out"),
+        **dict.fromkeys(
+            ("lora_target_modules", "lora_target"),
+            Word(
+                values={"all": SAYS_NOTHING},
+                note="adapters are on all linear layers of the language model; leave it out",
+            ),
+        ),
         "cache_dir": Word(
             note="write cache=FOLDER for the teacher's cache; downloads of the hub go where the variable HF_HOME says"
         ),
@@ -380,8 +411,8 @@ class TrainConfig:
             values={False: SAYS_NOTHING}, note="give another output, or delete the folder to begin again"
         ),
         **dict.fromkeys(
-            ("load_in_4bit", "load_in_8bit"),
-            Word(values={False: SAYS_NOTHING}, note="students are trained unquantised; leave it out"),
+            ("load_in_4bit", "load_in_8bit", "bits"),
+            Word(values={False: SAYS_NOTHING, 16: SAYS_NOTHING}, note="students are trained unquantised; leave it out"),
         ),
         **dict.fromkeys(
             _STAGE_ONE.split(), Word(note="it is an option of stage one, `teacher-cache build`, not of `distill`")

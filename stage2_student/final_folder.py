@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.document_rules import GEOMETRY, MAX_TOKEN, TEMPLATE
+from vlm_distill_cache.common.cache.other_folders import STUDENT
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.files.rules import (
     ANYTHING,
@@ -30,7 +31,7 @@ from vlm_distill_cache.common.files.signed import find_damage, read_signed
 from vlm_distill_cache.common.hub import snapshot_name
 from vlm_distill_cache.common.locations import by_make
 
-FINAL, PROVENANCE = "final", "distillation.json"
+FINAL, PROVENANCE = "final", STUDENT
 FOR_OTHERS = ("adapter", "gguf")  # layouts of exports that hold no model which is read here
 _COUNT = whole(0, 1 << 60)
 _ENCODER = {"template": TEMPLATE, "image_token_id": whole(-MAX_TOKEN, MAX_TOKEN), "max_length": whole(1, 1 << 24)}
@@ -166,19 +167,6 @@ def own_file(path: Path) -> Path:
     if snapshot_name(folder) is None or found.parent != folder.parent.parent / "blobs":
         raise ModelError(f"{path}: a link, which is not followed; put the file itself there, or take the link away")
     return found
-
-
-def refuse_inside_student(target: Path) -> None:
-    """Refuse to write into a student's folder: libraries would read what is there, so the student is refused then.
-
-    Raises:
-        ConfigError: If a folder above ``target`` is a student's.
-    """
-    for above in target.resolve().parents:
-        if os.path.lexists(above / PROVENANCE):
-            raise ConfigError(
-                f"{target} lies in {above}, a student's folder, which takes nothing else; give a folder outside of it"
-            )
 
 
 def refuse_other_student(

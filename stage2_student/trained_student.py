@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
+from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
@@ -30,7 +31,7 @@ from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.exports.layouts import LAYOUTS
 from vlm_distill_cache.stage2_student.exports.source import Quantise, Source
-from vlm_distill_cache.stage2_student.final_folder import FOR_OTHERS, PROVENANCE, read_final, refuse_inside_student
+from vlm_distill_cache.stage2_student.final_folder import FOR_OTHERS, PROVENANCE, read_final
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.scores.card import has_edited_card, read_scores, write_card
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
@@ -207,7 +208,7 @@ def export_student(
     """
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists; give a new folder to export to")
-    refuse_inside_student(target)
+    refuse_inside(target)
     student = open_student(folder, device="cpu")
     if _quantised(student.provenance):
         raise ModelError(

@@ -26,6 +26,7 @@ def test_a_name_that_is_nearly_there_is_named(tmp_path, monkeypatch):
         ("common", ["inspect", "caches/mien"], "caches/mine"),
         ("common", ["inspect", "caches/mine", f"{sample}x"], sample),
         ("stage2_student", ["train", "--cache", "caches/mien", "--output", "o"], "caches/mine"),
+        ("stage2_student", ["run", "--config", "date.json"], "data.json"),
         ("stage2_student", ["run", "--dry-run", "--cache", "caches/mine", "--output", "o", "--student", "mobilvlm"], "mobilevlm"),
     ):  # fmt: skip
         told = CliRunner().invoke(group_of(package), words)
@@ -34,6 +35,30 @@ def test_a_name_that_is_nearly_there_is_named(tmp_path, monkeypatch):
     for typed, meant in (("shaeps", "shapes"), ("date.json", "data.json")):
         with pytest.raises(DataError, match=rf"does not exist \(did you mean {meant}\?\)"):
             open_dataset(typed)
+
+
+def test_a_run_that_kept_no_file_of_options_is_told_where_they_are(tmp_path):
+    (tmp_path / "distilled").mkdir()
+    (tmp_path / "distilled" / "config.yaml").touch()
+    told = CliRunner().invoke(group_of("stage2_student"), ["run", "--config", str(tmp_path / "config.yaml")])
+    assert f"give --config {tmp_path / 'distilled' / 'config.yaml'} --output {tmp_path}" in told.output
+
+
+def test_a_file_in_the_place_of_a_folder_is_called_one_and_the_folder_is_named(tmp_path):
+    build_cache(tmp_path / "cache", make_plan())
+    (tmp_path / "afile").touch()
+    for words, told in (
+        ("common inspect afile", "is a file; give the folder of a cache"), ("common verify afile", "is a file; give the folder"),
+        ("common inspect cache/manifest.json", f"is a file; give {tmp_path / 'cache'}"),
+        ("common verify cache/shards", f"a part of the cache {tmp_path / 'cache'}: give that"),
+        ("stage1_teacher seal .", "not a teacher cache (no plan.json)"),
+        ("stage2_student evaluate afile", "is a file; give the `final` folder"),
+        ("stage2_student export afile --output x", "is a file; give the `final` folder"),
+    ):  # fmt: skip
+        package, command, place, *more = words.split()
+        shown = CliRunner().invoke(group_of(package), [command, str(tmp_path / place), *more]).output
+        assert told in shown, shown
+        assert "did you mean" not in shown
 
 
 @pytest.mark.parametrize("typed", ["stage1_teacher/builtin", "stage1_teacher/builtin/", "./stage1_teacher/builtin"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from vlm_distill_cache.common.cache.plan import Plan, write_plan
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict, load_config, load_options, save_replay
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.locations import slips
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, LoraConfig, PhaseConfig, TrainConfig, describe
 from vlm_distill_cache.stage2_student.run import load_run_config
@@ -140,11 +142,92 @@ def test_what_holds_for_all_phases_stands_under_what_a_phase_says_in_the_same_pl
         (BuildConfig, "temperature=1", "temperatures=.*answer_temperature="),
         (BuildConfig, "wamup_ratio=1", r"did you mean warmup_ratio\? But"),
         (BuildConfig, "batchsize=1", r"did you mean batch_size\?"),
+        (TrainConfig, "dtf.lr=1", r"unknown option dtf; did you mean dft\?"),
+        (TrainConfig, "train.lr=1", r"unknown option train: dpt, dft, sft, lora, evaluation have options of their own"),
+        (TrainConfig, "dft.lora_r=1", r"lora_r is no option of dft: write lora_r"),
+        (TrainConfig, "LEARNING_RATE=1", r"did you mean learning_rate\?"),
+        (TrainConfig, "Lr=1", r"did you mean lr\?"),
+        (TrainConfig, "logits_kind=tvd", r"did you mean dft\.losses\.logit_kind\?"),
+        (TrainConfig, "lr=", r"--set: lr is None"),
+        (TrainConfig, "lr=fast", r"--set: lr is 'fast' .*expected a number"),
+        (TrainConfig, "freeze_vision_tower=true", "write trainable=projector"),
+        (TrainConfig, "mm_projector_type=linear", "write projector=ldpnet"),
+        (TrainConfig, "teacher_model_name_or_path=x", "`teacher-cache build --teacher`"),
+        (TrainConfig, "attn_implementation=eager", "leave it out"),
+        (TrainConfig, "nproc=2", "--nproc N"),
+        (BuildConfig, "do_sample=true", "write answers=generate"),
+        (BuildConfig, "k=3", "write logits=fixed:K"),
+        (BuildConfig, "signals=logit", "choose from logits, answer_attention"),
     ],
 )
 def test_what_means_something_else_is_refused_with_what_to_write(stage, given, message):
     with pytest.raises(ConfigError, match=message):
         load_options(stage, NEEDED if stage is TrainConfig else {}, [given])
+
+
+def test_lists_may_be_given_as_plain_text_and_words_of_others_are_taken():
+    build = load_options(
+        BuildConfig, {}, ["signals=logits, hidden", "temperatures=2", "model=t", "top_p=0.5", "bits=4"]
+    )
+    assert build == BuildConfig(
+        signals=("logits", "hidden"), temperatures=(2.0,), teacher="t", answer_top_p=0.5, quantisation="4bit"
+    )
+    given = stage_two(
+        "phases=dft,sft", "model=s", "finetuning_type=lora", "lora_target=all", "data_seed=3", "packing=false"
+    )
+    assert given == stage_two("phases=[dft, sft]", "student=s", "trainable=lora", "seed=3")
+    with pytest.raises(ConfigError, match=r"signals is 'logits'; expected a list, such as \[logits\]"):
+        load_options(BuildConfig, {"signals": "logits"})
+
+
+def edits(one: str, other: str) -> int:
+    """The slow way: letters that are the same, exchanged, or not there."""
+    if not one or not other:
+        return len(one) + len(other)
+    ways = [edits(one[1:], other) + 1, edits(one, other[1:]) + 1, edits(one[1:], other[1:]) + (one[0] != other[0])]
+    if len(one) > 1 and len(other) > 1 and one[:2] == other[1::-1]:
+        ways.append(edits(one[2:], other[2:]) + 1)
+    return min(ways)
+
+
+def test_a_slip_is_told_from_another_name_as_the_slow_way_tells_it():
+    def plain(word: str) -> str:
+        return word.lower().replace("_", "")
+
+    words = [
+        "dft",
+        "dtf",
+        "dpt",
+        "data",
+        "date",
+        "loss",
+        "lr",
+        "Lr",
+        "rate",
+        "l_r",
+        "top_k",
+        "top_p",
+        "tf32",
+        "tf23",
+        "bf16",
+        "steps",
+    ]
+    for one in words:
+        most = 0 if len(plain(one)) < 3 else 1 if len(plain(one)) < 6 else 2
+        far = {word: edits(plain(one), plain(word)) for word in words if word != one}
+        far = {word: count for word, count in far.items() if re.findall(r"\d", word) == re.findall(r"\d", one)}
+        least = min(far.values(), default=most + 1)
+        assert slips(one, far) == ([word for word, count in far.items() if count == least] if least <= most else [])
+
+
+def test_flags_that_there_are_not_are_told_the_nearest_and_no_others():
+    for words, meant in (
+        ("train --dtf.lr 1", "Did you mean --dft.lr?"), ("run --nprocs 2", "Did you mean --nproc?"),
+        ("train --LR 1", "Did you mean --lr?"), ("train --cahce x", "Did you mean --cache?"),
+        ("export --no-verfy x", "No such option '--no-verfy'."), ("train --nothing 1", "No such option '--nothing'."),
+    ):  # fmt: skip
+        told = CliRunner().invoke(group_of("stage2_student"), words.split())
+        assert (told.exit_code, told.output.strip().endswith(meant)) == (2, True), told.output
 
 
 @pytest.mark.parametrize("stage", CLASSES)

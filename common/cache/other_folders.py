@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX
 from vlm_distill_cache.common.locations import nearest_path
 from vlm_distill_cache.common.printing import one_line
@@ -15,6 +17,7 @@ IS_SKETCH = (
     "--sketch`; build the cache in a folder of its own"
 )
 _INDEX = "index.bin"
+STUDENT = "distillation.json"  # of a trained student
 _LOOKED_AT = 10_000  # entries of a folder
 _DATA = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar", ".arrow")
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -29,13 +32,38 @@ def is_part_of_cache(folder: Path) -> bool:
     )
 
 
+def cache_above(place: Path) -> Path | None:
+    """The cache, or the sketch of one, that a place lies in; None: in none."""
+    for above in place.resolve().parents:
+        if (above / SKETCH).is_file() or ((above / SHARDS).is_dir() and is_part_of_cache(above)):
+            return above
+    return None
+
+
+def refuse_inside(target: Path) -> None:
+    """Refuse to write into a cache or a student's folder: what is no part of it would make it count as damaged.
+
+    Raises:
+        ConfigError: If a folder above ``target`` is one; ``target`` itself may be.
+    """
+    for above in target.resolve().parents:
+        if os.path.lexists(above / STUDENT):
+            what = f"{above}, a student's folder"
+            break
+    else:
+        if (cache := cache_above(target)) is None:
+            return
+        what = f"{cache}, a cache"
+    raise ConfigError(f"{target} lies in {what}, which takes nothing else; give a place outside of it")
+
+
 def describe_folder(folder: Path) -> str:
     """What a place without a plan looks like, and what of it may have been meant, in half a sentence."""
     try:
         if not folder.exists():
             return f"there is no such folder{nearest_path(folder)}"
         if not folder.is_dir():
-            return "it is a file"
+            return "it is a file; give the folder of a cache"
         entries = [path for path, _ in zip(folder.iterdir(), range(_LOOKED_AT), strict=False)]
         names = {path.name for path in entries if not path.name.startswith(TEMPORARY_PREFIX)}
         if is_part_of_cache(folder):
@@ -43,6 +71,8 @@ def describe_folder(folder: Path) -> str:
         inside = sorted(path.name for path in entries if path.is_dir() and (path / PLAN).is_file())
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
+    if above := cache_above(folder):
+        return f"it is a part of the cache {above}: give that"
     if not names or names == {SHARDS}:
         return "it is empty"
     if inside:
@@ -52,7 +82,7 @@ def describe_folder(folder: Path) -> str:
         return (
             "it looks like the folder of a `distill run`; the `cache` in sft/config.yaml there says which cache it read"
         )
-    if "distillation.json" in names:
+    if STUDENT in names:
         return "it looks like a trained student; `distill evaluate` and `distill export` take it"
     if "config.yaml" in names and names & {"checkpoints", "log.jsonl", "final"}:
         return "it looks like the folder of a `distill train`; the `cache` in its config.yaml says which cache it read"

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS
 from vlm_distill_cache.common.cache.sidecar import FileEntry
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
@@ -97,8 +98,10 @@ def refuse_occupied(target: Path) -> None:
     """Refuse to write a cache into a folder of other things.
 
     Raises:
-        ConfigError: If it is a file, or holds anything but a cache or what a killed run left before its plan.
+        ConfigError: If it is a file, lies in a cache or a student's folder, or holds anything but a cache or what a killed
+            run left before its plan.
     """
+    refuse_inside(target)
     if target.is_dir():
         if (target / PLAN).is_file() or all(map(is_leftover, target.iterdir())):
             return

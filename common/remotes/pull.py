@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vlm_distill_cache.common.cache.documents import parse_document
 from vlm_distill_cache.common.cache.manifest import Manifest, refuse_other_plan
+from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, MAX_CARD_BYTES
 from vlm_distill_cache.common.cache.sidecar import FileEntry, check_sidecar, read_sidecar, sidecar_name, sidecar_path
@@ -121,7 +122,8 @@ def _hash_of(path: Path) -> str | None:
 
 
 def refuse_other_content(target: Path, remote: Remote, manifest: Manifest) -> None:
-    """Refuse a target that is neither empty nor a finished or begun copy of the same cache."""
+    """Refuse a target that is neither empty nor a finished or begun copy of the same cache, or lies in one."""
+    refuse_inside(target)
     if target.is_symlink() and not target.exists():
         raise CacheMismatchError(f"{target}: a link to nowhere; name a new or empty folder")
     if target.exists() and not target.is_dir():

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from vlm_distill_cache.common.cache.documents import parse_document
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, refuse_other_plan
+from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.plan import PLAN, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, read_sidecar, sidecar_name, sidecar_path
@@ -69,8 +70,8 @@ def push(
     """
     cache_dir = Path(cache_dir)
     remote = open_remote(location)
-    if not (is_url(location) or overwrite):
-        refuse_occupied(Path(location))
+    if not is_url(location):
+        (refuse_inside if overwrite else refuse_occupied)(Path(location))
     remote.delete([])  # a place that cannot be written says so before anything else
     refuse_overlap(cache_dir, location)
     busy = "is being extended or begun anew; wait for its end, then run the same command again"

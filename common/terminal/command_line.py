@@ -23,8 +23,8 @@ from typing import IO, Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH
-from vlm_distill_cache.common.errors import DistillError, LaunchError
+from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH, cache_above, refuse_inside
+from vlm_distill_cache.common.errors import ConfigError, DistillError, LaunchError
 from vlm_distill_cache.common.files.disk import disk_words
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.locations import is_url, nearest_path
@@ -440,8 +440,27 @@ def unusable_name(argument: str, *, printed: str) -> str:
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class ConfigFile(click.Path):
+    """A YAML file of options; of a run of older versions, which kept none, that of its distilled student is named."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """Return the path."""
+        path = Path(value)
+        if not os.path.lexists(path):
+            student = path.parent / "distilled" / path.name
+            of_run = f"; of that run, give --config {quoted(student)} --output {quoted(path.parent)}"
+            self.fail(f"{path}: there is no such file{of_run if student.is_file() else nearest_path(path)}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 CONFIG = click.option(
-    "--config", type=FILE, help="YAML file of options; relative paths in it start from the working directory."
+    "--config",
+    type=ConfigFile(exists=True, dir_okay=False, path_type=Path),
+    help="YAML file of options; relative paths in it start from the working directory.",
 )
 
 
@@ -459,6 +478,13 @@ def shared_options(*given: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return add
 
 
+def _refuse_file(kind: click.ParamType, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> None:
+    """Refuse a file in the place of a cache, naming the cache that it lies in."""
+    if Path(value).is_file():
+        cache = cache_above(Path(value))
+        kind.fail(f"{value}: is a file; give {'the folder of a cache' if cache is None else cache}", param, ctx)
+
+
 class CacheLocation(click.ParamType):
     """A cache to read: an existing folder, or an address, kept as text because a path would alter it."""
 
@@ -473,13 +499,14 @@ class CacheLocation(click.ParamType):
         if is_url(value):
             return str(value)
         if not Path(value).is_dir():
+            _refuse_file(self, value, param, ctx)
             near = nearest_path(value)
             self.fail(f"{value}: neither a folder nor an address (s3://, hf://datasets/, https://){near}", param, ctx)
         return str(Path(value))
 
 
 class NewFolder(click.Path):
-    """A local folder; refuses addresses, which a path would turn into a folder named ``s3:``."""
+    """A local folder; refuses addresses, which a path would turn into a folder named ``s3:``, and places in a cache or student."""
 
     remedy = "give a folder of this machine (a cache can then be pushed there: `cachectl push`)"
 
@@ -494,6 +521,11 @@ class NewFolder(click.Path):
             self.fail(f"{value}: an address; {self.remedy.format(place=quoted(value))}", param, ctx)
         if above := next((one for one in Path(value).absolute().parents if one.is_file()), None):
             self.fail(f"{value}: {above} is a file, so nothing can lie in it; give another folder", param, ctx)
+        if not self.exists:
+            try:
+                refuse_inside(Path(value))
+            except ConfigError as error:
+                self.fail(str(error), param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -512,8 +544,10 @@ class CacheFolder(NewFolder):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
         """Return the path."""
-        if not is_url(value) and not os.path.lexists(value) and (near := nearest_path(value)):
-            self.fail(f"{value}: there is no such folder{near}", param, ctx)
+        if not is_url(value):
+            _refuse_file(self, value, param, ctx)
+            if near := nearest_path(value):
+                self.fail(f"{value}: there is no such folder{near}", param, ctx)
         path = super().convert(value, param, ctx)
         if (Path(os.fsdecode(path)) / SKETCH).is_file():
             self.fail(f"{value}: {IS_SKETCH}", param, ctx)

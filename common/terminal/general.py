@@ -6,7 +6,6 @@ What is chosen stands in the environment: processes that this one starts choose 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import logging
 import math
@@ -19,10 +18,11 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from click.shell_completion import CompletionItem
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
 from vlm_distill_cache import __version__
-from vlm_distill_cache.common.config import NEAR, canonical_overrides, last_given, option_names, words_of
+from vlm_distill_cache.common.config import canonical_overrides, known_names, last_given, option_names, words_of
+from vlm_distill_cache.common.locations import slips
 from vlm_distill_cache.common.printing import hide_secrets
 from vlm_distill_cache.common.recipes import recipe_names
 from vlm_distill_cache.common.terminal.launch import enter_launch
@@ -221,8 +221,7 @@ class Overrides(click.Option):
 
     def near(self, name: str) -> list[str]:
         """Flags of options and words that are spelt like this one."""
-        known = difflib.get_close_matches(name, {**option_names(self.settings), **words_of(self.settings)}, cutoff=NEAR)
-        return [f"--{word.replace('_', '-')}" for word in known]
+        return [f"--{word.replace('_', '-')}" for word in slips(name, known_names(self.settings))]
 
 
 def overrides(settings: type) -> Callable[[Any], Any]:
@@ -282,7 +281,17 @@ class Command(Described):
             for param in self.params:
                 if isinstance(param, Overrides):
                     args = self._as_settings(ctx, args, param)
-        left = super().parse_args(ctx, args)
+        try:
+            left = super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            # click's own proposals are of names that have little more than some letters in common
+            flag = error.option_name
+            near = slips(flag, (name for param in self.get_params(ctx) for name in param.opts))
+            for param in self.params:
+                if isinstance(param, Overrides):
+                    near += param.near(flag.removeprefix("--").replace("-", "_"))
+            hint = f" Did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+            raise click.NoSuchOption(flag, f"No such option {flag!r}.{hint}", ctx=ctx) from None
         for param in self.params:
             if isinstance(param, Overrides) and not ctx.resilient_parsing:
                 self._refuse_twice(ctx, param)
@@ -315,8 +324,6 @@ class Command(Described):
             if not flag.startswith("--") or flag in known or not settings.takes(name):
                 read.append(argument)
                 option = known.get(flag)
-                if option is None and flag.startswith("--") and (near := settings.near(name)):
-                    raise click.NoSuchOption(flag, possibilities=near, ctx=ctx)
                 if isinstance(option, click.Option) and not equals and not option.is_flag and left:
                     read.append(left.pop(0))
                 continue
@@ -334,6 +341,35 @@ class Command(Described):
 def _ends(args: list[str], place: int) -> bool:
     """Whether no value stands at this place, but another option or nothing."""
     return len(args) <= place or args[place].startswith("-")
+
+
+class _Bash(BashComplete):
+    """Completes ``KEY=VALUE``, which bash hands over, and wants back, as words of their own: KEY, =, VALUE."""
+
+    source_template = BashComplete.source_template.replace(
+        "COMPREPLY+=($value)", "COMPREPLY+=($value)\n            [[ $value != *= ]] || compopt -o nospace 2> /dev/null"
+    )
+
+    before = ""  # of the word to complete, what bash keeps
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        """The words before the one to complete, and that one, put together around each ``=``."""
+        args, last = super().get_completion_args()
+        joined = list[str]()
+        for word, previous in zip([*args, last], ["", *args], strict=True):
+            if joined and "=" in (word, previous):
+                joined[-1] += word
+            else:
+                joined.append(word)
+        self.before = joined[-1] if last == "=" else joined[-1].removesuffix(last)
+        return joined[:-1], joined[-1]
+
+    def format_completion(self, item: CompletionItem) -> str:
+        """The line that the shell reads."""
+        return f"{item.type},{str(item.value).removeprefix(self.before)}"
+
+
+add_completion_class(_Bash)
 
 
 def completes(words: Callable[[], list[str]], *, several: bool = False) -> Completed:

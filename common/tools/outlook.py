@@ -85,6 +85,8 @@ class Outlook:
             say(line)
         for problem in self.problems:
             say(f"error: {message(problem)}", err=True)
+        if self.problems:
+            answer(error=message("; ".join(self.problems)))
         written = f"nothing was written but {self.written}" if self.written else "nothing was written"
         if self.problems:
             count = len(self.problems)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
+from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.plan import PLAN, read_plan, refuse_changed_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import read_sidecar, sidecar_name, sidecar_path
@@ -38,8 +39,7 @@ def preview_push(cache_dir: Path, location: str, *, jobs: int, overwrite: bool) 
         refuse_overlap(cache_dir, location)
         if not is_url(location):
             outlook.needs_writing(Path(location))
-            if not overwrite:
-                refuse_occupied(Path(location))
+            (refuse_inside if overwrite else refuse_occupied)(Path(location))
     if location.startswith("hf:"):
         from huggingface_hub import get_token
 

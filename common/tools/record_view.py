@@ -17,6 +17,7 @@ from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.terminal.result_files import PICTURE_MARK
 from vlm_distill_cache.common.tools.picture import ASCII, BLOCKS, draw_picture, draw_text, open_image, word_maps
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _TOP = 4
 _FIRST_IDEOGRAPH = 0x2E80
 _CUT = "\ufffd"  # what a decoder makes of a character of which a part is missing
 _TOKENIZER = "processor/tokenizer.json"
+_SOFTWARE = 0x0131  # the tag of EXIF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +184,9 @@ def save_picture(picture: Image, path: Path) -> None:
         raise ConfigError(f"{path}: pictures are written as {' or '.join(kinds)}; give such a name")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.parent}; make it, or choose another place")
-    data = io.BytesIO()
-    picture.save(data, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    data, exif = io.BytesIO(), picture.getexif()
+    exif[_SOFTWARE] = PICTURE_MARK.decode()  # a later picture may take its place
+    picture.save(data, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     write_bytes_atomic(path, data.getvalue())
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
-from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH
+from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH, refuse_inside
 from vlm_distill_cache.common.cache.plan import (
     DESCRIPTIVE,
     PLAN,
@@ -66,13 +66,14 @@ def explain_disk_errors(cache: Path | str) -> Iterator[None]:
 
 
 def refuse_unwritable(cache_dir: Path, *, sealed_too: bool = False) -> None:
-    """Notice a read-only folder before a teacher is loaded.
+    """Notice a read-only folder, or one inside another cache or a student, before a teacher is loaded.
 
     Args:
         sealed_too: A sealed cache will be written to as well; else it may lie on a read-only disk.
     """
     if not sealed_too and (cache_dir / MANIFEST).is_file():
         return
+    refuse_inside(cache_dir)
     place = nearest_there(cache_dir)
     if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
         code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES

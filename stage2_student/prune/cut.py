@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import new_directory
 from vlm_distill_cache.common.files.signed import list_files, write_signed
@@ -31,7 +32,6 @@ from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
 from vlm_distill_cache.stage2_student.exports.folder import keep_files
-from vlm_distill_cache.stage2_student.final_folder import refuse_inside_student
 from vlm_distill_cache.stage2_student.prune.importance import ATTENTION, MLP, measure_importance, prunable_layers
 from vlm_distill_cache.stage2_student.prune.plan import LayerParts, Widths, choose_layer_parts, narrow_widths
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD, read_settings
@@ -69,7 +69,7 @@ def prune_directory(
     """
     if output.exists():
         raise ConfigError(f"{output} exists; give a new folder for the pruned student")
-    refuse_inside_student(output)
+    refuse_inside(output)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     opened = open_family_model(teacher, dtype=stored_dtype(teacher))

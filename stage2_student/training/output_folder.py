@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.config import read_yaml
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, hold_folder
 from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
 from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.final_folder import refuse_inside_student
 
 CONFIG, STAMP = "config.yaml", "run.json"
 _FILES = (CONFIG, "log.jsonl", STAMP, "table.txt", "report.html", "evaluation.json")
@@ -32,7 +32,7 @@ def claim_output(output: Path, *caches: Path) -> Iterator[None]:
         NoRoomError: If there is no more room to write.
     """
     refuse_overlap(output, *caches)
-    refuse_inside_student(output)
+    refuse_inside(output)
     if enter_launch().rank != 0:  # one process of several holds it for all
         yield
         return

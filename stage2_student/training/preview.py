@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.plan import Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheMismatchError
@@ -126,6 +127,7 @@ def preview(
         look_at_machine(config)
         outlook.needs_writing(output)
         with outlook.checking():
+            refuse_inside(output)
             refuse_overlap(output, *(found.path for found in caches.values()), *([] if is_url(cache) else [cache]))
         with outlook.checking():
             refuse_misplaced(output)

@@ -13,7 +13,7 @@ import click
 import numpy as np
 import pytest
 from cache_factory import FAILED, build_cache, make_plan, make_record, sample_id
-from click.shell_completion import ShellComplete
+from click.shell_completion import ShellComplete, get_completion_class
 from click.testing import CliRunner
 
 from vlm_distill_cache import __version__
@@ -259,3 +259,24 @@ def test_documents_of_cache_commands_hold_what_the_cache_does(cache, tmp_path):
     assert {"path", "reason", "remedy"} <= broken["damaged"][0].keys()
     steps = document(cachectl, "repair", cache, "--dry-run", "--json", code=0)["steps"]
     assert any(step["path"] == "shards/00001.json" and step["action"] == "remove" for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([""], {"train", "run", "evaluate"}),
+        (["train", "--set", "dtype=bf"], {"dtype=bfloat16"}),
+        (["train", "--set", "dtype", "=", "bf"], {"bfloat16"}),  # as bash divides it
+        (["train", "--set", "dtype", "="], {"float32", "bfloat16"}),
+        (["train", "--set", "dtype", "=", "float32", "--set", "verify", "=", "t"], {"true"}),
+        (["train", "--set", "dtype", "=", "float32", "--phases", "d"], {"dpt", "dft"}),
+        (["train", "--set", "gradient_c"], {"gradient_checkpointing="}),
+    ],
+)
+def test_bash_completes_values_behind_keys(monkeypatch, words, expected):
+    monkeypatch.setenv("COMP_WORDS", "\n".join(["distill", *words]))
+    monkeypatch.setenv("COMP_CWORD", str(len(words)))
+    complete = get_completion_class("bash")(group_of("stage2_student"), {}, "distill", "_DISTILL_COMPLETE")
+    found = {line.partition(",")[2] for line in complete.complete().splitlines()}
+    assert found >= expected
+    assert words == [""] or found == expected

@@ -12,7 +12,7 @@ from tiny_families import save_tiny
 
 from vlm_distill_cache.common.cache.manifest import read_manifest
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.stage1_teacher.cli import main
+from vlm_distill_cache.stage1_teacher.cli import ADVICE, main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.estimate import advise as advise_module
 from vlm_distill_cache.stage1_teacher.estimate import short_students
@@ -238,6 +238,7 @@ def test_the_command_is_the_build_with_the_options_that_were_chosen(tmp_path: Pa
     assert "minutes more" in ran.output
     stored = json.loads((output / "advice.json").read_text())
     assert sorted(path.name for path in output.iterdir()) == ["advice.html", "advice.json"]
+    assert all(ADVICE[path.name](path.read_bytes()) for path in output.iterdir())  # later ones may take their places
     command = stored["recommendation"]["command"]
     assert f"Next: {command}" in ran.output
     built = CliRunner().invoke(main, shlex.split(command)[1:])

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import vlm_distill_cache.stage1_teacher.estimate.probe as probe_module
 from vlm_distill_cache.common.errors import DataError
-from vlm_distill_cache.stage1_teacher.cli import main
+from vlm_distill_cache.stage1_teacher.cli import ESTIMATE, main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.estimate.estimate import Estimate, Scenario, assumptions, estimate, estimate_text
 from vlm_distill_cache.stage1_teacher.estimate.probe import Probe, Size, probe_positions, timed
@@ -66,6 +66,7 @@ def test_a_measured_student_step_and_a_price_are_used():
     assert row["online_cost"] == pytest.approx(2 * 0.6)
     assert row["offline_cost"] == pytest.approx(2 * (0.22 + 0.1))
     assert json.loads(json.dumps(stored)) == stored
+    assert ESTIMATE(json.dumps(stored).encode())  # later figures may take its place
 
 
 def test_attention_that_does_not_fit_is_said_and_counted_with_the_fast_pass():

@@ -5,10 +5,11 @@ import os
 import pytest
 from click.testing import CliRunner
 
+from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.hub import HubName
 from vlm_distill_cache.stage2_student.cli import main
-from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final, refuse_inside_student
+from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
 from vlm_distill_cache.stage2_student.scores.card import SCORES
 from vlm_distill_cache.stage2_student.scores.publish import _NO_BRANCH, _files_of, push_student
 
@@ -92,10 +93,10 @@ def test_nothing_is_written_into_a_students_folder(copied):
     before = sorted(final.rglob("*"))
     for target in (final / "x", final / "x" / "y", copied / "x" / ".." / "sft" / "final" / "z"):
         with pytest.raises(ConfigError, match=r"lies in .*final, a student's folder"):
-            refuse_inside_student(target)
-    refuse_inside_student(copied / "x")
+            refuse_inside(target)
+    refuse_inside(copied / "x")
     done = CliRunner().invoke(main, ["export", str(final), "--output", str(final / "x")])
-    assert (done.exit_code, "a student's folder" in done.output) == (1, True)
+    assert (done.exit_code, "a student's folder" in done.output) == (2, True)
     assert sorted(final.rglob("*")) == before
     assert os.path.lexists(final / PROVENANCE)
 

@@ -1,0 +1,85 @@
+"""Files and folders that options name to be written: never over what somebody else wrote, nor into a cache or a student."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vlm_distill_cache.common.cache.other_folders import refuse_inside
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.files.atomic import parse_json, read_bounded
+from vlm_distill_cache.common.terminal.command_line import quoted
+
+PICTURE_MARK = b"drawn by cachectl inspect"
+_MOST = 64 << 20  # bytes of a result
+
+IsOurs = Callable[[bytes], bool]
+
+
+def json_of(*keys: str, others: bool = True) -> IsOurs:
+    """Knows JSON by the keys of its object; with ``others`` it may have more of them."""
+
+    def is_ours(content: bytes) -> bool:
+        found = parse_json(content, "result")
+        return isinstance(found, dict) and found.keys() >= {*keys} and (others or found.keys() <= {*keys})
+
+    return is_ours
+
+
+def marked(mark: bytes) -> IsOurs:
+    """Knows a file by bytes in it."""
+    return lambda content: mark in content
+
+
+def refuse_others_file(path: Path, is_ours: IsOurs) -> None:
+    """Refuse a place for a result where something else lies, or that belongs to a cache or a student.
+
+    An empty file may be there, as `mktemp` makes them.
+
+    Args:
+        is_ours: Whether these bytes are an earlier result of the same command; may raise `CacheFormatError` for no.
+
+    Raises:
+        ConfigError: With what to do instead.
+    """
+    refuse_inside(path)
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}; make it, or choose another place")
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; give a file in it, {quoted(path / 'result')}{path.suffix or '.json'}")
+    if not os.path.lexists(path):
+        return
+    try:
+        content = read_bounded(path, max_bytes=_MOST)
+        earlier = not content or is_ours(content)
+    except (FileNotFoundError, CacheFormatError):
+        earlier = False
+    if not earlier:
+        raise ConfigError(
+            f"{path}: this is no earlier result of this command, which overwrites nothing else; give another name, or move "
+            "away what is there"
+        )
+
+
+class ResultFile(click.Path):
+    """A file for a command's result, looked at before the work begins; see `refuse_others_file`."""
+
+    def __init__(self, is_ours: IsOurs) -> None:
+        super().__init__(dir_okay=False, path_type=Path)
+        self.is_ours = is_ours
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """Return the path; of an option without a value, the empty text that stands for it."""
+        if value == "":
+            return ""
+        try:
+            refuse_others_file(Path(value), self.is_ours)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+        return super().convert(value, param, ctx)

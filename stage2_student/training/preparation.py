@@ -141,8 +141,8 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
     spec = data or built_in_data(cache)
     if spec is None:
         raise ConfigError(
-            f"no data given, and {cache.place} was built from {shown(cache.plan.data.get('name'))}, no built-in data set of "
-            f"about its size, and whose place a cache does not hold; pass --data (and --images)"
+            f"no data given. {cache.place} was built from {shown(cache.plan.data.get('name'))}, which is no built-in data set, "
+            "or one far larger than this cache; a cache does not say where its data lie: pass --data (and --images)"
         )
     folder = None if images is None else Path(images)
     commits = _commits_of(cache)

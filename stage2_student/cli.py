@@ -341,7 +341,12 @@ def evaluate(
         scoring_notes,
         unreadable_note,
     )
-    from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_compared, open_student
+    from vlm_distill_cache.stage2_student.trained_student import (
+        evaluate_student,
+        open_compared,
+        open_model,
+        open_student,
+    )
 
     if output is not None and not output.parent.is_dir():
         raise click.BadParameter(f"{output}: there is no folder {output.parent}")  # before hours of scoring
@@ -351,7 +356,10 @@ def evaluate(
         raise ConfigError(
             f"--card: {student} is a copy of the hub's; give a folder of your own, then `distill push` it"
         )
-    opened = open_student(folder.path)
+    unknown = cache is not None and not (folder.path / PROVENANCE).exists()
+    if card and unknown:
+        raise ConfigError(f"--card: {student} has no {PROVENANCE}, from which a card is written; leave the option out")
+    opened = open_model(folder.path, cache) if unknown and cache else open_student(folder.path)
     settings = config_from_dict(TrainConfig, opened.provenance["config"], where=student)
     how = settings.evaluation
     how = replace(how, data=data or how.data, images=images or how.images, limit=limit or how.limit)
@@ -376,7 +384,8 @@ def evaluate(
     if output is not None:
         write_json_atomic(output, report.to_dict())
         say(f"Scores: {output}")
-    tell(f"Next: distill export {quoted(student)} --output FOLDER")
+    if not unknown:
+        tell(f"Next: distill export {quoted(student)} --output FOLDER")
 
 
 @main.command()

@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,10 @@ from vlm_distill_cache.stage2_student.students.encoder import (
 )
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent, open_library_student
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
+from vlm_distill_cache.stage2_student.students.parts import open_parts
 from vlm_distill_cache.stage2_student.training.checkpoint import list_checkpoints, read_checkpoint
 from vlm_distill_cache.stage2_student.training.checks import same_tokenizer
-from vlm_distill_cache.stage2_student.training.preparation import open_cached_data
+from vlm_distill_cache.stage2_student.training.preparation import encoder_for, open_cached_data
 
 COMPARED_SIGNALS = (LogitCodec.signal, RowAttentionCodec.signal)
 _log = logging.getLogger(__name__)
@@ -122,6 +123,27 @@ def open_student(folder: Path, *, device: str | None = None) -> Student:
         tokenizer=tokenizer,
         image_processor=image_processor,
         provenance=provenance,
+    )
+
+
+def open_model(folder: Path, place: str) -> Student:
+    """Open a model that does not say what it was trained from: it reads as one that is trained from the cache at ``place``.
+
+    Raises:
+        CacheFormatError: If there is no such cache.
+        CacheMismatchError, ConfigError, ModelError: If the model cannot be opened, or not be trained from that cache.
+    """
+    cache = open_trusted(place)
+    cache.check_side_files()
+    config = TrainConfig(student=str(folder), cache=place, output=str(folder.parent))
+    parts = open_parts(config, cache)
+    return Student(
+        path=folder,
+        model=parts.load().eval().to("cuda" if torch.cuda.is_available() else "cpu"),
+        encoder=encoder_for(config, parts, {place: cache}),
+        tokenizer=parts.tokenizer,
+        image_processor=parts.image_processor,
+        provenance={"config": asdict(config), "caches": {place: cache.manifest_hash}},
     )
 
 

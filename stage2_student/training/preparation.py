@@ -316,17 +316,22 @@ def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: 
     for cache in caches.values():
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
+    encoder = encoder_for(config, parts, caches)
+    return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
+
+
+def encoder_for(config: TrainConfig, parts: StudentParts, caches: Mapping[str, TeacherCache]) -> SampleEncoder:
+    """How a student reads samples whose teacher's words are in some caches; the first says the prompt template."""
     # What a cache could hold, its student can read.
     longest = max(longest_sequence(cache.plan) for cache in caches.values())
-    encoder = SampleEncoder(
+    return SampleEncoder(
         tokenizer=parts.tokenizer,
         image_encoder=parts.image_encoder,
-        template=choose_template(config, parts, first),
+        template=choose_template(config, parts, next(iter(caches.values()))),
         image_token_id=parts.image_token_id,
         max_length=config.max_length or longest,
         positions=known_positions(parts.model.config),
     )
-    return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
 
 
 def cache_notes(config: TrainConfig, caches: Mapping[str, TeacherCache]) -> list[str]:

@@ -142,7 +142,9 @@ def push_student(
         with sorted_hub_errors(str(place), NO_ACCESS):
             return push.run(HfApi(library_name="vlm-distill-cache"), message, dry_run=dry_run)
 
-    return Retries(attempts=attempts, timeout=30.0).run(str(place), attempt)
+    from huggingface_hub import constants
+
+    return Retries(attempts=attempts, timeout=30.0).run(f"{place} ({constants.ENDPOINT})", attempt)
 
 
 class _Push:

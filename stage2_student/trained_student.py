@@ -158,8 +158,38 @@ def _load_quantised(folder: Path) -> Any:
     return model
 
 
+def open_as_trained(place: str, trained: object, *, verify: bool, needed: str = "") -> TeacherCache:
+    """The cache at a place; where it was topped up since, what it was then.
+
+    Args:
+        trained: The hash of its manifest at the training.
+        needed: For what it must be that very cache; empty: another one will do.
+
+    Raises:
+        CacheFormatError, TransferError: If it cannot be opened.
+        ConfigError: If it is another one, and must not be.
+    """
+    try:
+        found = open_trusted(place, verify=verify)
+    except (CacheFormatError, TransferError) as error:
+        found, fault = None, error
+    if (found is None or found.manifest_hash != trained) and not is_url(place):
+        with contextlib.suppress(CacheFormatError):
+            kept = open_trusted(kept_before(Path(place), str(trained)), verify=verify)
+            if kept.manifest_hash == trained:
+                return kept
+    if found is None:
+        raise fault
+    if needed and trained not in (None, found.manifest_hash):
+        raise ConfigError(
+            f"{needed} {place} as it was at the training, and it is another cache now (extended, or built anew); put a copy "
+            "of the former one there"
+        )
+    return found
+
+
 def open_compared(student: Student, config: TrainConfig, *, given: bool) -> tuple[TeacherCache | None, list[str]]:
-    """The cache to compare a student by: the one given, or that of its training, also where it was topped up since.
+    """The cache to compare a student by: the one given, or that of its training.
 
     Returns:
         The cache, None if it cannot be opened; and what is to be said of it, sentences.
@@ -167,23 +197,22 @@ def open_compared(student: Student, config: TrainConfig, *, given: bool) -> tupl
     Raises:
         CacheFormatError, TransferError: If the one given cannot be opened.
     """
-    place, trained = config.cache, str(student.provenance["caches"].get(config.cache))
-    found, fault = None, ""
+    place, trained = config.cache, student.provenance["caches"].get(config.cache)
+    if given:
+        return open_trusted(place, verify=config.verify), []
+    agrees = bool(config.evaluation.agreement_samples)
     try:
-        found = open_trusted(place, verify=config.verify)
+        found = open_as_trained(place, trained, verify=config.verify)
     except (CacheFormatError, TransferError) as error:
-        if given:
-            raise
-        fault = f"Not compared with the teacher of its training: {error}. Name its cache with --cache."
-    if given or (found is not None and found.manifest_hash == trained):
+        said = f"Not compared with the teacher of its training: {error}. Name its cache with --cache."
+        return None, [said] if agrees else []
+    if trained not in (None, found.manifest_hash):
+        said = f"{place} is another cache than the one of this training (extended, or built anew)."
+    elif not is_url(place) and Path(found.place) != Path(place):
+        said = f"{place} has changed since this training; compared with what it was then, {found.place}."
+    else:
         return found, []
-    if not is_url(place):
-        with contextlib.suppress(CacheFormatError):
-            kept = open_trusted(kept_before(Path(place), trained), verify=config.verify)
-            if kept.manifest_hash == trained:
-                return kept, [f"{place} has changed since this training; compared with what it was then, {kept.place}."]
-    changed = f"{place} is another cache than the one of this training (extended, or built anew)."
-    return found, [fault or changed] if config.evaluation.agreement_samples else []
+    return found, [said] if agrees else []
 
 
 def evaluate_student(

@@ -20,6 +20,7 @@ from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.run import load_run_config, run
 from vlm_distill_cache.stage2_student.scores import held_out
 from vlm_distill_cache.stage2_student.scores.held_out import probe_items, scoring_notes
+from vlm_distill_cache.stage2_student.trained_student import open_as_trained
 
 
 def write_data(folder, answers, broken=()):
@@ -223,7 +224,11 @@ def test_a_student_is_scored_whatever_became_of_its_cache_and_on_whatever_data(t
     assert result.exit_code == 0, result.output
     assert "top-1" in result.output
     assert f"compared with what it was then, {kept}" in result.output
+    trained = open_cache(kept).manifest_hash
+    assert open_as_trained(str(cache), trained, verify=True, needed="a report needs").path == kept
     kept.rename(tmp_path / "moved")  # extended twice, say
+    with pytest.raises(ConfigError, match=r"a report needs .* it is another cache now"):
+        open_as_trained(str(cache), trained, verify=True, needed="a report needs")
     result = score()  # the fourth sample is in no data at hand
     assert result.exit_code == 0, result.output
     assert "top-1" not in result.output

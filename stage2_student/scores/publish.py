@@ -18,7 +18,7 @@ from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.files.hashing import file_digests, sha256_hex
 from vlm_distill_cache.common.hub import CARD, HubName
 from vlm_distill_cache.common.printing import SURROGATE, one_line
-from vlm_distill_cache.common.remotes.hub import NO_ACCESS, refuse_offline, settle_transfer, sorted_hub_errors
+from vlm_distill_cache.common.remotes.hub import NO_ACCESS, at_hub, refuse_offline, settle_transfer, sorted_hub_errors
 from vlm_distill_cache.common.remotes.streams import Retries, said
 from vlm_distill_cache.stage2_student.final_folder import (
     FINAL,
@@ -142,9 +142,7 @@ def push_student(
         with sorted_hub_errors(str(place), NO_ACCESS):
             return push.run(HfApi(library_name="vlm-distill-cache"), message, dry_run=dry_run)
 
-    from huggingface_hub import constants
-
-    return Retries(attempts=attempts, timeout=30.0).run(f"{place} ({constants.ENDPOINT})", attempt)
+    return at_hub(Retries(attempts=attempts, timeout=30.0)).run(str(place), attempt)
 
 
 class _Push:

@@ -76,8 +76,12 @@ def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path
         folder = local_folder(cache)  # of an address: where its descriptions are
         if has_document():
             answer(cache=cache, **cache_values(folder))
+        found = False
         for line in failed_lines(folder) if failed else [describe_cache(folder, location=cache)]:
             say(line)
+            found = True
+        if not found:
+            tell("no sample failed")
         return
     from vlm_distill_cache.common.opening import open_cache
     from vlm_distill_cache.common.tools.picture import BLOCKS
@@ -138,7 +142,7 @@ def verify(cache: Path, *, deep: bool) -> None:
         raise click.exceptions.Exit(1)
     plan = read_plan(cache)
     values = ", all values valid" if deep else ""
-    say(f"ok: {cache}: {plan.shard_count} shards, all checksums match{values}")
+    say(f"ok: {cache}: {plan.shard_count} shard{'s' * (plan.shard_count != 1)}, all checksums match{values}")
     tell(f"Next: cachectl inspect {quoted(cache)}")
 
 

@@ -1,4 +1,4 @@
-"""Places: which are addresses and how one may be shown, what a misspelt name means, and whether we are in a clone of ours."""
+"""Places: which are addresses and how one may be shown, what a misspelt name means, and whether make has started us."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from vlm_distill_cache.common.printing import hide_secrets, one_line
 
 _SECRETS = "VLM_DISTILL_ADDRESSES"  # of a process that another one of ours started: public addresses to whole ones
 _LOOKED_AT = 10_000  # entries of a folder
-_MAKEFILE_BYTES = 1 << 16
 _DIGITS = re.compile(r"\d")
 _SCHEMES = ("s3", "hf", "http", "https")
 
@@ -68,18 +67,8 @@ def nearest_path(path: str | Path) -> str:
 
 
 def by_make(words: str, otherwise: str = "") -> str:
-    """Words for whoever uses ``make``, which has started us or could: others are given ``otherwise``.
-
-    They use it below a make of ours, which exports its variables, and in a folder with our Makefile.
-    """
-    if os.environ.keys() >= {"MAKELEVEL", "DATA_NAME"}:
-        return words
-    try:
-        with Path("Makefile").open("rb") as file:
-            found = file.read(_MAKEFILE_BYTES)
-    except OSError:
-        return otherwise
-    return words if b"\nteacher-cache: " in found and b"\ndistill: " in found else otherwise
+    """Words for whoever runs our ``make``, which exports its variables; others are given ``otherwise``."""
+    return words if os.environ.keys() >= {"MAKELEVEL", "DATA_NAME"} else otherwise
 
 
 def is_url(location: str | Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from vlm_distill_cache.common.config import config_from_dict, last_given, read_stage, read_yaml
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, LaunchError, ModelError, TransferError
+from vlm_distill_cache.common.errors import ConfigError, LaunchError, ModelError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.hub import HubFolder, hub_name, model_folder
 from vlm_distill_cache.common.locations import by_make
@@ -43,10 +43,10 @@ from vlm_distill_cache.common.terminal.result_files import ResultFile, json_of
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.common.tools.both_stages import build_first
 from vlm_distill_cache.common.tools.outlook import Outlook
-from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.final_folder import (
+    FINAL,
     FOR_OTHERS,
     PROVENANCE,
     read_provenance,
@@ -356,7 +356,12 @@ def evaluate(
         scoring_notes,
         unreadable_note,
     )
-    from vlm_distill_cache.stage2_student.trained_student import evaluate_student, open_student
+    from vlm_distill_cache.stage2_student.trained_student import (
+        evaluate_student,
+        open_compared,
+        open_model,
+        open_student,
+    )
 
     runs.set_up_libraries()
     folder = _trained_folder(student)
@@ -364,28 +369,27 @@ def evaluate(
         raise ConfigError(
             f"--card: {student} is a copy of the hub's; give a folder of your own, then `distill push` it"
         )
-    opened = open_student(folder.path)
+    unknown = cache is not None and not (folder.path / PROVENANCE).exists()
+    if card and unknown:
+        raise ConfigError(f"--card: {student} has no {PROVENANCE}, from which a card is written; leave the option out")
+    opened = open_model(folder.path, cache) if unknown and cache else open_student(folder.path)
     settings = config_from_dict(TrainConfig, opened.provenance["config"], where=student)
     how = settings.evaluation
     how = replace(how, data=data or how.data, images=images or how.images, limit=limit or how.limit)
     settings = replace(settings, cache=cache or settings.cache, evaluation=how)
-    notes, compared = [], None
-    try:
-        compared = open_trusted(settings.cache, verify=settings.verify)
-    except (CacheFormatError, TransferError) as error:
-        if cache is not None:
-            raise
-        if how.agreement_samples:
-            notes.append(f"Not compared with the teacher of its training: {error}. Name its cache with --cache.")
-    report = evaluate_student(opened, settings, compared)
+    compared, notes = open_compared(opened, settings, given=cache is not None)
+    report = evaluate_student(opened, settings, compared, unfit=None if cache else notes.append)
     scorable = bool({"likelihood", "questions"} & report.scores.keys())
-    notes += scoring_notes(settings, compared, scorable=scorable, option=EVALUATE_OPTION)
+    trained = compared is None or compared.manifest_hash in opened.provenance["caches"].values()
+    # Another cache's data are not what the student has seen.
+    seen = compared if trained or (settings.data is None and how.data is None) else None
+    notes += scoring_notes(settings, seen, scorable=scorable, option=EVALUATE_OPTION)
     notes += filter(None, [unreadable_note(report.unreadable)])
     answer(student=student, **report.to_dict(), notes=notes)
-    name = folder.name if folder.revision else folder.path.resolve().parent.name
+    own = folder.path.resolve()
+    name = folder.name if folder.revision else own.parent.name if own.name == FINAL else own.name
     say(render_table({name: report}))
     if card:
-        trained = compared is None or compared.manifest_hash in opened.provenance["caches"].values()
         scores = card_scores({name: report}, settings, compared, notes, trained=trained)
         write_card(folder.path, opened.provenance, scores=scores)
     for note in notes:
@@ -393,7 +397,8 @@ def evaluate(
     if output is not None:
         write_json_atomic(output, report.to_dict())
         say(f"Scores: {output}")
-    tell(f"Next: distill export {quoted(student)} --output FOLDER")
+    if not unknown:
+        tell(f"Next: distill export {quoted(student)} --output FOLDER")
 
 
 @main.command()

@@ -30,6 +30,7 @@ from vlm_distill_cache.common.files.rules import (
 from vlm_distill_cache.common.files.signed import find_damage, read_signed
 from vlm_distill_cache.common.hub import snapshot_name
 from vlm_distill_cache.common.locations import by_make
+from vlm_distill_cache.common.terminal.command_line import quoted
 
 FINAL, PROVENANCE = "final", STUDENT
 FOR_OTHERS = ("adapter", "gguf")  # layouts of exports that hold no model which is read here
@@ -98,9 +99,7 @@ def read_final(folder: Path) -> dict[str, Any]:
     try:
         found, damage = look_at_final(folder)
     except FileNotFoundError:
-        raise ModelError(
-            f"{folder}: no {PROVENANCE}; give the `final` folder of a finished training (distill train, distill run)"
-        ) from None
+        raise ModelError(f"{folder}: {without_provenance(folder)}") from None
     if damage:
         again = (
             "export the student again (`distill export`)"
@@ -112,6 +111,20 @@ def read_final(folder: Path) -> dict[str, Any]:
             f"{PROVENANCE}: anybody's model"
         )
     return found
+
+
+def without_provenance(folder: Path) -> str:
+    """What a folder is that does not say what it was trained from, and what can be done with it."""
+    if (folder / "adapter_config.json").is_file():
+        return f"adapters of peft without {PROVENANCE}: load them with peft on the model that they were trained on"
+    if (folder / "config.json").is_file():
+        place = quoted(folder)
+        return (
+            f"a model without {PROVENANCE}, as `save_student` and `save_model` write it from Python, or anybody's. It needs no "
+            f"export, from_pretrained opens it as it is; `hf upload org/name {place}` publishes it, `distill evaluate {place} "
+            f"--cache CACHE` scores it, and `distill train --student {place} ...` trains a student with {PROVENANCE}"
+        )
+    return f"no {PROVENANCE}; give the `final` folder of a finished training (distill train, distill run)"
 
 
 def look_at_final(folder: Path) -> tuple[dict[str, Any], list[str]]:

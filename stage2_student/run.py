@@ -588,8 +588,10 @@ def write_report_again(output: Path) -> None:
     config = config_from_dict(TrainConfig, stamp["config"], where=str(output / STAMP))
     refuse_other_page(output, config, stamp)
     set_up_libraries()
+    from vlm_distill_cache.stage2_student.trained_student import open_as_trained
+
     try:
-        cache = open_trusted(config.cache, verify=config.verify)
+        cache = open_as_trained(config.cache, stamp["run"].get("cache"), verify=config.verify, needed=f"{output} needs")
     except TransferError as error:
         again = f"delete {REPORT} there and run `distill run` as before"
         raise TransferError(f"{error}. Addresses are kept without signatures: if it had one, {again}") from error

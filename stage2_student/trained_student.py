@@ -1,9 +1,10 @@
 """A trained student as it lies on disk: opened with its encoder, scored, exported; its cache may be gone."""
 
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,31 @@ from transformers import AutoModelForImageTextToText
 
 from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.cache.versions import kept_before
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
-from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.common.errors import (
+    CacheFormatError,
+    ConfigError,
+    DataError,
+    DistillError,
+    ModelError,
+    TransferError,
+)
 from vlm_distill_cache.common.files.atomic import clean_stale, new_directory
 from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.common.hub import CARD
+from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.models.weight_files import read_weights
+from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.families.models import unify_dtype
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
+from vlm_distill_cache.data.sample import Dataset, EvaluationSet
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate
-from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
+from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, merged_fingerprints, missing_samples
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.exports.layouts import LAYOUTS
@@ -47,9 +59,10 @@ from vlm_distill_cache.stage2_student.students.encoder import (
 )
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent, open_library_student
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
+from vlm_distill_cache.stage2_student.students.parts import open_parts
 from vlm_distill_cache.stage2_student.training.checkpoint import list_checkpoints, read_checkpoint
 from vlm_distill_cache.stage2_student.training.checks import same_tokenizer
-from vlm_distill_cache.stage2_student.training.preparation import open_cached_data
+from vlm_distill_cache.stage2_student.training.preparation import encoder_for, open_cached_data
 
 COMPARED_SIGNALS = (LogitCodec.signal, RowAttentionCodec.signal)
 _log = logging.getLogger(__name__)
@@ -114,6 +127,27 @@ def open_student(folder: Path, *, device: str | None = None) -> Student:
     )
 
 
+def open_model(folder: Path, place: str) -> Student:
+    """Open a model that does not say what it was trained from: it reads as one that is trained from the cache at ``place``.
+
+    Raises:
+        CacheFormatError: If there is no such cache.
+        CacheMismatchError, ConfigError, ModelError: If the model cannot be opened, or not be trained from that cache.
+    """
+    cache = open_trusted(place)
+    cache.check_side_files()
+    config = TrainConfig(student=str(folder), cache=place, output=str(folder.parent))
+    parts = open_parts(config, cache)
+    return Student(
+        path=folder,
+        model=parts.load().eval().to("cuda" if torch.cuda.is_available() else "cpu"),
+        encoder=encoder_for(config, parts, {place: cache}),
+        tokenizer=parts.tokenizer,
+        image_processor=parts.image_processor,
+        provenance={"config": asdict(config), "caches": {place: cache.manifest_hash}},
+    )
+
+
 def _quantised(provenance: Mapping[str, Any]) -> bool:
     return bool(provenance.get("export", {}).get("quantise"))
 
@@ -125,15 +159,88 @@ def _load_quantised(folder: Path) -> Any:
     return model
 
 
-def evaluate_student(student: Student, config: TrainConfig, cache: TeacherCache | None) -> EvaluationReport:
-    """Score a student on held-out items and, if its cache is at hand, against the cached teacher."""
+def open_as_trained(place: str, trained: object, *, verify: bool, needed: str = "") -> TeacherCache:
+    """The cache at a place; where it was topped up since, what it was then.
+
+    Args:
+        trained: The hash of its manifest at the training.
+        needed: For what it must be that very cache; empty: another one will do.
+
+    Raises:
+        CacheFormatError, TransferError: If it cannot be opened.
+        ConfigError: If it is another one, and must not be.
+    """
+    try:
+        found = open_trusted(place, verify=verify)
+    except (CacheFormatError, TransferError) as error:
+        found, fault = None, error
+    if (found is None or found.manifest_hash != trained) and not is_url(place):
+        with contextlib.suppress(CacheFormatError):
+            kept = open_trusted(kept_before(Path(place), str(trained)), verify=verify)
+            if kept.manifest_hash == trained:
+                return kept
+    if found is None:
+        raise fault
+    if needed and trained not in (None, found.manifest_hash):
+        raise ConfigError(
+            f"{needed} {place} as it was at the training, and it is another cache now (extended, or built anew); put a copy "
+            "of the former one there"
+        )
+    return found
+
+
+def open_compared(student: Student, config: TrainConfig, *, given: bool) -> tuple[TeacherCache | None, list[str]]:
+    """The cache to compare a student by: the one given, or that of its training.
+
+    Returns:
+        The cache, None if it cannot be opened; and what is to be said of it, sentences.
+
+    Raises:
+        CacheFormatError, TransferError: If the one given cannot be opened.
+    """
+    place, trained = config.cache, student.provenance["caches"].get(config.cache)
+    if given:
+        return open_trusted(place, verify=config.verify), []
+    agrees = bool(config.evaluation.agreement_samples)
+    try:
+        found = open_as_trained(place, trained, verify=config.verify)
+    except (CacheFormatError, TransferError) as error:
+        said = f"Not compared with the teacher of its training: {error}. Name its cache with --cache."
+        return None, [said] if agrees else []
+    if trained not in (None, found.manifest_hash):
+        said = f"{place} is another cache than the one of this training (extended, or built anew)."
+    elif not is_url(place) and Path(found.place) != Path(place):
+        said = f"{place} has changed since this training; compared with what it was then, {found.place}."
+    else:
+        return found, []
+    return found, [said] if agrees else []
+
+
+def evaluate_student(
+    student: Student, config: TrainConfig, cache: TeacherCache | None, *, unfit: Callable[[str], None] | None = None
+) -> EvaluationReport:
+    """Score a student on held-out items and, if its cache is at hand, against the cached teacher.
+
+    Args:
+        unfit: Told why there is no comparison with the teacher; None: that is an error.
+    """
     how = config.evaluation
     opened = open_items(config, student.encoder, cache)
-    cached = None
+    compared = EvaluationReport()
     if how.agreement_samples and cache is not None:
-        cached = join_cached(student, config, cache, limit=how.agreement_samples)
-    report = evaluate_model(student.model, student.encoder, opened.items, cached=cached, letters=how.letters)
-    return replace(report, unreadable=opened.unreadable)
+        try:
+            if cached := join_cached(student, config, cache, limit=how.agreement_samples):
+                compared = evaluate_model(student.model, student.encoder, EvaluationSet(), cached=cached)
+        except DistillError as error:
+            if unfit is None:
+                raise
+            unfit(f"Not compared with the teacher of {cache.place}: {error}")
+    report = evaluate_model(student.model, student.encoder, opened.items, letters=how.letters)
+    return EvaluationReport(
+        scores={**report.scores, **compared.scores},
+        items={**report.items, **compared.items},
+        unreadable=opened.unreadable,
+    )
 
 
 def comparable_signals(student: Student, cache: TeacherCache) -> list[str]:
@@ -157,7 +264,7 @@ def join_cached(student: Student, config: TrainConfig, cache: TeacherCache, *, l
     terms = choose_terms(signals)
     attends = any(term.attends for term in terms.values())
     return CachedDataset(
-        open_cached_data(cache, data=config.data, images=config.images),
+        _data_of_cache(config, cache),
         student.encoder,
         cache,
         terms=terms,
@@ -166,6 +273,19 @@ def join_cached(student: Student, config: TrainConfig, cache: TeacherCache, *, l
         match=match_groups(cache.plan, _depth(student)) if attends else None,
         vocabulary=vocabulary_rows(student.model),
     )
+
+
+def _data_of_cache(config: TrainConfig, cache: TeacherCache) -> Dataset:
+    """The data that a cache was built from: those of the training, or those that are scored on."""
+    how = config.evaluation
+    own, scored = (config.data, config.images), (how.data, how.images or config.images)
+    for data, images in dict.fromkeys([own, scored, (None, None)]):
+        with contextlib.suppress(ConfigError, DataError, OSError):
+            found = open_cached_data(cache, data=data, images=images)
+            if missing_samples(cache, found.sample_ids)[0] < (len(cache) if merged_fingerprints(cache) else 1):
+                return found
+    data, images = own if how.data is None else scored
+    return open_cached_data(cache, data=data, images=images)
 
 
 def _depth(student: Student) -> int:

@@ -10,6 +10,9 @@ sys.path += [str(path) for path in sorted(Path(__file__).parent.rglob("*")) if a
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Messages are those that `make test` gives, however tests are run.
+os.environ.setdefault("MAKELEVEL", "1")
+os.environ.setdefault("DATA_NAME", "shapes")
 
 import pytest
 from skip_reasons import skip_lines

@@ -11,10 +11,8 @@ from accelerate.state import AcceleratorState
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "python.md"
 NOTEBOOK = ROOT / "docs" / "examples" / "distil.ipynb"
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # TRL and peft, by its name of old
-    pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning"),  # the Trainer pins where there is no accelerator
-]
+# TRL and peft use it by its name of old.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
 @pytest.fixture(autouse=True)

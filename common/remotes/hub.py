@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
@@ -56,7 +57,7 @@ class HubRemote(WebRemote):
         if found is None or ".." in (found[3] or "").split("/"):
             raise ConfigError(f"{location}: expected hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
         refuse_offline(location, "use a folder")
-        super().__init__(location.rstrip("/"), retries)
+        super().__init__(location.rstrip("/"), at_hub(retries))
         self._repository, self._revision = found[1], unquote(found[2] or constants.DEFAULT_REVISION)
         self._prefix = f"{found[3]}/" if found[3] else ""
         self._created = False
@@ -164,6 +165,13 @@ class HubRemote(WebRemote):
                     ) from error
 
         return self._retries.run(self.location, attempt)
+
+
+def at_hub(retries: Retries) -> Retries:
+    """The same patience; what to do after the last try names the hub that was asked."""
+    from huggingface_hub import constants
+
+    return replace(retries, remedy=f"check the network and the hub's address ({constants.ENDPOINT}), then {AGAIN}")
 
 
 def refuse_offline(where: str, otherwise: str) -> None:

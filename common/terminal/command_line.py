@@ -99,10 +99,12 @@ def without_interrupts() -> Iterator[None]:
 def join_launch(ctx: click.Context, *, several: Sequence[str]) -> None:
     """Find out whether this process is one of several; of all but the ``several`` commands process 0 does the work.
 
-    The others say no more than that, and errors.
+    The others say no more than that, and errors. One that somebody started alone says what ended it.
     """
     launch = enter_launch()
     if launch.size == 1:
+        if PARENT not in os.environ:
+            ctx.with_resource(stopped_by_sigterm())
         return
     if launch.rank:
         for name in ("", "vlm_distill_cache"):
@@ -302,14 +304,16 @@ def _ignore_interrupts() -> None:
 
 
 class _Once(logging.Filter):
-    """Lets each text through once: a run's second student would repeat what the first one logged."""
+    """Lets each text through once: a run's second student would repeat what the first one logged. Of libraries, warnings."""
 
     def __init__(self) -> None:
         super().__init__()
         self.said = set(os.environ.get(SAID, "").split())
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether this text is new; errors always are."""
+        """Whether this text is new, and not a library's progress; errors always are."""
+        if record.levelno < logging.WARNING and record.name.partition(".")[0] not in ("vlm_distill_cache", "__main__"):
+            return False
         try:
             text = checksum(record.getMessage().encode(errors="replace"))
         except Exception:  # noqa: BLE001 - a library's malformed call: the handler reports it, a filter must not raise

@@ -56,6 +56,7 @@ LOGITS = (*LOGIT_PRESETS, *(f"fixed:{k}" for k in (2, 4, 8, 16, 32, 64, 128, 255
 MAPS = ("exact", "blocks", "compact", "exact8")
 FILTERED_ONLY = ("blocks", "compact", "exact8")
 """Values of `map_preset` that do not serve every loss as the exact map does."""
+NEAR = 1.01  # sizes of whole caches that count as one
 FIRST, LONG_S = 3, 90.0  # samples that tell how long a probe takes, and seconds that are worth a word
 _INDEX_ENTRY = 24  # bytes of a sample in a cache's index
 
@@ -122,7 +123,7 @@ class Advice:
     left_out: dict[str, str]
 
     def recommend(self, *, budget: float | None = None, bound: float | None = None) -> "Recommendation":
-        """The smallest error within a budget in bytes; or the fewest bytes within a bound of the error.
+        """The smallest error within a budget in bytes; or the fewest bytes within a bound of the error, up to ``NEAR``.
 
         Sets of the map that serve one loss only are taken where nothing else fits; ``exact8`` never is. A part of which
         nothing was measured stays as the options of the command say.
@@ -136,7 +137,13 @@ class Advice:
             return (max(size, budget), error) if budget is not None else (error, size)
 
         found = list(self._combinations(budget, bound))
-        return min([one for one in found if one.fits] or found, key=rank)
+        best = min([one for one in found if one.fits] or found, key=rank)
+        if bound is None or not best.fits:
+            return best
+        # Of caches of about the same size, the better one.
+        near = [one for one in found if one.fits and one.every_loss == best.every_loss]
+        near = [one for one in near if one.cache_bytes <= NEAR * best.cache_bytes]
+        return min(near, key=lambda one: (one.error or 0.0, one.cache_bytes))
 
     def _combinations(self, budget: float | None, bound: float | None) -> Iterator["Recommendation"]:
         """Each choice of one set a part."""

@@ -64,7 +64,9 @@ def advice_text(advice: Advice, scores: Mapping[str, Sequence[str]] | None = Non
     lines += [
         "",
         "* no other set of its part has both fewer bytes and a smaller error. Gradient error as in the fidelity card: relative, "
-        "of the logits' loss; for attention the sine between the gradients, for hidden states their relative error.",
+        "of the logits' loss; for attention the sine between the gradients, for hidden states their relative error. bytes/token: "
+        "all that the part adds on disk, a supervised token (a row of `cachectl inspect`, end token included); of few samples "
+        "most of it are the descriptions of its files and shards, which inspect counts in its total alone.",
     ]
     if any(found.options.get("map_preset") in FILTERED_ONLY for found in advice.sets):
         lines.append(
@@ -119,7 +121,7 @@ def recommendation_text(
     elif found.error is None:
         lines = [f"{'Within' if found.fits else 'Not within'} {asked}, with the options given: {size}"]
     elif found.fits:
-        best = "fewest bytes" if bound is not None else "smallest gradient error"
+        best = "fewest bytes, or 1 % more with a smaller error" if bound is not None else "smallest gradient error"
         lines = [f"Within {asked}, the {best}: {size}"]
     else:
         lines = [f"Nothing measured keeps to {asked}; the nearest is {size}"]

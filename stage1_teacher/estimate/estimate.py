@@ -163,6 +163,8 @@ def assumptions(estimate: Estimate) -> list[str]:
     lines = [
         f"the probe's {probe.samples} samples stand for all {estimate.sample_count}: {probe.tokens:.0f} tokens and "
         f"{probe.rows:.1f} supervised rows a sample",
+        "what a shard takes whatever it holds is in the line of the shards, not in those of the signals: of few samples it is "
+        "much of the cache",
         f"times are this machine's ({probe.device}, {probe.threads} threads of {probe.cores} cores), one process; "
         "reading and writing run beside the teacher where cores are free",
     ]

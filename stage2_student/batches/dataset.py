@@ -74,8 +74,8 @@ def join_cache(cache: TeacherCache, dataset: Dataset, *, limit: int | None = Non
             absent = np.flatnonzero(places < 0)
             raise CacheMismatchError(
                 f"{len(absent)} of the {len(places)} samples in {cache.place} are not in the data set {dataset.name} "
-                f"({len(dataset)} samples); the first is {cache.sample_ids[int(absent[0])]!r}. Train with the data the "
-                f"cache was built from, or build a cache for this data ({built_with(cache.plan)} --data ...)"
+                f"({len(dataset)} samples); the first is {cache.sample_ids[int(absent[0])]!r}. Give the data that the "
+                f"cache was built from (--data, --images), or build a cache for these ({built_with(cache.plan)} --data ...)"
             )
     ends = np.searchsorted(kept, np.cumsum([shard.samples for shard in cache.manifest.shards])).tolist()
     places = places[kept]

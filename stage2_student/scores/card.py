@@ -34,7 +34,7 @@ from vlm_distill_cache.stage2_student.pruned_folder import read_settings
 from vlm_distill_cache.stage2_student.scores.origin import UNKNOWN
 from vlm_distill_cache.stage2_student.scores.results import (
     HEADLINE,
-    MEMORISED,
+    SCORES_MEMORISED,
     EvaluationReport,
     format_score,
     table_rows,
@@ -88,8 +88,8 @@ class CardScores(NamedTuple):
 
     @property
     def of_training(self) -> bool:
-        """Whether the items scored on are those of its training."""
-        return any(note.startswith(MEMORISED) for note in self.notes)
+        """Whether items scored on are of its training, all or some."""
+        return any(SCORES_MEMORISED in note for note in self.notes)
 
     def part(self, *, agreement: bool) -> dict[str, EvaluationReport]:
         """The reports with the scores of items, or with the agreement with the teacher; those without any left out."""

@@ -19,13 +19,13 @@ from vlm_distill_cache.common.hub import hub_name
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.registry import TEXTS, open_dataset, open_evaluation
-from vlm_distill_cache.data.sample import EvaluationSet, Question
+from vlm_distill_cache.data.sample import EvaluationSet, Question, questions_of
 from vlm_distill_cache.data.sources.mixture import MIXTURES, is_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints, splits_and_limits
 from vlm_distill_cache.stage2_student.config import EvaluationConfig, TrainConfig
 from vlm_distill_cache.stage2_student.scores.card import CardScores
-from vlm_distill_cache.stage2_student.scores.results import MEMORISED, EvaluationReport
+from vlm_distill_cache.stage2_student.scores.results import MEMORISED, SCORES_MEMORISED, EvaluationReport
 from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
 from vlm_distill_cache.stage2_student.training.preparation import BUILT_IN_DATA, built_in_data
 
@@ -104,9 +104,11 @@ def scoring_notes(config: TrainConfig, cache: TeacherCache | None, *, scorable: 
             f"No question of {data} can be scored: only the agreement with the teacher is measured. "
             f"Name held-out questions with {option}."
         ]
-    if not _is_training_data(config, data, cache):
-        return []
-    return [f"{MEMORISED} ({data}), so these scores include memorisation. Name held-out questions with {option}."]
+    remedy = f"{SCORES_MEMORISED}. Name held-out questions with {option}."
+    if _is_training_data(config, data, cache):
+        return [f"{MEMORISED} ({data}), {remedy}"]
+    shared, total = _trained_on(config, data, cache)
+    return [f"{shared} of the {total} questions of {data} are of the training data, too, {remedy}"] if shared else []
 
 
 def card_scores(
@@ -231,6 +233,31 @@ def _is_training_data(config: TrainConfig, data: str, cache: TeacherCache | None
         open_dataset(data, split=split, images=images, limit=limit).fingerprint() in cached
         for limit in dict.fromkeys(limit for _, limit in splits_and_limits(cache))
     )
+
+
+def _trained_on(config: TrainConfig, data: str, cache: TeacherCache | None) -> tuple[int, int]:
+    """How many questions of other data are of the training's data, too, by id, text and picture's name; and of how many."""
+    if config.data is None or config.data.partition(":")[0] in BUILT_IN_DATA or data.partition(":")[0] in BUILT_IN_DATA:
+        return 0, 0
+    split, limit = ("train", None) if cache is None else splits_and_limits(cache)[-1]
+    items = open_evaluation(data, config.evaluation.split, config.evaluation.limit, images=_images_of(config)).questions
+    try:
+        trained = open_dataset(
+            config.data, split=split, images=Path(config.images) if config.images else None, limit=limit
+        )
+    except (DataError, OSError):  # the training's file may be gone
+        return 0, len(items)
+    wanted = {item.item_id.rpartition("-")[0] for item in items}
+    seen = set()
+    for place, name in enumerate(trained.sample_ids):
+        if name in wanted:
+            with contextlib.suppress(SampleError):
+                seen |= {_identity(item) for item in questions_of(trained[place], str)}
+    return sum(_identity(item) in seen for item in items), len(items)
+
+
+def _identity(item: Question) -> tuple[str, ...]:
+    return item.item_id, item.image.name, item.question, item.answer, item.system
 
 
 def _fault(item: Question, encoder: SampleEncoder | None) -> str | None:

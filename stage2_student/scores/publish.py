@@ -19,9 +19,16 @@ from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.files.hashing import file_digests, sha256_hex
 from vlm_distill_cache.common.hub import CARD, HubName
 from vlm_distill_cache.common.printing import SURROGATE, holds_token, one_line
-from vlm_distill_cache.common.remotes.hub import NO_ACCESS, refuse_offline, settle_transfer, sorted_hub_errors
+from vlm_distill_cache.common.remotes.hub import NO_ACCESS, at_hub, refuse_offline, settle_transfer, sorted_hub_errors
 from vlm_distill_cache.common.remotes.streams import Retries, said
-from vlm_distill_cache.stage2_student.final_folder import FINAL, IS_READ, PROVENANCE, own_file, read_final
+from vlm_distill_cache.stage2_student.final_folder import (
+    FINAL,
+    IS_READ,
+    PROVENANCE,
+    own_file,
+    read_final,
+    without_provenance,
+)
 from vlm_distill_cache.stage2_student.scores.card import SCORES, card_text, is_unedited, read_card, stored_scores
 
 if TYPE_CHECKING:
@@ -100,6 +107,8 @@ def student_folder(given: Path, which: str | None) -> Path:
     for part in parts:
         if (given / part / PROVENANCE).is_file():
             return given / part
+    if (given / "config.json").is_file():
+        raise ModelError(f"{given}: {without_provenance(given)}")
     raise ModelError(
         f"{given}: no student there: neither {PROVENANCE} nor {' nor '.join(f'{part}/{PROVENANCE}' for part in parts)}; give "
         "the folder of a finished run or training, a `final` folder or an export. If it was not finished, run its command again"
@@ -151,7 +160,7 @@ def push_student(
         with sorted_hub_errors(str(place), NO_ACCESS):
             return push.run(HfApi(library_name="vlm-distill-cache"), message, dry_run=dry_run)
 
-    return Retries(attempts=attempts, timeout=30.0).run(str(place), attempt)
+    return at_hub(Retries(attempts=attempts, timeout=30.0)).run(str(place), attempt)
 
 
 class _Push:

@@ -35,6 +35,7 @@ DETAILS = (
     ("attention/kl", "answer attention, KL, nats/row", 1),
 )
 MEMORISED = "Questions are scored on the training data itself"  # how the note about it begins
+SCORES_MEMORISED = "so these scores include memorisation"  # of all the items, or of some
 PAIRED = tuple(name for name, _, _ in HEADLINE)
 
 

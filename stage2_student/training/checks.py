@@ -25,7 +25,7 @@ from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.files.rules import AGAIN
+from vlm_distill_cache.common.files.rules import AGAIN, shown
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.next_step import set_words
@@ -115,10 +115,17 @@ def check_data(cache: TeacherCache, dataset: Dataset) -> None:
     )
     raise CacheMismatchError(
         f"data set {dataset.name} ({len(dataset)} samples, fingerprint {found}) is not the one {cache.place} was built "
-        f"from ({cache.plan.data}, fingerprint {' or '.join(merged) or expected}): {what}. Give the cache's data "
+        f"from ({_named(cache)}, fingerprint {' or '.join(merged) or expected}): {what}. Give the cache's data "
         f"({by_make('DATA=, IMAGES=, or ')}--data, --images), or build a cache for this data ({built_with(cache.plan)} "
         "--data ...)"
     )
+
+
+def _named(cache: TeacherCache) -> str:
+    """The data of a cache as its plan names them, with split and number of samples."""
+    data = cache.plan.data
+    limit = f", the first {data['limit']} samples" if data.get("limit") else ""
+    return f"{shown(data.get('name'))}, split {shown(data.get('split'))}{limit}"
 
 
 def check_losses(

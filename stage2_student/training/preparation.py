@@ -143,8 +143,8 @@ def open_cached_data(cache: TeacherCache, *, data: str | None, images: str | Non
     spec = data or built_in_data(cache)
     if spec is None:
         raise ConfigError(
-            f"no data given, and {cache.place} was built from {shown(cache.plan.data.get('name'))}, no built-in data set of "
-            f"about its size, and whose place a cache does not hold; pass --data (and --images)"
+            f"no data given. {cache.place} was built from {shown(cache.plan.data.get('name'))}, which is no built-in data set, "
+            "or one far larger than this cache; a cache does not say where its data lie: pass --data (and --images)"
         )
     folder = None if images is None else Path(images)
     commits = _commits_of(cache)
@@ -320,18 +320,18 @@ def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: 
     for cache in caches.values():
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
-    encoder = student_encoder(config, caches, parts)
+    encoder = encoder_for(config, parts, {str(config.phase(config.phases[0]).cache): first, **caches})
     return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
 
 
-def student_encoder(config: TrainConfig, caches: Mapping[str, TeacherCache], parts: StudentParts) -> SampleEncoder:
-    """What a student reads samples with."""
+def encoder_for(config: TrainConfig, parts: StudentParts, caches: Mapping[str, TeacherCache]) -> SampleEncoder:
+    """How a student reads samples whose teacher's words are in some caches; the first says the prompt template."""
     # What a cache could hold, its student can read.
     longest = max(longest_sequence(cache.plan) for cache in caches.values())
     return SampleEncoder(
         tokenizer=parts.tokenizer,
         image_encoder=parts.image_encoder,
-        template=choose_template(config, parts, caches[str(config.phase(config.phases[0]).cache)]),
+        template=choose_template(config, parts, next(iter(caches.values()))),
         image_token_id=parts.image_token_id,
         max_length=config.max_length or longest,
         positions=known_positions(parts.model.config),
@@ -344,7 +344,7 @@ def probe_planned(config: TrainConfig, dataset: Dataset, cache: TeacherCache, pa
     Raises:
         ConfigError: With the first sample's fault.
     """
-    encoder = student_encoder(config, {str(config.phase(config.phases[0]).cache): cache}, parts)
+    encoder = encoder_for(config, parts, {cache.place: cache})
     same, longest = same_tokenizer(cache, parts.tokenizer), longest_sequence(cache.plan)
     reads = _reading(encoder, encoder.template, cache, compares=same, limited=config.max_length is not None)
     places, faults = range(0, len(dataset), max(1, len(dataset) // PROBED_SAMPLES)), list[str]()

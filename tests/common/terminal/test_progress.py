@@ -66,6 +66,16 @@ def test_a_text_is_logged_once_a_process_and_not_again_by_one_it_starts(monkeypa
     assert [passes("a", by=there), passes("new", by=there)] == [False, True]
 
 
+def test_libraries_warn_and_tell_no_progress():
+    def passes(name, level):
+        return command_line._Once().filter(logging.LogRecord(name, level, "", 0, "a text", (), None))
+
+    for name in ("vlm_distill_cache.common.hub", "__main__"):
+        assert passes(name, logging.INFO)
+    for name in ("huggingface_hub", "/x/huggingface_hub/serialization/_torch.py"):
+        assert [passes(name, level) for level in (logging.INFO, logging.WARNING)] == [False, True]
+
+
 def test_python_warnings_and_the_model_librarys_are_said_once_too():
     code = (
         "import warnings\n"

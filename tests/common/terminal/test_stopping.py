@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from vlm_distill_cache.common.terminal.command_line import run_command, stopped_by_sigterm
+from vlm_distill_cache.common.terminal.command_line import PARENT, run_command, stopped_by_sigterm
+from vlm_distill_cache.stage2_student import cli
 
 
 def test_sigterm_unwinds_with_143_and_the_handler_is_put_back():
@@ -23,6 +25,20 @@ def test_sigterm_unwinds_with_143_and_the_handler_is_put_back():
     with pytest.raises(SystemExit) as caught:
         work()
     assert (caught.value.code, cleaned) == (143, [True])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("command", [["evaluate", "x"], ["export", "x", "--output", "y"], ["train", "--cache", "x"]])
+def test_each_command_says_that_sigterm_ended_it(command, monkeypatch, caplog):
+    def end(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "_trained_folder", end)
+    monkeypatch.setattr(cli, "_load", end)
+    monkeypatch.delenv(PARENT, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    assert CliRunner().invoke(cli.main, command).exit_code == 143
+    assert "stopped by SIGTERM; run the same command again to continue" in caplog.text
     assert signal.getsignal(signal.SIGTERM) is before
 
 

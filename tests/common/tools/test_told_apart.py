@@ -68,7 +68,7 @@ def test_a_part_of_a_cache_and_one_that_is_not_sealed_are_no_strangers(tmp_path)
     assert "a part of a cache, whose plan.json is lost" in run("verify", cache, code=1)
 
 
-def test_failed_samples_are_named_with_their_reasons(tmp_path):
+def test_failed_samples_are_named_with_their_reasons(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     build_cache(cache, make_plan())
     shown = run("inspect", cache)
@@ -76,6 +76,9 @@ def test_failed_samples_are_named_with_their_reasons(tmp_path):
     (line,) = run("inspect", cache, "--failed").splitlines()
     assert line == f"{sample_id(FAILED)}: image is truncated"
     run("inspect", cache, sample_id(0), "--failed", code=2)
+    monkeypatch.setattr("cache_factory.FAILED", None)
+    build_cache(tmp_path / "whole", make_plan())
+    assert run("inspect", tmp_path / "whole", "--failed") == "no sample failed\n"
 
 
 def test_poor_figures_are_said_with_a_preset_that_keeps_more(tmp_path):

@@ -146,6 +146,15 @@ def test_the_recommendation_is_the_best_that_fits(asked: dict, options: tuple, s
     assert found.every_loss == (options[1] == "exact")
 
 
+def test_of_caches_of_about_one_size_the_better_is_recommended():
+    alone = [
+        a_set("words", {"logits": name}, size, error) for name, size, error in (("a", 1000, 0.04), ("b", 1009, 0.01))
+    ]
+    for bound, size, name in ((0.05, 1009, "b"), (0.05, 1011, "a")):
+        sets = (alone[0], replace(alone[1], cache_bytes=size))
+        assert replace(made_up(), sets=sets).recommend(bound=bound).options == {"logits": name}
+
+
 def test_what_was_not_measured_has_no_error():
     """Alone, and beside what was measured: null in the figures, words in the text, and no bound that it keeps to."""
     f2, f4 = (a_set("states", {"hidden_dtype": kind}, size, None) for kind, size in (("f2", 600), ("f4", 800)))

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from test_run import FAST
 from tiny_cache import DATA, build_tiny_cache
 
+from vlm_distill_cache.common.cache.versions import kept_before
 from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
@@ -19,6 +20,7 @@ from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.run import load_run_config, run
 from vlm_distill_cache.stage2_student.scores import held_out
 from vlm_distill_cache.stage2_student.scores.held_out import probe_items, scoring_notes
+from vlm_distill_cache.stage2_student.trained_student import open_as_trained
 
 
 def write_data(folder, answers, broken=()):
@@ -201,6 +203,47 @@ def test_without_its_cache_a_student_is_scored_without_the_comparison(tiny_cache
     assert "top-1" not in result.output
     named = CliRunner().invoke(main, [*arguments, "--cache", str(tmp_path / "gone")])
     assert "top-1" in named.output
+
+
+def test_a_student_is_scored_whatever_became_of_its_cache_and_on_whatever_data(tiny_cache, tmp_path):
+    data = write_data(tmp_path, ["red", "blue", "green"])
+    (tmp_path / "more").mkdir()
+    more = write_data(tmp_path / "more", ["red", "blue", "green", "red"])
+    cache = tmp_path / "c"
+    build_tiny_cache(cache, data=str(data), signals=("logits",))
+    run_module.train_arm(make_config(cache, tmp_path / "run", data, "phases=[sft]"), processes=1)
+    student = str(tmp_path / "run" / "final")
+
+    def score(*options):
+        return CliRunner().invoke(main, ["evaluate", student, "--limit", "9", *map(str, options)])
+
+    kept = kept_before(cache, open_cache(cache).manifest_hash)
+    cache.rename(kept)
+    build_tiny_cache(cache, data=str(more), signals=("logits",))  # as `extend` leaves it
+    result = score()
+    assert result.exit_code == 0, result.output
+    assert "top-1" in result.output
+    assert f"compared with what it was then, {kept}" in result.output
+    trained = open_cache(kept).manifest_hash
+    assert open_as_trained(str(cache), trained, verify=True, needed="a report needs").path == kept
+    kept.rename(tmp_path / "moved")  # extended twice, say
+    with pytest.raises(ConfigError, match=r"a report needs .* it is another cache now"):
+        open_as_trained(str(cache), trained, verify=True, needed="a report needs")
+    result = score()  # the fourth sample is in no data at hand
+    assert result.exit_code == 0, result.output
+    assert "top-1" not in result.output
+    assert "is another cache than the one of this training" in result.output
+    assert f"1 of the 4 samples in {cache} are not in the data set data.json" in result.output
+    for options in (["--data", more], ["--data", more, "--cache", cache]):
+        result = score(*options)
+        assert result.exit_code == 0, result.output
+        assert "top-1" in result.output
+        assert f"3 of the 4 questions of {more} are of the training data, too" in result.output
+    built_in = score("--data", data, "--cache", tiny_cache[0])  # whose data need no name
+    assert "top-1" in built_in.output, built_in.output
+    data.unlink()
+    result = score("--data", more)  # neither the training's data nor its cache
+    assert "top-1" in result.output, result.output
 
 
 def test_data_of_one_part_of_a_merge_is_training_data(tmp_path):

@@ -174,6 +174,7 @@ def test_what_a_hub_refuses_ends_in_a_line_and_what_may_pass_is_tried_again(hub,
     refused = push(copied, NAME)
     assert refused.exit_code == 1
     assert words in refused.output.splitlines()[-1]
+    assert ("failed" in words) == ("check the network and the hub's address (http://" in refused.output)
     assert TOKEN not in refused.output
     hub.faults, hub.always = [fault] if "failed" in words else [], Fault()
     assert push(copied, NAME).exit_code == 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from click.testing import CliRunner
 from tiny_cache import make_teacher
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import vlm_distill_cache as vdc
 from vlm_distill_cache.data import builtin
+from vlm_distill_cache.stage2_student import cli
 from vlm_distill_cache.stage2_student.losses.objective import Shares
 from vlm_distill_cache.stage2_student.training.preparation import prepare
 
@@ -227,6 +229,20 @@ def test_what_is_saved_is_a_student_again(dataset, tiny_cache, tmp_path):
     (one,), (other,) = batches_of(dataset, 3), batches_of(again, 3)
     pair = [vdc.DistillationLoss(of)(of.student, batch) for of, batch in ((dataset, one), (again, other))]
     assert_same(pair[0].named(), pair[1].named(), atol=0, rtol=0)
+    # It has no provenance: what it is and what can be done with it is said, and it is scored with a cache.
+    student = str(tmp_path / "student")
+    for command in (
+        ["evaluate", student],
+        ["export", student, "--output", str(tmp_path / "x")],
+        ["push", student, "me/x"],
+    ):
+        refused = CliRunner().invoke(cli.main, command)
+        assert refused.exit_code == 1
+        assert "a model without distillation.json, as `save_student`" in refused.output
+        assert "finished" not in refused.output
+    scored = CliRunner().invoke(cli.main, ["evaluate", student, "--cache", str(tiny_cache[0]), "--limit", "2"])
+    assert "top-1 agrees with teacher" in scored.output, scored.output
+    assert "Next" not in scored.output
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it by its name of old

@@ -96,20 +96,20 @@ def test_processes_that_srun_started_share_the_work(stage: str, command, undistu
 
 @pytest.mark.parametrize("how", ["timeout", signal.SIGINT, signal.SIGTERM])
 def test_who_waits_for_processes_that_nobody_started_ends(how, command, tmp_path: Path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
     left = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}
-    left |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "VLM_DISTILL_LAUNCH_WAIT": "1" if how == "timeout" else "300",
-    }
-    process = start("two", command["two"](tmp_path / "made"), left)
-    if how != "timeout":
-        time.sleep(8)
-        process.send_signal(how)
-        began = time.monotonic()
-    said, _ = process.communicate(timeout=100)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        left |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(server.getsockname()[1]),
+            "VLM_DISTILL_LAUNCH_WAIT": "1" if how == "timeout" else "300",
+        }
+        process = start("two", command["two"](tmp_path / "made"), left)
+        server.settimeout(100)
+        server.accept()[0].close()  # it asks for process 0, and nobody answers: from now on it waits
+        if how != "timeout":
+            process.send_signal(how)
+            began = time.monotonic()
+        said, _ = process.communicate(timeout=100)
     assert process.returncode != 0
     assert "Traceback" not in said
     if how == "timeout":

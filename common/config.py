@@ -507,7 +507,7 @@ def _convert(hint: Any, value: Any, default: Any, path: str, where: str) -> Any:
         return None if value is None else _convert(args[0], value, default, path, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: {path} is {value!r}; expected a list")
+            raise ConfigError(f"{where}: {path} is {value!r}; expected a list, such as [{value}]")
         return tuple(_convert(args[0], item, None, f"{path}[{place}]", where) for place, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         base = default if isinstance(default, typing.cast("type", hint)) else None

@@ -37,6 +37,7 @@ STAGES = ("teacher_cache", "distill")
 """The sections of a file that holds a whole run."""
 SHARED = ("data", "images", "cache", "recipe")
 """What stands beside them, for both."""
+_REPLAY = "# teacher-cache build --config "  # begins a file of options that a build left
 _SCALARS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -394,28 +395,41 @@ def _yaml(config: Any) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def save_replay(config: Any, folder: str | Path) -> Path | None:
+def save_replay(config: Any, folder: str | Path, *, only_anew: bool = False) -> Path | None:
     """Keep the options of a build beside a cache, which may hold nothing else: ``FOLDER.build.yaml``.
 
     Args:
         config: None removes the file: it is not true any more.
+        folder: Of a link, the folder that it leads to; a file beside the link is removed.
+        only_anew: Write only where there is one already: it is of what was there before.
 
     Returns:
         The file; None if it cannot be written there, or another one has that name, which is left as it is.
     """
-    place = Path(os.path.abspath(folder))  # noqa: PTH100 - resolving links would place it elsewhere
-    path, first = place.with_name(f"{place.name}.build.yaml"), "# teacher-cache build --config "
+    path = _replay_beside(os.path.realpath(folder))
+    by_link = _replay_beside(os.path.abspath(folder)) if Path(folder).is_symlink() else None  # noqa: PTH100 - not where it leads
+    found = [one for one in (path, by_link) if one is not None and one.exists()]
     try:
-        if path.exists() and not _bounded_text(path, plain=True).startswith(first):
-            return None
-        if config is None:
-            path.unlink(missing_ok=True)
-            return None
-        head = f"{first}{path.name}; relative paths start from the working directory\n"
-        write_bytes_atomic(path, f"{head}{_yaml(config)}".encode())
-    except (OSError, UnicodeDecodeError, YamlError):
+        if config is not None and path is not None and (found or not only_anew):
+            head = f"{_REPLAY}{path.name}; relative paths start from the working directory\n"
+            write_bytes_atomic(path, f"{head}{_yaml(config)}".encode())
+        else:
+            path = None
+        for one in found:
+            if one != path:
+                one.unlink()
+    except OSError:
         return None
     return path
+
+
+def _replay_beside(folder: str) -> Path | None:
+    """The file of options beside a folder, which need not be there; None if it is another's, or nobody can tell."""
+    path = Path(f"{folder}.build.yaml")
+    try:
+        return None if path.exists() and not _bounded_text(path, plain=True).startswith(_REPLAY) else path
+    except (OSError, UnicodeDecodeError, YamlError):
+        return None
 
 
 def _plain(value: Any) -> Any:

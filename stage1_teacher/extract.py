@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Never
 import torch
 
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, refuse_nothing_usable, seal
-from vlm_distill_cache.common.cache.plan import Plan, read_plan, refuse_changed_plan
+from vlm_distill_cache.common.cache.plan import PLAN, Plan, read_plan, refuse_changed_plan
 from vlm_distill_cache.common.cache.sidecar import missing_shards, sidecar_path
+from vlm_distill_cache.common.config import save_replay
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.terminal.progress import ProgressLines, hide_library_bars, progress
 from vlm_distill_cache.common.tools.trust import trust_built
@@ -193,7 +194,7 @@ def _extract_part(config: BuildConfig, part: Part) -> None:
 def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path, Build]:
     """Open teacher and data, and write the plan or make sure that the one there says the same."""
     hide_library_bars()
-    cache_dir = Path(config.cache)
+    cache_dir, given = Path(config.cache), config
     refuse_unwritable(cache_dir)
     config = fix_batch_size(fix_threads(config, several=several, overwrite=overwrite), overwrite=overwrite)
     work = open_build(config)
@@ -202,6 +203,7 @@ def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path,
         budget = UnknownBudget(words=words, total=len(work.dataset), share=config.max_unknown_share)
         budget.probe(work.dataset, work.encoder)
     overwrite = overwrite or begun_otherwise(cache_dir, work.plan)
+    anew = overwrite or not (cache_dir / PLAN).is_file()
     with in_use(cache_dir, alone=overwrite):
         try:
             plan = prepare_cache(cache_dir, work.plan, overwrite=overwrite)
@@ -211,6 +213,8 @@ def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path,
                 raise
             # Another machine found its own batch size first.
             plan = prepare_cache(cache_dir, replace(work.plan, batch_size=there.batch_size), overwrite=False)
+        if anew:  # killed, this build leaves no options of another one
+            save_replay(given, cache_dir, only_anew=True)
         return cache_dir, replace(work, plan=plan)
 
 

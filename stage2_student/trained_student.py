@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.cache.versions import kept_before
+from vlm_distill_cache.common.cache.versions import kept_versions
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import (
@@ -175,10 +176,11 @@ def open_as_trained(place: str, trained: object, *, verify: bool, needed: str = 
     except (CacheFormatError, TransferError) as error:
         found, fault = None, error
     if (found is None or found.manifest_hash != trained) and not is_url(place):
+        kept = kept_versions(Path(place)).get(str(trained))
         with contextlib.suppress(CacheFormatError):
-            kept = open_trusted(kept_before(Path(place), str(trained)), verify=verify)
-            if kept.manifest_hash == trained:
-                return kept
+            if kept is not None:
+                shown = kept if Path(place).is_absolute() else Path(os.path.relpath(kept))
+                return open_trusted(shown, verify=verify)
     if found is None:
         raise fault
     if needed and trained not in (None, found.manifest_hash):

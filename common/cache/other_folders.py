@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
-from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, read_bounded, read_json
 from vlm_distill_cache.common.locations import nearest_path
 from vlm_distill_cache.common.printing import one_line
 
@@ -16,6 +17,7 @@ IS_SKETCH = (
     "a sketch of a cache, as `teacher-cache build --dry-run --sketch` writes it, and no cache: it goes with `distill run --dry-run "
     "--sketch`; build the cache in a folder of its own"
 )
+_SKETCH_BEGINS = b"a sketch of a cache"
 _INDEX = "index.bin"
 STUDENT = "distillation.json"  # of a trained student
 _LOOKED_AT = 10_000  # entries of a folder
@@ -25,17 +27,38 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def is_part_of_cache(folder: Path) -> bool:
-    """Whether a folder holds something that only a cache has."""
+    """Whether a folder holds names that a cache has; others have them, too: for the words of an error, never for a refusal."""
     shards = folder / SHARDS
     return any((folder / name).is_file() for name in (PLAN, MANIFEST, _INDEX)) or (
         shards.is_dir() and any(path.suffix == ".json" for path in shards.iterdir())
     )
 
 
+def is_sketch(folder: Path) -> bool:
+    """Whether a folder is a sketch of a cache: others may have a file of that name."""
+    with contextlib.suppress(OSError, CacheFormatError):
+        return (folder / PLAN).is_file() and read_bounded(folder / SKETCH).startswith(_SKETCH_BEGINS)
+    return False
+
+
+def _has_ours(path: Path, *keys: str) -> bool:
+    """Whether a file is a JSON object with these keys, by which ours is told from others of its name."""
+    with contextlib.suppress(OSError, CacheFormatError):
+        found = read_json(Path(os.path.realpath(path)))  # in the hub's cache a file is a link
+        return isinstance(found, dict) and found.keys() >= {*keys}
+    return False
+
+
 def cache_above(place: Path) -> Path | None:
     """The cache, or the sketch of one, that a place lies in; None: in none."""
-    for above in place.resolve().parents:
-        if (above / SKETCH).is_file() or ((above / SHARDS).is_dir() and is_part_of_cache(above)):
+    for above in Path(os.path.realpath(place)).parents:
+        if is_sketch(above) or (
+            (above / SHARDS).is_dir()
+            and (
+                _has_ours(above / PLAN, "format_version", "checksum", "signals")
+                or _has_ours(above / MANIFEST, "format_version", "checksum", "plan_hash")
+            )
+        ):
             return above
     return None
 
@@ -43,11 +66,13 @@ def cache_above(place: Path) -> Path | None:
 def refuse_inside(target: Path) -> None:
     """Refuse to write into a cache or a student's folder: what is no part of it would make it count as damaged.
 
+    Files of others that merely have such names (``shards``, ``sketch.txt``, ``distillation.json``) are in nobody's way.
+
     Raises:
         ConfigError: If a folder above ``target`` is one; ``target`` itself may be.
     """
-    for above in target.resolve().parents:
-        if os.path.lexists(above / STUDENT):
+    for above in Path(os.path.realpath(target)).parents:
+        if _has_ours(above / STUDENT, "fingerprint", "caches"):
             what = f"{above}, a student's folder"
             break
     else:

@@ -176,7 +176,7 @@ def read_plan(cache_dir: Path, *, sketch: bool = False) -> Plan:
         CacheFormatError: If there is none, or it is damaged or from a newer format.
     """
     path = cache_dir / PLAN
-    if not sketch and (cache_dir / other_folders.SKETCH).is_file():
+    if not sketch and other_folders.is_sketch(cache_dir):
         raise CacheFormatError(f"{cache_dir}: {other_folders.IS_SKETCH}")
     try:
         return Plan.from_dict(read_document(path, max_bytes=MAX_PLAN_BYTES), str(path))

@@ -25,21 +25,12 @@ Identity = tuple[int, int]
 
 def version_folder(cache_dir: Path, kind: str, manifest: Manifest) -> Path:
     """The folder of a version beside a cache; ``manifest``: of the version before."""
-    return _named(cache_dir, kind, manifest.hash)
-
-
-def kept_before(cache_dir: Path, manifest_hash: str) -> Path:
-    """Where a cache that was topped up keeps what it was, by the hash of that version's manifest."""
-    return _named(cache_dir, BEFORE, manifest_hash)
-
-
-def _named(cache_dir: Path, kind: str, manifest_hash: str) -> Path:
-    return cache_dir.with_name(f"{cache_dir.name}{MARK}{kind}-{manifest_hash[:_HASH_DIGITS]}")
+    return cache_dir.with_name(f"{cache_dir.name}{MARK}{kind}-{manifest.hash[:_HASH_DIGITS]}")
 
 
 def kept_versions(cache_dir: Path) -> dict[str, Path]:
     """Where a cache is kept as it was before it was extended: folders beside it, by the hash of their manifest."""
-    place, found = cache_dir.resolve(), {}
+    place, found = Path(os.path.realpath(cache_dir)), {}
     with contextlib.suppress(OSError):
         for folder in place.parent.iterdir():
             if folder.name.startswith(f"{place.name}{MARK}{BEFORE}-"):

@@ -15,6 +15,7 @@ from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, MAX_CARD_BYTES
 from vlm_distill_cache.common.cache.sidecar import FileEntry, check_sidecar, read_sidecar, sidecar_name, sidecar_path
+from vlm_distill_cache.common.config import save_replay
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import (
     TEMPORARY_PREFIX,
@@ -74,6 +75,8 @@ def pull(
     present = folder_bytes(target)
     remedy = "choose another disk, or pull a part of the cache (`cachectl pull --help`)"
     check_room(target, total - present, remedy)
+    if not (target / PLAN).exists():
+        save_replay(None, target)  # of a cache that was here before
     target.mkdir(parents=True, exist_ok=True)
     with hold_folder(
         target, alone=False, busy="is being extended or begun anew; wait for its end, then run this again"

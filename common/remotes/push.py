@@ -21,6 +21,7 @@ from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.plan import PLAN, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, read_sidecar, sidecar_name, sidecar_path
+from vlm_distill_cache.common.config import save_replay
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, TransferError
 from vlm_distill_cache.common.files.atomic import MAX_JSON_BYTES, hold_folder
 from vlm_distill_cache.common.files.disk import refuse_overlap
@@ -93,7 +94,10 @@ def _push_held(
             present = Transferred(present=len(manifest.files) + sum(counts) + 1)  # and the manifest
             return manifest, present + run.send_card()
         there, moved = read_remote_state(remote), Transferred()  # once more: nobody else changes it now
-        if overwrite or not isinstance(there, Manifest) or there.hash != manifest.hash:
+        another = not isinstance(there, Manifest) or there.hash != manifest.hash
+        if overwrite or another:
+            if another and not is_url(remote.location):
+                save_replay(None, remote.location)  # of the cache that was here before
             run.make_room(there)
             begun = not run.claim()
             moved += run.send_shards(begun=begun)

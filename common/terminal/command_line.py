@@ -23,7 +23,7 @@ from typing import IO, Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH, cache_above, refuse_inside
+from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, cache_above, is_sketch, refuse_inside
 from vlm_distill_cache.common.errors import ConfigError, DistillError, LaunchError
 from vlm_distill_cache.common.files.disk import disk_words
 from vlm_distill_cache.common.files.hashing import checksum
@@ -553,7 +553,7 @@ class CacheFolder(NewFolder):
             if near := nearest_path(value):
                 self.fail(f"{value}: there is no such folder{near}", param, ctx)
         path = super().convert(value, param, ctx)
-        if (Path(os.fsdecode(path)) / SKETCH).is_file():
+        if is_sketch(Path(os.fsdecode(path))):
             self.fail(f"{value}: {IS_SKETCH}", param, ctx)
         return path
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,24 +37,33 @@ def marked(mark: bytes) -> IsOurs:
     return lambda content: mark in content
 
 
-def refuse_others_file(path: Path, is_ours: IsOurs) -> None:
+def refuse_others_file(path: Path, is_ours: IsOurs) -> Path:
     """Refuse a place for a result where something else lies, or that belongs to a cache or a student.
 
-    An empty file may be there, as `mktemp` makes them.
+    An empty file may be there, as `mktemp` makes them. A link is followed to its file.
 
     Args:
         is_ours: Whether these bytes are an earlier result of the same command; may raise `CacheFormatError` for no.
 
+    Returns:
+        Where to write: the path, or where it leads if it is a link.
+
     Raises:
         ConfigError: With what to do instead.
     """
+    if is_stream(path):
+        raise ConfigError(
+            f"{path}: a device, a pipe or this command's own output, and a result is written to a file that is whole or not "
+            "there; give the name of a file (figures are printed by --json without one)"
+        )
+    shown, path = path, Path(os.path.realpath(path)) if path.is_symlink() else path
     refuse_inside(path)
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.parent}; make it, or choose another place")
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; give a file in it, {quoted(path / 'result')}{path.suffix or '.json'}")
     if not os.path.lexists(path):
-        return
+        return path
     try:
         content = read_bounded(path, max_bytes=_MOST)
         earlier = not content or is_ours(content)
@@ -60,9 +71,23 @@ def refuse_others_file(path: Path, is_ours: IsOurs) -> None:
         earlier = False
     if not earlier:
         raise ConfigError(
-            f"{path}: this is no earlier result of this command, which overwrites nothing else; give another name, or move "
-            "away what is there"
+            f"{shown}: this is no earlier result of this command (or one of an older version, which cannot be told apart), and "
+            "nothing else is overwritten; give another name, or delete it if nobody needs it"
         )
+    return path
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path leads to something that takes bytes and keeps no file: also the file that this command prints to."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            return True
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(found, os.fstat(descriptor)):
+                    return True
+    return False
 
 
 class ResultFile(click.Path):
@@ -79,7 +104,7 @@ class ResultFile(click.Path):
         if value == "":
             return ""
         try:
-            refuse_others_file(Path(value), self.is_ours)
+            value = os.fspath(refuse_others_file(Path(value), self.is_ours))
         except ConfigError as error:
             self.fail(str(error), param, ctx)
         return super().convert(value, param, ctx)

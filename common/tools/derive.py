@@ -23,6 +23,7 @@ from vlm_distill_cache.common.cache.side_files import CARD, MAX_CARD_BYTES, refu
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, UnknownWords, read_sidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.logits import LogitCodec
+from vlm_distill_cache.common.config import save_replay
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.files.disk import name_full_disk
@@ -101,6 +102,8 @@ def write_shards(
     """
     refuse_occupied(target)
     with name_full_disk(target):
+        if not (target / PLAN).exists():
+            save_replay(None, target)  # of a cache that was here before
         with another_folder(target):
             write_plan(target, plan)
         for remote, files in side_files:

@@ -13,6 +13,7 @@ from vlm_distill_cache.common.cache.manifest import Manifest, refuse_nothing_usa
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.sidecar import missing_shards
 from vlm_distill_cache.common.codecs.logits import LogitCodec
+from vlm_distill_cache.common.config import save_replay
 from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.data.sample import Dataset, Sample
@@ -175,6 +176,7 @@ def import_logprobs(
         overwrite = overwrite or begun_otherwise(cache_dir, plan)
         with in_use(cache_dir, alone=overwrite):
             plan = prepare_cache(cache_dir, plan, overwrite=overwrite)
+            save_replay(None, cache_dir)  # of a build that was here before
         with in_use(cache_dir):
             todo = missing_shards(cache_dir, plan)
             if not todo and (manifest := intact_manifest(cache_dir)) is not None:

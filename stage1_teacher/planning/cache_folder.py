@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
-from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH, refuse_inside
+from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, is_sketch, refuse_inside
 from vlm_distill_cache.common.cache.plan import (
     DESCRIPTIVE,
     PLAN,
@@ -159,7 +159,7 @@ def check_cache_folder(cache_dir: Path, *, overwrite: bool) -> tuple[list[Path],
     """
     if cache_dir.exists() and not cache_dir.is_dir():
         raise ConfigError(f"{cache_dir} is a file; give a folder for the cache ({by_make('CACHE=...', '--cache')})")
-    if (cache_dir / SKETCH).is_file():
+    if is_sketch(cache_dir):
         raise ConfigError(f"{cache_dir}: {IS_SKETCH}")
     entries = sorted(cache_dir.iterdir()) if cache_dir.is_dir() else []
     kept = [entry.name for entry in entries if not is_leftover(entry)]

@@ -1,6 +1,8 @@
 """What options name to be written: only over an earlier result of the same command, and never in a cache or a student."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import click
@@ -9,12 +11,15 @@ from cache_factory import build_cache, make_plan
 from click.testing import CliRunner
 
 from vlm_distill_cache.commands import group_of
+from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, cache_above, is_sketch, refuse_inside
+from vlm_distill_cache.common.config import save_replay
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
+from vlm_distill_cache.common.files.signed import write_signed
 from vlm_distill_cache.common.remotes.pull import pull
 from vlm_distill_cache.common.remotes.push import push
 from vlm_distill_cache.common.terminal.command_line import NewFolder
-from vlm_distill_cache.common.terminal.result_files import ResultFile
+from vlm_distill_cache.common.terminal.result_files import ResultFile, json_of, refuse_others_file
 from vlm_distill_cache.common.tools.convert import convert
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
@@ -44,8 +49,8 @@ def places(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("places")
     build_cache(tmp_path / "cache", make_plan())
     (tmp_path / "student").mkdir()
-    for name in ("student/distillation.json", "student/config.json"):
-        (tmp_path / name).write_text("{}")
+    (tmp_path / "student" / "config.json").write_text("{}")
+    write_signed(tmp_path / "student" / "distillation.json", {"fingerprint": "f", "caches": {}, "config": {}})
     (tmp_path / "data.json").write_text(json.dumps([{"id": 1, "image": "a.png"}]))
     (tmp_path / "object.json").write_text(json.dumps({"scores": {}, "items": {}, "of": "a run"}))
     (tmp_path / "picture.png").write_bytes(b"\x89PNG somebody's")
@@ -107,3 +112,73 @@ def test_a_command_run_again_with_the_same_file_replaces_its_own_result(places):
         write_json_atomic(places / "own.json", EvaluationReport(scores={}, items={}, unreadable=unreadable).to_dict())
         for name in ("own.json", "empty.json", "new.json"):
             assert kind.convert(str(places / name), None, None) == places / name
+
+
+OTHERS = {
+    "sketch.txt": "a sketch of the kitchen\n", "plan.json": '{"holidays": 1}', "manifest.json": '{"files": {}}',
+    "index.bin": "x", "distillation.json": '{"a": 1}', "config.json": "{}", "shards/00000.json": "{}", "shards/a/x.json": "[",
+}  # fmt: skip
+
+
+def test_files_of_others_with_our_names_make_no_folder_a_cache_or_a_student(places, tmp_path):
+    for name, content in OTHERS.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    for place in ("new", "a/b/new", "shards/a-estimate.json", "shards/a/new"):
+        refuse_inside(tmp_path / place)
+        assert cache_above(tmp_path / place) is None
+    for damaged in ("plan.json", "manifest.json"):  # either of a cache's own documents is enough
+        (tmp_path / damaged).write_bytes((places / "cache" / damaged).read_bytes() if damaged == "plan.json" else b"{")
+        with pytest.raises(ConfigError, match="takes nothing else"):
+            refuse_inside(tmp_path / "new")
+    for text, sketch in ((IS_SKETCH, True), ("mine", False)):
+        (tmp_path / "sketch.txt").write_text(text)
+        assert is_sketch(tmp_path) == sketch
+
+
+def test_a_link_is_followed_and_what_is_no_file_is_refused_in_its_own_words(places, tmp_path, capfd):
+    is_ours = json_of("scores", "items")
+    own = tmp_path / "own.json"
+    write_json_atomic(own, {"scores": {}, "items": {}})
+    links = {"link": own, "chain": tmp_path / "link", "dangling": tmp_path / "new.json"}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+    leads = [refuse_others_file(tmp_path / name, is_ours) for name in (*links, "own.json", "plain.json")]
+    assert leads == [own, own, tmp_path / "new.json", own, tmp_path / "plain.json"]
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "in").symlink_to(places / "cache" / "new.json")
+    for place, words in (
+        ("/dev/null", "a device"), (tmp_path / "pipe", "a pipe"), ("/dev/stdout", "own output"), ("/dev/fd/2", "own output"),
+        (tmp_path / "circle", "no earlier result"), (tmp_path / "in", "takes nothing else"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            refuse_others_file(Path(place), is_ours)
+
+
+def test_options_beside_a_folder_are_of_the_cache_in_it_or_gone(tmp_path):
+    """Whatever writes another cache there; through a link, they lie beside the folder."""
+    source = tmp_path / "source"
+    build_cache(source, make_plan())
+    writers = {
+        "pulled": lambda to: pull(str(source), to),
+        "pushed": lambda to: push(source, str(to)),
+        "made": lambda to: convert(source, to, "webdataset"),
+    }
+    for name, write in writers.items():
+        options = save_replay(BuildConfig(), tmp_path / name)
+        write(tmp_path / name)
+        assert not options.exists(), name
+    folder, options = tmp_path / "made", tmp_path / "made.build.yaml"
+    save_replay(BuildConfig(), folder)
+    (tmp_path / "copy").symlink_to(folder)
+    shutil.copy(options, tmp_path / "copy.build.yaml")
+    assert save_replay(BuildConfig(), tmp_path / "copy") == options
+    assert not (tmp_path / "copy.build.yaml").exists()
+    push(folder, str(tmp_path / "twin"))
+    push(tmp_path / "twin", str(folder), overwrite=True)  # the same cache
+    assert options.exists()
+    push(source, str(folder), overwrite=True)
+    assert not options.exists()
+    assert save_replay(BuildConfig(), folder, only_anew=True) is None
+    assert not options.exists()

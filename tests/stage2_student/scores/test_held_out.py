@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from test_run import FAST
 from tiny_cache import DATA, build_tiny_cache
 
-from vlm_distill_cache.common.cache.versions import kept_before
+from vlm_distill_cache.common.cache.manifest import read_manifest
+from vlm_distill_cache.common.cache.versions import BEFORE, version_folder
 from vlm_distill_cache.common.errors import ConfigError, DataError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
@@ -217,7 +218,7 @@ def test_a_student_is_scored_whatever_became_of_its_cache_and_on_whatever_data(t
     def score(*options):
         return CliRunner().invoke(main, ["evaluate", student, "--limit", "9", *map(str, options)])
 
-    kept = kept_before(cache, open_cache(cache).manifest_hash)
+    kept = version_folder(cache, BEFORE, read_manifest(cache))
     cache.rename(kept)
     build_tiny_cache(cache, data=str(more), signals=("logits",))  # as `extend` leaves it
     result = score()
@@ -226,6 +227,9 @@ def test_a_student_is_scored_whatever_became_of_its_cache_and_on_whatever_data(t
     assert f"compared with what it was then, {kept}" in result.output
     trained = open_cache(kept).manifest_hash
     assert open_as_trained(str(cache), trained, verify=True, needed="a report needs").path == kept
+    (tmp_path / "link").symlink_to(cache)
+    linked = open_as_trained(str(tmp_path / "link"), trained, verify=True, needed="a report needs")
+    assert linked.path.resolve() == kept.resolve()
     kept.rename(tmp_path / "moved")  # extended twice, say
     with pytest.raises(ConfigError, match=r"a report needs .* it is another cache now"):
         open_as_trained(str(cache), trained, verify=True, needed="a report needs")

@@ -448,9 +448,12 @@ def advise(
         given["cache"] = report.cache_for(settings.data, settings.store)
     quiet_libraries()
     short: Any = {"student": student, "steps": student_steps, "eval_data": eval_data, "overrides": student_set}
+    places = {}
     if output is not None:
-        for name, is_ours in ADVICE.items() if output.is_dir() else ():
-            refuse_others_file(output / name, is_ours)
+        places = {
+            name: refuse_others_file(output / name, is_ours) if output.is_dir() else output / name
+            for name, is_ours in ADVICE.items()
+        }
         output.mkdir(parents=True, exist_ok=True)
     with (
         stopped_by_sigterm(),
@@ -479,8 +482,8 @@ def advise(
     if json_file:
         write_json_atomic(json_file, figures)
     if output is not None:
-        write_json_atomic(output / "advice.json", figures)
-        write_bytes_atomic(output / "advice.html", report.advice_page(advice, f"{table}\n\n{last}").encode())
+        write_json_atomic(places["advice.json"], figures)
+        write_bytes_atomic(places["advice.html"], report.advice_page(advice, f"{table}\n\n{last}").encode())
         say(f"Plot: {output / 'advice.html'}")
 
 

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import vlm_distill_cache.stage1_teacher.planning.cache_folder
+from vlm_distill_cache.common.config import load_config, save_replay
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, DataError
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
@@ -35,9 +36,11 @@ def rebuild(build_cache, cache: Path):
 
 def test_a_build_that_finished_no_shard_gives_way_to_other_settings(tmp_path: Path, build_cache):
     cache = tmp_path / "cache"
+    replay = save_replay(BuildConfig(max_length=9), cache)  # of a cache that was here before
     with pytest.raises(DataError, match="max_length=40"):
         build_cache(cache, max_length=40)
     assert (cache / "plan.json").is_file()
+    assert load_config(BuildConfig, replay).max_length == 40
     assert build_cache(cache, max_length=512).manifest.totals["samples"] == 10
     # One that finished a shard does not.
     (cache / "manifest.json").unlink()

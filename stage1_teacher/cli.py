@@ -113,7 +113,9 @@ def _file_and_options(options: dict[str, Any]) -> tuple[Path | None, list[str]]:
     """The YAML file, and all other options as ``a.b=c``."""
     config, settings, signals = (options.pop(name) for name in ("config", "overrides", "signals"))
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
-    return config, [*settings, *given, *([] if signals is None else [f"signals=[{signals}]"])]
+    if signals is not None:
+        given.append(f"signals=[{', '.join(signals.replace(',', ' ').split())}]")
+    return config, [*settings, *given]
 
 
 def _resolve(config: Path | None, given: Sequence[str]) -> tuple[BuildConfig, Recipe | None]:

@@ -435,6 +435,7 @@ def advise(
 
     from vlm_distill_cache.common.files.atomic import write_bytes_atomic, write_json_atomic
     from vlm_distill_cache.common.files.disk import name_full_disk
+    from vlm_distill_cache.data.sources.mixture import own_caches
     from vlm_distill_cache.stage1_teacher.estimate import advise_report as report
     from vlm_distill_cache.stage1_teacher.estimate.advise import advise as weigh
     from vlm_distill_cache.stage1_teacher.estimate.advise import measure_options, parse_bytes
@@ -466,6 +467,10 @@ def advise(
         measured = measure_options(settings, kept, samples=samples)
         advice = weigh(measured)
         found = advice.recommend(budget=most, bound=bound)
+        place = str(given["cache"] or settings.cache)
+        taken = ""
+        if own_caches(settings.data, place) is None and measured.is_taken(Path(place), found.options):
+            taken, given["cache"] = place, report.free_place(place)
         command = report.build_command(given, options_given, found.options)
         scores = None
         if student is not None:
@@ -473,7 +478,7 @@ def advise(
             scores = score_students(measured, Path(scratch), **short, chosen=found.options)
     table = report.advice_text(advice, None if scores is None else score_lines(scores))
     last = report.recommendation_text(
-        found, command, budget=most, bound=bound, advice=advice, tolerated=settings.max_failed_share
+        found, command, budget=most, bound=bound, advice=advice, tolerated=settings.max_failed_share, taken=taken
     )
     say(f"{table}\n\n{last}")
     figures = report.advice_json(advice, found, command, scores)

@@ -43,6 +43,7 @@ from vlm_distill_cache.stage1_teacher.planning.open import open_build, open_data
 from vlm_distill_cache.stage1_teacher.planning.parts import Part
 from vlm_distill_cache.stage1_teacher.planning.plan import LOOKED_AT, refuse_settings
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
+from vlm_distill_cache.stage1_teacher.teacher.teacher import find_device
 
 _ESTIMATED = ("cache_bytes", "stage_one_hours", "samples")
 
@@ -160,6 +161,8 @@ def _open(outlook: Outlook, config: BuildConfig, missing: dict[str, int | None])
     if work is None:
         with outlook.checking():  # the data may be at fault, too
             open_data(config, Path(config.cache))
+        with outlook.checking():
+            find_device(config.device)
         if unknown:
             outlook.lines.append(f"teacher {config.teacher}: what its cache holds is known once its weights are here")
             outlook.lines += download_lines(missing)

@@ -154,9 +154,9 @@ def test_a_pull_touches_nothing_that_is_not_a_copy_of_that_cache(cache, tmp_path
     with pytest.raises(CacheMismatchError, match=f"{read_manifest(other).hash}.*{read_manifest(cache).hash}"):
         pull(cache, begun)
     for inside in (cache / "inside", tmp_path, cache):
-        with pytest.raises(ConfigError, match="lie inside each other|lies in .*, a cache"):
+        with pytest.raises(ConfigError, match=r"lie inside each other|lies in .*, a cache"):
             pull(cache, inside)
-        with pytest.raises(ConfigError, match="lie inside each other|lies in .*, a cache"):
+        with pytest.raises(ConfigError, match=r"lie inside each other|lies in .*, a cache"):
             push(cache, inside, overwrite=True)
     assert verify(cache) == []
 

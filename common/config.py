@@ -475,7 +475,8 @@ class _Given:
             return text
         parsed = self.parsed()
         if typing.get_origin(hint) is tuple and isinstance(parsed, str | int | float) and not isinstance(parsed, bool):
-            return _Given(self.override, f"[{text}]").parsed()  # as --signals and --phases are given
+            items = ", ".join(text.replace(",", " ").split())  # as --signals and --phases are given
+            return _Given(self.override, f"[{items}]").parsed()
         return parsed
 
 
@@ -518,7 +519,9 @@ def _convert(hint: Any, value: Any, default: Any, path: str, where: str) -> Any:
             return value
         raise ConfigError(f"{where}: {path} is {value!r}; expected one of {', '.join(map(repr, args))}")
     if origin in (Union, types.UnionType):
-        return None if value is None else _convert(args[0], value, default, path, where)
+        if value is None or (isinstance(value, str) and value.strip().lower() == "none"):  # as the docs have it
+            return None
+        return _convert(args[0], value, default, path, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where}: {path} is {value!r}; expected a list, such as [{value}]")

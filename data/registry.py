@@ -41,10 +41,10 @@ from vlm_distill_cache.data.sample import (
 from vlm_distill_cache.data.sources.csv_rows import SUFFIXES
 from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
 from vlm_distill_cache.data.sources.grouping import ChosenSamples, JoinedSamples
-from vlm_distill_cache.data.sources.hf import HuggingFaceDataset, is_saved_dataset
+from vlm_distill_cache.data.sources.hf import HuggingFaceDataset, is_saved_dataset, says_split
 from vlm_distill_cache.data.sources.hub_data import Choice, open_file, open_folder, open_name
 from vlm_distill_cache.data.sources.image_folder import METADATA
-from vlm_distill_cache.data.sources.mixture import MIXTURES, open_mixture
+from vlm_distill_cache.data.sources.mixture import MIXTURES, MixtureDataset, open_mixture
 from vlm_distill_cache.data.sources.parquet import LocalParquet, ParquetDataset
 from vlm_distill_cache.data.sources.patterns import FILE_ENDINGS, file_of_repository, find_files, is_pattern
 from vlm_distill_cache.data.sources.pictures import image_folder
@@ -92,7 +92,7 @@ def open_dataset(
         limit: Take the first samples only.
         commits: By repository of the hub: which commit to read where no revision is named; of a mixture, one such
             mapping for all of its entries, or one for each.
-        strict: Refuse a held-out split for which the training data is read, because there is none.
+        strict: Refuse a held-out split for which the training data, or all, is read: the data neither have it nor are it.
 
     Raises:
         DataError: Nothing can be read under that name; the message lists what can.
@@ -112,15 +112,8 @@ def open_dataset(
         dataset = EasyVqaDataset(split)
     else:
         dataset = _open_path(name, options, split, images, commits, strict=strict)
-        if (
-            strict
-            and split != "train"
-            and _is_all_there_is(dataset, partial(_open_path, name, options, "train", images, commits))
-        ):
-            raise DataError(
-                f"data {spec!r} has no split {split!r}: what is read is the same as for split=train; leave split out, or name "
-                "data that has it"
-            )
+        if strict and split != "train" and not isinstance(dataset, MixtureDataset):
+            _refuse_other_split(name, split, options.get("split"), dataset)
     if limit is None or limit >= len(dataset):
         return dataset
     return ChosenSamples(dataset, range(limit), name=f"{dataset.name}[:{limit}]")
@@ -249,13 +242,16 @@ def _open_path(
     raise DataError(f"data {name!r} {state}; expected {FORMS}")
 
 
-def _is_all_there_is(dataset: Dataset, open_training: Callable[[], Dataset]) -> bool:
-    """Whether what was opened as another split is the training data."""
-    try:
-        training = open_training()
-    except DataError:
-        return False
-    return len(training) == len(dataset) and training.fingerprint() == dataset.fingerprint()
+def _refuse_other_split(name: str, split: str, named: str | None, dataset: Dataset) -> None:
+    """Refuse data opened for a held-out split that are none: what is named with them, or their name, says what they are."""
+    if named is not None:
+        if not says_split(named, split):
+            raise DataError(f"{name}:split={named} and split={split} are given, which differ: leave out one")
+    elif not says_split(dataset.split or Path(name).name, split):
+        raise DataError(
+            f"data {name!r} has no split {split!r}: {'its training data' if dataset.split else 'all of it'} would be read; "
+            "leave split out, or name data that has it (in a mixture, give split: to the entries that have it)"
+        )
 
 
 def _in_repository(name: str) -> tuple[HubName, str | None] | None:

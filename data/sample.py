@@ -90,11 +90,13 @@ class Dataset(Protocol):
         name: What reports call this data set.
         sample_ids: Unique ids in order; known without opening an image.
         origin: What a cache's plan records of where the data came from, JSON; empty for files of this machine.
+        split: Which split of its data this is; None where nothing but perhaps its name tells.
     """
 
     name: str
     sample_ids: Sequence[str]
     origin: Mapping[str, Any] = {}
+    split: str | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)

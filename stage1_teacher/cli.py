@@ -113,7 +113,9 @@ def _file_and_options(options: dict[str, Any]) -> tuple[Path | None, list[str]]:
     """The YAML file, and all other options as ``a.b=c``."""
     config, settings, signals = (options.pop(name) for name in ("config", "overrides", "signals"))
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
-    return config, [*settings, *given, *([] if signals is None else [f"signals=[{signals}]"])]
+    if signals is not None:
+        given.append(f"signals=[{', '.join(signals.replace(',', ' ').split())}]")
+    return config, [*settings, *given]
 
 
 def _resolve(config: Path | None, given: Sequence[str]) -> tuple[BuildConfig, Recipe | None]:
@@ -433,6 +435,7 @@ def advise(
 
     from vlm_distill_cache.common.files.atomic import write_bytes_atomic, write_json_atomic
     from vlm_distill_cache.common.files.disk import name_full_disk
+    from vlm_distill_cache.data.sources.mixture import own_caches
     from vlm_distill_cache.stage1_teacher.estimate import advise_report as report
     from vlm_distill_cache.stage1_teacher.estimate.advise import advise as weigh
     from vlm_distill_cache.stage1_teacher.estimate.advise import measure_options, parse_bytes
@@ -467,6 +470,10 @@ def advise(
         measured = measure_options(settings, kept, samples=samples)
         advice = weigh(measured)
         found = advice.recommend(budget=most, bound=bound)
+        place = str(given["cache"] or settings.cache)
+        taken = ""
+        if own_caches(settings.data, place) is None and measured.is_taken(Path(place), found.options):
+            taken, given["cache"] = place, report.free_place(place)
         command = report.build_command(given, options_given, found.options)
         scores = None
         if student is not None:
@@ -474,7 +481,7 @@ def advise(
             scores = score_students(measured, Path(scratch), **short, chosen=found.options)
     table = report.advice_text(advice, None if scores is None else score_lines(scores))
     last = report.recommendation_text(
-        found, command, budget=most, bound=bound, advice=advice, tolerated=settings.max_failed_share
+        found, command, budget=most, bound=bound, advice=advice, tolerated=settings.max_failed_share, taken=taken
     )
     say(f"{table}\n\n{last}")
     figures = report.advice_json(advice, found, command, scores)

@@ -32,7 +32,7 @@ _STAGE_TWO = (
     "weight_decay trainable freeze losses learning_rate num_train_epochs max_steps "
     "mm_projector_lr mm_vision_tower_lr warmup_ratio warmup_steps lr_scheduler_type gradient_accumulation_steps max_grad_norm "
     "save_steps save_total_limit logging_steps lora_r lora_alpha lora_dropout lora_enable lora_target_modules use_peft optim "
-    "fsdp deepspeed resume_from_checkpoint overwrite_output_dir optimizer global_batch_size grad_accum bs wd alpha beta kd_weight "
+    "fsdp deepspeed resume_from_checkpoint overwrite_output_dir optimizer global_batch_size grad_accum wd alpha beta kd_weight "
     "kd_alpha lora_rank eval_steps eval_strategy evaluation_strategy do_eval save_strategy logging_strategy run_name logging_dir "
     "student_model_name_or_path freeze_vision_tower freeze_backbone mm_projector_type finetuning_type lora_target lr_rate kd_ratio "
     "data_seed do_train remove_unused_columns load_best_model_at_end group_by_length push_to_hub ddp_find_unused_parameters"
@@ -123,7 +123,7 @@ class BuildConfig:
         },
         **dict.fromkeys(("max_seq_length", "model_max_length", "cutoff_len", "sequence_len"), _LENGTH),
         **dict.fromkeys(
-            ("micro_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"),
+            ("bs", "micro_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size"),
             Word(options=("batch_size",), note="the samples of one forward pass"),
         ),
         **dict.fromkeys(

@@ -37,6 +37,7 @@ from vlm_distill_cache.stage1_teacher.planning.extension import (
     refuse_place,
     stated,
     unnamed_signals,
+    unrecorded,
     with_options_of,
 )
 
@@ -119,16 +120,11 @@ def extend(config: BuildConfig, *, given: Collection[str], processes: int | None
 
 def _with_options(extension: Extension, options: BuildConfig, plan: Plan) -> Extension:
     """With the options of a build that finds the cache complete, if there are any, and what of those given it does not have."""
-    has = stated(plan)
-    notes = [
-        f"{name}={getattr(options, name)!r} is not recorded, the cache states {repr(text) if text else 'none'}: give it "
-        "again when samples or signals are added to a cache of one build, or build another cache"
-        for name, text in has.items() if getattr(options, name) != text
-    ]  # fmt: skip
+    notes = unrecorded(options, plan)
     unnamed = unnamed_signals(options, plan)
     if unnamed and DERIVED not in plan.extra:
         notes.append(f"there is no file of options to build it with: none gives the settings of {', '.join(unnamed)}")
-    whole = None if unnamed or DERIVED in plan.extra else replace(options, **has)
+    whole = None if unnamed or DERIVED in plan.extra else replace(options, **stated(plan))
     return replace(extension, options=whole, notes=tuple(notes))
 
 

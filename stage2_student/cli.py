@@ -383,7 +383,7 @@ def evaluate(
     trained = compared is None or compared.manifest_hash in opened.provenance["caches"].values()
     # Another cache's data are not what the student has seen.
     seen = compared if trained or (settings.data is None and how.data is None) else None
-    notes += scoring_notes(settings, seen, scorable=scorable, option=EVALUATE_OPTION)
+    notes += scoring_notes(settings, seen, scorable=scorable, option=EVALUATE_OPTION, known=not unknown)
     notes += filter(None, [unreadable_note(report.unreadable)])
     answer(student=student, **report.to_dict(), notes=notes)
     own = folder.path.resolve()

@@ -111,14 +111,20 @@ def test_all_that_a_build_lacks_is_named_at_once(tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "letter.txt").touch()
     words = ("--data", tmp_path / "none.json", "--teacher", tmp_path / "none", "--cache", tmp_path / "cache")
-    told = invoke("stage1_teacher", "build", "--dry-run", *words)
+    told = invoke("stage1_teacher", "build", "--dry-run", *words, "--set", "device=cuda:99")
     assert told.exit_code == 1
     for problem in (
         "is not a teacher cache: it holds letter.txt",
+        "CUDA devices are here",
         "none.json' does not exist",
         "none: there is no such folder",
-        "3 problems",
+        "4 problems",
     ):
+        assert problem in told.output, told.output
+    told = invoke(
+        "stage2_student", "run", *run_options(tmp_path / "gone", tmp_path / "new", f"data={tmp_path}/no.json")
+    )
+    for problem in ("gone", "no.json' does not exist", "2 problems"):
         assert problem in told.output, told.output
 
 

@@ -172,6 +172,10 @@ def test_lists_may_be_given_as_plain_text_and_words_of_others_are_taken():
     assert build == BuildConfig(
         signals=("logits", "hidden"), temperatures=(2.0,), teacher="t", answer_top_p=0.5, quantisation="4bit"
     )
+    assert load_options(BuildConfig, {}, ["signals=logits hidden", "temperatures=1 2", "bs=4"]) == BuildConfig(
+        signals=("logits", "hidden"), temperatures=(1.0, 2.0), batch_size=4
+    )
+    assert stage_two(*(f"dft.{name}=None" for name in ("steps", "epochs", "tower_lr")), "limit=none") == stage_two()
     given = stage_two(
         "phases=dft,sft", "model=s", "finetuning_type=lora", "lora_target=all", "data_seed=3", "packing=false"
     )

@@ -99,7 +99,8 @@ class ShapesDataset(Dataset):
     def __init__(self, split: str, images: int, seed: int = 0) -> None:
         _check(split, images, seed)
         self.name = f"shapes:images={images},seed={seed}"
-        self.split, self.images, self.seed = split, images, seed
+        self.split: str = split
+        self.images, self.seed = images, seed
         # Picture i has the same id whatever the number of images.
         self.sample_ids = [SceneImage(split=split, seed=seed, index=index).name for index in range(images)]
 

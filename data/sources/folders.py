@@ -21,7 +21,7 @@ import yaml
 from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import one_line
-from vlm_distill_cache.data.sources.hf import SPLIT_WORDS, choose_split, no_such_split
+from vlm_distill_cache.data.sources.hf import choose_split, no_such_split, says_split
 from vlm_distill_cache.data.sources.image_folder import METADATA
 from vlm_distill_cache.data.sources.patterns import KIND_OF_ENDING, UNFINISHED, are_parts, refuse_gaps
 from vlm_distill_cache.data.sources.table import NEEDED
@@ -48,14 +48,14 @@ class DataFiles:
     Attributes:
         kind: One of ``KINDS``.
         config: Of the data sets in one repository; ``""`` where there is only one.
-        split: Which one is read.
+        split: Which one is read; None: the only one, which neither names of files nor README.md call training data.
         paths: Relative to the folder, sorted.
         others: Files of the other splits.
     """
 
     kind: str
     config: str
-    split: str
+    split: str | None
     paths: tuple[str, ...]
     others: frozenset[str]
 
@@ -94,7 +94,14 @@ def choose_files(
             "%s: %s is read; passed over: %s (name a file, %s)", where, kind, also, _given(f"{where}/{unread[0]}")
         )
     others = {path for name, files in splits.items() if name != chosen for path in files}
-    return DataFiles(kind=kind, config=config, split=chosen, paths=tuple(paths), others=frozenset(others - set(paths)))
+    unnamed = chosen == "train" and not (listed or others or any(says_split(path, chosen) for path in paths))
+    return DataFiles(
+        kind=kind,
+        config=config,
+        split=None if unnamed else chosen,
+        paths=tuple(paths),
+        others=frozenset(others - set(paths)),
+    )
 
 
 def metadata_files(folder: Path, files: DataFiles) -> list[str]:
@@ -132,9 +139,7 @@ def _lists_files(folder: Path) -> bool:
 
 def _belong_together(paths: Sequence[str], split: str) -> bool:
     """Whether the names of some files say that they are one split."""
-    words = "|".join(map(re.escape, SPLIT_WORDS.get(split, (split,))))
-    named = re.compile(rf"(^|[^a-z])({words})([^a-z]|$)")
-    return are_parts(paths) or all(named.search(path.lower()) for path in paths)
+    return are_parts(paths) or all(says_split(path, split) for path in paths)
 
 
 def _tell_several(paths: Sequence[str], kind: str, where: str) -> None:

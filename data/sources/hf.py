@@ -57,7 +57,7 @@ class HuggingFaceDataset(TableDataset):
 
     def __init__(self, path: Path, *, split: str = "train", strict: bool = False, images: Path | None = None) -> None:
         """Open; a held-out split that is not there is another one (`choose_split`) unless ``strict``."""
-        loaded = _load_folder(path, split, strict=strict)
+        loaded, self.split = _load_folder(path, split, strict=strict)
         super().__init__(ArrowTable(loaded), name=path.name, where=str(path), image_root=images or path)
 
 
@@ -111,11 +111,18 @@ def no_such_split(split: str, splits: Sequence[str], where: str) -> tuple[str, s
     return f"{where} has no split {split!r}; it has {', '.join(sorted(splits))}: {remedy}", ordered[0]
 
 
+def says_split(name: str, split: str) -> bool:
+    """Whether a name of data, or of a split, says that it is this split, or what `choose_split` reads in its place."""
+    words = SPLIT_WORDS.get(split, (split,)) + (SPLIT_WORDS["validation"] if split == "test" else ())
+    return re.search(rf"(^|[^a-z])({'|'.join(map(re.escape, words))})([^a-z]|$)", name.lower()) is not None
+
+
 def _first_word(split: str) -> str:
     return re.split(r"[^a-z]+", split.lower().lstrip("_-."))[0]
 
 
-def _load_folder(path: Path, split: str, *, strict: bool) -> Any:
+def _load_folder(path: Path, split: str, *, strict: bool) -> tuple[Any, str | None]:
+    """The data, and which split of several they are, or which held-out one they say to be."""
     try:
         import datasets  # an extra, slow to import
     except ImportError as error:
@@ -123,8 +130,9 @@ def _load_folder(path: Path, split: str, *, strict: bool) -> Any:
     try:
         if (path / "dataset_dict.json").is_file():
             path = _folder_of(split, path, strict=strict)
-        elif strict:
-            _refuse_other_split(split, path)
+            read: str | None = path.name
+        else:
+            read = _stated_split(split, path, strict=strict)
         loaded = datasets.load_from_disk(str(path))
     except DataError:
         raise
@@ -133,13 +141,14 @@ def _load_folder(path: Path, split: str, *, strict: bool) -> Any:
             f"{path} cannot be read as a folder of datasets.save_to_disk: {error} (if it holds no row, there is nothing to "
             "learn)"
         ) from error
-    return loaded
+    return loaded, read
 
 
-def _refuse_other_split(split: str, path: Path) -> None:
-    stated = json.loads((path / "state.json").read_bytes()).get("_split")
-    if split not in ((stated,) if stated else (path.name, "train")):
+def _stated_split(split: str, path: Path, *, strict: bool) -> str | None:
+    stated = str(json.loads((path / "state.json").read_bytes()).get("_split") or "")
+    if strict and split not in ((stated,) if stated else (path.name, "train")):
         raise DataError(f"{path} is one data set, without a split {split!r}; leave out split=")
+    return None if stated in ("", "train") else stated  # what was cut from training data says "train", too
 
 
 def _folder_of(split: str, path: Path, *, strict: bool) -> Path:

@@ -74,7 +74,8 @@ def open_folder(folder: Path, choice: Choice) -> Dataset:
     files = choose_files(folder, config=choice.config, split=choice.split, strict=choice.strict, where=str(folder))
     name = snapshot_name(folder)
     called = _called(folder.name if name is None else name.repository, files)
-    return _with_origin(open_files(folder, files, name=called, images=choice.images), _origin(folder, files.config))
+    dataset = open_files(folder, files, name=called, images=choice.images)
+    return _with_origin(dataset, _origin(folder, files.config))
 
 
 def open_name(name: HubName, choice: Choice, *, file: str | None = None, streaming: bool = False) -> Dataset:
@@ -105,11 +106,18 @@ def open_name(name: HubName, choice: Choice, *, file: str | None = None, streami
         )
     sources = [HubParquet(name.repository, commit, path) for path in files.paths]
     dataset = ParquetDataset(sources, name=called, where=str(name), image_root=choice.images)
+    dataset.split = files.split
     return _with_origin(dataset, origin)
 
 
 def open_files(folder: Path, files: DataFiles, *, name: str, images: Path | None) -> Dataset:
     """Open the files of a split with the reader of their kind."""
+    dataset = _open_files(folder, files, name=name, images=images)
+    dataset.split = files.split
+    return dataset
+
+
+def _open_files(folder: Path, files: DataFiles, *, name: str, images: Path | None) -> Dataset:
     paths = [folder / path for path in files.paths]
     root = folder if images is None else image_folder(images, paths[0])
     where = str(folder)
@@ -250,7 +258,7 @@ def _named(name: HubName, file: str, listed: Sequence[str]) -> DataFiles:
     if is_pattern(file):
         refuse_gaps(paths, str(name), remedy=_LACKING.format(name=name))
     kind = KIND_OF_ENDING[PurePosixPath(file).suffix.lower()]
-    return DataFiles(kind=kind, config="", split="train", paths=tuple(paths), others=frozenset())
+    return DataFiles(kind=kind, config="", split=None, paths=tuple(paths), others=frozenset())
 
 
 def _refuse_pictures_left(name: HubName, dataset: Dataset, files: DataFiles, listed: Sequence[str]) -> None:

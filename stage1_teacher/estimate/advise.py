@@ -43,6 +43,7 @@ from vlm_distill_cache.stage1_teacher.loop.forward import run_alone
 from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, encode_records, reduce_output, to_cpu
 from vlm_distill_cache.stage1_teacher.loop.unknown_words import UnknownBudget, UnknownToken
 from vlm_distill_cache.stage1_teacher.loop.work import Build
+from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
 from vlm_distill_cache.stage1_teacher.planning.parts import fix_threads
 from vlm_distill_cache.stage1_teacher.planning.plan import codecs_for, fields_of
@@ -297,10 +298,7 @@ class Measured:
 
     def write_cache(self, target: Path, options: Options) -> None:
         """Write a sealed cache of the probe with some options in place of those of the command."""
-        codecs = dict(self.own)
-        for _, given, found in self.codecs:
-            if given.items() <= options.items():
-                codecs |= found
+        codecs = self._codecs_of(options)
         how = {"kind": "probe", "of_samples": self.total, "selection": {"samples": len(self.names)}}
         plan = self._plan_of(codecs)
         plan = replace(plan, extra={**plan.extra, DERIVED: how})
@@ -310,6 +308,22 @@ class Measured:
         figures = self.figures(codecs)
         write_card(target, plan, figures)
         seal(target, fidelity=figures, rewritten=True)
+
+    def _codecs_of(self, options: Options) -> dict[str, Codec]:
+        codecs = dict(self.own)
+        for _, given, found in self.codecs:
+            if given.items() <= options.items():
+                codecs |= found
+        return codecs
+
+    def is_taken(self, place: Path, options: Options) -> bool:
+        """Whether a place holds a cache that a build with some options would not go on with."""
+        there = stored_plan(place)
+        wanted = replace(self._plan_of(self._codecs_of(options)), sample_count=self.total)
+        return there is not None and any(
+            getattr(there, name) != getattr(wanted, name)
+            for name in ("store", "sample_count", "shard_size", "signals", "fingerprints")
+        )
 
     def figures(self, codecs: Mapping[str, Codec]) -> dict[str, Any]:
         """What the fidelity card would say of some codecs."""

@@ -3,8 +3,10 @@
 The page is one file; no script, no font and no picture is fetched.
 """
 
+import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -105,11 +107,13 @@ def recommendation_text(
     bound: float | None,
     advice: Advice,
     tolerated: float = 1.0,
+    taken: str = "",
 ) -> str:
     """Why this choice, and the command that builds the cache.
 
     Args:
         tolerated: The share of samples that a build may fail to read.
+        taken: The folder that was named for the cache, where that holds another one.
     """
     limits = [f"{size_words(budget)}"] if budget is not None else []
     limits += [f"a gradient error of {bound:g}"] if bound is not None else []
@@ -149,6 +153,11 @@ def recommendation_text(
             f"  note: map_preset={found.options['map_preset']} serves the sink-filtered loss only, for students with "
             "the map's own tokens"
         )
+    if taken:
+        lines.append(
+            f"  note: {taken} holds a cache of other settings, so that another folder is named; `teacher-cache extend` adds "
+            "signals, or finer ones, to it"
+        )
     return "\n".join([*lines, f"Next: {command}"])
 
 
@@ -156,6 +165,12 @@ def cache_for(data: str, store: str) -> str:
     """A folder for the cache of some data, named after these."""
     name = re.sub(r"[^\w.-]+", "-", Path(data.rstrip("/")).stem).strip("-.")[:80]
     return f"build/cache/{name or 'data'}-{store}"
+
+
+def free_place(cache: str) -> str:
+    """A folder beside a cache that is not there yet."""
+    places = (f"{cache.rstrip('/')}-{number}" for number in itertools.count(2))
+    return next(place for place in places if not os.path.lexists(place))
 
 
 def build_command(given: Mapping[str, Any], overrides: Sequence[str], chosen: Mapping[str, str]) -> str:

@@ -176,6 +176,15 @@ def stated(plan: Plan) -> dict[str, Any]:
     return {option: str(text or "") for option, text in places.items()}
 
 
+def unrecorded(options: BuildConfig, plan: Plan) -> list[str]:
+    """What is said of licences and the source that are not those that a cache states, where nothing is added to it."""
+    return [
+        f"{name}={getattr(options, name)!r} is not recorded, the cache states {repr(text) if text else 'none'}: give it "
+        "again when samples or signals are added to a cache of one build, or build another cache"
+        for name, text in stated(plan).items() if getattr(options, name) != text
+    ]  # fmt: skip
+
+
 def _named_data(base: Path, plan: Plan) -> str:
     """The built-in data set that a cache names; nothing else is opened because a cache says so."""
     found = _BUILT_IN.fullmatch(str(plan.data.get("name")))

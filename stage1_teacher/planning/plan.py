@@ -217,9 +217,9 @@ def build_encoder(
 
 
 def beyond_positions(teacher: Teacher, max_length: int) -> str | None:
-    """A warning about a longest sequence that is longer than any the teacher knows; None: it is not."""
+    """A warning about a longest sequence that is longer than any the teacher knows; None: it is not, or is the automatic one."""
     positions = known_positions(teacher.config)
-    if positions is None or max_length <= positions:
+    if positions is None or max_length <= positions or max_length == automatic_length(teacher):
         return None
     return (
         f"max_length={max_length} is above the {positions} positions that teacher {teacher.directory} knows "

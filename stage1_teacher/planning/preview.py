@@ -9,7 +9,7 @@ from typing import Any
 from vlm_distill_cache.common.cache.documents import write_document
 from vlm_distill_cache.common.cache.manifest import read_manifest
 from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, SKETCH
-from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, PLAN, Plan, refuse_changed_plan
+from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, PLAN, Plan, read_plan, refuse_changed_plan
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
 from vlm_distill_cache.common.cache.versions import EXTENDING, version_folder
@@ -37,12 +37,14 @@ from vlm_distill_cache.stage1_teacher.planning.extension import (
     as_far_as_known,
     plan_of,
     refuse_place,
+    unrecorded,
     with_options_of,
 )
 from vlm_distill_cache.stage1_teacher.planning.open import open_build, open_data
 from vlm_distill_cache.stage1_teacher.planning.parts import Part
 from vlm_distill_cache.stage1_teacher.planning.plan import LOOKED_AT, refuse_settings
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
+from vlm_distill_cache.stage1_teacher.teacher.teacher import find_device
 
 _ESTIMATED = ("cache_bytes", "stage_one_hours", "samples")
 
@@ -156,10 +158,15 @@ def _open(outlook: Outlook, config: BuildConfig, missing: dict[str, int | None])
                 work = open_build(config, loads=False)
             except NothingToAddError as error:
                 outlook.lines.append(f"{error}: nothing to do")
+                if isinstance(config, ExtendConfig):
+                    notes = unrecorded(config, read_plan(Path(config.base)))
+                    outlook.lines += [f"  note: {one_line(note)}" for note in notes]
                 return None
     if work is None:
         with outlook.checking():  # the data may be at fault, too
             open_data(config, Path(config.cache))
+        with outlook.checking():
+            find_device(config.device)
         if unknown:
             outlook.lines.append(f"teacher {config.teacher}: what its cache holds is known once its weights are here")
             outlook.lines += download_lines(missing)

@@ -63,12 +63,12 @@ class Teacher:
             ConfigError: If what quantisation needs is missing.
         """
         self.directory = directory
-        wanted = _device(device)
+        wanted = find_device(device)
         if dtype == "auto":
             dtype = "float32" if wanted.type == "cpu" else "bfloat16"
         self.dtype = dtype
         if device_map and device_map not in MAPS:
-            _device(device_map, option="device_map", others=MAPS)
+            find_device(device_map, option="device_map", others=MAPS)
         self.device_map = device_map
         self.quantisation: Quantisation = quantisation
         if quantisation != "none" and not device_map:
@@ -202,7 +202,7 @@ class Teacher:
             return None, str(error)
 
 
-def _device(name: str, *, option: str = "device", others: Sequence[str] = ("auto",)) -> torch.device:
+def find_device(name: str, *, option: str = "device", others: Sequence[str] = ("auto",)) -> torch.device:
     """The device of a name; the option takes ``others``, too.
 
     Raises:

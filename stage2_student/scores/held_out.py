@@ -93,10 +93,13 @@ def _run_option() -> str:
     return f"{by_make('EVAL_DATA=FILE or ')}--set evaluation.data=FILE"
 
 
-def scoring_notes(config: TrainConfig, cache: TeacherCache | None, *, scorable: bool, option: str) -> list[str]:
+def scoring_notes(
+    config: TrainConfig, cache: TeacherCache | None, *, scorable: bool, option: str, known: bool = True
+) -> list[str]:
     """What the scores of a configuration do not tell, as sentences.
 
-    ``scorable`` says whether any item can be scored, ``option`` how other data is named where this is shown.
+    ``scorable`` says whether any item can be scored, ``option`` how other data is named where this is shown, ``known``
+    whether it is recorded what the student was trained on.
     """
     data = _data_of(config, cache)
     if not scorable:
@@ -106,9 +109,15 @@ def scoring_notes(config: TrainConfig, cache: TeacherCache | None, *, scorable: 
         ]
     remedy = f"{SCORES_MEMORISED}. Name held-out questions with {option}."
     if _is_training_data(config, data, cache):
+        if not known:
+            return [
+                f"Questions are scored on the cache's data ({data}). Whether the student was trained on them is not recorded: "
+                f"if it was, these scores include memorisation. Name held-out questions with {option}."
+            ]
         return [f"{MEMORISED} ({data}), {remedy}"]
     shared, total = _trained_on(config, data, cache)
-    return [f"{shared} of the {total} questions of {data} are of the training data, too, {remedy}"] if shared else []
+    some = "All questions that are scored" if shared == total else f"{shared} of the {total} questions"
+    return [f"{some} of {data} are of the training data, too, {remedy}"] if shared else []
 
 
 def card_scores(

@@ -22,7 +22,7 @@ from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.tools.outlook import Outlook, download_lines, looking_only, resolve_each
-from vlm_distill_cache.data.registry import open_evaluation
+from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.mixture import own_caches
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints
@@ -109,7 +109,9 @@ def preview(
         if outlook.problems:
             if sketch is not None and not any(sketch.iterdir()):
                 outlook.problems.clear()
-            _look_without_cache(outlook, path, [*given, f"cache={cache}"], look_at_machine)
+            config = _look_without_cache(outlook, path, [*given, f"cache={cache}"], look_at_machine)
+            if config is not None and sketch is None:  # with a sketch, stage one has looked at them
+                _look_at_data(outlook, config)
             return outlook
         config, left = resolve_each(outlook, partial(resolve, cache=sketch or cache), path, given)
         if config is None:
@@ -145,11 +147,11 @@ def preview(
 
 def _look_without_cache(
     outlook: Outlook, path: Path | None, given: Sequence[str], look_at_machine: Callable[[TrainConfig], None]
-) -> None:
+) -> TrainConfig | None:
     """What can be said where nothing is known of the cache: options, the student's name, the held-out data, the folder."""
     config, left = resolve_each(outlook, partial(resolve_config, teacher_width=UNKNOWN_WIDTH), path, given)
     if config is None:
-        return
+        return None
     if kept_share(config.student) is None and not any(one.startswith("student=") for one in left):
         with outlook.checking():
             student_folder(config.student, config.student_weights)
@@ -160,6 +162,14 @@ def _look_without_cache(
         with outlook.checking():
             open_evaluation(how.data, how.split, how.limit, images=None if images is None else Path(images))
     outlook.needs_writing(Path(config.output))
+    return config
+
+
+def _look_at_data(outlook: Outlook, config: TrainConfig) -> None:
+    for data, images in dict.fromkeys((phase.data, phase.images) for phase in map(config.phase, config.phases)):
+        if data is not None:
+            with outlook.checking():  # a cache that is gone does not say of which split: any that is there will do
+                open_dataset(data, split="test", images=None if images is None else Path(images))
 
 
 def _cache_line(cache: TeacherCache) -> str:

@@ -226,3 +226,26 @@ def test_a_split_that_data_do_not_have_is_refused_where_it_was_asked_for(llava, 
     (folder / "test.jsonl").write_text(json.dumps(row).replace("Hi", "Ho"))
     assert open_dataset(str(folder), split="test", strict=True)[0].turns[0].question == "Ho"
     assert len(open_dataset("shapes:images=3", split="test", strict=True)) == 3
+
+
+def test_data_that_are_the_split_asked_for_are_read_whatever_the_training_data_are(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"question": ["q"], "answer": ["a"]})
+    datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(str(tmp_path / "saved"))
+    rows.save_to_disk(str(tmp_path / "alone"))
+    (tmp_path / "pq").mkdir()
+    for split in ("train", "validation"):
+        rows.to_parquet(str(tmp_path / "pq" / f"{split}-0.parquet"))
+    entry = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]})
+    (tmp_path / "my_val.jsonl").write_text(entry)
+    (tmp_path / "mix.yaml").write_text("- data: saved\n- data: pq\n  split: validation\n")
+    for data in ("saved", "saved/validation", "pq", "pq:split=validation", "pq/validation-*.parquet", "my_val.jsonl",
+                 "mix.yaml"):  # fmt: skip
+        assert len(open_dataset(str(tmp_path / data), split="validation", strict=True)) in (1, 2)
+    for data in ("alone", "saved/train", "pq:split=train", "pq/train-0.parquet"):
+        with pytest.raises(DataError, match=r"has no split 'validation'|differ: leave out one"):
+            open_dataset(str(tmp_path / data), split="validation", strict=True)
+    for broken in (*(tmp_path / "saved" / "train").glob("*.arrow"), tmp_path / "pq" / "train-0.parquet"):
+        broken.write_bytes(b"broken")  # it is not opened
+    for data in ("saved", "pq"):
+        assert len(open_dataset(str(tmp_path / data), split="validation", strict=True)) == 1

@@ -281,9 +281,10 @@ def test_commands_on_one_cache_exclude_each_other_and_the_command_line_says_what
     # The file of all options that a build leaves is one to extend with; words of other programs are options that are given.
     save_config(replace(built, batch_size=0, license="cc0-1.0"), tmp_path / "all.yaml")
     replayed = ["extend", str(cache), "--config", str(tmp_path / "all.yaml")]
-    said = CliRunner().invoke(main, replayed).output
-    assert "Nothing to add" in said
-    assert "license='cc0-1.0' is not recorded, the cache states 'mit'" in said
+    for dry in ((), ("--dry-run",)):
+        said = CliRunner().invoke(main, [*replayed, *dry]).output
+        assert ("nothing to do" if dry else "Nothing to add") in said
+        assert "license='cc0-1.0' is not recorded, the cache states 'mit'" in said
     kept = load_config(BuildConfig, Path(f"{cache}.build.yaml"))
     assert (kept.logits, kept.license, kept.source) == ("wide", "mit", "us")
     refused = CliRunner().invoke(main, [*replayed, "--signals", "visual_columns", "--set", "precision=bfloat16"]).output

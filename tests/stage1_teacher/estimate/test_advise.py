@@ -30,6 +30,7 @@ from vlm_distill_cache.stage1_teacher.estimate.advise_report import (
     advice_text,
     build_command,
     cache_for,
+    free_place,
     recommendation_text,
 )
 
@@ -256,6 +257,14 @@ def test_the_command_is_the_build_with_the_options_that_were_chosen(tmp_path: Pa
     assert stored["recommendation"]["cache_bytes"] == pytest.approx(size, rel=0.05)
     assert "logits=exact" not in command
     assert "--set template=short" in command
+    # Its place holds that very cache now: the same advice may be followed there, another one is given another place.
+    again = measured(tiny_llava, tmp_path / "again", samples=1, data="shapes", limit=9, template="short")
+    assert not again.is_taken(tmp_path / "my cache", stored["recommendation"]["options"])
+    assert again.is_taken(tmp_path / "my cache", {"logits": "exact"})
+    assert not again.is_taken(tmp_path / "none", {"logits": "exact"})
+    assert free_place(str(tmp_path / "my cache")) == str(tmp_path / "my cache-2")
+    (tmp_path / "my cache-2").mkdir()
+    assert free_place(f"{tmp_path / 'my cache'}/") == str(tmp_path / "my cache-3")
 
 
 def test_a_command_keeps_names_as_a_shell_reads_them():

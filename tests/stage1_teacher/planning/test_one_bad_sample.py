@@ -95,7 +95,7 @@ def test_more_tokens_than_positions_are_a_recorded_failure_whatever_the_longest_
     long = talk("long", "0.png", ("what?", "a" * 1100))
     fits = talk("fits", "0.png", ("what?", "a" * 700))
     data = write_entries(tmp_path / "data", long, fits)
-    for max_length in (0, 1500):
+    for max_length in (0, 1500, 2048):  # the last is what 0 stands for, and what the file of options of `extend` says
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             cache = build(
@@ -105,7 +105,8 @@ def test_more_tokens_than_positions_are_a_recorded_failure_whatever_the_longest_
         assert list(cache.failed) == ["long"]
         assert "tokens (9 visual) is longer than the 1024 positions" in cache.failed["long"]
         assert "shorten the conversation" in cache.failed["long"]
-        assert caplog.text.count("max_length=1500 is above the 1024 positions") == bool(max_length)
+        assert caplog.text.count("max_length=1500 is above the 1024 positions") == (max_length == 1500)
+        assert "2048" not in caplog.text
 
 
 def test_packed_conversations_count_each_for_itself(tmp_path: Path):

@@ -180,6 +180,9 @@ def test_a_copy_of_the_training_data_is_recognised(tmp_path):
     config = make_config(tmp_path / "c", tmp_path / "run", data, f"evaluation.data={copy}")
     [note] = scoring_notes(config, open_cache(tmp_path / "c"), scorable=True, option="--x")
     assert "training data itself" in note
+    [note] = scoring_notes(config, open_cache(tmp_path / "c"), scorable=True, option="--x", known=False)
+    assert "the cache's data" in note
+    assert "training data" not in note
     # After the cache was extended to more data, what the student was trained on is its training data all the same.
     (tmp_path / "more").mkdir()
     build_tiny_cache(

@@ -89,7 +89,7 @@ _settings_options = shared_options(
     click.option(
         "--signals",
         shell_complete=completes(lambda: list(SIGNALS), several=True),
-        help=f"Comma-separated: {', '.join(SIGNALS)}.",
+        help=f"Some of: {', '.join(SIGNALS)}.",
     ),
     click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
     overrides(BuildConfig),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
+from vlm_distill_cache.common.cache.other_folders import STUDENT
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json, write_json_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
@@ -31,7 +32,8 @@ from vlm_distill_cache.stage2_student.training.distillation import (
 BATCH, SHARE, ROW = "distillation", "share", ("dataset", "position")
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # which peft may save beside an adapter
 ADDED = "added"  # to the losses, by a trainer's own compute_loss
-LEARNT_FROM = "distillation.json"  # in a checkpoint
+LEARNT_FROM = "learnt_from.json"  # in a checkpoint
+_AS_OF_OLD = STUDENT  # its name before, which made a damaged student of each checkpoint
 _LOSSES = "the losses are those of LossWeights"
 _NOT_OURS = {
     "compute_metrics": "logits are never whole, and metrics are the losses' means",
@@ -241,14 +243,13 @@ class DistillationTrainerMixin:
         folder = Path(trainer._get_output_dir(trial)) / f"checkpoint-{trainer.state.global_step}"
         if trainer.args.should_save and folder.is_dir():
             write_json_atomic(folder / LEARNT_FROM, self._learns_from)
+            (folder / _AS_OF_OLD).unlink(missing_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if (folder / LEARNT_FROM).exists():  # else it was written before there was one
-            rule = entries(text(1 << 16), most=32)
-            stored = check(
-                read_json(folder / LEARNT_FROM), rule, str(folder / LEARNT_FROM), remedy="resume another one"
-            )
+        told = next((file for name in (LEARNT_FROM, _AS_OF_OLD) if (file := folder / name).exists()), None)
+        if told is not None:  # else it was written before there was one
+            stored = check(read_json(told), entries(text(1 << 16), most=32), str(told), remedy="resume another one")
             for name, value in self._learns_from.items():
                 if stored.get(name) != value:
                     raise ConfigError(

@@ -194,6 +194,8 @@ def test_a_resumed_training_ends_as_one_without_a_break_and_the_best_model_is_th
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for name, value in weights_of(dataset.student).items():
         torch.testing.assert_close(value, whole[name], atol=0, rtol=0, msg=name)
+    begun = vdc.DistillationDataset(tiny_cache[0], tmp_path / "whole" / "checkpoint-4", LOSSES, data=DATA)
+    assert all(torch.equal(value, whole[name]) for name, value in weights_of(begun.student).items())
     worse = trainer("worse", **best)  # so large a rate that the first evaluation is not the worst
     worse.train()
     assert worse.evaluate()["eval_loss"] == pytest.approx(worse.state.best_metric, rel=1e-5)
@@ -202,6 +204,8 @@ def test_a_resumed_training_ends_as_one_without_a_break_and_the_best_model_is_th
         (LOSSES, 5, "data set"),
         (vdc.LossWeights(logits=2.0), None, "losses"),
     ):
+        if words == "losses":  # the name of old
+            (tmp_path / "whole/checkpoint-2/learnt_from.json").rename(tmp_path / "whole/checkpoint-2/distillation.json")
         other = vdc.DistillationDataset(tiny_cache[0], student, losses, data=DATA, limit=data)
         with pytest.raises(
             vdc.ConfigError, match=rf"(?s)checkpoint-2 is of a training whose {words} was .*begin anew from its weights"

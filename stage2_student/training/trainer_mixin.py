@@ -30,7 +30,6 @@ from vlm_distill_cache.stage2_student.training.distillation import (
 )
 
 BATCH, SHARE, ROW = "distillation", "share", ("dataset", "position")
-_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # which peft may save beside an adapter
 ADDED = "added"  # to the losses, by a trainer's own compute_loss
 LEARNT_FROM = "learnt_from.json"  # in a checkpoint
 _AS_OF_OLD = STUDENT  # its name before, which made a damaged student of each checkpoint
@@ -399,10 +398,13 @@ def _refuse_other_adapters(folder: Path, model: Any) -> None:
         file = (folder / name if (folder / name).is_dir() else folder) / "adapter_model.safetensors"
         if not file.is_file():
             raise ModelError(f"{file} is not there; resume a checkpoint that this trainer wrote of the same adapters")
-        held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        found, expected = read_tensor_table(file), {key: tuple(value.shape) for key, value in held.items()}
-        both = [key for key in (*expected, *found) if key in expected or not key.endswith(_EMBEDDINGS)]
-        if wrong := [key for key in both if expected.get(key) != found.get(key)]:
+        found = read_tensor_table(file)
+        adapter, every = (
+            get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=saved) for saved in (False, True)
+        )
+        # peft may save the model's own embeddings beside an adapter, or not.
+        expected = {key: tuple(value.shape) for key, value in every.items() if key in adapter or key in found}
+        if wrong := [key for key in {**expected, **found} if expected.get(key) != found.get(key)]:
             raise ModelError(
                 f"{file}: {len(wrong)} of its tensors are not those of the model's adapters, such as {wrong[0]} "
                 f"({found.get(wrong[0], 'absent')}, expected {expected.get(wrong[0], 'none')}); give the model the adapters "

@@ -1,8 +1,10 @@
 """The losses of a cache in `transformers.Trainer`, or a trainer derived from it."""
 
 import copy
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from vlm_distill_cache.common.cache.other_folders import STUDENT
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json, write_json_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.files.rules import check, entries, text
+from vlm_distill_cache.common.files.rules import OBJECT, check, entries, text
 from vlm_distill_cache.common.files.tensor_table import read_tensor_table
 from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.stage2_student.batches.batch import TrainingSample
@@ -59,6 +61,20 @@ _WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
     "predict_with_generate": ((False,), "an evaluation computes the losses, and generates nothing"),
     "dispatch_batches": ((None, False), "batches are no tensors that one process could cut up for the others"),
 }
+
+
+# Settings of an adapter that no function depends on, or that its tensors' names tell: a list and a pattern say the same.
+_NO_FUNCTION = frozenset(
+    (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_version",
+        "revision",
+        "runtime_config",
+        "task_type",
+    )
+) | {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
 
 
 class DistillationTrainerMixin:
@@ -395,21 +411,53 @@ def _refuse_other_adapters(folder: Path, model: Any) -> None:
     from peft import get_peft_model_state_dict
 
     for name in model.active_adapters[:1]:  # the trainer loads the first alone
-        file = (folder / name if (folder / name).is_dir() else folder) / "adapter_model.safetensors"
-        if not file.is_file():
-            raise ModelError(f"{file} is not there; resume a checkpoint that this trainer wrote of the same adapters")
+        inside = folder / name if (folder / name).is_dir() else folder
+        file, settings = inside / "adapter_model.safetensors", inside / "adapter_config.json"
+        for path in (file, settings):
+            if not path.is_file():
+                raise ModelError(
+                    f"{path} is not there; resume a checkpoint that this trainer wrote of the same adapters"
+                )
         found = read_tensor_table(file)
         adapter, every = (
             get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=saved) for saved in (False, True)
         )
         # peft may save the model's own embeddings beside an adapter, or not.
         expected = {key: tuple(value.shape) for key, value in every.items() if key in adapter or key in found}
+        remedy = "give the model the adapters that were trained, or begin anew"
         if wrong := [key for key in {**expected, **found} if expected.get(key) != found.get(key)]:
             raise ModelError(
                 f"{file}: {len(wrong)} of its tensors are not those of the model's adapters, such as {wrong[0]} "
-                f"({found.get(wrong[0], 'absent')}, expected {expected.get(wrong[0], 'none')}); give the model the adapters "
-                "that were trained, or begin anew"
+                f"({found.get(wrong[0], 'absent')}, expected {expected.get(wrong[0], 'none')}); {remedy}"
             )
+        stored = check(read_json(settings), OBJECT, str(settings), remedy="resume another one")
+        if changed := _changed_setting(stored, model.peft_config[name]):
+            raise ModelError(f"{settings}: {changed}; {remedy}")
+
+
+def _changed_setting(stored: Mapping[str, Any], config: Any) -> str | None:
+    """The first setting that makes another function of the same tensors, and what it was and is; None: there is none.
+
+    What the file lacks is at its default: an older version of peft had no such setting. What this version lacks was without
+    effect where it is empty, or a number, which belongs to another setting.
+    """
+    current = config.to_dict()
+    defaults = {
+        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
+        for field in fields(config)
+    }
+    for key in sorted({*stored, *current} - _NO_FUNCTION):
+        was, now = stored.get(key, defaults.get(key)), current.get(key)
+        unknown = key not in current and (not was or type(was) in (int, float))
+        if not unknown and not key.endswith("dropout") and _as_json(was) != _as_json(now):
+            return f"{key} was {brief(str(_as_json(was)))} when the adapters were written, and is {brief(str(_as_json(now)))} now"
+    return None
+
+
+def _as_json(value: Any) -> Any:
+    """A setting as JSON keeps it, names in one order."""
+    kept = json.loads(json.dumps(value, default=lambda other: list(other) if isinstance(other, set) else str(other)))
+    return sorted(kept) if isinstance(kept, list) and all(isinstance(one, str) for one in kept) else kept
 
 
 def _rows(number: int, dataset: DistillationDataset, positions: list[int] | None) -> Any:

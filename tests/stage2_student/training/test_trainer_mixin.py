@@ -1,6 +1,7 @@
 """The mixin in `transformers.Trainer` and in TRL's: a step is one of `train()`, and the log has each term."""
 
 import itertools
+import json
 import pickle
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import Subset, random_split
 import vlm_distill_cache as vdc
 from vlm_distill_cache.data import builtin
 from vlm_distill_cache.data.text.processors import tokenizer_fingerprint
+from vlm_distill_cache.stage2_student.training.trainer_mixin import _changed_setting
 
 DATA = "shapes:images=20,seed=5"
 LOSSES = vdc.LossWeights(logits=1.0, answer_attention=2.0, visual_columns=1.0)
@@ -238,6 +240,8 @@ def test_a_checkpoint_of_other_adapters_or_trained_parameters_is_not_resumed(dat
         ({}, None),  # written
         ({}, None),  # peft saves the weights below lm_head's adapter, too
         ({"target_modules": ["k_proj", "lm_head"]}, r"adapter_model.safetensors: \d+ of its tensors .*k_proj.*absent"),
+        ({"lora_alpha": 32}, r"adapter_config.json: lora_alpha was 8 when the adapters were written, and is 32 now"),
+        ({"modules_to_save": None}, r"adapter_config.json: modules_to_save was|\d+ of its tensors"),
     ):
         adapted = get_peft_model(model, LoraConfig(r=2, **query | settings))
         written = tmp_path / "query" / "checkpoint-1"
@@ -247,6 +251,29 @@ def test_a_checkpoint_of_other_adapters_or_trained_parameters_is_not_resumed(dat
             with pytest.raises(vdc.ModelError, match=refused):
                 train("other", adapted, str(written), 2)
         model = adapted.unload()
+
+
+def test_settings_of_adapters_are_the_same_whatever_version_of_peft_wrote_them(tmp_path):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["b", "a"], lora_dropout=0.5)
+    config.save_pretrained(str(tmp_path))
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    older = {
+        name: value for name, value in stored.items() if name not in ("use_dora", "use_rslora", "layer_replication")
+    }
+    newer = stored | {"group": 16, "new": None, "is_new": False, "modules_to_save": ["a", "b"], "lora_dropout": 0.0}
+    moved = stored | {"inference_mode": True, "base_model_name_or_path": "elsewhere", "target_modules": "(q|v)_proj"}
+    assert [_changed_setting(one, config) for one in (stored, older, newer, moved)] == [None] * 4
+    for name, value in {
+        "is_new": True,
+        "use_rslora": True,
+        "alpha_pattern": {"q_proj": 3},
+        "r": 4,
+        "bias": "all",
+    }.items():
+        assert name in _changed_setting(stored | {name: value}, config)
+    assert "use_dora" in _changed_setting(older, LoraConfig(**stored | {"use_dora": True, "lora_dropout": 0.5}))
 
 
 def test_an_evaluation_counts_its_own_batches_alone(dataset, student, tiny_cache, tmp_path):

@@ -232,6 +232,11 @@ class DistillationTrainerMixin:
         """Train, from what is in no other training's sums."""
         self._steps = 0
         self._sums[True].clear()
+        trainer: Any = self
+        if trainer.accelerator.distributed_type.value.startswith("MULTI_") and trainer.model_wrapped is trainer.model:
+            # An evaluation before has prepared the model without DDP, which would then be left out of the training, too.
+            trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            trainer.model._is_accelerate_prepared = False
         return super().train(*args, **options)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from tiny_cache import make_teacher
 from torch.utils.data import Subset, random_split
@@ -289,6 +290,28 @@ def test_an_evaluation_counts_its_own_batches_alone(dataset, student, tiny_cache
     again = trainer.evaluate()
     for name in ("loss", "lm", "logits", "visual_columns"):
         assert again[f"eval_{name}"] == first[f"eval_{name}"], name
+
+
+def test_an_evaluation_before_the_training_of_several_processes_leaves_the_gradients_joined(
+    dataset, tmp_path, monkeypatch
+):
+    class Joined(torch.nn.Module):
+        def __init__(self, module, **_):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **options):
+            return self.module(*args, **options)
+
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Joined)
+    arguments = transformers.TrainingArguments(**options(tmp_path / "run", max_steps=1, per_device_train_batch_size=2))
+    trainer = Trainer(args=arguments, train_dataset=Subset(dataset, [0, 1]), eval_dataset=Subset(dataset, [2]))
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.MULTI_CPU)
+    for _ in range(2):
+        trainer.evaluate()
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, Joined)
+        assert trainer.model_wrapped.module is trainer.model is dataset.student
 
 
 def test_what_has_no_effect_or_trains_something_else_is_refused(dataset, tmp_path):

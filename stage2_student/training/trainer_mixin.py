@@ -270,12 +270,14 @@ class DistillationTrainerMixin:
         told = next((file for name in (LEARNT_FROM, _AS_OF_OLD) if (file := folder / name).exists()), None)
         if told is not None:  # else it was written before there was one
             stored = check(read_json(told), entries(text(1 << 16), most=32), str(told), remedy="resume another one")
+            anew = "DistillationDataset(..., student=CHECKPOINT)"
+            if not (folder / "config.json").exists():  # adapters alone
+                anew = "model=peft.PeftModel.from_pretrained(dataset.student, CHECKPOINT, is_trainable=True)"
             for name, value in self._learns_from.items():
                 if stored.get(name) != value:
                     raise ConfigError(
                         f"{folder} is of a training whose {name} was {brief(str(stored.get(name)))}; it is now {brief(value)}. "
-                        "Resume it with the same data set and losses, or begin anew from its weights: "
-                        "DistillationDataset(..., student=CHECKPOINT)"
+                        f"Resume it with the same data set and losses, or begin anew from its weights: {anew}"
                     )
         if not self._load_weights(folder):
             trainer: Any = self

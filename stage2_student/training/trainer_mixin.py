@@ -1,8 +1,10 @@
 """The losses of a cache in `transformers.Trainer`, or a trainer derived from it."""
 
 import copy
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
+from vlm_distill_cache.common.cache.other_folders import STUDENT
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json, write_json_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.files.rules import check, entries, text
+from vlm_distill_cache.common.files.rules import OBJECT, check, entries, text
 from vlm_distill_cache.common.files.tensor_table import read_tensor_table
 from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.stage2_student.batches.batch import TrainingSample
@@ -29,9 +32,9 @@ from vlm_distill_cache.stage2_student.training.distillation import (
 )
 
 BATCH, SHARE, ROW = "distillation", "share", ("dataset", "position")
-_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")  # which peft may save beside an adapter
 ADDED = "added"  # to the losses, by a trainer's own compute_loss
-LEARNT_FROM = "distillation.json"  # in a checkpoint
+LEARNT_FROM = "learnt_from.json"  # in a checkpoint
+_AS_OF_OLD = STUDENT  # its name before, which made a damaged student of each checkpoint
 _LOSSES = "the losses are those of LossWeights"
 _NOT_OURS = {
     "compute_metrics": "logits are never whole, and metrics are the losses' means",
@@ -58,6 +61,20 @@ _WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
     "predict_with_generate": ((False,), "an evaluation computes the losses, and generates nothing"),
     "dispatch_batches": ((None, False), "batches are no tensors that one process could cut up for the others"),
 }
+
+
+# Settings of an adapter that no function depends on, or that its tensors' names tell: a list and a pattern say the same.
+_NO_FUNCTION = frozenset(
+    (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_version",
+        "revision",
+        "runtime_config",
+        "task_type",
+    )
+) | {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
 
 
 class DistillationTrainerMixin:
@@ -215,6 +232,11 @@ class DistillationTrainerMixin:
         """Train, from what is in no other training's sums."""
         self._steps = 0
         self._sums[True].clear()
+        trainer: Any = self
+        if trainer.accelerator.distributed_type.value.startswith("MULTI_") and trainer.model_wrapped is trainer.model:
+            # An evaluation before has prepared the model without DDP, which would then be left out of the training, too.
+            trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            trainer.model._is_accelerate_prepared = False
         return super().train(*args, **options)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
@@ -241,20 +263,21 @@ class DistillationTrainerMixin:
         folder = Path(trainer._get_output_dir(trial)) / f"checkpoint-{trainer.state.global_step}"
         if trainer.args.should_save and folder.is_dir():
             write_json_atomic(folder / LEARNT_FROM, self._learns_from)
+            (folder / _AS_OF_OLD).unlink(missing_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if (folder / LEARNT_FROM).exists():  # else it was written before there was one
-            rule = entries(text(1 << 16), most=32)
-            stored = check(
-                read_json(folder / LEARNT_FROM), rule, str(folder / LEARNT_FROM), remedy="resume another one"
-            )
+        told = next((file for name in (LEARNT_FROM, _AS_OF_OLD) if (file := folder / name).exists()), None)
+        if told is not None:  # else it was written before there was one
+            stored = check(read_json(told), entries(text(1 << 16), most=32), str(told), remedy="resume another one")
+            anew = "DistillationDataset(..., student=CHECKPOINT)"
+            if not (folder / "config.json").exists():  # adapters alone
+                anew = "model=peft.PeftModel.from_pretrained(dataset.student, CHECKPOINT, is_trainable=True)"
             for name, value in self._learns_from.items():
                 if stored.get(name) != value:
                     raise ConfigError(
                         f"{folder} is of a training whose {name} was {brief(str(stored.get(name)))}; it is now {brief(value)}. "
-                        "Resume it with the same data set and losses, or begin anew from its weights: "
-                        "DistillationDataset(..., student=CHECKPOINT)"
+                        f"Resume it with the same data set and losses, or begin anew from its weights: {anew}"
                     )
         if not self._load_weights(folder):
             trainer: Any = self
@@ -395,18 +418,53 @@ def _refuse_other_adapters(folder: Path, model: Any) -> None:
     from peft import get_peft_model_state_dict
 
     for name in model.active_adapters[:1]:  # the trainer loads the first alone
-        file = (folder / name if (folder / name).is_dir() else folder) / "adapter_model.safetensors"
-        if not file.is_file():
-            raise ModelError(f"{file} is not there; resume a checkpoint that this trainer wrote of the same adapters")
-        held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        found, expected = read_tensor_table(file), {key: tuple(value.shape) for key, value in held.items()}
-        both = [key for key in (*expected, *found) if key in expected or not key.endswith(_EMBEDDINGS)]
-        if wrong := [key for key in both if expected.get(key) != found.get(key)]:
+        inside = folder / name if (folder / name).is_dir() else folder
+        file, settings = inside / "adapter_model.safetensors", inside / "adapter_config.json"
+        for path in (file, settings):
+            if not path.is_file():
+                raise ModelError(
+                    f"{path} is not there; resume a checkpoint that this trainer wrote of the same adapters"
+                )
+        found = read_tensor_table(file)
+        adapter, every = (
+            get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=saved) for saved in (False, True)
+        )
+        # peft may save the model's own embeddings beside an adapter, or not.
+        expected = {key: tuple(value.shape) for key, value in every.items() if key in adapter or key in found}
+        remedy = "give the model the adapters that were trained, or begin anew"
+        if wrong := [key for key in {**expected, **found} if expected.get(key) != found.get(key)]:
             raise ModelError(
                 f"{file}: {len(wrong)} of its tensors are not those of the model's adapters, such as {wrong[0]} "
-                f"({found.get(wrong[0], 'absent')}, expected {expected.get(wrong[0], 'none')}); give the model the adapters "
-                "that were trained, or begin anew"
+                f"({found.get(wrong[0], 'absent')}, expected {expected.get(wrong[0], 'none')}); {remedy}"
             )
+        stored = check(read_json(settings), OBJECT, str(settings), remedy="resume another one")
+        if changed := _changed_setting(stored, model.peft_config[name]):
+            raise ModelError(f"{settings}: {changed}; {remedy}")
+
+
+def _changed_setting(stored: Mapping[str, Any], config: Any) -> str | None:
+    """The first setting that makes another function of the same tensors, and what it was and is; None: there is none.
+
+    What the file lacks is at its default: an older version of peft had no such setting. What this version lacks was without
+    effect where it is empty, or a number, which belongs to another setting.
+    """
+    current = config.to_dict()
+    defaults = {
+        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
+        for field in fields(config)
+    }
+    for key in sorted({*stored, *current} - _NO_FUNCTION):
+        was, now = stored.get(key, defaults.get(key)), current.get(key)
+        unknown = key not in current and (not was or type(was) in (int, float))
+        if not unknown and not key.endswith("dropout") and _as_json(was) != _as_json(now):
+            return f"{key} was {brief(str(_as_json(was)))} when the adapters were written, and is {brief(str(_as_json(now)))} now"
+    return None
+
+
+def _as_json(value: Any) -> Any:
+    """A setting as JSON keeps it, names in one order."""
+    kept = json.loads(json.dumps(value, default=lambda other: list(other) if isinstance(other, set) else str(other)))
+    return sorted(kept) if isinstance(kept, list) and all(isinstance(one, str) for one in kept) else kept
 
 
 def _rows(number: int, dataset: DistillationDataset, positions: list[int] | None) -> Any:

@@ -1,11 +1,13 @@
 """The mixin in `transformers.Trainer` and in TRL's: a step is one of `train()`, and the log has each term."""
 
 import itertools
+import json
 import pickle
 
 import pytest
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from tiny_cache import make_teacher
 from torch.utils.data import Subset, random_split
@@ -13,6 +15,7 @@ from torch.utils.data import Subset, random_split
 import vlm_distill_cache as vdc
 from vlm_distill_cache.data import builtin
 from vlm_distill_cache.data.text.processors import tokenizer_fingerprint
+from vlm_distill_cache.stage2_student.training.trainer_mixin import _changed_setting
 
 DATA = "shapes:images=20,seed=5"
 LOSSES = vdc.LossWeights(logits=1.0, answer_attention=2.0, visual_columns=1.0)
@@ -194,6 +197,8 @@ def test_a_resumed_training_ends_as_one_without_a_break_and_the_best_model_is_th
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for name, value in weights_of(dataset.student).items():
         torch.testing.assert_close(value, whole[name], atol=0, rtol=0, msg=name)
+    begun = vdc.DistillationDataset(tiny_cache[0], tmp_path / "whole" / "checkpoint-4", LOSSES, data=DATA)
+    assert all(torch.equal(value, whole[name]) for name, value in weights_of(begun.student).items())
     worse = trainer("worse", **best)  # so large a rate that the first evaluation is not the worst
     worse.train()
     assert worse.evaluate()["eval_loss"] == pytest.approx(worse.state.best_metric, rel=1e-5)
@@ -202,6 +207,8 @@ def test_a_resumed_training_ends_as_one_without_a_break_and_the_best_model_is_th
         (LOSSES, 5, "data set"),
         (vdc.LossWeights(logits=2.0), None, "losses"),
     ):
+        if words == "losses":  # the name of old
+            (tmp_path / "whole/checkpoint-2/learnt_from.json").rename(tmp_path / "whole/checkpoint-2/distillation.json")
         other = vdc.DistillationDataset(tiny_cache[0], student, losses, data=DATA, limit=data)
         with pytest.raises(
             vdc.ConfigError, match=rf"(?s)checkpoint-2 is of a training whose {words} was .*begin anew from its weights"
@@ -214,6 +221,7 @@ def test_a_resumed_training_ends_as_one_without_a_break_and_the_best_model_is_th
         trainer("other").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
 
 
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning")  # peft says that it does
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it by its name of old
 def test_a_checkpoint_of_other_adapters_or_trained_parameters_is_not_resumed(dataset, tmp_path):
     from peft import LoraConfig, get_peft_model
@@ -228,14 +236,45 @@ def test_a_checkpoint_of_other_adapters_or_trained_parameters_is_not_resumed(dat
     model.lm_head.requires_grad_(False)
     with pytest.raises(vdc.ConfigError, match=r"not of the parameters that are trained now.*train the same"):
         train("whole", model, str(tmp_path / "whole" / "checkpoint-1"), 2)
-    for run, settings in (("query", {"target_modules": ["q_proj"]}), ("key", {"target_modules": ["k_proj"]})):
-        adapted = get_peft_model(model, LoraConfig(r=2, **settings))
-        if run == "query":
-            train(run, adapted)
+    query = {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["multi_modal_projector"]}
+    for settings, refused in (
+        ({}, None),  # written
+        ({}, None),  # peft saves the weights below lm_head's adapter, too
+        ({"target_modules": ["k_proj", "lm_head"]}, r"adapter_model.safetensors: \d+ of its tensors .*k_proj.*absent"),
+        ({"lora_alpha": 32}, r"adapter_config.json: lora_alpha was 8 when the adapters were written, and is 32 now"),
+        ({"modules_to_save": None}, r"adapter_config.json: modules_to_save was|\d+ of its tensors"),
+    ):
+        adapted = get_peft_model(model, LoraConfig(r=2, **query | settings))
+        written = tmp_path / "query" / "checkpoint-1"
+        if refused is None:
+            train("query", adapted, str(written) if written.exists() else None, 2 if written.exists() else 1)
         else:
-            with pytest.raises(vdc.ModelError, match=r"adapter_model.safetensors: \d+ of its tensors .*k_proj.*absent"):
-                train(run, adapted, str(tmp_path / "query" / "checkpoint-1"), 2)
+            with pytest.raises(vdc.ModelError, match=refused):
+                train("other", adapted, str(written), 2)
         model = adapted.unload()
+
+
+def test_settings_of_adapters_are_the_same_whatever_version_of_peft_wrote_them(tmp_path):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["b", "a"], lora_dropout=0.5)
+    config.save_pretrained(str(tmp_path))
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    older = {
+        name: value for name, value in stored.items() if name not in ("use_dora", "use_rslora", "layer_replication")
+    }
+    newer = stored | {"group": 16, "new": None, "is_new": False, "modules_to_save": ["a", "b"], "lora_dropout": 0.0}
+    moved = stored | {"inference_mode": True, "base_model_name_or_path": "elsewhere", "target_modules": "(q|v)_proj"}
+    assert [_changed_setting(one, config) for one in (stored, older, newer, moved)] == [None] * 4
+    for name, value in {
+        "is_new": True,
+        "use_rslora": True,
+        "alpha_pattern": {"q_proj": 3},
+        "r": 4,
+        "bias": "all",
+    }.items():
+        assert name in _changed_setting(stored | {name: value}, config)
+    assert "use_dora" in _changed_setting(older, LoraConfig(**stored | {"use_dora": True, "lora_dropout": 0.5}))
 
 
 def test_an_evaluation_counts_its_own_batches_alone(dataset, student, tiny_cache, tmp_path):
@@ -251,6 +290,28 @@ def test_an_evaluation_counts_its_own_batches_alone(dataset, student, tiny_cache
     again = trainer.evaluate()
     for name in ("loss", "lm", "logits", "visual_columns"):
         assert again[f"eval_{name}"] == first[f"eval_{name}"], name
+
+
+def test_an_evaluation_before_the_training_of_several_processes_leaves_the_gradients_joined(
+    dataset, tmp_path, monkeypatch
+):
+    class Joined(torch.nn.Module):
+        def __init__(self, module, **_):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **options):
+            return self.module(*args, **options)
+
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Joined)
+    arguments = transformers.TrainingArguments(**options(tmp_path / "run", max_steps=1, per_device_train_batch_size=2))
+    trainer = Trainer(args=arguments, train_dataset=Subset(dataset, [0, 1]), eval_dataset=Subset(dataset, [2]))
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.MULTI_CPU)
+    for _ in range(2):
+        trainer.evaluate()
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, Joined)
+        assert trainer.model_wrapped.module is trainer.model is dataset.student
 
 
 def test_what_has_no_effect_or_trains_something_else_is_refused(dataset, tmp_path):

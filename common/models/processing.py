@@ -213,12 +213,19 @@ class VisionLanguageProcessor(ProcessorMixin):
             spans = found.get("offset_mapping") or [(0, 0)] * len(found["input_ids"])
             return [(one, (start + a, start + b)) for one, (a, b) in zip(found["input_ids"], spans, strict=True)]
 
-        at = text.find(self.image_token)
-        if at < 0 or self.image_token_id in tokenizer.added_tokens_decoder:
+        at, named = text.find(self.image_token), tokenizer.added_tokens_decoder.get(self.image_token_id)
+        if str(named) == self.image_token:
             found = read(0, len(text))
         else:
             end = at + len(self.image_token)
-            found = [*read(0, at), (self.image_token_id, (at, end)), *read(end, len(text))]
+            before, behind = (read(0, len(text)), []) if at < 0 else (read(0, at), read(end, len(text)))
+            if any(one == self.image_token_id for one, _ in (*before, *behind)):
+                raise ValueError(
+                    f"the token {str(named or tokenizer.convert_ids_to_tokens(self.image_token_id))!r} in the text has the id "
+                    f"{self.image_token_id}, which marks pictures here: open the processor again, and add a token that no text "
+                    "holds in its place, before it"
+                )
+            found = [*before, *([] if at < 0 else [(self.image_token_id, (at, end))]), *behind]
         row = [one for one in found for _ in range(self.visual_tokens if one[0] == self.image_token_id else 1)]
         if not (taken["add_special_tokens"] and self.adds_special_tokens) or (bos and text.startswith(bos)):
             return row

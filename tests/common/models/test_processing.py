@@ -128,3 +128,19 @@ def test_answers_are_marked_behind_pictures(processor):
     assert [processor.decode(one) for one in said] == ["A dog.", "No"]
     assert torch.equal(found["mm_token_type_ids"].bool(), found["input_ids"] == IMAGE)
     assert found["mm_token_type_ids"].sum() == 2 * VISUAL
+
+
+def test_a_token_with_the_id_of_pictures_is_refused_where_a_text_holds_it(processor):
+    for added, refused in ((["<answer>"], True), (["<unused>", "<answer>"], False)):
+        tokenizer = byte_tokenizer(bos=True)
+        one = VisionLanguageProcessor(processor.image_processor, tokenizer, image_token_id=len(tokenizer), visual_tokens=2)
+        tokenizer.add_tokens(added)
+        for asked in ({"text": "a <answer>"}, {"text": "<image> a <answer>", "images": RED}):
+            if refused:
+                with pytest.raises(ValueError, match="'<answer>' in the text has the id .* marks pictures"):
+                    one(**asked)
+            else:
+                ids = one(**asked)["input_ids"][0]
+                assert ids[-1] == len(tokenizer) - 1
+                assert ids.count(one.image_token_id) == 2 * ("images" in asked)
+                assert ids[1] == (one.image_token_id if "images" in asked else tokenizer("a")["input_ids"][1])

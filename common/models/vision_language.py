@@ -16,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.common.models.llava import look_up_row_0, loss_on_words
+from vlm_distill_cache.common.models.llava import AS_IDS, image_places, look_up_row_0, loss_on_words, put_images
 from vlm_distill_cache.common.models.projectors import (
     LDPProjector,
     LDPv2Projector,
@@ -110,27 +110,10 @@ class VisualDecoder:
         """Embed tokens and put the projected images where the image token stands, in batch-row order: ``[B, T, D]``."""
         return self._put_images(self.embed_tokens(input_ids), input_ids == self.image_token_id, pixel_values)
 
-    def _put_images(self, embeds: Tensor, is_image: Tensor, pixel_values: Tensor) -> Tensor:
-        visual = self.mm_projector(self.vision_tower(pixel_values)).to(embeds.dtype)  # [M, N, D]
-        found = int(is_image.sum())  # of [B, T]
-        if found != visual.shape[0] * visual.shape[1]:
-            raise ModelError(
-                f"the text holds {found} image tokens, expected {visual.shape[0]} images x {visual.shape[1]} "
-                f"visual tokens; encode with the student's image_grid {self.mm_projector.out_grid}, and give input_ids: "
-                "inputs_embeds tell image tokens from others only where nothing else has the same embedding"
-            )
-        return embeds.masked_scatter(is_image.unsqueeze(-1), visual)
-
-    def _image_places(self, inputs_embeds: Tensor, attention_mask: Any) -> Tensor:
-        """Where the embedding of the image token stands, bool ``[B, T]``; padding, which may have the same, left out.
-
-        No place of an image token is missed, so these are its places where they are as many as the images need.
-        """
-        token = torch.full((1,), self.image_token_id, device=inputs_embeds.device)
-        places: Tensor = (inputs_embeds == self.embed_tokens(token).to(inputs_embeds.dtype)).all(-1)
-        if isinstance(attention_mask, Tensor) and attention_mask.shape == places.shape:
-            places = places & attention_mask.bool()
-        return places
+    def _put_images(self, embeds: Tensor, is_image: Tensor, pixel_values: Tensor, remedy: str = "") -> Tensor:
+        grid = self.mm_projector.out_grid
+        as_grid = f"encode with the student's image_grid {grid}, and give pixel_values with the first step only"
+        return put_images(embeds, is_image, self.mm_projector(self.vision_tower(pixel_values)), remedy or as_grid)
 
     def _refuse_missing_images(self, input_ids: Tensor, past: Any) -> None:
         """Raise ModelError for image tokens without an image, unless the model generated them itself."""
@@ -169,13 +152,14 @@ class VisualDecoder:
         """
         if input_ids is not None and inputs_embeds is not None:
             raise ModelError("got input_ids and inputs_embeds; give one of them")
+        past = kwargs.get(PAST, kwargs.get("past_key_values"))
         if inputs_embeds is not None and pixel_values is not None:
-            places = self._image_places(inputs_embeds, attention_mask)
-            inputs_embeds = self._put_images(inputs_embeds, places, pixel_values)
+            places = image_places(self.embed_tokens, self.image_token_id, inputs_embeds, attention_mask, past)
+            inputs_embeds = self._put_images(inputs_embeds, places, pixel_values, AS_IDS)
         elif input_ids is not None and pixel_values is not None:
             inputs_embeds = self.embed_multimodal(input_ids, pixel_values)
         elif input_ids is not None:
-            self._refuse_missing_images(input_ids, kwargs.get(PAST, kwargs.get("past_key_values")))
+            self._refuse_missing_images(input_ids, past)
             inputs_embeds = self.embed_tokens(input_ids)
         if (
             isinstance(attention_mask, Tensor)

@@ -62,6 +62,26 @@ def test_wherever_its_parts_lie_it_gives_the_librarys_logits(tmp_path, tower, pr
     assert model.lm_head.weight.shape[0] == VOCABULARY  # no row is added that the softmax would see
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_embeddings_of_a_padded_batch_get_their_pictures_as_its_ids_do(tmp_path, side):
+    model = load(write_llava(tmp_path / "m", llava_tensors())).eval()
+    padding = torch.zeros_like(IDS[:, :2])
+    short = torch.cat([padding, IDS[:, 2:]] if side == "left" else [IDS[:, :-2], padding], dim=1)
+    ids = torch.cat([IDS, short])
+    given = {"attention_mask": (ids != 0).long(), "pixel_values": torch.cat([pixels(), -pixels()])}
+    embeds = model.get_input_embeddings()(ids)
+    there = ids != 0
+    expected = model(input_ids=ids, **given).logits
+    torch.testing.assert_close(model(inputs_embeds=embeds, **given).logits[there], expected[there])
+    if side == "left":
+        asked = {"max_new_tokens": 3, "do_sample": False}
+        said = model.generate(input_ids=ids, **given, **asked)[:, ids.shape[1] :]
+        assert torch.equal(model.generate(inputs_embeds=embeds, **given, **asked), said)
+    with pytest.raises(ModelError, match="give input_ids"):
+        model(inputs_embeds=embeds, pixel_values=given["pixel_values"])
+
+
 def test_safetensors_do_as_well_as_pickles(tmp_path):
     from safetensors.torch import save_file
 

@@ -133,11 +133,13 @@ def test_answers_are_marked_behind_pictures(processor):
 def test_a_token_with_the_id_of_pictures_is_refused_where_a_text_holds_it(processor):
     for added, refused in ((["<answer>"], True), (["<unused>", "<answer>"], False)):
         tokenizer = byte_tokenizer(bos=True)
-        one = VisionLanguageProcessor(processor.image_processor, tokenizer, image_token_id=len(tokenizer), visual_tokens=2)
+        one = VisionLanguageProcessor(
+            processor.image_processor, tokenizer, image_token_id=len(tokenizer), visual_tokens=2
+        )
         tokenizer.add_tokens(added)
         for asked in ({"text": "a <answer>"}, {"text": "<image> a <answer>", "images": RED}):
             if refused:
-                with pytest.raises(ValueError, match="'<answer>' in the text has the id .* marks pictures"):
+                with pytest.raises(ValueError, match=r"'<answer>' in the text has the id .* marks pictures"):
                     one(**asked)
             else:
                 ids = one(**asked)["input_ids"][0]

@@ -248,6 +248,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Predict next tokens; with ``supervised``, only for the rows that a loss needs.
@@ -258,7 +259,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         wrappers for several devices expect a parameter's use. ``logits_to_keep``, for generation, keeps only so many last
         rows (0 = all), or the rows of this index. ``labels``, int64 ``[B, T]``, are the ids of the answers where they stand in
         ``input_ids``, as the library shifts them; -100, image tokens and ids beyond the vocabulary are left out.
-        ``num_items_in_batch``: by how many labels their loss is divided; None: by those of this batch.
+        ``num_items_in_batch``: by how many labels their loss is divided; None: by those of this batch. ``return_dict``:
+        False, here or in the config, is a tuple of what there is, as the library's models give it.
 
         Returns:
             ``loss``: with ``labels`` the library's cross-entropy, a scalar in nats, else None.
@@ -272,6 +274,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             pixel_values=pixel_values,
+            return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -293,13 +296,15 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
                 vocab_size=logits.shape[-1],
                 num_items_in_batch=num_items_in_batch,
             )
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             **{PAST: outputs[PAST]} if PAST in outputs else {},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        named = self.config.return_dict if return_dict is None else return_dict
+        return output if named else output.to_tuple()
 
     def trainable_parameters(self, phase: Phase) -> list[nn.Parameter]:
         """Mark what a phase trains, freeze the rest, and return what is trained.

@@ -153,6 +153,21 @@ def test_embeddings_of_a_text_get_its_pictures_as_its_ids_do_or_are_refused(imag
         student(input_ids=ids, inputs_embeds=embeds, **inputs)
 
 
+@torch.no_grad()
+def test_a_tuple_is_what_the_named_output_holds():
+    student, ids = make_student(), make_prompt([5, 6])
+    given = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 24, 24), "labels": ids}
+    expected = student(**given, use_cache=False)
+    asked = [student(**given, use_cache=False, return_dict=False)]
+    student.config.return_dict = student.config.text_config.return_dict = False
+    for found in [*asked, student(**given, use_cache=False)]:
+        assert isinstance(found, tuple)
+        assert len(found) == 2
+        assert torch.equal(found[0], expected.loss)
+        assert torch.equal(found[1], expected.logits)
+    assert torch.equal(student(**given, return_dict=True).logits, expected.logits)
+
+
 @pytest.mark.parametrize(
     ("visual", "pixels", "message"),
     [

@@ -56,19 +56,19 @@ def look_up_row_0(embedding: Any, config: Any) -> bool:
     return beyond
 
 
-def image_places(embedding: Any, image_token_id: int, embeds: Tensor, mask: Any, past: Any) -> Tensor:
+def image_places(embedding: Any, row: int, embeds: Tensor, mask: Any, past: Any) -> Tensor:
     """Where the embedding of the image token stands, bool ``[B, T]``; padding, which may have the same, left out.
 
     No place of an image token is missed, so these are its places where they are as many as the images need.
 
     Args:
         embedding: The model's; takes ids.
-        image_token_id: May have no row of its own.
+        row: Which of its rows is the image token's.
         embeds: float ``[B, T, D]``.
         mask: Of attention, ``[B, past + T]``, or ``[B, 1, T, past + T or more]``, bool or added; others say nothing.
         past: Keys and values of earlier steps, or None.
     """
-    token = torch.full((1,), image_token_id, device=embeds.device)
+    token = torch.full((1,), row, device=embeds.device)
     places: Tensor = (embeds == embedding(token).to(embeds.dtype)).all(-1)
     if isinstance(mask, Tensor):
         seen = mask == 0 if mask.dim() == 4 and mask.is_floating_point() else mask.bool()  # what is added, is 0 there
@@ -111,20 +111,23 @@ def _with_row_0(config: Any, embedding: nn.Module, inputs: tuple[Tensor, ...]) -
 def _with_pictures(
     model: Any, positional: tuple[Any, ...], given: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Put pictures into embeddings, whose padding the library would take for image tokens: both are row 0."""
-    embeds, pixels = given.get("inputs_embeds"), given.get("pixel_values")
-    images = (given.get("mm_encoder_outputs") or {}).get("image")  # newer versions encode them before they generate
-    if embeds is None or (pixels is None and images is None):
+    """Embed words and pictures: the image token has no row of its own, in adapters neither, and shares row 0 with padding."""
+    ids, embeds, pixels = given.get("input_ids"), given.get("inputs_embeds"), given.get("pixel_values")
+    embedding, token = model.get_input_embeddings(), model.config.image_token_id
+    has_row = type(embedding) is nn.Embedding and embedding._forward_pre_hooks  # `look_up_row_0`
+    if (ids is None) == (embeds is None) or (ids is not None and has_row):
         return positional, given
-    if images is None:
-        images = model.get_image_features(pixels, return_dict=True)
-    places = image_places(
-        model.get_input_embeddings(),
-        model.config.image_token_id,
-        embeds,
-        given.get("attention_mask"),
-        given.get("past_key_values"),
-    )
-    put = put_images(embeds, places, torch.stack(list(images.pooler_output)).to(embeds.device), AS_IDS)
-    others = given.keys() - {"pixel_values", "mm_encoder_outputs"}
-    return positional, {name: given[name] for name in others} | {"inputs_embeds": put}
+    images = (given.get("mm_encoder_outputs") or {}).get("image")  # newer versions encode them before they generate
+    if images is None and pixels is not None:
+        asked = {name: given.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
+        images = model.get_image_features(pixels, return_dict=True, **asked)
+    if ids is not None:
+        places, remedy = ids == token, "give each picture its image tokens, with the first step only"
+        embeds = embedding(ids.masked_fill(places, 0))
+    elif embeds is not None and images is not None:
+        places = image_places(embedding, 0, embeds, given.get("attention_mask"), given.get("past_key_values"))
+        remedy = AS_IDS
+    if images is not None and embeds is not None:
+        embeds = put_images(embeds, places, torch.stack(list(images.pooler_output)).to(embeds.device), remedy)
+    others = given.keys() - {"input_ids", "pixel_values", "mm_encoder_outputs"}
+    return positional, {name: given[name] for name in others} | {"inputs_embeds": embeds}

@@ -108,7 +108,18 @@ class VisualDecoder:
 
     def embed_multimodal(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """Embed tokens and put the projected images where the image token stands, in batch-row order: ``[B, T, D]``."""
-        return self._put_images(self.embed_tokens(input_ids), input_ids == self.image_token_id, pixel_values)
+        return self._put_images(self._embed(input_ids), input_ids == self.image_token_id, pixel_values)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """Embed tokens; adapters and other embeddings in the place of the first have no row for the image token either."""
+        embeds: Tensor = self.embed_tokens(input_ids.masked_fill(input_ids == self.image_token_id, self._image_row))
+        return embeds
+
+    @property
+    def _image_row(self) -> int:
+        """The embedding's row that is looked up for the image token."""
+        beyond: bool = self.image_token_id >= self.config.vocab_size  # type: ignore[attr-defined]
+        return 0 if beyond else self.image_token_id
 
     def _put_images(self, embeds: Tensor, is_image: Tensor, pixel_values: Tensor, remedy: str = "") -> Tensor:
         grid = self.mm_projector.out_grid
@@ -154,13 +165,13 @@ class VisualDecoder:
             raise ModelError("got input_ids and inputs_embeds; give one of them")
         past = kwargs.get(PAST, kwargs.get("past_key_values"))
         if inputs_embeds is not None and pixel_values is not None:
-            places = image_places(self.embed_tokens, self.image_token_id, inputs_embeds, attention_mask, past)
+            places = image_places(self.embed_tokens, self._image_row, inputs_embeds, attention_mask, past)
             inputs_embeds = self._put_images(inputs_embeds, places, pixel_values, AS_IDS)
         elif input_ids is not None and pixel_values is not None:
             inputs_embeds = self.embed_multimodal(input_ids, pixel_values)
         elif input_ids is not None:
             self._refuse_missing_images(input_ids, past)
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self._embed(input_ids)
         if (
             isinstance(attention_mask, Tensor)
             and attention_mask.dim() == 4

@@ -50,9 +50,16 @@ def hide_secrets(text: str) -> str:
 
 
 def holds_token(text: str) -> bool:
-    """Whether a text holds a token of the hub: one that this machine has, or what looks like one."""
+    """Whether a text holds a token of the hub: one that this machine has, or what looks drawn by lot: no word, no ``hf_xxx...``."""
     own = _own_tokens(*map(os.environ.get, _TOKEN_SETTINGS))
-    return any(token in text for token in own) or any(found[1] for found in _TOKEN.finditer(text))
+    return any(token in text for token in own) or any(_drawn(found[0]) for found in _TOKEN.finditer(text) if found[1])
+
+
+def _drawn(token: str) -> bool:
+    """Whether letters look drawn by lot: digits or both cases, and none six times running (one token in ten million)."""
+    letters = token[len("hf_") :]
+    mixed = any(map(str.isdigit, letters)) or len({*map(str.isupper, letters)}) > 1
+    return mixed and re.search(r"(.)\1{5}", letters) is None
 
 
 @functools.lru_cache(maxsize=1)

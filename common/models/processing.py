@@ -3,7 +3,10 @@
 Dims: B texts, T tokens of the longest, M pictures.
 """
 
+import inspect
 import os
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from io import BytesIO
@@ -27,7 +30,7 @@ _BEHIND_TORCHVISION = {"Idefics3ImageProcessor": "idefics3", "SmolVLMImageProces
 _COUNT = (None,)  # or any above 0
 _OPTIONS: dict[str, tuple[Any, ...]] = {
     "padding": (True, False, "longest", "max_length", "do_not_pad"),
-    "padding_side": ("left", "right"),
+    "padding_side": (None, "left", "right"),  # None: the tokenizer's, which is saved as "left"
     "max_length": _COUNT,
     "pad_to_multiple_of": _COUNT,
     "truncation": (False, True, "longest_first", "only_first", "do_not_truncate"),
@@ -41,7 +44,7 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
 _IGNORED = ("verbose", "return_text_replacement_offsets", "videos_kwargs", "audio_kwargs")
 _NONE_OF = (
     "videos", "audio", "stride", "is_split_into_words", "sanitize_control_tokens", "return_token_type_ids",
-    "return_overflowing_tokens", "return_special_tokens_mask", "return_length",
+    "return_overflowing_tokens", "return_special_tokens_mask", "return_length", "split_special_tokens", "processing_kwargs",
 )  # fmt: skip
 _LONGEST = 1 << 24  # tokens; tokenizers without a limit name a larger one
 
@@ -116,25 +119,25 @@ class VisionLanguageProcessor(ProcessorMixin):
 
         Args:
             images: Pictures in the order of the texts that hold an image token: PIL, uint8 arrays or tensors ``[H, W]``,
-                ``[H, W, C]`` or ``[C, H, W]`` with 1, 3 or 4 channels, a file's bytes, paths or addresses; one, a list, or a
-                list (or None) for each text.
-            text: One or several.
+                ``[H, W, C]`` or ``[C, H, W]`` with 1, 3 or 4 channels, a file's bytes, paths or addresses; one, a list, an array
+                or tensor of several ``[M, H, W, C]`` or ``[M, C, H, W]``, or a list (or None) for each text.
+            text: One or several; None: pictures alone.
             text_kwargs, images_kwargs, common_kwargs: Options, too; those of the image processor are handed to it.
             options: As the library's tokenizers take them: ``padding`` (True or ``longest``, the default; ``max_length``;
-                False or ``do_not_pad``), ``padding_side`` (``left``, the default, as generation needs it, or ``right``),
-                ``pad_to_multiple_of``, ``truncation`` to ``max_length`` (default: the tokenizer's),
+                False or ``do_not_pad``), ``padding_side`` (default: the tokenizer's, saved as ``left``, as generation needs it),
+                ``pad_to_multiple_of``, ``truncation`` to ``max_length`` (default: the tokenizer's) on its ``truncation_side``,
                 ``add_special_tokens``, ``return_tensors``, ``return_attention_mask``, ``return_offsets_mapping`` (of
                 pictures their image token's) and ``return_mm_token_type_ids`` (1: picture). Others are refused.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, int64 ``[B, T]``; with pictures ``pixel_values``, float32
+            With texts ``input_ids`` and ``attention_mask``, int64 ``[B, T]``; with pictures ``pixel_values``, float32
             ``[M, 3, height, width]``.
 
         Raises:
             ValueError: Texts and pictures do not go together, a picture cannot be used, or there is no such option.
         """
         asked = {**(common_kwargs or {}), **(text_kwargs or {}), **options}
-        of_pictures = self.image_processor.valid_kwargs.__annotations__.keys() - _OPTIONS.keys()
+        of_pictures = self._of_pictures()
         pixels = {name: asked.pop(name) for name in of_pictures & asked.keys()} | dict(images_kwargs or {})
         pixels.pop("return_tensors", None)
         taken = _options(asked)
@@ -142,6 +145,9 @@ class VisionLanguageProcessor(ProcessorMixin):
             raise ValueError(
                 f"images_kwargs: no option {', '.join(unknown)}; there are {', '.join(sorted(of_pictures))}"
             )
+        if text is None and images is not None:
+            found = np.stack([self._pixels(_rgb(image), pixels) for image in _flat(images)])
+            return BatchFeature({"pixel_values": found}, tensor_type=taken["return_tensors"])
         texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else []
         if not texts or not all(isinstance(one, str) for one in texts):
             raise ValueError(
@@ -149,12 +155,9 @@ class VisionLanguageProcessor(ProcessorMixin):
                 f"{type(next(iter(texts), text)).__name__}"
             )
         pictures = [_rgb(image) for image in self._in_order(images, texts)]
-        rows = [self._read(one, taken) for one in texts]
         limit, padding = taken["max_length"] or self.tokenizer.model_max_length, taken["padding"]
-        if taken["truncation"] not in (False, "do_not_truncate"):
-            if any(one == self.image_token_id for row in rows for one, _ in row[limit:]):
-                raise ValueError(f"max_length={limit} would cut a picture off; raise it, or shorten the text")
-            rows = [row[:limit] for row in rows]
+        side = taken["padding_side"] or self.tokenizer.padding_side
+        rows = [self._read(one, taken, limit) for one in texts]
         masks = [[1] * len(row) for row in rows]
         if padding not in (False, "do_not_pad"):
             width = max(map(len, rows))
@@ -165,8 +168,8 @@ class VisionLanguageProcessor(ProcessorMixin):
             width += -width % (taken["pad_to_multiple_of"] or 1)
             filler = self.tokenizer.pad_token_id
             filler = self.tokenizer.eos_token_id if filler is None else filler
-            rows = [_padded(row, width, (filler or 0, (0, 0)), taken["padding_side"]) for row in rows]
-            masks = [_padded(row, width, 0, taken["padding_side"]) for row in masks]
+            rows = [_padded(row, width, (filler or 0, (0, 0)), side) for row in rows]
+            masks = [_padded(row, width, 0, side) for row in masks]
         data: dict[str, Any] = {"input_ids": [[one for one, _ in row] for row in rows]}
         if taken["return_attention_mask"]:
             data["attention_mask"] = masks
@@ -178,10 +181,31 @@ class VisionLanguageProcessor(ProcessorMixin):
             data["pixel_values"] = np.stack([self._pixels(picture, pixels) for picture in pictures])
         return BatchFeature(data, tensor_type=taken["return_tensors"])
 
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """As the library's; an option that neither it, the template nor this processor knows changes nothing, with a warning."""
+        known = {*_OPTIONS, *_IGNORED, *_NONE_OF, *self._of_pictures()}
+        for theirs in (super().apply_chat_template, self.__call__):
+            known.update(inspect.signature(theirs).parameters)
+        read = f"{chat_template} {self.chat_template}"
+        for name in [name for name in options if name not in known and not re.search(rf"\b{re.escape(name)}\b", read)]:
+            if options.pop(name) not in (None, False, [], {}):
+                warnings.warn(f"the chat template does not read {name}: it changes nothing", stacklevel=2)
+        given = {} if processor_kwargs is None else {"processor_kwargs": dict(processor_kwargs)}
+        return super().apply_chat_template(conversation, chat_template=chat_template, **given, **options)
+
+    def _of_pictures(self) -> set[str]:
+        """The image processor's options."""
+        return set(self.image_processor.valid_kwargs.__annotations__) - _OPTIONS.keys()
+
     def _in_order(self, images: Any, texts: Sequence[str]) -> list[Any]:
         """The pictures in the order of the texts, each of which has its own."""
-        many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-        given = [] if images is None else list(images) if many else [images]
+        given = _listed(images)
         counts = [text.count(self.image_token) for text in texts]
         alone = "this model takes one picture a text or conversation, or none"
         if any(one is None or isinstance(one, list | tuple) for one in given):
@@ -203,8 +227,8 @@ class VisionLanguageProcessor(ProcessorMixin):
             )
         return given
 
-    def _read(self, text: str, taken: Mapping[str, Any]) -> list[tuple[int, tuple[int, int]]]:
-        """Ids of a text, its picture opened out, and the characters of each."""
+    def _read(self, text: str, taken: Mapping[str, Any], limit: int) -> list[tuple[int, tuple[int, int]]]:
+        """Ids of a text, its picture opened out, and the characters of each; cut to ``limit`` where that is asked for."""
         tokenizer, bos = self.tokenizer, self.tokenizer.bos_token
 
         def read(start: int, end: int) -> list[tuple[int, tuple[int, int]]]:
@@ -213,18 +237,32 @@ class VisionLanguageProcessor(ProcessorMixin):
             spans = found.get("offset_mapping") or [(0, 0)] * len(found["input_ids"])
             return [(one, (start + a, start + b)) for one, (a, b) in zip(found["input_ids"], spans, strict=True)]
 
-        at = text.find(self.image_token)
-        if at < 0 or self.image_token_id in tokenizer.added_tokens_decoder:
+        at, named = text.find(self.image_token), tokenizer.added_tokens_decoder.get(self.image_token_id)
+        if str(named) == self.image_token:
             found = read(0, len(text))
         else:
             end = at + len(self.image_token)
-            found = [*read(0, at), (self.image_token_id, (at, end)), *read(end, len(text))]
+            before, behind = (read(0, len(text)), []) if at < 0 else (read(0, at), read(end, len(text)))
+            if any(one == self.image_token_id for one, _ in (*before, *behind)):
+                raise ValueError(
+                    f"the token {str(named or tokenizer.convert_ids_to_tokens(self.image_token_id))!r} in the text has the id "
+                    f"{self.image_token_id}, which marks pictures here: open the processor again, and add a token that no text "
+                    "holds in its place, before it"
+                )
+            found = [*before, *([] if at < 0 else [(self.image_token_id, (at, end))]), *behind]
         row = [one for one in found for _ in range(self.visual_tokens if one[0] == self.image_token_id else 1)]
-        if not (taken["add_special_tokens"] and self.adds_special_tokens) or (bos and text.startswith(bos)):
-            return row
-        bare, full = (tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (False, True))
-        starts = (at for at in range(len(full)) if full[at : at + len(bare)] == bare)
-        return [*((one, (0, 0)) for one in full[: next(starts, 0)]), *row]
+        front: list[tuple[int, tuple[int, int]]] = []
+        if taken["add_special_tokens"] and self.adds_special_tokens and not (bos and text.startswith(bos)):
+            bare, full = (tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (False, True))
+            starts = (at for at in range(len(full)) if full[at : at + len(bare)] == bare)
+            front = [(one, (0, 0)) for one in full[: next(starts, 0)]]
+        over = len(front) + len(row) - limit
+        if over > 0 and taken["truncation"] not in (False, "do_not_truncate"):
+            left = tokenizer.truncation_side == "left"
+            cut, row = (row[:over], row[over:]) if left else (row[-over:], row[:-over])
+            if any(one == self.image_token_id for one, _ in cut):
+                raise ValueError(f"max_length={limit} would cut a picture off; raise it, or shorten the text")
+        return [*front, *row]
 
     def _pixels(self, image: PIL.Image.Image, options: Mapping[str, Any]) -> np.ndarray:
         """A picture as float32 ``[3, height, width]``."""
@@ -256,9 +294,24 @@ def _options(asked: Mapping[str, Any]) -> dict[str, Any]:
                 expected = "a count above 0" if allowed == _COUNT else " or ".join(map(repr, allowed))
                 raise ValueError(f"{name}: got {value!r}, expected {expected}")
             taken[name] = allowed[0] if value is None else value
-        elif not (value is None or name in _IGNORED or (name in _NONE_OF and value in (False, [], ()))):
+        elif not (value is None or name in _IGNORED or (name in _NONE_OF and value in (False, [], (), {}))):
             raise ValueError(f"no option {name} (got {value!r:.80}) of this processor; there are {', '.join(_OPTIONS)}")
     return taken
+
+
+def _listed(images: Any) -> list[Any]:
+    """One picture, several, or lists of them, as a list."""
+    many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    return [] if images is None else list(images) if many or len(getattr(images, "shape", ())) == 4 else [images]
+
+
+def _flat(images: Any) -> list[Any]:
+    """All pictures, in lists or not."""
+    return [
+        image
+        for one in _listed(images)
+        for image in (_listed(one) if isinstance(one, list | tuple) or one is None else [one])
+    ]
 
 
 def _padded(row: list[Any], width: int, filler: Any, side: str) -> list[Any]:

@@ -16,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.common.models.llava import look_up_row_0, loss_on_words
+from vlm_distill_cache.common.models.llava import AS_IDS, image_places, look_up_row_0, loss_on_words, put_images
 from vlm_distill_cache.common.models.projectors import (
     LDPProjector,
     LDPv2Projector,
@@ -108,29 +108,23 @@ class VisualDecoder:
 
     def embed_multimodal(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """Embed tokens and put the projected images where the image token stands, in batch-row order: ``[B, T, D]``."""
-        return self._put_images(self.embed_tokens(input_ids), input_ids == self.image_token_id, pixel_values)
+        return self._put_images(self._embed(input_ids), input_ids == self.image_token_id, pixel_values)
 
-    def _put_images(self, embeds: Tensor, is_image: Tensor, pixel_values: Tensor) -> Tensor:
-        visual = self.mm_projector(self.vision_tower(pixel_values)).to(embeds.dtype)  # [M, N, D]
-        found = int(is_image.sum())  # of [B, T]
-        if found != visual.shape[0] * visual.shape[1]:
-            raise ModelError(
-                f"the text holds {found} image tokens, expected {visual.shape[0]} images x {visual.shape[1]} "
-                f"visual tokens; encode with the student's image_grid {self.mm_projector.out_grid}, and give input_ids: "
-                "inputs_embeds tell image tokens from others only where nothing else has the same embedding"
-            )
-        return embeds.masked_scatter(is_image.unsqueeze(-1), visual)
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """Embed tokens; adapters and other embeddings in the place of the first have no row for the image token either."""
+        embeds: Tensor = self.embed_tokens(input_ids.masked_fill(input_ids == self.image_token_id, self._image_row))
+        return embeds
 
-    def _image_places(self, inputs_embeds: Tensor, attention_mask: Any) -> Tensor:
-        """Where the embedding of the image token stands, bool ``[B, T]``; padding, which may have the same, left out.
+    @property
+    def _image_row(self) -> int:
+        """The embedding's row that is looked up for the image token."""
+        beyond: bool = self.image_token_id >= self.config.vocab_size  # type: ignore[attr-defined]
+        return 0 if beyond else self.image_token_id
 
-        No place of an image token is missed, so these are its places where they are as many as the images need.
-        """
-        token = torch.full((1,), self.image_token_id, device=inputs_embeds.device)
-        places: Tensor = (inputs_embeds == self.embed_tokens(token).to(inputs_embeds.dtype)).all(-1)
-        if isinstance(attention_mask, Tensor) and attention_mask.shape == places.shape:
-            places = places & attention_mask.bool()
-        return places
+    def _put_images(self, embeds: Tensor, is_image: Tensor, pixel_values: Tensor, remedy: str = "") -> Tensor:
+        grid = self.mm_projector.out_grid
+        as_grid = f"encode with the student's image_grid {grid}, and give pixel_values with the first step only"
+        return put_images(embeds, is_image, self.mm_projector(self.vision_tower(pixel_values)), remedy or as_grid)
 
     def _refuse_missing_images(self, input_ids: Tensor, past: Any) -> None:
         """Raise ModelError for image tokens without an image, unless the model generated them itself."""
@@ -169,14 +163,15 @@ class VisualDecoder:
         """
         if input_ids is not None and inputs_embeds is not None:
             raise ModelError("got input_ids and inputs_embeds; give one of them")
+        past = kwargs.get(PAST, kwargs.get("past_key_values"))
         if inputs_embeds is not None and pixel_values is not None:
-            places = self._image_places(inputs_embeds, attention_mask)
-            inputs_embeds = self._put_images(inputs_embeds, places, pixel_values)
+            places = image_places(self.embed_tokens, self._image_row, inputs_embeds, attention_mask, past)
+            inputs_embeds = self._put_images(inputs_embeds, places, pixel_values, AS_IDS)
         elif input_ids is not None and pixel_values is not None:
             inputs_embeds = self.embed_multimodal(input_ids, pixel_values)
         elif input_ids is not None:
-            self._refuse_missing_images(input_ids, kwargs.get(PAST, kwargs.get("past_key_values")))
-            inputs_embeds = self.embed_tokens(input_ids)
+            self._refuse_missing_images(input_ids, past)
+            inputs_embeds = self._embed(input_ids)
         if (
             isinstance(attention_mask, Tensor)
             and attention_mask.dim() == 4
@@ -264,6 +259,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Predict next tokens; with ``supervised``, only for the rows that a loss needs.
@@ -274,7 +270,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         wrappers for several devices expect a parameter's use. ``logits_to_keep``, for generation, keeps only so many last
         rows (0 = all), or the rows of this index. ``labels``, int64 ``[B, T]``, are the ids of the answers where they stand in
         ``input_ids``, as the library shifts them; -100, image tokens and ids beyond the vocabulary are left out.
-        ``num_items_in_batch``: by how many labels their loss is divided; None: by those of this batch.
+        ``num_items_in_batch``: by how many labels their loss is divided; None: by those of this batch. ``return_dict``:
+        False, here or in the config, is a tuple of what there is, as the library's models give it.
 
         Returns:
             ``loss``: with ``labels`` the library's cross-entropy, a scalar in nats, else None.
@@ -288,6 +285,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             pixel_values=pixel_values,
+            return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -309,13 +307,15 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
                 vocab_size=logits.shape[-1],
                 num_items_in_batch=num_items_in_batch,
             )
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             **{PAST: outputs[PAST]} if PAST in outputs else {},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        named = self.config.return_dict if return_dict is None else return_dict
+        return output if named else output.to_tuple()
 
     def trainable_parameters(self, phase: Phase) -> list[nn.Parameter]:
         """Mark what a phase trains, freeze the rest, and return what is trained.

@@ -1,6 +1,8 @@
 """Text of unknown origin is shown short and harmless, and says whose it is and what to do."""
 
 import logging
+import random
+import string
 import time
 
 import click
@@ -15,6 +17,7 @@ from vlm_distill_cache.common.printing import (
     MAX_SHOWN,
     brief,
     hide_secrets,
+    holds_token,
     markdown,
     markdown_code,
     message,
@@ -195,3 +198,20 @@ def test_the_token_of_this_machine_is_never_shown_whatever_it_looks_like(monkeyp
     assert hide_secrets("other-secret of my own token!") == "... of ..."
     monkeypatch.setenv("HF_TOKEN", "a")  # hiding it would leave no text
     assert hide_secrets("a cat") == "a cat"
+
+
+def test_a_token_of_the_hub_looks_drawn_by_lot_and_placeholders_do_not(monkeypatch):
+    letters, draw = string.ascii_letters + string.digits, random.Random(0)
+    for _ in range(100):
+        assert holds_token(f"HF_TOKEN=hf_{''.join(draw.choices(letters, k=34))}")
+        assert holds_token(f"hf_{''.join(draw.choices(string.ascii_letters, k=34))}")
+    for harmless in (
+        f"hf_{'x' * 34}",
+        f"HF_{'X' * 34}",
+        f"hf_A1{'x' * 32}",
+        "hf_hubdownloadwithretryandresume",
+        "hf_...",
+    ):
+        assert not holds_token(f"export HF_TOKEN={harmless}")
+    monkeypatch.setenv("HF_TOKEN", f"hf_{'x' * 34}")  # this machine's own, whatever it looks like
+    assert holds_token(f"login('hf_{'x' * 34}')")

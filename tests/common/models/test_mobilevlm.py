@@ -132,13 +132,40 @@ def test_embeddings_of_a_text_get_its_pictures_as_its_ids_do_or_are_refused(imag
     assert torch.equal(found[there], expected[there])
     other = student(inputs_embeds=embeds, **inputs | {"pixel_values": pixels.flip(0)}).logits
     assert not torch.allclose(found[there], other[there])
-    with pytest.raises(ModelError, match=r"holds 0 image tokens, expected 2 images x 9 .* and give input_ids"):
+    causal = torch.ones(14, 14).tril().bool() & there[:, None, None]
+    for mask in (causal, torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)):
+        masked = inputs | {"attention_mask": mask}
+        found = student(inputs_embeds=embeds, **masked).logits
+        torch.testing.assert_close(found[there], student(input_ids=ids, **masked).logits[there])
+    if image == IMAGE:
+        with pytest.raises(ModelError, match="an attention_mask"):
+            student(inputs_embeds=embeds, pixel_values=pixels)
+    with pytest.raises(ModelError, match="give pixel_values with the first step only"):
+        student(input_ids=ids[:, -1:], pixel_values=pixels)
+    with pytest.raises(
+        ModelError, match=r"holds 0 image tokens, expected 2 images x 9 .*; give input_ids: .* which an attention_mask"
+    ):
         student(inputs_embeds=embeds + 1e-3, **inputs)
     embeds[1, -1] = student.get_input_embeddings()(torch.tensor(image))
     with pytest.raises(ModelError, match="holds 19 image tokens"):
         student(inputs_embeds=embeds, **inputs)
     with pytest.raises(ModelError, match="give one of them"):
         student(input_ids=ids, inputs_embeds=embeds, **inputs)
+
+
+@torch.no_grad()
+def test_a_tuple_is_what_the_named_output_holds():
+    student, ids = make_student(), make_prompt([5, 6])
+    given = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 24, 24), "labels": ids}
+    expected = student(**given, use_cache=False)
+    asked = [student(**given, use_cache=False, return_dict=False)]
+    student.config.return_dict = student.config.text_config.return_dict = False
+    for found in [*asked, student(**given, use_cache=False)]:
+        assert isinstance(found, tuple)
+        assert len(found) == 2
+        assert torch.equal(found[0], expected.loss)
+        assert torch.equal(found[1], expected.logits)
+    assert torch.equal(student(**given, return_dict=True).logits, expected.logits)
 
 
 @pytest.mark.parametrize(

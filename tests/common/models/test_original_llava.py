@@ -20,6 +20,7 @@ from original_llava_factory import (
     write_tower,
 )
 from published_factory import clip_shapes, random_tensors
+from test_mobilevlm import make_student
 from torch.nn import functional as F
 
 from vlm_distill_cache.common.errors import ModelError
@@ -60,6 +61,49 @@ def test_wherever_its_parts_lie_it_gives_the_librarys_logits(tmp_path, tower, pr
     check_same(model, parts)
     assert type(model).__module__.startswith("transformers.")
     assert model.lm_head.weight.shape[0] == VOCABULARY  # no row is added that the softmax would see
+
+
+def original(folder):
+    return load(write_llava(folder / "m", llava_tensors())).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_embeddings_of_a_padded_batch_get_their_pictures_as_its_ids_do(tmp_path, side):
+    model = load(write_llava(tmp_path / "m", llava_tensors())).eval()
+    padding = torch.zeros_like(IDS[:, :2])
+    short = torch.cat([padding, IDS[:, 2:]] if side == "left" else [IDS[:, :-2], padding], dim=1)
+    ids = torch.cat([IDS, short])
+    given = {"attention_mask": (ids != 0).long(), "pixel_values": torch.cat([pixels(), -pixels()])}
+    embeds = model.get_input_embeddings()(ids)
+    there = ids != 0
+    expected = model(input_ids=ids, **given).logits
+    torch.testing.assert_close(model(inputs_embeds=embeds, **given).logits[there], expected[there])
+    if side == "left":
+        asked = {"max_new_tokens": 3, "do_sample": False}
+        said = model.generate(input_ids=ids, **given, **asked)[:, ids.shape[1] :]
+        assert torch.equal(model.generate(inputs_embeds=embeds, **given, **asked), said)
+    with pytest.raises(ModelError, match="give input_ids"):
+        model(inputs_embeds=embeds, pixel_values=given["pixel_values"])
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it by its name of old
+@pytest.mark.parametrize("changed", ["adapters", "tokens", "set"])
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_an_embedding_in_another_ones_place_needs_no_row_for_pictures_either(tmp_path, is_ours, changed):
+    peft = pytest.importorskip("peft")
+    model = make_student() if is_ours else original(tmp_path)
+    image = model.config.image_token_id
+    ids = torch.tensor([[1, 5] + [image] * (9 if is_ours else 36) + [9, 2]])
+    given = {"input_ids": ids, "pixel_values": pixels()}
+    expected = model(**given).logits.detach()
+    if changed == "set":
+        model.set_input_embeddings(torch.nn.Embedding.from_pretrained(model.get_input_embeddings().weight.data.clone()))
+    else:
+        to = {"target_modules": ["embed_tokens"]} if changed == "adapters" else {"trainable_token_indices": [5, 9]}
+        model = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | to)).eval()
+    torch.testing.assert_close(model(**given).logits, expected)
+    assert torch.isfinite(model(**given, labels=ids).loss)
 
 
 def test_safetensors_do_as_well_as_pickles(tmp_path):

@@ -4,9 +4,9 @@ Dims: B texts, T tokens of the longest, M pictures.
 """
 
 import inspect
+import logging
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from io import BytesIO
@@ -195,7 +195,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         read = f"{chat_template} {self.chat_template}"
         for name in [name for name in options if name not in known and not re.search(rf"\b{re.escape(name)}\b", read)]:
             if options.pop(name) not in (None, False, [], {}):
-                warnings.warn(f"the chat template does not read {name}: it changes nothing", stacklevel=2)
+                logging.getLogger(__name__).warning("the chat template does not read %s: it changes nothing", name)
         given = {} if processor_kwargs is None else {"processor_kwargs": dict(processor_kwargs)}
         return super().apply_chat_template(conversation, chat_template=chat_template, **given, **options)
 

@@ -174,15 +174,18 @@ def test_answers_are_marked_behind_pictures(processor):
     assert found["mm_token_type_ids"].sum() == 2 * VISUAL
 
 
-def test_what_a_chat_template_does_not_read_changes_nothing_with_a_warning_where_it_asks_for_something(processor):
+def test_what_a_chat_template_does_not_read_changes_nothing_with_a_warning_where_it_asks_for_something(
+    processor, caplog
+):
     turns, how = (
         [{"role": "user", "content": [{"type": "image", "image": RED}]}],
         {"tokenize": True, "return_dict": True},
     )
     plain = processor.apply_chat_template(turns, **how)
     assert processor.apply_chat_template(turns, **how, enable_thinking=False)["input_ids"] == plain["input_ids"]
-    with pytest.warns(UserWarning, match="does not read enable_thinking"):
-        assert processor.apply_chat_template(turns, **how, enable_thinking=True)["input_ids"] == plain["input_ids"]
+    assert caplog.messages == []
+    assert processor.apply_chat_template(turns, **how, enable_thinking=True)["input_ids"] == plain["input_ids"]
+    assert caplog.messages == ["the chat template does not read enable_thinking: it changes nothing"]
     reads = "<image>{{ 'yes' if enable_thinking }}"
     told = processor.apply_chat_template(turns, chat_template=reads, enable_thinking=True)
     assert told == "<image>yes"

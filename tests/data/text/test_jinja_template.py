@@ -128,8 +128,9 @@ def test_the_processor_reads_what_the_encoder_reads(which, turns, system, shows,
         assert processor.apply_chat_template(messages) == rendered.text
 
 
-def test_a_batch_is_padded_in_front_and_each_row_is_as_alone():
+def test_a_batch_is_padded_in_front_and_each_row_is_as_alone(monkeypatch):
     _, processor = SETTINGS["vicuna_v1", 0, "pad"]
+    monkeypatch.setattr(processor.tokenizer, "padding_side", "left")  # as it is saved
     picture = PIL.Image.new("RGB", (30, 20), "red")
     texts = ["USER: <image>\nwhat ASSISTANT:", "USER: hi ASSISTANT:"]
     whole = processor([picture], texts, return_tensors="np")

@@ -281,7 +281,7 @@ def extend(*, cache: Path, nproc: int | None, dry_run: bool, **options: Any) -> 
     if replay is not None and extension.before is not None:
         tell(f"Options: {replay}")
     if extension.summary is not None and extension.before is not None:
-        tell(next_command(extension.summary, settings))
+        tell(next_command(extension.summary, extension.options or settings))
 
 
 @main.command()

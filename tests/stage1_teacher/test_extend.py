@@ -399,6 +399,12 @@ def test_data_that_are_not_given_are_those_that_the_cache_names_or_are_asked_for
             data_of(name)
 
 
+def test_the_next_command_names_the_data_that_were_taken(tmp_path: Path):
+    extract(settings(tmp_path / "c", data="shapes:images=2", teacher="", limit=1, signals=("logits",)))
+    said = CliRunner().invoke(main, ["extend", str(tmp_path / "c"), "--signals", "hidden"]).output
+    assert "shapes:images=2" in said.splitlines()[-1], said
+
+
 def test_a_limit_is_the_entrys_where_it_is_one_of_an_entry_and_the_caches_where_it_is_not(tmp_path: Path):
     plan, manifest = sealed(LOGITS)
     path, cache = tmp_path / "mixture.yaml", tmp_path / "one"

@@ -53,11 +53,11 @@ from vlm_distill_cache.stage2_student.final_folder import (
     students_in,
 )
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
-from vlm_distill_cache.stage2_student.resolve import given_options, open_caches
 from vlm_distill_cache.stage2_student.scores.results import render_table
 from vlm_distill_cache.stage2_student.students.presets import student_names
 from vlm_distill_cache.stage2_student.training.output_folder import refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
+from vlm_distill_cache.stage2_student.training.resolve import given_options, open_caches
 from vlm_distill_cache.stage2_student.training.stamp import COMPARED
 
 _log = logging.getLogger(__name__)

@@ -56,7 +56,6 @@ from vlm_distill_cache.stage2_student.pruned_folder import (
     pruning_record,
     refuse_uncut,
 )
-from vlm_distill_cache.stage2_student.resolve import given_options, open_caches, resolve_config, with_folders
 from vlm_distill_cache.stage2_student.scores.results import (
     HEADLINE,
     EvaluationReport,
@@ -71,6 +70,7 @@ from vlm_distill_cache.stage2_student.training.output_folder import (
     refuse_foreign_folder,
 )
 from vlm_distill_cache.stage2_student.training.recipe_caches import refuse_other_caches
+from vlm_distill_cache.stage2_student.training.resolve import given_options, open_caches, resolve_config, with_folders
 from vlm_distill_cache.stage2_student.training.stamp import BASELINE, COMPARED, DISTILLED, read_stamp, refuse_other_run
 
 if TYPE_CHECKING:

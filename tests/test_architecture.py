@@ -20,14 +20,14 @@ ORDER = {  # inside a package, each level imports only what stands before it
         "terminal remotes",
         "opening", "tools", "cli",
     ),
-    "data": ("sample", "images", "text", "sources shapes families", "builtin", "registry"),
+    "data": ("sample", "images", "text", "sources shapes families", "builtin", "benchmarks", "registry"),
     "stage1_teacher": (
         "config teacher demo builtin", "loop", "planning", "quality", "extract live", "extend", "estimate report", "imports",
         "cli",
     ),
     "stage2_student": (
-        "loss_weights pruned_folder final_folder presets", "config", "students batches", "exports", "losses resolve",
-        "training", "scores", "train prune", "trained_student", "run", "cli",
+        "loss_weights pruned_folder final_folder presets", "config", "students batches", "exports", "losses",
+        "training", "scores", "train prune", "trained_student", "suite", "run", "cli",
     ),
 }  # fmt: skip
 PACKAGES = tuple(ORDER)

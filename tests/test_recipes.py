@@ -25,12 +25,12 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage2_student.cli import main as distill
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.losses.objective import Shares
-from vlm_distill_cache.stage2_student.resolve import resolve_config
 from vlm_distill_cache.stage2_student.run import load_run_config
 from vlm_distill_cache.stage2_student.students import build
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 from vlm_distill_cache.stage2_student.training.preparation import prepare
 from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
+from vlm_distill_cache.stage2_student.training.resolve import resolve_config
 
 DATA = "shapes:images=4,seed=3"
 RELEASED, PAPER = "compodistill-released", "compodistill-paper"

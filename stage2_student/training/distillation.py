@@ -39,10 +39,10 @@ from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
 from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.objective import Losses, Shares, step_shares, units_of
-from vlm_distill_cache.stage2_student.resolve import with_folders
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 from vlm_distill_cache.stage2_student.students.parts import model_parts
 from vlm_distill_cache.stage2_student.training.preparation import Preparation, prepare
+from vlm_distill_cache.stage2_student.training.resolve import with_folders
 
 _OPTIONS = ("template", "max_length", "limit", "data_share", "memory_gib", "verify", "shuffle_teacher_images")
 _STUDENT_OPTIONS = ("student_weights", "vision_tower", "language_model", "projector", "pool_teacher_tokens", "seed")

@@ -46,7 +46,6 @@ from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
 from vlm_distill_cache.stage2_student.losses.objective import Objective
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
-from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts, teacher_tower
@@ -67,6 +66,7 @@ from vlm_distill_cache.stage2_student.training.checks import (
     probe_samples,
     same_tokenizer,
 )
+from vlm_distill_cache.stage2_student.training.resolve import open_caches
 
 FEW_PICTURES = 0.5  # of a cache's samples: fewer are worth a line
 BUILT_IN_DATA = ("shapes", "easy-vqa")

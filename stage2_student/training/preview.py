@@ -29,7 +29,6 @@ from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints
 from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.pruned_folder import kept_share
-from vlm_distill_cache.stage2_student.resolve import open_caches, resolve_config
 from vlm_distill_cache.stage2_student.students.model import vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
 from vlm_distill_cache.stage2_student.students.presets import student_folder
@@ -50,6 +49,7 @@ from vlm_distill_cache.stage2_student.training.preparation import (
     open_cached_data,
     probe_planned,
 )
+from vlm_distill_cache.stage2_student.training.resolve import open_caches, resolve_config
 from vlm_distill_cache.stage2_student.training.steps import extended_training
 
 UNKNOWN_WIDTH = 1 << 20  # of a teacher that is not known

@@ -14,9 +14,9 @@ from vlm_distill_cache.common.errors import CacheMismatchError, DataError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage2_student.config import TrainConfig, describe
-from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.run import train_alone
 from vlm_distill_cache.stage2_student.training.preparation import open_cached_data, prepare
+from vlm_distill_cache.stage2_student.training.resolve import open_caches
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -13,9 +13,9 @@ from vlm_distill_cache.common.config import config_to_dict
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import MODELS, describe, public_config
-from vlm_distill_cache.stage2_student.resolve import with_folders
 from vlm_distill_cache.stage2_student.run import load_run_config, run, train_alone
 from vlm_distill_cache.stage2_student.students.presets import student_folder
+from vlm_distill_cache.stage2_student.training.resolve import with_folders
 
 NAME = "tiny-org/tiny-llava"
 FAST = [

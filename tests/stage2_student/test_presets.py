@@ -11,7 +11,7 @@ from vlm_distill_cache.common.terminal.next_step import DEFAULT_SIGNALS
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD, kept_share
-from vlm_distill_cache.stage2_student.resolve import PRESETS, phases_preset, resolve_config
+from vlm_distill_cache.stage2_student.training.resolve import PRESETS, phases_preset, resolve_config
 
 GIVEN = ["cache=c", "output=o"]
 

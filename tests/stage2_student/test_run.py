@@ -19,7 +19,6 @@ from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, Mod
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage2_student import run as run_module
 from vlm_distill_cache.stage2_student.cli import main
-from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.run import (
     LEFT,
     find_lost,
@@ -30,6 +29,7 @@ from vlm_distill_cache.stage2_student.run import (
 )
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.preparation import prepare
+from vlm_distill_cache.stage2_student.training.resolve import open_caches
 from vlm_distill_cache.stage2_student.training.stamp import read_stamp
 
 

@@ -21,9 +21,9 @@ from vlm_distill_cache.stage2_student import final_folder
 from vlm_distill_cache.stage2_student import run as run_module
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.final_folder import read_final
-from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.run import load_run_config, run, write_report_again
 from vlm_distill_cache.stage2_student.trained_student import open_student
+from vlm_distill_cache.stage2_student.training.resolve import open_caches
 from vlm_distill_cache.stage2_student.training.stamp import read_stamp
 
 

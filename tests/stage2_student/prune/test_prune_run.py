@@ -18,8 +18,8 @@ from vlm_distill_cache.stage2_student.config import describe
 from vlm_distill_cache.stage2_student.prune import for_run as prune_for_run
 from vlm_distill_cache.stage2_student.prune.for_run import prune_for_cache
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_damaged
-from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.run import load_run_config, run, with_pruned_student
+from vlm_distill_cache.stage2_student.training.resolve import open_caches
 
 FAST = [
     "dft.steps=2", "dft.batch_size=4", "dft.losses.hidden=0", "dft.losses.logits=1.0", "evaluation.limit=2",

@@ -16,9 +16,9 @@ from vlm_distill_cache.common.models.checkpoint import Checkpoint
 from vlm_distill_cache.data.families.models import open_family_model
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 from vlm_distill_cache.stage2_student.cli import main
-from vlm_distill_cache.stage2_student.resolve import resolve_config
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.trained_student import open_student
+from vlm_distill_cache.stage2_student.training.resolve import resolve_config
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,10 @@ from vlm_distill_cache.data.text.processors import load_tokenizer
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
 from vlm_distill_cache.stage1_teacher.report import summary_text
-from vlm_distill_cache.stage2_student.resolve import resolve_config
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.trained_student import open_student
 from vlm_distill_cache.stage2_student.training.log import read_log
+from vlm_distill_cache.stage2_student.training.resolve import resolve_config
 
 ANSWERS = ["in  it", "if  (a):\n    return  b", "a   b    c", "- one\n  - two", "a red square", "4  px"]
 

@@ -14,9 +14,9 @@ from vlm_distill_cache.data import builtin
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
 from vlm_distill_cache.stage2_student.cli import main
-from vlm_distill_cache.stage2_student.resolve import resolve_config
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.trained_student import open_student
+from vlm_distill_cache.stage2_student.training.resolve import resolve_config
 
 TOWER = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 72,

@@ -10,7 +10,6 @@ from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.models.compodistill import CompoDistillForConditionalGeneration
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMForConditionalGeneration
 from vlm_distill_cache.stage2_student.config import AUTO_SIZES, LARGEST
-from vlm_distill_cache.stage2_student.resolve import resolve_config
 from vlm_distill_cache.stage2_student.students.build import build_config
 from vlm_distill_cache.stage2_student.students.presets import (
     LIBRARY_STUDENTS,
@@ -21,6 +20,7 @@ from vlm_distill_cache.stage2_student.students.presets import (
     split_student_name,
     student_folder,
 )
+from vlm_distill_cache.stage2_student.training.resolve import resolve_config
 
 NAMES = [(name, size) for name, sizes in SIZES_OF.items() for size in sizes]
 

@@ -13,9 +13,9 @@ from vlm_distill_cache.common.cache.versions import BEFORE, version_folder
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.stage2_student.final_folder import read_final
-from vlm_distill_cache.stage2_student.resolve import open_caches
 from vlm_distill_cache.stage2_student.run import look_at_training, run, train_alone
 from vlm_distill_cache.stage2_student.training.extension import versions_kept
+from vlm_distill_cache.stage2_student.training.resolve import open_caches
 
 SHORT, LONG = "sft.steps=2", "sft.steps=4"
 STEADY = ("phases=[dpt, sft]", "sft.schedule=constant", "sft.warmup=0", "checkpoint_every=1")

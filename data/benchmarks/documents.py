@@ -1,0 +1,202 @@
+"""Files of a folder as rows, whatever they are written in: JSON, JSON lines, CSV or TSV, parquet, `datasets` folders.
+
+A layout asks a document for its columns, and for the JSON as it stands; pictures that a table stores stay in it until they
+are asked about.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.sample import ImageSource
+from vlm_distill_cache.data.sources.csv_rows import CsvRows
+from vlm_distill_cache.data.sources.hf import ArrowTable, is_saved_dataset
+from vlm_distill_cache.data.sources.json_text import decode, parse
+from vlm_distill_cache.data.sources.parquet import LocalParquet, ParquetTable
+from vlm_distill_cache.data.sources.parquet_rows import StoredPicture
+from vlm_distill_cache.data.sources.pictures import open_picture, says_none
+
+KEY = "__key__"  # of rows that were a dict by id: the id
+_PROBED = 32  # rows whose keys are the columns
+ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """A file, or the files of a table, of a folder of benchmarks.
+
+    Attributes:
+        path: The file; of a table of several the first one, of a `datasets` folder the folder.
+        shown: What errors call it: the path relative to the folder that was searched.
+        top: The JSON as it stands; None of what is no JSON.
+        rows: Its entries in order, read when they are asked for: a list of objects, the values of an object of objects
+            (their key under `KEY`), lines, rows of a table. Empty for other JSON.
+        split: Of a table, where its folder or file names one.
+    """
+
+    path: Path
+    shown: str
+    rows: Sequence[Mapping[str, Any]]
+    top: Any = None
+    split: str | None = None
+
+    @cached_property
+    def columns(self) -> frozenset[str]:
+        """Keys of the first rows, without those that hold nothing in any of them."""
+        found: set[str] = set()
+        for row in islice(iter(self.rows), _PROBED):
+            found |= {str(key) for key, value in row.items() if value is not None}
+        return frozenset(found)
+
+    def has(self, *names: str) -> bool:
+        """Whether the first rows have all of these keys."""
+        return self.columns.issuperset(names)
+
+    def picture(self, index: int, column: str, place: int | None = None) -> ImageSource:
+        """A picture that stands in a row itself (bytes, base64, a table's); read again when it is asked about.
+
+        Args:
+            index: Of the row.
+            column: Its key.
+            place: In a list of pictures; None: the value is the picture.
+        """
+        return RowPicture(self, index, column, place)
+
+
+@dataclass(frozen=True, eq=False)
+class RowPicture:
+    """A picture in a row, which is not held."""
+
+    document: Document
+    index: int
+    column: str
+    place: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"{self.column!r} of row {self.index + 1} of {self.document.shown}"
+
+    def load(self) -> PIL.Image.Image:
+        """Read the row and decode the picture to RGB; `SampleError` if that cannot be done."""
+        value = self.document.rows[self.index].get(self.column)
+        if self.place is not None and isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            value = value[self.place] if self.place < len(value) else None
+        if says_none(value):
+            raise SampleError(f"{self.name} is empty")
+        if isinstance(value, StoredPicture):
+            return replace(value, name=self.name).load()
+        return open_picture(value, self.document.path.parent, where=f"image {self.name}").load()
+
+
+class _TableRows(Sequence[Mapping[str, Any]]):
+    """The rows of a table of parquet or Arrow files."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            return self.table.row(index)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise SampleError(f"row {index + 1} cannot be read: {error}") from error
+
+
+class _CsvTable:
+    def __init__(self, path: Path) -> None:
+        self._rows = CsvRows(path)
+        for _ in self._rows.scan(None):
+            pass
+        self.row = self._rows.read
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def open_documents(path: Path, shown: str) -> Document:
+    """Open one file of a known ending, or a folder of ``save_to_disk``.
+
+    Raises:
+        DataError: It cannot be read, or is of another kind.
+    """
+    ending = path.suffix.lower()
+    try:
+        if path.is_dir():
+            return Document(path, shown, _TableRows(_arrow(path)))
+        if ending == ".parquet":
+            return Document(path, shown, _TableRows(ParquetTable([LocalParquet(path)])))
+        if ending in (".csv", ".tsv"):
+            return Document(path, shown, _TableRows(_CsvTable(path)))
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{shown} cannot be read: {error.strerror or error}") from error
+    text = decode(data, where=shown).removeprefix("\ufeff")
+    if ending != ".json" or _is_lines(text):
+        return Document(path, shown, _lines(text, shown))
+    top = parse(text, where=shown)
+    return Document(path, shown, _rows_of(top), top=top)
+
+
+def _is_lines(text: str) -> bool:
+    """Whether what is called JSON has an object a line."""
+    first, _, rest = text.lstrip().partition("\n")
+    return first.rstrip().startswith("{") and first.rstrip().endswith("}") and rest.lstrip().startswith("{")
+
+
+def _lines(text: str, shown: str) -> list[Mapping[str, Any]]:
+    rows: list[Mapping[str, Any]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            row = parse(line, where=f"{shown}, line {number}")
+            if not isinstance(row, dict):
+                raise DataError(f"{shown}, line {number}: expected an object, got {type(row).__name__}")
+            rows.append(row)
+    return rows
+
+
+def _rows_of(top: Any) -> Sequence[Mapping[str, Any]]:
+    if isinstance(top, list) and top and all(isinstance(row, dict) for row in top):
+        return top
+    if isinstance(top, dict) and top and all(isinstance(row, dict) for row in top.values()):
+        return [{KEY: key, **row} for key, row in top.items()]
+    return ()
+
+
+def _arrow(path: Path) -> ArrowTable:
+    try:
+        import datasets  # an extra, slow to import
+    except ImportError as error:
+        raise DataError(
+            f"{path} is a folder of datasets, which needs an extra: pip install 'vlm-distill-cache[hf]'"
+        ) from error
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.DatasetDict):
+        raise DataError(f"{path} holds several splits, each of which is a folder of its own")
+    return ArrowTable(loaded)
+
+
+def documents_in(folder: Path) -> Iterator[Path]:
+    """Files and ``save_to_disk`` folders below a folder that may hold a benchmark, in order of their names."""
+    if is_saved_dataset(folder) and not (folder / "dataset_dict.json").exists():
+        yield folder
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from documents_in(path)
+        elif path.suffix.lower() in ENDINGS:
+            yield path

@@ -1,0 +1,98 @@
+"""What a published benchmark asks, whatever file it came in: four sorts of items, and the benchmark that holds them.
+
+An item says what is shown, what is asked and what is right; how it is asked of a model, and how answers are counted, is
+stage two's (`stage2_student.suite`). Pictures stay closed until they are asked about.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlm_distill_cache.data.sample import ImageSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """What all items have.
+
+    Attributes:
+        item_id: Unique within its benchmark; the published id where there is one.
+        kind: The subset that scores are also told for (SugarCrepe's ``swap_obj``, MME's task); empty: none.
+        group: Of items that are counted together (MME's picture, MMBench's rotations); empty: alone.
+        extra: Further published fields that a metric needs; JSON.
+    """
+
+    item_id: str
+    kind: str = ""
+    group: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionItem(Item):
+    """Pictures and captions, and which fit: SugarCrepe is one picture with two captions, Winoground two with two.
+
+    ``fits`` has a row a picture and a column a caption.
+    """
+
+    images: tuple[ImageSource, ...]
+    captions: tuple[str, ...]
+    fits: tuple[tuple[bool, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenItem(Item):
+    """A question that is answered in words; ``answers`` are all that are right (VQAv2's ten), none: kept secret."""
+
+    image: ImageSource | None
+    question: str
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceItem(Item):
+    """A question with options; ``right`` is the place of the right one, None: kept secret."""
+
+    image: ImageSource | None
+    question: str
+    options: tuple[str, ...]
+    right: int | None
+    hint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class YesNoItem(Item):
+    """A question whose answer is yes or no; ``right`` is whether it is yes, None: kept secret."""
+
+    image: ImageSource | None
+    question: str
+    right: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """One published benchmark, or one split of it, as it lies in a folder.
+
+    Attributes:
+        name: Unique in its folder, a word without blanks: ``sugarcrepe``, ``vqav2``, ``mmbench-dev``.
+        layout: Name of the `Layout` that read it.
+        title: As its authors write it.
+        items: All of one class.
+        metric: Name of the metric (`stage2_student.suite.metrics`).
+        instruction: What is appended to each question, as published evaluations do; empty: nothing.
+        left_out: Of items that cannot be asked, by id: why.
+        notes: What a reader of the scores must know: two pictures joined to one, answers kept secret.
+        files: What it was read from, relative to the folder.
+        fingerprint: Hash of ids, texts and right answers; pictures are not opened for it.
+    """
+
+    name: str
+    layout: str
+    title: str
+    items: Sequence[Item]
+    metric: str
+    instruction: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    files: Sequence[str] = ()
+    fingerprint: str = ""

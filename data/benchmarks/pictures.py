@@ -1,0 +1,124 @@
+"""Pictures that annotations name: found below the folder, wherever its owner unpacked them.
+
+Annotations write ``000000391895.jpg``, ``val2014/COCO_val2014_000000391895.jpg`` or the number 391895, and owners unpack
+archives under any folder. A name that several different files have is not guessed.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.images.load import ImageFile
+from vlm_distill_cache.data.sample import ImageSource
+
+ENDINGS = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())  # noqa: SIM905
+
+
+class Pictures:
+    """The picture files below some folders, looked up by what annotations call them."""
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        """Look below ``roots``: the folder of benchmarks and ``--images``; each is walked once, when it is needed.
+
+        Raises:
+            DataError: One of them is no folder.
+        """
+        for root in roots:
+            if not root.is_dir():
+                raise DataError(f"image folder {root} does not exist; give the folder that holds the pictures")
+        self._roots = list(roots)
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Sequence[Path]]:
+        """All picture files by their last part in lower case, and by that without its ending."""
+        found: dict[str, list[Path]] = defaultdict(list)
+        for root in self._roots:
+            for folder, folders, files in os.walk(root, followlinks=True):
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                for file in sorted(files):
+                    path = Path(folder, file)
+                    if path.suffix.lower() in ENDINGS:
+                        found[file.lower()].append(path)
+                        found[path.stem.lower()].append(path)
+        return found
+
+    def find(self, name: str, *, near: Path | None = None, hints: Iterable[str] = ()) -> ImageSource:
+        """The picture that annotations call ``name``: a path, a file's name, or one without its ending.
+
+        Args:
+            near: Folder of the annotations, where a path is looked for first.
+            hints: Parts of paths (``val2014``) that decide between files of one name.
+
+        Raises:
+            SampleError: It is not there, or several files of that name are not the same picture.
+        """
+        path = PurePosixPath(name.replace("\\", "/").strip())
+        if not path.name or path.is_absolute() or ".." in path.parts:
+            path = PurePosixPath(*[part for part in path.parts if part not in ("/", "..")])
+        for root in (*([near] if near else []), *self._roots):
+            if path.name and _is_file(root / path):
+                return ImageFile(root / path, shown=name)
+        found = self._by_name.get(path.name.lower(), ())
+        longest: list[Path] = []
+        for parts in range(len(path.parts), 0, -1):  # the longest end of the path that any file has
+            end = [part.lower() for part in path.parts[-parts:-1]]
+            longest = [file for file in found if [part.lower() for part in file.parts[-parts:-1]] == end]
+            if longest:
+                break
+        hinted = [file for file in longest if any(hint.lower() in str(file).lower() for hint in hints)]
+        chosen = _distinct(hinted or longest)
+        if len(chosen) == 1:
+            return ImageFile(chosen[0], shown=name)
+        if not chosen:
+            raise SampleError(
+                f"no picture {name!r} below {self._shown}; put the pictures there, or name their folder with --images"
+            )
+        raise SampleError(
+            f"{len(chosen)} different pictures are called {name!r}: {chosen[0]}, {chosen[1]}; give the folder of the right ones "
+            "with --images, or keep each benchmark in a folder of its own"
+        )
+
+    def numbered(self, number: int, *, near: Path | None = None, hints: Iterable[str] = ()) -> ImageSource:
+        """The picture with COCO's number: ``COCO_val2014_000000391895``, ``000000391895`` or ``391895``.
+
+        Raises:
+            SampleError: As for `find`.
+        """
+        hints = list(hints)
+        long = f"{number:012d}"
+        names = [f"coco_{hint}_{long}" for hint in hints] + [long, str(number)]
+        names += [f"coco_{split}_{long}" for split in ("val2014", "train2014", "test2015")]
+        for name in names:
+            if name in self._by_name:
+                return self.find(name, near=near, hints=hints)
+        raise SampleError(
+            f"no picture of the number {number} ({long}.jpg) below {self._shown}; put the pictures there, or name their folder "
+            "with --images"
+        )
+
+    @property
+    def _shown(self) -> str:
+        return " and ".join(map(str, self._roots))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a null byte
+        return False
+
+
+def _distinct(files: Sequence[Path]) -> list[Path]:
+    """One of each picture: links and copies of the same bytes are one."""
+    kept: list[Path] = []
+    for file in dict.fromkeys(files):
+        if not any(file.samefile(other) or _same_bytes(file, other) for other in kept):
+            kept.append(file)
+    return kept
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()

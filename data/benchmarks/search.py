@@ -1,0 +1,64 @@
+"""From a folder to the benchmarks in it: every file is looked at, and what none of the layouts knows is said."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.data.benchmarks import captions, choices, short_answers, yes_no
+from vlm_distill_cache.data.benchmarks.documents import Document, documents_in, open_documents
+from vlm_distill_cache.data.benchmarks.items import Benchmark
+from vlm_distill_cache.data.benchmarks.layouts import Found, Layout
+from vlm_distill_cache.data.benchmarks.pictures import Pictures
+
+# The first that recognises a file reads it: the more keys a layout is told by, the earlier it stands.
+LAYOUTS: tuple[Layout, ...] = (*captions.LAYOUTS, *yes_no.LAYOUTS, *choices.LAYOUTS, *short_answers.LAYOUTS)
+
+
+def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
+    """Read all benchmarks below a folder.
+
+    Args:
+        folder: Its files in any arrangement; a folder for each benchmark keeps pictures of one name apart.
+        images: Further folders of pictures.
+
+    Raises:
+        DataError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; give the folder that holds the files of the benchmarks")
+    pictures = Pictures([folder, *images])
+    of_layout: dict[str, list[Document]] = defaultdict(list)
+    unread: dict[str, str] = {}
+    for path in documents_in(folder):
+        shown = str(path.relative_to(folder))
+        try:
+            document = open_documents(path, shown)
+            layout = next((layout for layout in LAYOUTS if layout.recognises(document)), None)
+        except DataError as error:
+            unread[shown] = str(error)
+            continue
+        if layout is None:
+            unread[shown] = _unknown(document)
+        else:
+            of_layout[layout.name].append(document)
+    benchmarks: dict[str, Benchmark] = {}
+    for layout in LAYOUTS:
+        try:
+            for benchmark in layout.read(of_layout[layout.name], pictures) if layout.name in of_layout else ():
+                benchmarks[_free(benchmark.name, benchmarks)] = benchmark
+        except DataError as error:
+            unread |= {document.shown: f"{layout.title}: {error}" for document in of_layout[layout.name]}
+    return Found(benchmarks=benchmarks, unread=unread)
+
+
+def _unknown(document: Document) -> str:
+    keys = ", ".join(sorted(document.columns)[:12]) or "no rows of named values"
+    return f"no known layout; it has {keys}; layouts and what each is told by: docs/benchmarks.md"
+
+
+def _free(name: str, taken: dict[str, Benchmark]) -> str:
+    number = 2
+    while name in taken:
+        name, number = f"{name.rpartition('.')[0] or name}.{number}", number + 1
+    return name

@@ -1,0 +1,129 @@
+"""Measured shares with intervals, paired between two models: every published score here is a ratio of sums over units.
+
+A unit is what is resampled: an item, or a group of items that share a picture. Accuracy has denominators of 1; precision
+counts the items that were called yes; F1 is 2 TP over 2 TP + FP + FN. Dims: U units, S bootstrap resamples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_distill_cache.stage2_student.scores.metrics import LEVEL, RESAMPLES, Score
+
+_MOST_DRAWS = 20_000_000  # counts held at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One score of a benchmark, unit by unit.
+
+    Attributes:
+        name: ``accuracy``; ``group``; of a subset ``accuracy/swap_obj``. Unique in its benchmark.
+        units: What is resampled, unique ids; the same for the same items, whatever the model answers.
+        hits: Numerators, float ``[U]``.
+        of: Denominators, float ``[U]``, not negative.
+        heading: What tables call it; empty: its name.
+        factor: From the ratio to the printed number: 100 for percent, 1 for what has no unit.
+        parts: Names of measures whose unweighted mean (times their number where ``summed``) this is, in place of a ratio of
+            its own; its units are theirs. Empty: a ratio.
+        summed: Whether the parts are added up, as MME's tasks are.
+        gains: Whether more is better; None: neither (shares of yes, letter bias).
+    """
+
+    name: str
+    units: Sequence[str] = ()
+    hits: Sequence[float] = ()
+    of: Sequence[float] = ()
+    heading: str = ""
+    factor: int = 100
+    parts: Sequence[str] = ()
+    summed: bool = False
+    gains: bool | None = True
+
+
+def mean_measure(name: str, units: Sequence[str], values: Sequence[float], **more: Any) -> Measure:
+    """A plain mean over units."""
+    return Measure(name=name, units=units, hits=list(values), of=[1.0] * len(units), **more)
+
+
+def score(measure: Measure, others: Mapping[str, Measure], *, resamples: int = RESAMPLES) -> Score | None:
+    """The value with a percentile interval from resampling the units, of each part apart.
+
+    ``others`` are the benchmark's measures by name, among which the parts are.
+
+    Returns:
+        None where a denominator is 0: nothing was called yes, say, and there is no precision.
+    """
+    found = [_ratios([part], part.units, resamples) for part in _parts(measure, others)]
+    return _combined(measure, found, sum(len(part.units) for part in _parts(measure, others)))
+
+
+def gain(
+    after: Measure,
+    before: Measure,
+    others: tuple[Mapping[str, Measure], Mapping[str, Measure]],
+    *,
+    resamples: int = RESAMPLES,
+) -> Score | None:
+    """What one model scores more than another on the units that both have, resampled in pairs.
+
+    ``others`` are the measures by name of the one and of the other.
+
+    Returns:
+        None where the two have different parts, share no unit, or a denominator is 0.
+    """
+    if tuple(after.parts) != tuple(before.parts):
+        return None
+    found, units = [], 0
+    for one, other in zip(_parts(after, others[0]), _parts(before, others[1]), strict=True):
+        known = set(other.units)
+        shared = [unit for unit in one.units if unit in known]
+        found.append(_ratios([one, other], shared, resamples))
+        units += len(shared)
+    return _combined(after, found, units)
+
+
+def _parts(measure: Measure, others: Mapping[str, Measure]) -> list[Measure]:
+    return [others[name] for name in measure.parts] if measure.parts else [measure]
+
+
+def _ratios(
+    measures: Sequence[Measure], units: Sequence[str], resamples: int
+) -> tuple[float, NDArray[np.float64]] | None:
+    """The ratio of the first, less that of the second if there is one, over some units; and that of each resample ``[S]``.
+
+    Both are resampled alike. A resample without a denominator counts as the ratio itself.
+    """
+    columns = []
+    for measure in measures:
+        place = {unit: index for index, unit in enumerate(measure.units)}
+        chosen = [place[unit] for unit in units]
+        columns += [np.asarray(column, np.float64)[chosen] for column in (measure.hits, measure.of)]
+    table = np.stack(columns, axis=1)  # [U, 2 or 4]
+    whole = table.sum(axis=0)
+    if not len(units) or (whole[1::2] <= 0).any():
+        return None
+    generator = np.random.default_rng(0)
+    sums = np.empty((resamples, table.shape[1]))
+    block = max(1, _MOST_DRAWS // len(units))
+    for start in range(0, resamples, block):
+        stop = min(start + block, resamples)
+        draws = generator.multinomial(len(units), np.full(len(units), 1 / len(units)), size=stop - start)
+        sums[start:stop] = draws @ table
+    ratios = whole[0::2] / whole[1::2]  # [1 or 2]
+    drawn = np.divide(sums[:, 0::2], sums[:, 1::2], out=np.tile(ratios, (resamples, 1)), where=sums[:, 1::2] > 0)
+    sign = np.array([1.0, -1.0])[: len(ratios)]
+    return float(ratios @ sign), drawn @ sign
+
+
+def _combined(measure: Measure, found: Sequence[tuple[float, NDArray[np.float64]] | None], units: int) -> Score | None:
+    known = [entry for entry in found if entry is not None]
+    if not known or len(known) < len(found):
+        return None
+    scale = 1 if measure.summed else len(known)
+    resampled = np.sum([entry[1] for entry in known], axis=0) / scale
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Score(value=sum(entry[0] for entry in known) / scale, low=float(low), high=float(high), items=units)

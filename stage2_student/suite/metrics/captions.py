@@ -1,0 +1,7 @@
+"""How these are counted, as published: the metrics of `data.benchmarks.captions`."""
+
+from collections.abc import Mapping
+
+from vlm_distill_cache.stage2_student.suite.requests import Metric
+
+METRICS: Mapping[str, Metric] = {}

@@ -1,0 +1,54 @@
+"""What is asked of a model, and what comes back: metrics make requests of items and count the answers; no torch.
+
+A metric never sees a model, and a model never sees what is right. What came back is kept as JSON, so that it can be counted
+again without a model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from vlm_distill_cache.data.benchmarks.items import Item
+from vlm_distill_cache.data.sample import ImageSource
+from vlm_distill_cache.stage2_student.suite.measures import Measure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """An answer in the model's own words, greedily; the result is a ``str``, stripped."""
+
+    image: ImageSource | None
+    question: str
+    max_tokens: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weigh:
+    """How likely given answers to one question are; an empty question makes them captions.
+
+    The result is a list ``[nats, tokens]`` for each answer: the sum of log-probabilities of the answer's tokens, the end of
+    the answer included, and their number.
+    """
+
+    image: ImageSource | None
+    question: str
+    answers: tuple[str, ...]
+
+
+Request = Generate | Weigh
+Result = str | list[list[float]]
+
+
+class Metric(Protocol):
+    """How a benchmark's items are asked and counted."""
+
+    def requests(self, item: Item, instruction: str) -> tuple[Request, ...]:
+        """What is asked about one item; ``instruction`` is the benchmark's, empty where prompts are plain."""
+        ...
+
+    def measures(self, items: Sequence[Item], results: Sequence[Sequence[Result]]) -> list[Measure]:
+        """Count: the headline first. ``results`` are those of each item's requests, in their order.
+
+        Items whose answer is kept secret count nowhere; no item left makes no measure.
+        """
+        ...

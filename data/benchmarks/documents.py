@@ -4,6 +4,7 @@ A layout asks a document for its columns, and for the JSON as it stands; picture
 are asked about.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +25,8 @@ from vlm_distill_cache.data.sources.pictures import open_picture, says_none
 
 KEY = "__key__"  # of rows that were a dict by id: the id
 _PROBED = 32  # rows whose keys are the columns
+_PART = re.compile(r"-\d{4,5}-of-\d{4,5}(?=\.parquet$)")
+_DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of `datasets`
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
@@ -126,18 +129,19 @@ class _CsvTable:
         return len(self._rows)
 
 
-def open_documents(path: Path, shown: str) -> Document:
-    """Open one file of a known ending, or a folder of ``save_to_disk``.
+def open_document(paths: Sequence[Path], shown: str) -> Document:
+    """Open one file of a known ending, the parquet files of one table, or a folder of ``save_to_disk``.
 
     Raises:
         DataError: It cannot be read, or is of another kind.
     """
+    path = paths[0]
     ending = path.suffix.lower()
     try:
         if path.is_dir():
             return Document(path, shown, _TableRows(_arrow(path)))
         if ending == ".parquet":
-            return Document(path, shown, _TableRows(ParquetTable([LocalParquet(path)])))
+            return Document(path, shown, _TableRows(ParquetTable([LocalParquet(each) for each in paths])))
         if ending in (".csv", ".tsv"):
             return Document(path, shown, _TableRows(_CsvTable(path)))
         data = path.read_bytes()
@@ -188,15 +192,34 @@ def _arrow(path: Path) -> ArrowTable:
     return ArrowTable(loaded)
 
 
-def documents_in(folder: Path) -> Iterator[Path]:
-    """Files and ``save_to_disk`` folders below a folder that may hold a benchmark, in order of their names."""
-    if is_saved_dataset(folder) and not (folder / "dataset_dict.json").exists():
-        yield folder
+def documents_in(folder: Path) -> Iterator[Sequence[Path]]:
+    """What may hold a benchmark below a folder, in order of names: files, and ``save_to_disk`` folders.
+
+    Parquet files that are numbered parts of one table come together. Links that lead back up are followed once.
+
+    Raises:
+        DataError: A folder cannot be listed.
+    """
+    yield from _documents_in(folder, frozenset())
+
+
+def _documents_in(folder: Path, above: frozenset[Path]) -> Iterator[Sequence[Path]]:
+    real = folder.resolve()
+    if real in above:
         return
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
+    if is_saved_dataset(folder) and not (folder / "dataset_dict.json").exists():
+        yield [folder]
+        return
+    try:
+        inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error.strerror or error}") from error
+    tables: dict[str, list[Path]] = {}
+    for path in inside:
         if path.is_dir():
-            yield from documents_in(path)
-        elif path.suffix.lower() in ENDINGS:
-            yield path
+            yield from _documents_in(path, above | {real})
+        elif path.suffix.lower() == ".parquet":
+            tables.setdefault(_PART.sub("", path.name), []).append(path)
+        elif path.suffix.lower() in ENDINGS and path.name not in _DESCRIPTIONS:
+            yield [path]
+    yield from tables.values()

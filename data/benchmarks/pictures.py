@@ -35,8 +35,14 @@ class Pictures:
     def _by_name(self) -> Mapping[str, Sequence[Path]]:
         """All picture files by their last part in lower case, and by that without its ending."""
         found: dict[str, list[Path]] = defaultdict(list)
+        seen: set[str] = set()  # links may lead back
         for root in self._roots:
             for folder, folders, files in os.walk(root, followlinks=True):
+                real = os.path.realpath(folder)
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
                 for file in sorted(files):
                     path = Path(folder, file)

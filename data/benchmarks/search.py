@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.benchmarks import captions, choices, short_answers, yes_no
-from vlm_distill_cache.data.benchmarks.documents import Document, documents_in, open_documents
+from vlm_distill_cache.data.benchmarks.documents import Document, documents_in, open_document
 from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.layouts import Found, Layout
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
@@ -30,10 +31,10 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
     pictures = Pictures([folder, *images])
     of_layout: dict[str, list[Document]] = defaultdict(list)
     unread: dict[str, str] = {}
-    for path in documents_in(folder):
-        shown = str(path.relative_to(folder))
+    for paths in documents_in(folder):
+        shown = str(paths[0].relative_to(folder))
         try:
-            document = open_documents(path, shown)
+            document = open_document(paths, shown)
             layout = next((layout for layout in LAYOUTS if layout.recognises(document)), None)
         except DataError as error:
             unread[shown] = str(error)
@@ -53,8 +54,9 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
 
 
 def _unknown(document: Document) -> str:
-    keys = ", ".join(sorted(document.columns)[:12]) or "no rows of named values"
-    return f"no known layout; it has {keys}; layouts and what each is told by: docs/benchmarks.md"
+    top = document.top.keys() if isinstance(document.top, dict) and not document.rows else ()
+    keys = ", ".join([one_line(str(key), limit=40) for key in sorted(document.columns or top, key=str)][:12])
+    return f"no known layout; it has {keys or 'no rows of named values'}; layouts and what each is told by: docs/benchmarks.md"
 
 
 def _free(name: str, taken: dict[str, Benchmark]) -> str:

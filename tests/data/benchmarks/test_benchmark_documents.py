@@ -1,0 +1,124 @@
+"""Files of benchmarks as rows, whatever they are written in; pictures wherever their owner unpacked them."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.benchmarks.documents import KEY, documents_in, open_document
+from vlm_distill_cache.data.benchmarks.pictures import Pictures
+from vlm_distill_cache.data.benchmarks.search import find_benchmarks
+
+
+def png(colour: tuple[int, int, int]) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (6, 4), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
+ROWS = [{"id": 1, "text": 'ä, \t"b"\nc', "image": RED}, {"id": 2, "text": "d", "image": BLUE}]
+
+
+def write(folder: Path, form: str) -> Path:
+    text = [{**row, "image": base64.b64encode(row["image"]).decode()} for row in ROWS]
+    path = folder / f"rows.{form.partition('-')[0]}"
+    if form == "json-list":
+        path.write_text("\ufeff" + json.dumps(text, ensure_ascii=False), encoding="utf-8")
+    elif form == "json-dict":
+        path.write_text(json.dumps({str(row["id"]): row for row in text}))
+    elif form in ("json-lines", "jsonl"):
+        path.write_text("".join(json.dumps(row) + "\r\n" for row in text) + "\n")
+    elif form == "tsv":
+        quoted = ["\t".join(['"' + str(row[key]).replace('"', '""') + '"' for key in row]) for row in text]
+        path.write_text("\n".join(["id\ttext\timage", *quoted]) + "\n")
+    elif form == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+
+        for number, row in enumerate(ROWS):  # a table of two parts
+            part = [{**row, "image": {"bytes": row["image"], "path": "a.png"}}]
+            pq.write_table(pa.Table.from_pylist(part), folder / f"test-{number:05d}-of-00002.parquet")
+        return folder
+    elif form == "saved":
+        datasets = pytest.importorskip("datasets")
+        features = datasets.Features(
+            {"id": datasets.Value("int64"), "text": datasets.Value("string"), "image": datasets.Image()}
+        )
+        rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in ROWS]
+        datasets.DatasetDict({"test": datasets.Dataset.from_list(rows, features=features)}).save_to_disk(folder / "d")
+    return path
+
+
+@pytest.mark.parametrize("form", ["json-list", "json-dict", "json-lines", "jsonl", "tsv", "parquet", "saved"])
+def test_rows_and_pictures_are_the_same_whatever_they_are_written_in(tmp_path: Path, form: str):
+    write(tmp_path, form)
+    (found,) = documents_in(tmp_path)
+    document = open_document(found, "rows")
+    assert len(document.rows) == 2
+    assert document.has("id", "text", "image")
+    assert (KEY in document.columns) == (form == "json-dict")
+    assert [(int(row["id"]), row["text"]) for row in document.rows] == [(row["id"], row["text"]) for row in ROWS]
+    for index, colour in enumerate([(255, 0, 0), (0, 0, 255)]):
+        assert document.picture(index, "image").load().getpixel((0, 0)) == colour
+
+
+@pytest.mark.parametrize(
+    ("name", "hints", "colour"),
+    [
+        ("val2014/COCO_val2014_000000000007.jpg.png", (), RED),
+        ("COCO_val2014_000000000007.jpg", (), RED),  # without its ending
+        ("a/same.png", (), BLUE),  # the longest end of the path decides
+        ("elsewhere/b/same.png", (), RED),
+        ("..\\b\\same.png", (), RED),
+        ("same.png", ("/a/",), BLUE),
+        ("copy.png", (), RED),  # the same bytes twice
+    ],
+)
+def test_pictures_are_found_wherever_they_lie(tmp_path: Path, name: str, hints: tuple[str, ...], colour: bytes):
+    for place, data in {
+        "x/val2014/COCO_val2014_000000000007.jpg.png": RED,
+        "a/same.png": BLUE,
+        "b/SAME.png": RED,
+        "c/copy.png": RED,
+        "d/copy.png": RED,
+    }.items():
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(data)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    pictures = Pictures([tmp_path])
+    assert pictures.find(name, hints=hints).load().tobytes() == PIL.Image.open(io.BytesIO(colour)).tobytes()
+
+
+def test_a_picture_that_is_not_there_or_could_be_two_is_refused(tmp_path: Path):
+    for place, data in {"a/same.png": BLUE, "b/same.png": RED, "COCO_val2014_000000000007.png": RED}.items():
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_bytes(data)
+    pictures = Pictures([tmp_path])
+    with pytest.raises(SampleError, match=r"2 different pictures are called 'same\.png'"):
+        pictures.find("same.png")
+    with pytest.raises(SampleError, match=r"no picture 'gone\.png' below"):
+        pictures.find("gone.png")
+    with pytest.raises(SampleError, match="no picture of the number 8"):
+        pictures.numbered(8)
+    assert pictures.numbered(7).load().size == (6, 4)
+    with pytest.raises(DataError, match="does not exist"):
+        Pictures([tmp_path / "none"])
+
+
+def test_a_file_of_no_known_layout_is_said_and_damaged_ones_stop_nobody(tmp_path: Path):
+    (tmp_path / "odd.json").write_text('[{"colour": 1, "size": 2}]')
+    (tmp_path / "cut.json").write_text('[{"colour": 1, ')
+    (tmp_path / "number.json").write_text("7")
+    (tmp_path / "empty.parquet").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("nothing")
+    found = find_benchmarks(tmp_path)
+    assert not found.benchmarks
+    assert set(found.unread) == {"odd.json", "cut.json", "number.json", "empty.parquet"}
+    assert "colour, size" in found.unread["odd.json"]
+    with pytest.raises(DataError, match="is no folder"):
+        find_benchmarks(tmp_path / "gone")

@@ -1,0 +1,64 @@
+"""Measures: ratios of sums with intervals, and paired gains, against resampling one draw at a time."""
+
+import numpy as np
+import pytest
+
+from vlm_distill_cache.stage2_student.suite import measures
+from vlm_distill_cache.stage2_student.suite.measures import Measure, gain, mean_measure, score
+
+
+def named(*given: Measure) -> dict[str, Measure]:
+    return {measure.name: measure for measure in given}
+
+
+def slow(hits: np.ndarray, of: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
+    """Draw units by index, one resample after another."""
+    generator = np.random.default_rng(1)
+    ratios = []
+    for _ in range(resamples):
+        drawn = generator.integers(0, len(of), len(of))
+        ratios.append(hits[drawn].sum() / of[drawn].sum())
+    return tuple(np.quantile(ratios, [0.025, 0.975]))
+
+
+def test_a_ratio_and_its_interval_are_those_of_drawing_units_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    generator = np.random.default_rng(0)
+    hits, of = generator.integers(0, 3, 120).astype(float), generator.integers(2, 6, 120).astype(float)
+    measure = Measure(name="f1", units=[str(unit) for unit in range(120)], hits=hits, of=of)
+    found = score(measure, {})
+    assert found is not None
+    assert found.value == pytest.approx(hits.sum() / of.sum())
+    assert (found.low, found.high) == pytest.approx(slow(hits, of), abs=0.01)
+    monkeypatch.setattr(measures, "_MOST_DRAWS", 120 * 7)  # in blocks
+    assert score(measure, {}) == found
+
+
+def test_gains_are_paired_by_unit_and_not_by_place():
+    units = [str(unit) for unit in range(200)]
+    values = np.random.default_rng(0).integers(0, 2, 200).astype(float)
+    one = mean_measure("accuracy", units, values)
+    same = mean_measure("accuracy", units[::-1], values[::-1])
+    assert gain(one, same, ({}, {})).high == 0  # no doubt is left where the same items are right
+    better = mean_measure("accuracy", units[:100], np.maximum(values[:100], np.arange(100) % 4 == 0))
+    found = gain(better, one, ({}, {}))
+    assert found.items == 100
+    assert found.value == pytest.approx((np.asarray(better.hits) - values[:100]).mean())
+    assert found.low > 0
+
+
+def test_parts_are_averaged_without_weights_or_added_up():
+    few, many = mean_measure("a/few", ["1", "2"], [1, 1]), mean_measure("a/many", ["3", "4", "5", "6"], [0, 0, 0, 1])
+    mean = Measure(name="a", parts=["a/few", "a/many"])
+    assert score(mean, named(few, many)).value == pytest.approx((1 + 0.25) / 2)
+    assert score(mean, named(few, many)).items == 6
+    total = Measure(name="a", parts=["a/few", "a/many"], summed=True)
+    assert score(total, named(few, many)).value == pytest.approx(1.25)
+    assert gain(mean, mean, (named(few, many), named(few, many))).value == 0
+
+
+def test_without_a_denominator_there_is_no_score():
+    nothing_called_yes = Measure(name="precision", units=["1"], hits=[0], of=[0])
+    assert score(nothing_called_yes, {}) is None
+    assert score(Measure(name="empty"), {}) is None
+    assert gain(mean_measure("a", ["1"], [1]), mean_measure("a", ["2"], [1]), ({}, {})) is None
+    assert gain(Measure(name="a", parts=["b"]), mean_measure("a", ["1"], [1]), ({}, {})) is None

@@ -4,15 +4,16 @@ An item says what is shown, what is asked and what is right; how it is asked of 
 stage two's (`stage2_student.suite`). Pictures stay closed until they are asked about.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-import xxhash
-
 from vlm_distill_cache.data.sample import ImageSource
+
+_PICTURES = ("image", "images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +102,9 @@ class Benchmark:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of ids, texts and right answers in order, and of the instruction; pictures are not opened for it."""
-        digest = xxhash.xxh3_128(json.dumps([self.layout, self.metric, self.instruction]).encode())
+        """Hash of ids, texts, right answers, metric and instruction; pictures are not opened for it."""
+        found = hashlib.sha256(json.dumps([self.metric, self.instruction]).encode())
         for item in self.items:
-            told = {
-                each.name: getattr(item, each.name) for each in fields(item) if each.name not in ("image", "images")
-            }
-            told["pictures"] = len(getattr(item, "images", ())) or getattr(item, "image", None) is not None
-            digest.update(json.dumps(told, sort_keys=True, default=str).encode() + b"\n")
-        return digest.hexdigest()
+            told = {each.name: getattr(item, each.name) for each in fields(item) if each.name not in _PICTURES}
+            found.update(json.dumps(told, sort_keys=True, default=str).encode())
+        return found.hexdigest()

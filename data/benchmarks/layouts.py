@@ -12,10 +12,18 @@ from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A document of a layout that makes no benchmark (answers without their questions), and why."""
+
+    document: Document
+    why: str
+
+
 class Reader(Protocol):
     """From the documents that are a layout's to benchmarks."""
 
-    def __call__(self, documents: Sequence[Document], pictures: Pictures) -> Sequence[Benchmark]:
+    def __call__(self, documents: Sequence[Document], pictures: Pictures) -> Sequence[Benchmark | Unread]:
         """Read what was recognised.
 
         Raises:

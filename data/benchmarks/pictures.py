@@ -55,7 +55,8 @@ class Pictures:
         """The picture that annotations call ``name``: a path, a file's name, or one without its ending.
 
         Args:
-            near: Folder of the annotations, where a path is looked for first.
+            near: Folder of the annotations, where a path is looked for first; of files of one name, those that share the
+                longest way down with it are meant.
             hints: Parts of paths (``val2014``) that decide between files of one name.
 
         Raises:
@@ -75,7 +76,7 @@ class Pictures:
             if longest:
                 break
         hinted = [file for file in longest if any(hint.lower() in str(file).lower() for hint in hints)]
-        chosen = _distinct(hinted or longest)
+        chosen = _distinct(_nearest(hinted or longest, near))
         if len(chosen) == 1:
             return ImageFile(chosen[0], shown=name)
         if not chosen:
@@ -115,6 +116,14 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a name that is too long, or holds a null byte
         return False
+
+
+def _nearest(files: Sequence[Path], near: Path | None) -> Sequence[Path]:
+    """Those that lie closest to a folder, as the folder of one benchmark among several."""
+    if near is None or len(files) < 2:
+        return files
+    shared = [len(os.path.commonpath([near.absolute(), file.absolute()])) for file in files]
+    return [file for file, length in zip(files, shared, strict=True) if length == max(shared)]
 
 
 def _distinct(files: Sequence[Path]) -> list[Path]:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
@@ -10,6 +11,7 @@ import pytest
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.benchmarks.documents import KEY, documents_in, open_document
+from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
 
@@ -122,3 +124,28 @@ def test_a_file_of_no_known_layout_is_said_and_damaged_ones_stop_nobody(tmp_path
     assert "colour, size" in found.unread["odd.json"]
     with pytest.raises(DataError, match="is no folder"):
         find_benchmarks(tmp_path / "gone")
+
+
+def test_a_picture_of_a_name_that_others_have_is_the_one_in_the_benchmarks_own_folder(tmp_path: Path):
+    for benchmark, data in (("a", RED), ("b", BLUE)):
+        (tmp_path / benchmark / "images" / "deep").mkdir(parents=True)
+        (tmp_path / benchmark / "images" / "deep" / "7.png").write_bytes(data)
+    pictures = Pictures([tmp_path])
+    for benchmark, colour in (("a", (255, 0, 0)), ("b", (0, 0, 255))):
+        (tmp_path / benchmark / "annotations").mkdir()
+        found = pictures.find("7.png", near=tmp_path / benchmark / "annotations")
+        assert found.load().getpixel((0, 0)) == colour
+    with pytest.raises(SampleError, match="2 different pictures"):
+        pictures.find("7.png", near=tmp_path)
+
+
+def test_a_fingerprint_moves_with_what_is_asked_and_what_is_right_and_not_with_pictures():
+    def of(**more: object) -> str:
+        item = OpenItem(item_id="1", image=None, question=str(more.get("question", "q")), answers=("a",))
+        item = replace(item, extra={"n": more.get("n", 1)}, answers=tuple(more.get("answers", ("a",))))  # type: ignore[arg-type]
+        instruction = str(more.get("instruction", ""))
+        return Benchmark(name="x", layout="y", title="z", items=[item], metric="m", instruction=instruction).fingerprint
+
+    others = [of(question="p"), of(n=2), of(answers=("b",)), of(instruction="Say it.")]
+    assert of() == of()
+    assert len({of(), *others}) == 5

@@ -53,8 +53,10 @@ QUESTIONS = Layout(
     name="llava-questions",
     title="LLaVA's question file",
     looks_for="rows of question_id, image and text, without answers",
-    source="LLaVA's docs/Evaluation.md (eval.zip); hub: liuhaotian/llava-bench-in-the-wild",
-    licence="as the benchmark's that it asks",
+    source="https://github.com/haotian-liu/LLaVA, docs/Evaluation.md (eval.zip); "
+    "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
+    licence="that of the benchmark that it asks",
+    scores="nothing: answers are written for outside scorers",
     recognises=_is_questions,
     read=_read,
 )

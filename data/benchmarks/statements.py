@@ -224,8 +224,9 @@ NLVR = Layout(
     name="nlvr",
     title="NLVR",
     looks_for="rows of identifier (two numbers, as 72-0), sentence and label (true or false); pictures SPLIT-72-0-0.png to -5",
-    source="github.com/lil-lab/nlvr, folder nlvr",
+    source="https://github.com/lil-lab/nlvr, folder nlvr",
     licence="CC BY 4.0",
+    scores="accuracy, consistency (sentences with which all pictures are answered rightly)",
     recognises=_is_nlvr,
     read=_read_nlvr,
 )
@@ -234,8 +235,9 @@ NLVR2 = Layout(
     title="NLVR2",
     looks_for="rows of sentence and label (true or false) with identifier (as dev-850-0-1; pictures dev-850-0-img0.png and "
     "-img1.png), left_image and right_image, or images (two); or of question, answer, left_image and right_image",
-    source="github.com/lil-lab/nlvr, folder nlvr2; hub: lmms-lab/NLVR2, HuggingFaceM4/NLVR2",
+    source="https://github.com/lil-lab/nlvr, folder nlvr2; https://huggingface.co/datasets/lmms-lab/NLVR2, https://huggingface.co/datasets/HuggingFaceM4/NLVR2",
     licence="CC BY 4.0; pictures by their owners, given for research",
+    scores="accuracy, consistency (sentences with which all pairs are answered rightly)",
     recognises=_is_nlvr2,
     read=_read_nlvr2,
 )

@@ -276,8 +276,9 @@ POPE = Layout(
     title="POPE",
     looks_for="rows of image, text and label (yes or no); or of question, answer (yes or no), image, and category (random, "
     "popular, adversarial) or image_source",
-    source="github.com/AoiDragon/POPE, folder output; hub: lmms-lab/POPE; pictures: COCO val2014",
+    source="https://github.com/AoiDragon/POPE, folder output; https://huggingface.co/datasets/lmms-lab/POPE; pictures: COCO val2014",
     licence="MIT; pictures as COCO says",
+    scores="F1, accuracy, precision, recall and share of yes: mean of the splits, and each",
     recognises=_is_pope,
     read=_read_pope,
 )
@@ -286,8 +287,9 @@ MME = Layout(
     title="MME",
     looks_for="texts of a question, a tab, and Yes or No a line, called as their pictures, a folder a task; or rows of question, "
     "answer (yes or no), image, and category (one of MME's 14 tasks)",
-    source="github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation; hub: lmms-lab/MME",
+    source="https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation; https://huggingface.co/datasets/lmms-lab/MME",
     licence="academic research alone; pictures as their sources say",
+    scores="perception and cognition: sums over tasks of accuracy and acc+ in percent; each task; acc and acc+",
     recognises=_is_mme,
     read=_read_mme,
 )
@@ -296,8 +298,9 @@ HALLUSION = Layout(
     title="HallusionBench",
     looks_for="rows of category, subcategory, set_id, figure_id, question_id, question and gt_answer; or of index, category (VD "
     "or VS), l2-category, question and answer (yes or no)",
-    source="github.com/tianyi-lab/HallusionBench; hub: lmms-lab/HallusionBench",
+    source="https://github.com/tianyi-lab/HallusionBench; https://huggingface.co/datasets/lmms-lab/HallusionBench",
     licence="BSD-3-Clause",
+    scores="aAcc, fAcc, qAcc, easy and hard pairs, without a GPT judge; each of VD and VS",
     recognises=_is_hallusion,
     read=_read_hallusion,
 )

@@ -55,6 +55,7 @@ from vlm_distill_cache.stage2_student.final_folder import (
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
 from vlm_distill_cache.stage2_student.scores.results import render_table
 from vlm_distill_cache.stage2_student.students.presets import student_names
+from vlm_distill_cache.stage2_student.suite.cli import suite
 from vlm_distill_cache.stage2_student.training.output_folder import refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
 from vlm_distill_cache.stage2_student.training.resolve import given_options, open_caches
@@ -515,6 +516,9 @@ def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -
         f"Next: {by_make('make distill STUDENT=', 'distill run --student ')}{quoted(output)}, or "
         f"{by_make('make teacher-cache TEACHER=', 'teacher-cache build --teacher ')}{quoted(output)}"
     )
+
+
+main.add_command(suite)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ SURFACE = {
     "distill import": "--json --output --vision-tower CHECKPOINT",
     "distill push": "--dry-run --json --message --overwrite --public --revision --which REPOSITORY STUDENT",
     "distill report": "--json OUTPUT",
+    "distill suite": "--cache --dry-run --images --json --limit --nproc --only --output --prompts BENCHMARKS STUDENT",
     "distill prune": "--data --images --json --keep --output --samples --teacher --template",
     "distill run": "--cache --config --data --dry-run --extend --images --json --nproc --output --phases --seed --set --sketch "
     "--student --teacher",
@@ -55,7 +56,7 @@ SURFACE = {
     "teacher-cache seal": "--json CACHE",
 }
 TARGETS = {
-    "help", "setup", "teacher-cache", "distill", "evaluate", "report", "demo", "demo-teacher", "experiment",
+    "help", "setup", "teacher-cache", "distill", "evaluate", "report", "suite", "demo", "demo-teacher", "experiment",
     "experiment-smollm",
     "test", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "full-size", "battery", "matrix",
     "lock", "sbom", "audit", "clean",

@@ -69,12 +69,13 @@ class EvaluationReport:
 
 
 class Row(NamedTuple):
-    """One line of the table; without scores it is the heading of those below."""
+    """One line of the table; without scores it is the heading of those below. ``name`` is the score's in the reports."""
 
     heading: str
     factor: int
     scores: tuple[Score | None, ...] = ()
     gain: Score | None = None
+    name: str = ""
 
 
 def table_rows(
@@ -87,7 +88,7 @@ def table_rows(
     known = set().union(*(report.scores for report in reports.values()))
 
     def row(name: str, heading: str, factor: int) -> Row:
-        return Row(heading, factor, tuple(report.scores.get(name) for report in reports.values()))
+        return Row(heading, factor, tuple(report.scores.get(name) for report in reports.values()), name=name)
 
     headlines = [
         row(*entry)._replace(gain=_gain(reports, compared, entry[0])) for entry in HEADLINE if entry[0] in known
@@ -116,7 +117,12 @@ def _says_something(score: Score | None) -> bool:
 
 def _gain(reports: Mapping[str, EvaluationReport], compared: tuple[str, str] | None, name: str) -> Score | None:
     before, after = (reports.get(model) for model in compared or ("", ""))
-    if before is None or after is None or not (name in before.scores and name in after.scores):
+    return None if before is None or after is None else gain_of(after, before, name)
+
+
+def gain_of(after: EvaluationReport, before: EvaluationReport, name: str) -> Score | None:
+    """What one model scores more than another; item by item where both were scored on as many items of each kind."""
+    if not (name in before.scores and name in after.scores):
         return None
     old, new = before.items.get(name, {}), after.items.get(name, {})
     if new and {kind: len(part) for kind, part in old.items()} == {kind: len(part) for kind, part in new.items()}:

@@ -52,7 +52,7 @@ from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.scores.flips import Flips, collect_flips
 from vlm_distill_cache.stage2_student.scores.held_out import open_items, scored_items
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
-from vlm_distill_cache.stage2_student.scores.taught import Taught, collect_taught
+from vlm_distill_cache.stage2_student.scores.taught import TEACHER, Taught, collect_taught
 from vlm_distill_cache.stage2_student.students.build import load_student
 from vlm_distill_cache.stage2_student.students.encoder import (
     build_encoder,
@@ -317,11 +317,11 @@ def show_flips(
     cache: TeacherCache,
     reports: Mapping[str, EvaluationReport],
 ) -> list[Flips]:
-    """The items on which two students differ, the one before and the one after."""
+    """The items on which two students differ, the one before and the one after; ``reports`` may have the teacher's."""
     before, after = (reports[name] for name in students)
     unread = before.unreadable or after.unreadable
     items = scored_items(config, next(iter(students.values())).encoder, cache, all_readable=not unread)
-    return collect_flips(_models(students), (before, after), items, cache)
+    return collect_flips(_models(students), (before, after), items, cache, reports.get(TEACHER, EvaluationReport()))
 
 
 def _models(students: Mapping[str, Student]) -> dict[str, tuple[Any, SampleEncoder]]:

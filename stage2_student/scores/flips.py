@@ -19,6 +19,7 @@ from vlm_distill_cache.stage2_student.scores.results import HEADLINE, Evaluation
 from vlm_distill_cache.stage2_student.scores.taught import Models, say, shrink, teachers_words
 
 SHOWN = 6  # items of each outcome
+_MARKS = {0.0: "wrong", 1.0: "right"}
 OUTCOMES = ("both", "won", "lost", "neither")
 Outcome = Literal["both", "won", "lost", "neither"]
 Place = tuple[str, int]  # kind, and which of its items
@@ -31,7 +32,7 @@ class Flip:
     Attributes:
         asked: The question; of a pair both captions, by what they are.
         said: By student: its answer, or by how many nats it prefers the right caption.
-        teacher: What the cached teacher held for most likely; empty where the item is not in the cache.
+        teacher: What the cached teacher held for most likely, or how it was scored; empty where neither is known.
     """
 
     item_id: str
@@ -86,6 +87,7 @@ def collect_flips(
     reports: tuple[EvaluationReport, EvaluationReport],
     items: EvaluationSet,
     cache: TeacherCache,
+    teacher: EvaluationReport,
 ) -> list[Flips]:
     """Compare two students item by item, and ask both again about a few on which they differ.
 
@@ -94,6 +96,7 @@ def collect_flips(
         reports: Theirs.
         items: What they were scored on.
         cache: Whose teacher's words are shown where an item is one of its samples.
+        teacher: Its scores, told where it was scored on the same items.
 
     Returns:
         Of each headline that is kept item by item, unless the items are others than those that were scored.
@@ -108,6 +111,8 @@ def collect_flips(
             by_kind.setdefault(item.kind, []).append(item)
         if not after or placed is None or any(len(by_kind[kind]) != len(after.get(kind, ())) for kind in by_kind):
             continue
+        marks = teacher.items.get(name, {})
+        known = {kind: len(values) for kind, values in marks.items()} == {kind: len(v) for kind, v in after.items()}
         shown: list[Flip] = []
         for outcome in ("won", "lost"):
             for kind, place in choose(placed[outcome]):
@@ -117,9 +122,9 @@ def collect_flips(
                     said, asked = _ask(models, item)
                 except SampleError:
                     continue
-                teacher = None
+                told = _MARKS.get(marks[kind][place], "half right") if known else ""
                 if isinstance(item, Question):
-                    teacher = teachers_words(cache, item.item_id.rpartition("-")[0], picture, item.answer, text)
+                    told = teachers_words(cache, item.item_id.rpartition("-")[0], picture, item.answer, text) or told
                 shown.append(
                     Flip(
                         item_id=item.item_id,
@@ -128,7 +133,7 @@ def collect_flips(
                         picture=shrink(picture),
                         asked=asked,
                         said=said,
-                        teacher=teacher or "",
+                        teacher=told,
                     )
                 )
         heading = next(heading for key, heading, _ in HEADLINE if key == name)

@@ -12,7 +12,8 @@ from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.page.elements import colour, keys, table, tabs, words
 from vlm_distill_cache.stage2_student.scores.results import format_score
 
-_WIDTH, _HEIGHT, _MARGIN = 520, 240, 52
+_WIDTH, _HEIGHT = 500, 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 20, 14, 32  # around the curves, for numbers at phone size
 _MOST_POINTS = 200  # of a curve
 _TABLE_ROWS = 12
 Points = Sequence[tuple[float, float]]
@@ -39,7 +40,7 @@ def bars(groups: Sequence[Group], models: Sequence[str]) -> str:
         ends = [end for score in known for end in (score.low, score.high, score.value)]
         low = min(0.0, *ends)
         high = max(1.0 if group.factor == 100 and min(ends) >= 0 else 0.0, *ends)
-        parts.append(f"<h3>{words(group.heading)}</h3>")
+        parts.append(f"<h3>{words(group.heading)}</h3>")  # an empty one is a gap
         for name, scores in group.rows:
             for place, score in enumerate(scores):
                 if score is not None:
@@ -127,31 +128,31 @@ def _chart(
         return "<p>Nothing above zero.</p>"
     left, right = min(steps), max(steps)
     low, high = (min(values), max(values)) if log else (min(0.0, *values), max(values))
-    width, height = _WIDTH - 2 * _MARGIN, _HEIGHT - 2 * _MARGIN
+    width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
     def level(value: float) -> float:
         return math.log(value) if log else value
 
     def place(step: float, value: float) -> tuple[float, float]:
-        x = _MARGIN + width * (step - left) / max(right - left, 1e-9)
-        return x, _MARGIN + height * (1 - (level(value) - level(low)) / max(level(high) - level(low), 1e-9))
+        x = _LEFT + width * (step - left) / max(right - left, 1e-9)
+        return x, _TOP + height * (1 - (level(value) - level(low)) / max(level(high) - level(low), 1e-9))
 
     lines = []
     for share in (0.0, 0.5, 1.0):
         value = low * (high / low) ** share if log else low + share * (high - low)
-        y = _MARGIN + height * (1 - share)
+        y = _TOP + height * (1 - share)
         lines.append(
-            f'<line x1="{_MARGIN}" x2="{_MARGIN + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
-            f'<text x="{_MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+            f'<line x1="{_LEFT}" x2="{_LEFT + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
+            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
         )
     for step, anchor in ((left, "start"), (right, "end")):
         x = place(step, low)[0]
-        lines.append(f'<text x="{x:.1f}" y="{_HEIGHT - 24}" text-anchor="{anchor}">step {step:.0f}</text>')
+        lines.append(f'<text x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="{anchor}">step {step:.0f}</text>')
     for run, points in shown.items():
-        for step in breaks[run]:
+        for step in (step for step in breaks[run] if left < step < right):
             x = place(step, low)[0]
             lines.append(
-                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_MARGIN}" y2="{_MARGIN + height}" stroke="{colour(places[run])}"'
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_TOP + height}" stroke="{colour(places[run])}"'
                 ' stroke-dasharray="2 4"/>'
             )
         path = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)

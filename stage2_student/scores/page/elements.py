@@ -73,7 +73,7 @@ cursor:pointer;max-width:100%;overflow-wrap:anywhere}}
 .tabs>input:checked+label{{background:var(--mark);border-color:var(--mark);color:var(--on)}}
 .tabs>input:focus-visible+label{{outline:2px solid var(--ink);outline-offset:1px}}
 .panes>*{{display:none}}{_SHOWN}{{display:block}}
-.view{{position:relative}}.view>img{{filter:grayscale(1)}}.view .panes{{position:absolute;inset:0}}
+.view{{position:relative;width:fit-content}}.view>img{{filter:grayscale(1)}}.view .panes{{position:absolute;inset:0}}
 .view .panes img{{width:100%;height:100%}}
 @media(max-width:600px){{body{{padding:12px}}svg text{{font-size:19px}}th,td{{padding:5px 8px}}
 dl{{grid-template-columns:1fr}}dd{{margin-bottom:6px}}

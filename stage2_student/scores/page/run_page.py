@@ -39,6 +39,7 @@ from vlm_distill_cache.stage2_student.scores.results import (
 )
 from vlm_distill_cache.stage2_student.scores.taught import TEACHER, Look, Taught, Word
 
+_UNASKED = "What the teacher says here is not known: it is not loaded, and these items are not in the cache."
 _TELLS = {"won": ("good", "only the distilled student is right"), "lost": ("bad", "only the baseline is right")}
 
 
@@ -144,7 +145,7 @@ def score_groups(reports: Mapping[str, EvaluationReport]) -> list[Group]:
         if not row.scores:
             heading = row.heading
         elif row.heading in alone and not row.heading.startswith(" "):
-            groups.append(Group(row.heading, row.factor, _bar_rows([row])))
+            groups.append(Group("", row.factor, _bar_rows([row])))
         elif groups and groups[-1].heading == heading:
             groups[-1] = groups[-1]._replace(rows=[*groups[-1].rows, *_bar_rows([row])])
         else:
@@ -178,13 +179,14 @@ def _flips(flips: Flips) -> str:
         f'{"" if cards[outcome] else ", none to show"}</h3><div class="row">{cards[outcome]}</div>'
         for outcome, (mark, tells) in _TELLS.items()
     )
-    return f"<h3>{words(flips.heading)}</h3>{counts}{shown}{legend(FLIPS)}"
+    unknown = "" if any(one.teacher for one in flips.shown) else f"<p>{_UNASKED}</p>"
+    return f"<h3>{words(flips.heading)}</h3>{counts}{unknown}{shown}{legend(FLIPS)}"
 
 
 def _flip(flip: Flip) -> str:
     asked = "".join(f"<dt>{name}</dt><dd>{words(text)}</dd>" for name, text in flip.asked.items())
     said = "".join(f"<dt>{words(name, 60)}</dt><dd><b>{words(text)}</b></dd>" for name, text in flip.said.items())
-    teacher = f"<dt>{TEACHER}</dt><dd>{words(flip.teacher or 'not asked: not in the cache')}</dd>"
+    teacher = f"<dt>{TEACHER}</dt><dd>{words(flip.teacher)}</dd>" if flip.teacher else ""
     name = words(f"{flip.kind} {flip.item_id}".strip(), 80)
     return (
         f'<div class="card" style="width:250px">{picture(flip.picture, f"picture of {flip.item_id}")}'
@@ -198,8 +200,8 @@ def _taught(taught: Sequence[Taught]) -> str:
     cards = "".join(_answer(one, f"words-{place}") for place, one in enumerate(taught))
     return (
         "<p>Samples of the cache: the answer that was taught, what the students say of their own, and what the teacher held "
-        "for most likely. Step through the words by a click or the arrow keys; red is where a model looks most while it says "
-        f'the word.</p><div class="row">{cards}</div>{legend(TAUGHT)}'
+        "for most likely. Step through the words by a click or the arrow keys; the brighter a place, the more a model looks there "
+        f'while it says the word; each map has its own scale.</p><div class="row">{cards}</div>{legend(TAUGHT)}'
     )
 
 
@@ -214,8 +216,9 @@ def _answer(taught: Taught, group: str) -> str:
     rows = "".join(f"<dt>{words(name, 60)}</dt><dd>{words(text)}</dd>" for name, text in said.items())
     looks = list(dict.fromkeys(name for word in taught.words for name in word.looks))
     views = "".join(_view(taught, name) for name in looks)
-    if not looks and taught.picture is not None:
-        views = picture(taught.picture, f"picture of {taught.sample_id}")
+    if taught.picture is not None:
+        shown = picture(taught.picture, f"picture of {taught.sample_id}")
+        views = f"<figure><figcaption>picture</figcaption>{shown}</figure>{views}"
     likely = "".join(f"<div><p>{_likely(word)}</p></div>" for word in taught.words)
     return (
         f'<div class="card"><p class="said"><b>{words(taught.question)}</b> <small>({words(taught.sample_id, 80)})</small></p>'

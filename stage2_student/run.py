@@ -27,7 +27,7 @@ from vlm_distill_cache.common.config import config_from_dict, config_to_dict, la
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import clean_stale, remove, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.files.rules import check, entries
+from vlm_distill_cache.common.files.rules import check
 from vlm_distill_cache.common.files.signed import find_damage, list_files, read_signed, write_signed
 from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import is_url, nearest_path, secret_locations
@@ -58,7 +58,9 @@ from vlm_distill_cache.stage2_student.pruned_folder import (
 )
 from vlm_distill_cache.stage2_student.scores.results import (
     HEADLINE,
+    SCORES,
     EvaluationReport,
+    read_scores,
     render_table,
     table_rows,
 )
@@ -76,7 +78,7 @@ from vlm_distill_cache.stage2_student.training.stamp import BASELINE, COMPARED, 
 if TYPE_CHECKING:
     from vlm_distill_cache.stage2_student.train import AfterStep, TrainResult
 
-TABLE, REPORT, SCORES = "table.txt", "report.html", "evaluation.json"
+TABLE, REPORT = "table.txt", "report.html"
 TEACHER = "teacher"
 ARM = "DISTILL_ARM"  # set in the processes of a run's student: what comes next is the run's to say
 LAUNCHER = "vlm_distill_cache.stage2_student.training.several"
@@ -459,21 +461,6 @@ def evaluate_arm(
     report = evaluate_student(open_student(folder / FINAL), config, cache)
     write_signed(path, {"of": what, **report.to_dict()})
     return report
-
-
-def read_scores(output: Path) -> dict[str, Any]:
-    """The scores of a run by model, each as of `EvaluationReport.to_dict`.
-
-    Raises:
-        ConfigError: If they are lost or damaged.
-    """
-    try:
-        stored = check(read_signed(output / SCORES), entries(EVALUATION, most=10), str(output / SCORES))
-    except (FileNotFoundError, CacheFormatError) as error:
-        raise ConfigError(
-            f"{output / SCORES} is missing or damaged ({error}); run the same `distill run` command again: it scores again"
-        ) from error
-    return dict(stored)
 
 
 def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import PIL.Image
 import torch
@@ -15,14 +15,11 @@ from vlm_distill_cache.common.tools.record_view import load_token_text
 from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, Question
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.stage2_student.scores.evaluate import ANSWER_TOKENS, weigh_pairs
-from vlm_distill_cache.stage2_student.scores.results import HEADLINE, EvaluationReport
+from vlm_distill_cache.stage2_student.scores.results import HEADLINE, EvaluationReport, Outcome, Place, outcomes
 from vlm_distill_cache.stage2_student.scores.taught import Models, say, shrink, teachers_words
 
 SHOWN = 6  # items of each outcome
 _MARKS = {0.0: "wrong", 1.0: "right"}
-OUTCOMES = ("both", "won", "lost", "neither")
-Outcome = Literal["both", "won", "lost", "neither"]
-Place = tuple[str, int]  # kind, and which of its items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +48,6 @@ class Flips:
     heading: str
     counts: Mapping[str, int]
     shown: Sequence[Flip]
-
-
-def outcomes(
-    after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]
-) -> dict[Outcome, list[Place]] | None:
-    """Where the items of two reports stand, by kind and place; won: ``after`` has more.
-
-    Returns:
-        None where the two were not scored on as many items of each kind.
-    """
-    if {kind: len(items) for kind, items in after.items()} != {kind: len(items) for kind, items in before.items()}:
-        return None
-    found: dict[Outcome, list[Place]] = {"both": [], "won": [], "lost": [], "neither": []}
-    for kind, items in after.items():
-        for place, (new, old) in enumerate(zip(items, before[kind], strict=True)):
-            equal: Outcome = "both" if new == 1 else "neither"
-            found["won" if new > old else "lost" if new < old else equal].append((kind, place))
-    return found
 
 
 def choose(places: Sequence[Place], most: int = SHOWN) -> list[Place]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.results import Row
 
 INTERVAL = (
@@ -11,6 +12,10 @@ INTERVAL = (
 GAIN = (
     "What a student scores more than the baseline on the same items, in the same unit; items are resampled in pairs. An "
     "interval that does not hold 0 is a difference that these items show."
+)
+PAIRED = (
+    "What a model scores more than the first one on the items that both were asked, in the same unit; they are resampled in "
+    "pairs. Coloured where the interval does not hold 0."
 )
 COST = {
     "parameters": "Numbers in the model that is used, all parts together.",
@@ -69,3 +74,10 @@ def explain(rows: Iterable[Row]) -> dict[str, str]:
         elif row.name:
             found[f"{row.name.partition('/')[0]}, by kind"] = _KIND
     return found
+
+
+def verdict(gain: Score, *, more_is_better: bool = True) -> str:
+    """The colour of a difference: none where its interval holds 0."""
+    if gain.low <= 0 <= gain.high:
+        return ""
+    return "good" if (gain.value > 0) is more_is_better else "bad"

@@ -13,9 +13,8 @@ from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.common.printing import size_words
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.scores.card import reproduce
-from vlm_distill_cache.stage2_student.scores.flips import OUTCOMES, Flip, Flips
-from vlm_distill_cache.stage2_student.scores.metrics import Score
-from vlm_distill_cache.stage2_student.scores.page.charts import Group, bars, curves
+from vlm_distill_cache.stage2_student.scores.flips import Flip, Flips
+from vlm_distill_cache.stage2_student.scores.page.charts import bars, curves
 from vlm_distill_cache.stage2_student.scores.page.elements import (
     choices,
     code,
@@ -28,15 +27,18 @@ from vlm_distill_cache.stage2_student.scores.page.elements import (
     words,
     write_page,
 )
-from vlm_distill_cache.stage2_student.scores.page.legends import COST, CURVES, FLIPS, GAIN, INTERVAL, TAUGHT, explain
-from vlm_distill_cache.stage2_student.scores.results import (
-    DETAILS,
-    HEADLINE,
-    EvaluationReport,
-    Row,
-    format_score,
-    table_rows,
+from vlm_distill_cache.stage2_student.scores.page.legends import (
+    COST,
+    CURVES,
+    FLIPS,
+    GAIN,
+    INTERVAL,
+    TAUGHT,
+    explain,
+    verdict,
 )
+from vlm_distill_cache.stage2_student.scores.page.score_rows import score_groups, score_table
+from vlm_distill_cache.stage2_student.scores.results import OUTCOMES, EvaluationReport, Row, format_score, table_rows
 from vlm_distill_cache.stage2_student.scores.taught import TEACHER, Look, Taught, Word
 
 _UNASKED = "What the teacher says here is not known: it is not loaded, and these items are not in the cache."
@@ -123,50 +125,6 @@ def _headline(page: RunPage, headlines: Sequence[Row], models: Sequence[str]) ->
         "Its own scores where whoever built the cache put them there, on the same test set; it is not loaded."
     )
     return f'<div class="row">{"".join(cards)}</div>{cost}{legend(told)}'
-
-
-def verdict(gain: Score, *, more_is_better: bool = True) -> str:
-    """The colour of a difference: none where its interval holds 0."""
-    if gain.low <= 0 <= gain.high:
-        return ""
-    return "good" if (gain.value > 0) is more_is_better else "bad"
-
-
-def score_groups(reports: Mapping[str, EvaluationReport]) -> list[Group]:
-    """Bars: the headlines, then what stands below each heading of the details."""
-    headlines, details = table_rows(reports)
-    units = {100: [row for row in headlines if row.factor == 100], 1: [row for row in headlines if row.factor != 100]}
-    groups = [
-        Group("the three that matter first, %", factor, _bar_rows(rows)) for factor, rows in units.items() if rows
-    ]
-    alone = {heading for name, heading, _ in (*HEADLINE, *DETAILS) if name and not name.endswith("/")}
-    heading = ""
-    for row in details:
-        if not row.scores:
-            heading = row.heading
-        elif row.heading in alone and not row.heading.startswith(" "):
-            groups.append(Group("", row.factor, _bar_rows([row])))
-        elif groups and groups[-1].heading == heading:
-            groups[-1] = groups[-1]._replace(rows=[*groups[-1].rows, *_bar_rows([row])])
-        else:
-            groups.append(Group(heading, row.factor, _bar_rows([row])))
-    return groups
-
-
-def _bar_rows(rows: Sequence[Row]) -> list[tuple[str, Sequence[Score | None]]]:
-    return [(row.heading, row.scores) for row in rows]
-
-
-def score_table(rows: Sequence[Row], models: Sequence[str]) -> str:
-    """All scores as numbers."""
-    gains = any(row.gain for row in rows)
-    lines = []
-    for row in rows:
-        cells = [with_interval(*format_score(score, row.factor)) for score in row.scores]
-        cells += [with_interval(*format_score(row.gain, row.factor, sign="+"))] if row.gain else []
-        lines.append([words(row.heading), *cells, *[""] * (len(models) + gains - len(cells))])
-    shown = table(["", *models, *(["gain"] if gains else [])], lines)
-    return f"<details open><summary>All scores as a table</summary>{shown}</details>"
 
 
 def _flips(flips: Flips) -> str:

@@ -19,7 +19,7 @@ from vlm_distill_cache.data.sources.pictures import says_none
 IN_A_WORD = "Answer the question using a single word or phrase."
 SECRET = "its answers are kept secret: nothing is scored, answers.jsonl is what the authors' server counts"
 _SPLIT = re.compile(
-    r"(?<![a-z])(train|validation|val|testdev|test-dev|test_dev|test|dev|challenge|submission)_?(\d{4})?(?![a-z])"
+    r"(?<![a-z])(train|validation|val|testdev|test-dev|test_dev|test|dev|challenge|submission)(20\d\d)?(?![a-z])"
 )
 _SHORT = {"validation": "val", "test-dev": "testdev", "test_dev": "testdev"}
 

@@ -93,17 +93,18 @@ def _key(entry: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _fitting(document: Document, answered: Sequence[Document]) -> tuple[list[Document], str]:
-    """The files that answer questions of this one; of several that contradict each other those that lie closest.
+    """The files that answer questions of this one's split; of several that contradict each other those that lie closest.
 
     Returns:
         The files; and why there is no telling which are meant.
     """
     asked = {_key(question) for question in _questions(document)}
-    fitting = [each for each in answered if any(_key(entry) in asked for entry in _annotations(each))]
+    alike = [each for each in answered if len({_subtype(document), _subtype(each)} - {""}) < 2]
+    fitting = [each for each in alike if any(_key(entry) in asked for entry in _annotations(each))]
     shared = [len(os.path.commonpath([document.path.parent, each.path.parent])) for each in fitting]
     nearest = [each for each, length in zip(fitting, shared, strict=True) if length == max(shared)]
-    for chosen in (fitting, nearest, [each for each in nearest if _subtype(each) == _subtype(document)]):
-        if not (clash := _contradiction(chosen)) and (chosen or not fitting):
+    for chosen in (fitting, nearest):
+        if not (clash := _contradiction(chosen)):
             return chosen, ""
     return [], f"{clash} answer the same question differently; keep each benchmark in a folder of its own"
 

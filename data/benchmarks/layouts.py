@@ -50,6 +50,7 @@ class Layout:
         looks_for: Which keys and nesting it is told by, for errors and docs.
         source: Where its files come from.
         licence: Of its annotations, and of its pictures where that is another.
+        scores: What is counted, the headline first, for docs: ``group, text and image score, by likelihood and P(yes)``.
         recognises: Whether a document is one of its files (annotations that belong to questions, too).
         read: Makes benchmarks of all documents of a folder that are of this layout.
     """
@@ -61,6 +62,7 @@ class Layout:
     licence: str
     recognises: Recognises
     read: Reader
+    scores: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -304,7 +304,20 @@ def coco_order(folder: Path, form: str) -> None:
             split.append(
                 {"image": f"val2014/{name}", "caption": [f"A brown dog, wet, runs on sand {m}." for m in range(5)]}
             )
-        write_json(folder / "coco_karpathy_test.json", split)
+        if form == "split":
+            write_json(folder / "coco_karpathy_test.json", split)
+        else:
+            images = [
+                {
+                    "filepath": "val2014",
+                    "filename": row["image"].partition("/")[2],
+                    "split": part,
+                    "sentences": [{"raw": text, "tokens": text.split()} for text in row["caption"]],
+                }
+                for row in split
+                for part in ("train", "test")
+            ]
+            write_json(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
 
 
 def whats_up_controlled(folder: Path, subset: str, form: str, *, things: Sequence[str] = ("cup", "book")) -> None:

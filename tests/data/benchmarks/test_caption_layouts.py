@@ -116,7 +116,7 @@ def test_a_part_is_cut_once_and_never_from_outside(tmp_path: Path):
         Crop(ImageFile(path), (4, 3, 9, 2)).load()
 
 
-@pytest.mark.parametrize("form", ["hub", "options", "split"])
+@pytest.mark.parametrize("form", ["hub", "options", "split", "karpathy"])
 def test_coco_order_ranks_one_right_order_first(tmp_path: Path, form: str):
     files.coco_order(tmp_path, form)
     benchmark = only(tmp_path)
@@ -124,7 +124,7 @@ def test_coco_order_ranks_one_right_order_first(tmp_path: Path, form: str):
     item = items_of(benchmark)[0]
     assert seen(item.images[0]) == 110
     assert item.fits == ((True, *[False] * (len(item.captions) - 1)),)
-    if form == "split":
+    if form in ("split", "karpathy"):
         assert (benchmark.name, len(benchmark.items)) == ("aro-coco-order-split", 10)
         assert item.captions[0] == "a brown dog, wet, runs on sand 0"
         assert "two of the published four" in benchmark.notes[0]
@@ -232,3 +232,72 @@ def test_an_item_that_cannot_be_asked_is_left_out_with_its_reason(tmp_path: Path
     files.write_table(tmp_path / "hub" / "SugarCrepe_add_att" / "test.parquet", labels, pictures=["image"])
     hub = find_benchmarks(tmp_path / "hub").benchmarks["sugarcrepe"]
     assert "'true_label' 'c' is none of" in hub.left_out["add_att/0"]
+
+
+ODD = (
+    None,
+    3,
+    -1.5,
+    True,
+    "",
+    "x" * 5000,
+    "\x00",
+    [],
+    [None],
+    {},
+    {"path": 3},
+    [[1]],
+    ["a", "b", "c"],
+    "http://x/y.jpg",
+)
+JSON_FORMS = {
+    "sugarcrepe": ("json", "copy"),
+    "sugarcrepe_pp": ("json", "copy"),
+    "winoground": ("json",),
+    "bivlc": ("json",),
+    "valse": ("json", "copy"),
+    "coco_order": ("split", "karpathy"),
+}
+
+
+def folders_of_json(root: Path) -> list[Path]:
+    for maker, forms in JSON_FORMS.items():
+        for form in forms:
+            getattr(files, maker)(root / f"{maker}-{form}", form)
+    files.aro(root / "relation", "relation", "json")
+    files.aro(root / "attribution", "attribution", "json")
+    files.whats_up_controlled(root / "up", "a", "json")
+    files.whats_up_lists(root / "lists", "coco_qa_one_obj")
+    return sorted(root.iterdir())
+
+
+def spoiled(value: object, odd: object) -> list[object]:
+    """The JSON with one value of its first entry replaced, or one entry, or all of it."""
+    if isinstance(value, list):
+        return [odd, *([part, *value[1:]] for part in spoiled(value[0], odd))] if value else [odd]
+    if isinstance(value, dict):
+        return [odd, *({**value, key: part} for key in list(value)[:12] for part in spoiled(value[key], odd))]
+    return [odd]
+
+
+def test_no_value_in_no_place_ends_the_search(tmp_path: Path):
+    """Whatever stands where a published value should: the item is left out, or the file unread; nothing else happens."""
+    tried = 0
+    for folder in folders_of_json(tmp_path / "all"):
+        (path, *_) = sorted(path for path in folder.rglob("*.json*"))
+        lines = path.suffix == ".jsonl"
+        text = path.read_text()
+        for number, odd in enumerate(ODD):
+            whole = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+            for place, bad in enumerate(spoiled(whole, odd)):
+                if (place + number) % 5:  # a fifth of all, each place with some of the values
+                    continue
+                if lines and isinstance(bad, list):
+                    path.write_text("".join(json.dumps(row) + "\n" for row in bad))
+                else:
+                    path.write_text(json.dumps(bad))
+                found = find_benchmarks(folder)
+                assert found.benchmarks or found.unread
+                tried += 1
+        path.write_text(text)
+    assert tried > 200

@@ -159,8 +159,7 @@ def _is_retrieval_split(document: Document) -> bool:
     if _karpathy(document):
         return True
     return document.columns == {"image", "caption"} and all(
-        isinstance(row["image"], str) and isinstance(row["caption"], list | tuple) and len(row["caption"]) > 1
-        for row in probe(document)
+        isinstance(row.get("image"), str) and isinstance(row.get("caption"), list | tuple) for row in probe(document)
     )
 
 
@@ -214,18 +213,18 @@ def _raw(texts: Any) -> list[str]:
 
 def _split_rows(document: Document) -> Document:
     """A row a caption of the test split, with the orders that are made of it."""
-    captions = [(str(row["image"]), row["caption"]) for row in document.rows if "caption" in row] or [
-        (
-            "/".join(str(entry[key]) for key in ("filepath", "filename") if entry.get(key)),
-            [text["raw"] for text in entry["sentences"]],
-        )
-        for entry in _karpathy(document)
-        if entry["split"] == "test"
-    ]
+    if document.rows:
+        captions = [(row.get("image"), row.get("caption")) for row in document.rows]
+    else:
+        captions = [
+            ("/".join(str(entry[key]) for key in ("filepath", "filename") if entry.get(key)), _raw(entry["sentences"]))
+            for entry in _karpathy(document)
+            if entry["split"] == "test"
+        ]
     rows = []
     for place, (image, texts) in enumerate(captions):
-        for number, text in enumerate(texts):
-            right = plain_caption(str(text))
+        for number, text in enumerate(texts if isinstance(texts, list | tuple) and texts else [None]):
+            right = plain_caption(text) if isinstance(text, str) else ""
             options = [right, *shuffled_captions(right, f"{image} {number}")]
             rows.append({"id": f"{place}.{number}", "image": image, "caption_options": options})
     return Document(document.path, document.shown, rows)
@@ -241,8 +240,10 @@ def _read_orders(documents: Sequence[Document], pictures: Pictures) -> Iterator[
                 "otherwise the files do not say which one is right: take the table with true_caption, false_caption",
             )
             continue
-        first = next(probe(document), {})
-        shown = first or next(iter(_karpathy(document)), {})
+        if (images := _karpathy(document)) and all(entry["split"] != "test" for entry in images):
+            yield Unread(document, "none of its pictures is of the test split, which is asked about")
+            continue
+        shown = next(probe(document), None) or next(iter(_karpathy(document)), {})
         told = " ".join([*path_parts(document), *(str(shown[key]) for key in ("image", "filepath") if key in shown)])
         task = next((name for name in ("flickr", "coco") if name in told.lower()), "")
         split = "-split" if _is_retrieval_split(document) else ""
@@ -430,8 +431,8 @@ LAYOUTS: tuple[Layout, ...] = (
         "or attributes",
         source="GitHub: mertyg/vision-language-models-are-bows; hub: mteb/ARO-Visual-Relation, mteb/ARO-Visual-Attribution",
         licence=f"MIT; {_VG}",
-        scores="likelihood, the mean over relations that can be told from their reverse, or over pairs of attributes with 25 items; "
-        "both orders of the letter question; P(yes)",
+        scores="likelihood, the mean over relations that can be told from their reverse, or over pairs of attributes with 25 "
+        "items; both orders of the letter question; P(yes)",
         recognises=_is_aro_pair,
         read=lambda documents, pictures: list(_read_aro_pairs(documents, pictures)),
     ),

@@ -118,8 +118,10 @@ def test_a_short_number_is_not_looked_for_in_folders_of_other_names(tmp_path: Pa
     pictures = Pictures([tmp_path])
     assert pictures.find("any/three/0001.png").load().size == (6, 4)
     assert pictures.find("0001.png").load().size == (6, 4)
-    with pytest.raises(SampleError, match=r"no picture 'four/0001\.png' .*in a folder of another name"):
-        pictures.find("four/0001.png")  # each folder has its own
+    assert pictures.find("images/0001.png").load().size == (6, 4)
+    for name in ("four/0001.png", "four/images/0001.png"):  # each folder has its own
+        with pytest.raises(SampleError, match=rf"no picture '{name}' .*in a folder of another name"):
+            pictures.find(name)
 
 
 def test_a_row_that_names_another_has_its_picture_and_texts_of_a_folder_are_one_document(tmp_path: Path):

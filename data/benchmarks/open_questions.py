@@ -4,7 +4,6 @@ import ast
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -31,11 +30,6 @@ class Entries:
     document: Document
     rows: Sequence[Mapping[str, Any]]
     keys: frozenset[str]
-
-    @cached_property
-    def by_index(self) -> Mapping[str, int]:
-        """Rows by their ``index``: a row of a TSV that shares a picture has that of the other row in place of it."""
-        return {str(row.get("index")): place for place, row in enumerate(self.rows)} if self.has("index") else {}
 
     @property
     def first(self) -> Mapping[str, Any]:
@@ -126,7 +120,8 @@ class Found:
         """Keep an item, or say why it cannot be asked.
 
         Args:
-            item_id: The published id; a number is added where another item has it.
+            item_id: The published id, which ``extra["question_id"]`` keeps if it is a number; a number is added to one that
+                another item has.
             question: Left out where there is none.
             answers: All that are right; none: kept secret.
             find: Gives the picture, or raises `SampleError`.
@@ -144,8 +139,12 @@ class Found:
         except SampleError as error:
             self.left_out[name] = str(error)
             return
+        extra = dict(more.pop("extra", {}))
+        if isinstance(item_id, int):
+            extra["question_id"] = item_id
+        asked = question.strip()
         self.items.append(
-            OpenItem(item_id=name, image=image, question=question.strip(), answers=tuple(answers), **more)
+            OpenItem(item_id=name, image=image, question=asked, answers=tuple(answers), extra=extra, **more)
         )
 
     def benchmark(self, *, documents: Iterable[Document], notes: Iterable[str] = (), **more: Any) -> Benchmark:
@@ -181,8 +180,8 @@ def picture_in(
     if not says_none(value):
         if not isinstance(value, str) or base64_picture(value) is not None:
             return document.picture(index, column)
-        if is_table_of_texts(document) and (other := entries.by_index.get(value)) is not None:
-            return document.picture(other, column)
+        if value in document.by_index:  # the row that has it
+            return document.picture(index, column)
         return pictures.find(value, near=document.path.parent, hints=hints)
     names = [name for name in named if name]
     for name in names[:-1]:

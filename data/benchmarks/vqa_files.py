@@ -235,6 +235,7 @@ VQA = Layout(
     source="https://visualqa.org/download.html, https://okvqa.allenai.org/download.html, pictures of https://cocodataset.org "
     "(train2014, val2014, test2015); hub: lmms-lab/VQAv2, lmms-lab/OK-VQA",
     licence="CC BY 4.0; pictures of COCO: those of Flickr",
+    scores="VQA accuracy over ten answers, by answer type and question type; as vqaEval.py",
     recognises=_is_vqa,
     read=_read_vqa,
 )

@@ -15,6 +15,7 @@ from vlm_distill_cache.data.images.recognise import base64_picture
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.pictures import says_none
 
+TEN = 10  # people who answered each question of the VQA challenge, and of those that took its form
 IN_A_WORD = "Answer the question using a single word or phrase."
 SECRET = "its answers are kept secret: nothing is scored, answers.jsonl is what the authors' server counts"
 _SPLIT = re.compile(
@@ -48,10 +49,9 @@ class Entries:
 def entries_of(document: Document, under: str = "data") -> Entries:
     """The entries under a key of the JSON, or else the document's rows."""
     rows = document.rows
-    if isinstance(document.top, dict) and isinstance(document.top.get(under), list):
-        rows = document.top[under]
-    first = rows[0] if len(rows) else {}
-    return Entries(document, rows, frozenset(first) if isinstance(first, Mapping) else frozenset())
+    if isinstance(document.top, dict) and isinstance(found := document.top.get(under), list):
+        rows = [entry if isinstance(entry, dict) else {} for entry in found]
+    return Entries(document, rows, frozenset(rows[0] if len(rows) else ()))
 
 
 def top_text(document: Document, *path: str) -> str:
@@ -109,9 +109,13 @@ def is_table_of_texts(document: Document) -> bool:
 
 @dataclass(frozen=True)
 class Found:
-    """Items as they are read, those that cannot be asked, and what a reader of scores must know."""
+    """Items as they are read, those that cannot be asked, and what a reader of scores must know.
+
+    ``people`` is how many were asked for the answer to each question: ten where VQA accuracy counts them, else 1.
+    """
 
     pictures: Pictures
+    people: int = 1
     items: list[OpenItem] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
@@ -134,6 +138,11 @@ class Found:
         if not isinstance(question, str) or not question.strip():
             self.left_out[name] = f"it has no question: {question!r}"[:200]
             return
+        if len(answers) == 1 < self.people:
+            self.left_out[name] = f"it has one answer, and is scored by those of {self.people} people: {answers[0]!r}"[
+                :200
+            ]
+            return
         try:
             image = find()
         except SampleError as error:
@@ -154,6 +163,11 @@ class Found:
         if secret:
             said.append(
                 SECRET if secret == len(self.items) else f"{secret} of {len(self.items)} questions have no answers"
+            )
+        if few := sum(0 < len(item.answers) < self.people for item in self.items):
+            said.append(
+                f"{few} of {len(self.items)} questions have fewer than {self.people} answers; VQA accuracy leaves one out at a "
+                "time, so that fewer than four that agree are not worth 100"
             )
         files = [document.shown for document in documents]
         return Benchmark(items=self.items, left_out=self.left_out, notes=said, files=files, **more)

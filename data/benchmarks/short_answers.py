@@ -14,6 +14,7 @@ from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.open_questions import (
     IN_A_WORD,
+    TEN,
     Entries,
     Found,
     answers_of,
@@ -32,6 +33,7 @@ _SINGLE_WORD = "Answer the question with a single word."
 _OR_UNANSWERABLE = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{IN_A_WORD}"
 _SEMANTIC = {"attr": "attribute", "cat": "category", "global": "scene", "obj": "object", "rel": "relation"}
 _GQA_COMMON = ("color", "material", "shape")  # what GQA's questions about things in common are answered with
+_FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 _PARTS = re.compile(r"_\d+$")
 
 
@@ -55,7 +57,7 @@ def _is_textvqa(document: Document) -> bool:
 
 def _read_textvqa(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark]:
     def read(document: Document) -> Benchmark:
-        entries, found = entries_of(document), Found(pictures)
+        entries, found = entries_of(document), Found(pictures, TEN)
         split = split_of(document, top_text(document, "dataset_type"), str(entries.first.get("set_name") or ""))
         folder = "test_images" if split == "test" else "train_images"  # where the authors' archives put them
         for index, row in enumerate(entries.rows):
@@ -94,13 +96,13 @@ def _is_vizwiz(document: Document) -> bool:
 
 def _read_vizwiz(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark]:
     def read(document: Document) -> Benchmark:
-        entries, found = entries_of(document), Found(pictures)
+        entries, found = entries_of(document), Found(pictures, TEN)
         split = split_of(document, *[str(entries.first.get(key) or "") for key in ("question_id", "filename")])
         for index, row in enumerate(entries.rows):
             kind = str(row.get("answer_type") or row.get("category") or "")
-            answerable = row.get("answerable")
+            answerable = _FLAGS.get(str(row.get("answerable")).lower())
             if answerable is None and kind:
-                answerable = kind != "unanswerable"
+                answerable = int(kind != "unanswerable")
             names = [str(row[key]) for key in ("filename", "image_id", "question_id") if row.get(key)]
             picture = row.get("image")
             found.add(
@@ -116,7 +118,7 @@ def _read_vizwiz(documents: Sequence[Document], pictures: Pictures) -> list[Benc
                     entries, at, pictures, named=names, hints=[split] if split else []
                 ),
                 kind=kind,
-                extra={} if answerable in (None, "") else {"answerable": int(float(answerable))},
+                extra={} if answerable is None else {"answerable": answerable},
             )
         return found.benchmark(
             name=named("vizwiz", split),
@@ -221,7 +223,7 @@ def _gqa_benchmark(
 
 
 def _is_balanced(row: Mapping[str, Any]) -> bool:
-    return str(row.get("isBalanced")).lower() in ("true", "1")
+    return _FLAGS.get(str(row.get("isBalanced")).lower()) == 1
 
 
 def _gqa_extra(row: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:

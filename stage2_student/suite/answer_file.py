@@ -126,8 +126,7 @@ def _nlvr(answered: Answered) -> dict[str, str]:
 
 
 _FORMS: Mapping[str, Callable[[Answered], dict[str, str]]] = {
-    "vqav2": _listed("question_id", "answer"),
-    "okvqa": _listed("question_id", "answer"),
+    "vqa": _listed("question_id", "answer"),
     "textvqa": _listed("question_id", "answer"),
     "vizwiz": _listed("image", "answer", _picture_name),
     "gqa": _listed("questionId", "prediction"),

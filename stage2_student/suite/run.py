@@ -32,6 +32,7 @@ from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.data.benchmarks.items import Benchmark, Item
 from vlm_distill_cache.data.benchmarks.layouts import Found
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
+from vlm_distill_cache.stage2_student.suite.measures import score
 from vlm_distill_cache.stage2_student.suite.metrics.table import METRICS
 from vlm_distill_cache.stage2_student.suite.opened import Model, load_model
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result
@@ -141,11 +142,7 @@ def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
         more = f"\n  and {len(found.unread) - 20} more files" if len(found.unread) > 20 else ""
         raise DataError(
             f"{suite.benchmarks}: no benchmark of a known layout; layouts and what each is told by: docs/benchmarks.md. "
-            + (
-                f"Files that were looked at:{looked}{more}"
-                if found.unread
-                else "No JSON, CSV, TSV or parquet file is there"
-            )
+            + (f"Files that were looked at:{looked}{more}" if found.unread else "No JSON, CSV, TSV or parquet file is there")
         )
     if unknown := [name for name in suite.only if name not in found.benchmarks]:
         raise ConfigError(
@@ -315,10 +312,7 @@ def _line(item: Item, results: Sequence[Result | SampleError], requests: Sequenc
     """What is kept of an item: its results, or why there are none."""
     errors = [result for result in results if isinstance(result, SampleError)]
     if errors:
-        return {
-            "item": item.item_id,
-            "left_out": str(errors[0]).replace(f"sample {'request'!r}: ", "").replace("sample 'prompt': ", ""),
-        }
+        return {"item": item.item_id, "left_out": str(errors[0]).replace(f"sample {'request'!r}: ", "").replace("sample 'prompt': ", "")}
     return {"item": item.item_id, "results": list(results)}
 
 

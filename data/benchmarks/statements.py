@@ -158,7 +158,7 @@ def _read_nlvr2(documents: Sequence[Document], pictures: Pictures) -> list[Bench
             own = str(_identifier(row) or id_of(row, index + 1))
             gathered.take(own, where, partial(_nlvr2_item, document, index, row, own, pictures))
         notes = ["the two pictures of a statement are shown as one, side by side, with a white gap"]
-        if not any(item.group for item in gathered.items):
+        if gathered.items and not any(item.group for item in gathered.items):
             notes.append(
                 "no consistency: the rows have no identifiers (split-set-pair-sentence) that tell which share a sentence"
             )

@@ -9,7 +9,7 @@ from vlm_distill_cache.data.benchmarks.documents import Document
 from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
-from vlm_distill_cache.data.benchmarks.question_rows import Gathered, Row, id_of, picture_of, text_of
+from vlm_distill_cache.data.benchmarks.question_rows import Gathered, Row, id_of, picture_of, probe, text_of
 from vlm_distill_cache.data.sources.pictures import says_none
 
 _PICTURE = re.compile(r"\s*<image>\s*")
@@ -17,9 +17,7 @@ _OTHERS = ("answer", "answers", "label", "options", "choices", "conversations", 
 
 
 def _is_questions(document: Document) -> bool:
-    return _is_answers(document) or (
-        document.has("question_id", "text", "image") and document.columns.isdisjoint(_OTHERS)
-    )
+    return document.has("question_id", "text") and document.columns.isdisjoint(_OTHERS)
 
 
 def _is_answers(document: Document) -> bool:
@@ -33,6 +31,10 @@ def _read(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark |
             found.append(
                 Unread(document, "it holds a model's answers, not questions; give the question file that it answers")
             )
+            continue
+        if not any("image" in row for row in probe(document)):
+            why = "its rows have no 'image': questions without pictures have \"image\": null, and answers are no questions"
+            found.append(Unread(document, why))
             continue
         gathered = Gathered()
         for index, row, where in gathered.rows(document):

@@ -119,7 +119,7 @@ def test_a_figure_of_hallusionbench_is_never_that_of_another_folder(tmp_path: Pa
     assert [item.item_id for item in benchmark.items].count("VD_ocr_0_1_0") == 0
 
 
-@pytest.mark.parametrize("name", ["dev/dev.json", "mine.jsonl"])
+@pytest.mark.parametrize("name", ["dev/dev.json", "test/mine.jsonl"])
 def test_all_six_pictures_of_nlvr_are_asked_about(tmp_path: Path, name: str):
     files.write_nlvr(tmp_path, name)
     benchmark = only(tmp_path)
@@ -157,6 +157,13 @@ def test_question_files_are_asked_as_they_stand_and_answers_files_are_no_questio
     assert {item.extra["question_id"] for item in benchmark.items} == {"scene/1.png"}
     assert "no picture 'gone/2.png'" in benchmark.left_out["7"]
     assert "a model's answers, not questions" in found.unread["answers.jsonl"]
+    files.lines(tmp_path / "plain.jsonl", [{"question_id": 1, "text": "Why?", "category": "a"}])
+    files.lines(tmp_path / "null.jsonl", [{"question_id": 1, "text": "Why?", "category": "a", "image": None}])
+    found = find_benchmarks(tmp_path)
+    assert "no 'image'" in found.unread["plain.jsonl"]
+    (item,) = found.benchmarks["llava-null"].items
+    assert isinstance(item, OpenItem)
+    assert (item.image, item.question, item.kind) == (None, "Why?", "a")
 
 
 def _rows(folder: Path, text: str) -> Found:

@@ -6,6 +6,7 @@ are asked about.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -59,7 +60,7 @@ class Document:
     def columns(self) -> frozenset[str]:
         """Keys of the first rows, without those that hold nothing in any of them."""
         found: set[str] = set()
-        for row in islice(iter(self.rows), _PROBED):
+        for row in islice(readable(self.rows), _PROBED):
             found |= {str(key) for key, value in row.items() if value is not None}
         return frozenset(found)
 
@@ -83,6 +84,13 @@ class Document:
             place: In a list of pictures; None: the value is the picture.
         """
         return RowPicture(self, index, column, place)
+
+
+def readable(rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The rows in order, without those that cannot be read."""
+    for index in range(len(rows)):
+        with suppress(SampleError):
+            yield rows[index]
 
 
 @dataclass(frozen=True, eq=False)

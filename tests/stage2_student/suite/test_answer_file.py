@@ -83,14 +83,14 @@ def test_hallusionbench_gets_its_rows_back_with_predictions_and_nlvr_a_csv(tmp_p
 @pytest.mark.parametrize(
     ("layout", "expected"),
     [
-        ("vqav2", [{"question_id": 42, "answer": "red"}]),
-        ("vizwiz", [{"image": "a.jpg", "answer": "red"}]),
-        ("gqa", [{"questionId": 42, "prediction": "red"}]),
+        ("vqa", [{"question_id": 42, "answer": "red"}]),
+        ("vizwiz", [{"image": "42", "answer": "red"}]),
+        ("gqa", [{"questionId": "42", "prediction": "red"}]),
         ("docvqa", [{"questionId": 42, "answer": "red"}]),
     ],
 )
 def test_servers_get_their_list_of_ids_and_answers(layout: str, expected: list[dict[str, object]]):
-    item = OpenItem(item_id="x", image=None, question="Which?", extra={"question_id": 42, "image": "a.jpg"})
+    item = OpenItem(item_id="42", image=None, question="Which?")
     benchmark = Benchmark(name="b", layout=layout, title="B", items=[item], metric="any")
     written = submissions(benchmark, [[Generate(image=None, question="Which?")]], [["red"]])
     assert json.loads(written["submission.json"]) == expected

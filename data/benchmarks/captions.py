@@ -252,7 +252,7 @@ LAYOUTS: tuple[Layout, ...] = (
         name="bivlc",
         title="BiVLC",
         looks_for="rows with image, caption, negative_image, negative_caption (type, subtype)",
-        source="hub: imirandam/BiVLC",
+        source="https://huggingface.co/datasets/imirandam/BiVLC",
         licence=f"MIT; {_COCO}, and generated ones",
         scores="group, text (I2T) and image (T2I) score and their halves, by P(yes), likelihood and letters; a type",
         recognises=_is_bivlc,
@@ -264,7 +264,7 @@ LAYOUTS: tuple[Layout, ...] = (
         name="winoground",
         title="Winoground",
         looks_for="rows with image_0, image_1, caption_0, caption_1 (tag, secondary_tag, collapsed_tag)",
-        source="hub: facebook/winoground (examples.jsonl with a folder of pictures, or parquet)",
+        source="https://huggingface.co/datasets/facebook/winoground (examples.jsonl with its pictures, or parquet)",
         licence="Meta's Winoground licence (research only); pictures: Getty Images",
         scores="group, text and image score, by P(yes), likelihood and letters; a tag",
         recognises=_is_winoground,
@@ -278,8 +278,8 @@ LAYOUTS: tuple[Layout, ...] = (
         name="sugarcrepe-pp",
         title="SugarCrepe++",
         looks_for="rows with filename, caption, caption2, negative_caption; or positive_caption_1, positive_caption_2",
-        source="GitHub: Sri-Harsha/scpp, folder data; hub: Aman-J/SugarCrepe_pp",
-        licence=f"CC BY 4.0; {_COCO}",
+        source="https://github.com/Sri-Harsha/scpp, folder data; hub: Aman-J/SugarCrepe_pp, Mayfull/sugarcrepepp_vlms",
+        licence=f"CC BY 4.0 by its page, MIT by its LICENSE; {_COCO}",
         scores="ITT (both right captions above the wrong one) by likelihood and P(yes), the mean over subsets; TOT by P(yes) that "
         "two captions mean the same; letters",
         recognises=_is_sugarcrepe_pp,
@@ -293,7 +293,7 @@ LAYOUTS: tuple[Layout, ...] = (
             "negative_caption or tested_labels, true_label; original_file_name, positive_caption, negative_caption"
         ),
         source=(
-            "GitHub: RAIVNLab/sugar-crepe, folder data; hub: HuggingFaceM4/SugarCrepe_swap_obj and its six sisters, "
+            "https://github.com/RAIVNLab/sugar-crepe, folder data; hub: HuggingFaceM4/SugarCrepe_swap_obj and its six sisters, "
             "mteb/SUGARCREPE_fmt, Mayfull/sugarcrepe_vlms"
         ),
         licence=f"MIT; {_COCO}",
@@ -306,7 +306,7 @@ LAYOUTS: tuple[Layout, ...] = (
         name="valse",
         title="VALSE",
         looks_for="a dict of id to image_file, caption, foil, mturk, a file an instrument; tables with image, caption, foil",
-        source="GitHub: Heidelberg-NLP/VALSE, folder data; hub: Mayfull/valse_vlms",
+        source="https://github.com/Heidelberg-NLP/VALSE, folder data; hub: Mayfull/valse_vlms",
         licence="MIT; pictures: those of Visual7W, COCO, SWiG, VisDial and FOIL it!",
         scores="pairwise accuracy by likelihood and P(yes), the mean over instruments; accuracy, p_c and p_f of P(yes) > 1/2; "
         "letters",

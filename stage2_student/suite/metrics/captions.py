@@ -303,7 +303,9 @@ def _count_aro(
     macro = _Table([items[place] for place in chosen])
     macro.add_wins("likelihood", [answers[place] for place in chosen], _WAYS)
     table = _Table([replace(item, kind="") for item in items])
-    table.add_wins("likelihood_items", answers, {"": "likelihood, mean over items", _PER_TOKEN: "the same per token"})
+    table.add_wins(
+        "likelihood_items", answers, {"": "likelihood, all items", _PER_TOKEN: "likelihood per token, all items"}
+    )
     table.add_letters(answers)
     table.add("yes", [_wins(each.yes[0], item.fits[0]) for item, each in zip(items, answers, strict=True)], "P(yes)")
     return [*macro.measures, *table.measures]

@@ -13,6 +13,7 @@ from typing import Any
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.benchmarks import captions_of_relations
 from vlm_distill_cache.data.benchmarks.caption_rows import (
+    PICTURES,
     Make,
     Row,
     benchmark,
@@ -32,7 +33,6 @@ from vlm_distill_cache.data.benchmarks.pictures import Pictures
 
 _SUGAR = re.compile(r"(add|replace|swap)_?(obj|at|rel)")
 _SUGAR_PARTS = {"obj": "obj", "at": "att", "rel": "rel"}  # one hub edition writes "atribute"
-_SUGAR_COLUMNS = ("original_file_name", "subset", "category", "split.txt", "config")
 _TESTS = (
     "existence plurals counting_hard counting_small_quant counting_adversarial relations action_replacement actant_swap "
     "coreference_hard coreference_standard foil_it"
@@ -55,7 +55,8 @@ def _sugar(name: str) -> str:
 def _sugar_kind(document: Document, row: Row) -> str:
     if isinstance(row.get("type"), str) and isinstance(row.get("subtype"), str):
         return _sugar(f"{row['type']}_{row['subtype']}")
-    of_row = (_sugar(str(row[key])) for key in _SUGAR_COLUMNS if isinstance(row.get(key), str))
+    words = [value for key, value in row.items() if key not in PICTURES and isinstance(value, str) and " " not in value]
+    of_row = map(_sugar, words)  # whatever its column is called
     return next(filter(None, of_row), "") or kind_in_path(document, _sugar)
 
 
@@ -173,12 +174,16 @@ def _bivlc_item(pictures: Pictures, document: Document, index: int, row: Row) ->
 
 
 def _read_pairs(
-    documents: Sequence[Document], pictures: Pictures, *, name: str, title: str, make: Any, kind: str
+    documents: Sequence[Document], pictures: Pictures, *, name: str, title: str, make: Any, kinds: Sequence[str]
 ) -> Iterator[Benchmark]:
-    """Benchmarks of two pictures with two captions, whose subset stands in a column."""
+    """Benchmarks of two pictures with two captions; the subset is the first of some columns that says something."""
     for named, group in benchmarks_of(name, documents, lambda _: ""):
-        found = gather(group, partial(make, pictures), lambda _, row: str(row.get(kind) or ""))
+        found = gather(group, partial(make, pictures), lambda _, row: _first_of(row, kinds))
         yield benchmark(named, layout=name, title=title, metric=name, found=found, documents=group)
+
+
+def _first_of(row: Row, keys: Sequence[str]) -> str:
+    return next((str(row[key]) for key in keys if row.get(key)), "")
 
 
 def _is_valse(document: Document) -> bool:
@@ -257,7 +262,7 @@ LAYOUTS: tuple[Layout, ...] = (
         scores="group, text (I2T) and image (T2I) score and their halves, by P(yes), likelihood and letters; a type",
         recognises=_is_bivlc,
         read=lambda documents, pictures: list(
-            _read_pairs(documents, pictures, name="bivlc", title="BiVLC", make=_bivlc_item, kind="type")
+            _read_pairs(documents, pictures, name="bivlc", title="BiVLC", make=_bivlc_item, kinds=["type"])
         ),
     ),
     Layout(
@@ -270,7 +275,12 @@ LAYOUTS: tuple[Layout, ...] = (
         recognises=_is_winoground,
         read=lambda documents, pictures: list(
             _read_pairs(
-                documents, pictures, name="winoground", title="Winoground", make=_winoground_item, kind="collapsed_tag"
+                documents,
+                pictures,
+                name="winoground",
+                title="Winoground",
+                make=_winoground_item,
+                kinds=["collapsed_tag", "tag"],
             )
         ),
     ),

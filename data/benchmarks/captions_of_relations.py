@@ -444,8 +444,8 @@ LAYOUTS: tuple[Layout, ...] = (
         title="ARO: COCO-Order and Flickr30k-Order",
         looks_for="rows with correct_caption and hard_text_1 ..., or caption_options that are orders of one sentence; a list of "
         "image and five captions (Karpathy's test split)",
-        source="https://huggingface.co/datasets/mteb/ARO-COCO-order, https://huggingface.co/datasets/mteb/ARO-Flickr-Order; the split: "
-        "coco_karpathy_test.json or dataset_coco.json",
+        source="https://huggingface.co/datasets/mteb/ARO-COCO-order, "
+        "https://huggingface.co/datasets/mteb/ARO-Flickr-Order; the split: coco_karpathy_test.json or dataset_coco.json",
         licence="MIT; pictures: COCO or Flickr30k, terms of Flickr",
         scores="likelihood of the right order above all others",
         recognises=_is_order,

@@ -7,22 +7,35 @@ from pathlib import PurePosixPath
 
 from vlm_distill_cache.data.benchmarks.documents import Document
 from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
-from vlm_distill_cache.data.benchmarks.layouts import Layout
+from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
-from vlm_distill_cache.data.benchmarks.question_rows import Gathered, Row, id_of, picture_of, text_of
+from vlm_distill_cache.data.benchmarks.question_rows import Gathered, Row, id_of, picture_of, probe, text_of
 from vlm_distill_cache.data.sources.pictures import says_none
 
 _PICTURE = re.compile(r"\s*<image>\s*")
-_ANSWERED = ("answer", "answers", "label", "model_id", "answer_id", "options", "choices", "conversations", "sentence")
+_OTHERS = ("answer", "answers", "label", "options", "choices", "conversations", "sentence")
 
 
 def _is_questions(document: Document) -> bool:
-    return document.has("question_id", "text", "image") and document.columns.isdisjoint(_ANSWERED)
+    return document.has("question_id", "text") and document.columns.isdisjoint(_OTHERS)
 
 
-def _read(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark]:
-    found = []
+def _is_answers(document: Document) -> bool:
+    return document.has("question_id", "text") and not document.columns.isdisjoint(("answer_id", "model_id"))
+
+
+def _read(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark | Unread]:
+    found: list[Benchmark | Unread] = []
     for document in documents:
+        if _is_answers(document):
+            found.append(
+                Unread(document, "it holds a model's answers, not questions; give the question file that it answers")
+            )
+            continue
+        if not any("image" in row for row in probe(document)):
+            why = "its rows have no 'image': questions without pictures have \"image\": null, and answers are no questions"
+            found.append(Unread(document, why))
+            continue
         gathered = Gathered()
         for index, row, where in gathered.rows(document):
             make = partial(_item, document, index, row, pictures)
@@ -52,7 +65,7 @@ def _item(document: Document, index: int, row: Row, pictures: Pictures, item_id:
 QUESTIONS = Layout(
     name="llava-questions",
     title="LLaVA's question file",
-    looks_for="rows of question_id, image and text, without answers",
+    looks_for="rows of question_id, image and text, without answers or labels",
     source="https://github.com/haotian-liu/LLaVA, docs/Evaluation.md (eval.zip); "
     "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
     licence="that of the benchmark that it asks",

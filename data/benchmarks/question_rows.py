@@ -13,6 +13,7 @@ from vlm_distill_cache.data.benchmarks.documents import Document
 from vlm_distill_cache.data.benchmarks.items import Benchmark, Item
 from vlm_distill_cache.data.benchmarks.layouts import Layout
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
+from vlm_distill_cache.data.images.recognise import base64_picture
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.pictures import says_none
 
@@ -63,8 +64,9 @@ def file_named(document: Document, value: Any) -> str | None:
     """The picture's file that a cell names; None: the cell holds the picture, or the row that does."""
     if isinstance(value, Mapping) and says_none(value.get("bytes")) and isinstance(value.get("path"), str):
         value = value["path"]
-    is_name = isinstance(value, str) and len(value) <= _LONGEST_NAME and not value.startswith("data:")
-    return value if is_name and value.strip() not in document.by_index else None
+    if not isinstance(value, str) or len(value) > _LONGEST_NAME or value.startswith("data:"):
+        return None
+    return None if value.strip() in document.by_index or base64_picture(value) is not None else value
 
 
 def picture_of(document: Document, index: int, row: Row, pictures: Pictures, columns: Sequence[str]) -> ImageSource:

@@ -80,10 +80,8 @@ def _read_nlvr(documents: Sequence[Document], pictures: Pictures) -> list[Benchm
     found = []
     for document in documents:
         gathered = Gathered()
-        split = _split_named(document)
+        split = _split_of(document, pictures)
         for _, row, where in gathered.rows(document):
-            if not split:
-                split = _split_of_pictures(str(row.get("identifier")), document, pictures)
             for order in range(_ORDERS):
                 own = f"{split or 'nlvr'}-{row.get('identifier')}-{order}"
                 gathered.take(own, where, partial(_nlvr_item, document, row, own, pictures))
@@ -93,24 +91,22 @@ def _read_nlvr(documents: Sequence[Document], pictures: Pictures) -> list[Benchm
     return found
 
 
-def _split_named(document: Document) -> str:
-    """The split that a file or its folder is called by."""
+def _split_of(document: Document, pictures: Pictures) -> str:
+    """The split by which a document's pictures are called: the one that it is named after, else the one that is there."""
+    there = {split for row in probe(document) for split in _SPLITS if _has_picture(split, row, document, pictures)}
     for part in reversed(PurePosixPath(document.shown.lower()).parts):
-        if (found := set(re.split(r"[^a-z]+", part)) & set(_SPLITS)) and len(found) == 1:
-            return found.pop()
-    return ""
+        named = set(re.split(r"[^a-z]+", part)) & set(_SPLITS)
+        if len(named) == 1 and (not there or named <= there):
+            return named.pop()
+    return there.pop() if len(there) == 1 else ""
 
 
-def _split_of_pictures(identifier: str, document: Document, pictures: Pictures) -> str:
-    """The split whose pictures of an example are there; empty: none, or several."""
-    there = []
-    for split in _SPLITS:
-        try:
-            pictures.find(f"{split}-{identifier}-0.png", near=document.path.parent)
-        except SampleError:
-            continue
-        there.append(split)
-    return there[0] if len(there) == 1 else ""
+def _has_picture(split: str, row: Row, document: Document, pictures: Pictures) -> bool:
+    try:
+        pictures.find(f"{split}-{row.get('identifier')}-0.png", near=document.path.parent)
+    except SampleError:
+        return False
+    return True
 
 
 def _nlvr_item(document: Document, row: Row, own: str, pictures: Pictures, item_id: str) -> YesNoItem:
@@ -158,7 +154,7 @@ def _read_nlvr2(documents: Sequence[Document], pictures: Pictures) -> list[Bench
             own = str(_identifier(row) or id_of(row, index + 1))
             gathered.take(own, where, partial(_nlvr2_item, document, index, row, own, pictures))
         notes = ["the two pictures of a statement are shown as one, side by side, with a white gap"]
-        if not any(item.group for item in gathered.items):
+        if gathered.items and not any(item.group for item in gathered.items):
             notes.append(
                 "no consistency: the rows have no identifiers (split-set-pair-sentence) that tell which share a sentence"
             )

@@ -200,7 +200,10 @@ def _picture_of_task(document: Document, task: str, name: str, pictures: Picture
             path = place / f"{name}{ending}"
             if path.suffix.lower() in ENDINGS and path.is_file():
                 return ImageFile(path, shown=f"{task}/{path.name}")
-    return pictures.find(f"{task}/images/{name}", near=folder)
+    try:
+        return pictures.find(f"{task}/{name}", near=folder)
+    except SampleError:
+        return pictures.find(f"{task}/images/{name}", near=folder)
 
 
 def _is_hallusion(document: Document) -> bool:
@@ -276,7 +279,8 @@ POPE = Layout(
     title="POPE",
     looks_for="rows of image, text and label (yes or no); or of question, answer (yes or no), image, and category (random, "
     "popular, adversarial) or image_source",
-    source="https://github.com/AoiDragon/POPE, folder output; https://huggingface.co/datasets/lmms-lab/POPE; pictures: COCO val2014",
+    source="https://github.com/AoiDragon/POPE, folder output; https://huggingface.co/datasets/lmms-lab/POPE; pictures of COCO "
+    "val2014",
     licence="MIT; pictures as COCO says",
     scores="F1, accuracy, precision, recall and share of yes: mean of the splits, and each",
     recognises=_is_pope,

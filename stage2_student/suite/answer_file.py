@@ -6,6 +6,7 @@ No score is needed for it, so that benchmarks whose answers are kept secret can 
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from vlm_distill_cache.data.benchmarks.items import Benchmark, Item
 from vlm_distill_cache.stage2_student.suite.metrics.yes_no import parse_yes_no
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result
 
+_NUMBER = re.compile(r"0|[1-9]\d{0,17}")
 Answered = Sequence[tuple[Item, str]]  # each question with its answer
 
 
@@ -40,7 +42,7 @@ def answer_lines(
             if isinstance(request, Generate):
                 key = json.dumps([model_id, benchmark.name, item.item_id, number, text])
                 line = {
-                    "question_id": published_id(item),
+                    "question_id": _published_id(item),
                     "prompt": request.question,
                     "text": text,
                     "answer_id": xxhash.xxh3_128_hexdigest(key.encode()),
@@ -50,9 +52,10 @@ def answer_lines(
                 yield json.dumps(line, ensure_ascii=False)
 
 
-def published_id(item: Item) -> Any:
+def _published_id(item: Item) -> Any:
     """The id of a question as its file writes it, a number where that has one."""
-    return item.extra.get("question_id", item.item_id)
+    told = item.extra.get("question_id", item.item_id)
+    return int(told) if isinstance(told, str) and _NUMBER.fullmatch(told) else told
 
 
 def submissions(
@@ -71,7 +74,9 @@ def submissions(
     return write(answered) if write and answered else {}
 
 
-def _listed(id_key: str, answer_key: str, id_of: Callable[[Item], Any] = published_id) -> Callable[..., dict[str, str]]:
+def _listed(
+    id_key: str, answer_key: str, id_of: Callable[[Item], Any] = _published_id
+) -> Callable[..., dict[str, str]]:
     """A JSON list of objects of an id and an answer."""
 
     def write(answered: Answered) -> dict[str, str]:
@@ -86,7 +91,7 @@ def _picture_name(item: Item) -> Any:
 
 
 def _lines(answered: Answered) -> dict[str, str]:
-    rows = [{"question_id": published_id(item), "prediction": text} for item, text in answered]
+    rows = [{"question_id": _published_id(item), "prediction": text} for item, text in answered]
     return {"submission.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)}
 
 
@@ -129,7 +134,7 @@ _FORMS: Mapping[str, Callable[[Answered], dict[str, str]]] = {
     "vqa": _listed("question_id", "answer"),
     "textvqa": _listed("question_id", "answer"),
     "vizwiz": _listed("image", "answer", _picture_name),
-    "gqa": _listed("questionId", "prediction"),
+    "gqa": _listed("questionId", "prediction", lambda item: item.item_id),
     "docvqa": _listed("questionId", "answer"),
     "seedbench": _lines,
     "hallusionbench": _hallusion,

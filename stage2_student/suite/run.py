@@ -168,6 +168,9 @@ def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
         )
     tasks = []
     for name, benchmark in found.benchmarks.items():
+        wanted = not suite.only or name in suite.only
+        if not wanted and not (suite.output / name / RESULTS).exists():
+            continue
         instruction = benchmark.instruction if suite.prompts == "published" else ""
         task = Task(
             benchmark=benchmark,
@@ -179,7 +182,7 @@ def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
         asked = [[item.item_id, [_described(request) for request in task.requests(item)]] for item in task.items]
         identity = fingerprint({"model": suite.model.fingerprint, "benchmark": benchmark.fingerprint, "asked": asked})
         task = replace(task, identity=identity)
-        if not suite.only or name in suite.only or task.is_there():
+        if wanted or task.is_there():
             tasks.append(task)
     return found, tasks
 

@@ -120,7 +120,7 @@ def ask_row(
     inline = split_options(question) if options is None or lists_options(question, options.texts) else None
     if inline:
         asked, question = question, inline[0]
-        options = options or Options(inline[1], "its question", sure=True)
+        options = options or Options(inline[1], "its question", sure=True, lettered=True)
     if options is None or len(options.texts) < 2:
         raise SampleError(
             "it has no options: none under choices, options or A, B, ..., and none told by letters in its question"
@@ -346,6 +346,8 @@ _READINGS: Mapping[str, _Read] = {
 
 
 def _may_be_text(each: Asked) -> bool:
+    if each.options.lettered and letter_place(each.answer, each.item.options) is not None:
+        return False
     return isinstance(each.answer, str) or each.options.numbers
 
 

@@ -151,6 +151,8 @@ def ask_row(
         extra=extra,
     )
     answer = next((row[key] for key in answers if not says_nothing(row.get(key))), None)
+    if isinstance(answer, list | tuple) and len(answer) == 1:
+        answer = answer[0]
     turn = row.get("g_index")
     split = row.get("split")
     return Asked(
@@ -258,6 +260,9 @@ def _picture(source: Source, row: Row) -> tuple[ImageSource | None, str]:
     if len(values) > 1:
         raise SampleError(f"it is about {len(values)} pictures; only questions about one are asked")
     if not values:
+        number = row.get("image_id")
+        if isinstance(number, int | str) and str(number).isdigit():  # of COCO
+            return source.pictures.numbered(int(number), near=source.near), ""
         refuse_unread(row)
         return None, ""
     (value,) = values

@@ -24,7 +24,7 @@ _LISTS = ("choices", "options", "candidates")
 _MORE_LISTS = frozenset(
     "choice option answer_choices answer_options multiple_choices multi_choice_options mc_options".split()  # noqa: SIM905
 )
-_COLUMN = re.compile(r"(option|choice|opt)s?_?([a-z]|\d{1,2})")
+_COLUMN = re.compile(r"(option|choice|opt)s?(?:_([a-z])|_?(\d{1,2}))")
 _NUMBER = re.compile(r"\s*-?\d+\s*")
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,]?")
 _LABEL = r"(?:[(\[]{0}[)\]]|{0}\s?[.:)])\s*"  # (A), [A], A., A:, A)
@@ -260,7 +260,7 @@ def _columns(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], bo
     columns: dict[str, dict[str, Any]] = {}
     for key, value in entry.items():
         if isinstance(key, str) and (found := _COLUMN.fullmatch(normal_key(key))):
-            columns.setdefault(found[1], {})[found[2].upper()] = value
+            columns.setdefault(found[1], {})[(found[2] or found[3]).upper()] = value
     for name, labelled in columns.items():
         yield f"{name} {', '.join(sorted(labelled))}", labelled, False
 

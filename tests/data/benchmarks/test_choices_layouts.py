@@ -204,13 +204,14 @@ CATS = {"question": "Which?", "options": ["cat", "dog", "cow"], "image": "a.png"
             [1],
             None,
         ),
-        ([{"question": "Which?\nA. cat\nB. dog", "answer": "B", "image": "a.png"}], [1], None),  # RealWorldQA
+        ([{"question": "Which?\nA. cat\nB. dog", "answer": "B", "image": "a.png"}], [1], None),
+        ([{"question": "Who?", "choices": ["x", "y"], "correct_choice_idx": 1, "image_id": 42}], [1], "counted from 0"),
     ],
 )
 def test_answers_of_one_file_are_all_letters_or_numbers_or_texts(
     tmp_path: Path, rows: Any, right: Any, note: str | None
 ):
-    write_pictures(tmp_path / "own" / "images", {"a.png": "red"})
+    write_pictures(tmp_path / "own" / "images", {"a.png": "red", "000000000042.jpg": "red"})
     (tmp_path / "own" / "test.json").write_text(json.dumps(rows))
     benchmark = read(tmp_path)
     assert (benchmark.name, benchmark.layout, benchmark.metric) == ("own-test", "options", "choices")

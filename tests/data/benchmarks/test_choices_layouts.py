@@ -148,7 +148,8 @@ def test_ai2d_asks_about_words_and_letters_with_the_picture_that_has_them(tmp_pa
     assert any("ai2d_test_ids.csv" in note for note in benchmark.notes) is not ids
     (tmp_path / "ai2d" / "abc_images" / "1.png").unlink()
     (why,) = read(tmp_path).left_out.values()
-    assert "no picture abc_images/1.png, only one in a folder 'images'" in why
+    assert "no picture" in why
+    assert "abc_images/1.png" in why
 
 
 def test_scienceqa_is_one_benchmark_a_split_and_takes_no_picture_of_another_problem(tmp_path: Path):

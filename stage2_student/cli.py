@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 from vlm_distill_cache.common.config import config_from_dict, last_given, read_stage, read_yaml
-from vlm_distill_cache.common.errors import ConfigError, LaunchError, ModelError
+from vlm_distill_cache.common.errors import ConfigError, LaunchError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
-from vlm_distill_cache.common.hub import HubFolder, hub_name, model_folder
+from vlm_distill_cache.common.hub import hub_name, model_folder
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.command_line import (
@@ -50,11 +50,13 @@ from vlm_distill_cache.stage2_student.final_folder import (
     FOR_OTHERS,
     PROVENANCE,
     read_provenance,
-    students_in,
+    trained_folder,
 )
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
-from vlm_distill_cache.stage2_student.scores.results import render_table
+from vlm_distill_cache.stage2_student.scores.results import read_scores, render_table
 from vlm_distill_cache.stage2_student.students.presets import student_names
+from vlm_distill_cache.stage2_student.suite.cli import suite
+from vlm_distill_cache.stage2_student.suite.compare import compare
 from vlm_distill_cache.stage2_student.training.output_folder import refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
 from vlm_distill_cache.stage2_student.training.resolve import given_options, open_caches
@@ -247,7 +249,7 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
     settings, of_recipe = _load(options)
     with stopped_by_sigterm():
         summary = runs.run(settings, processes=nproc, extends=extend, say=tell)
-    answer(**vars(summary), scores=runs.read_scores(summary.output))
+    answer(**vars(summary), scores=read_scores(summary.output))
     lines = summary.table.splitlines()
     # What a new run's scores do not tell was said before it trained.
     say("\n".join(["", *(line for line in lines if not (summary.fresh and line.startswith("note: "))), ""]))
@@ -298,28 +300,6 @@ def prune(
     tell(f"Next: distill run --student {quoted(output)} --cache CACHE --output FOLDER")
 
 
-def _trained_folder(student: str) -> HubFolder:
-    """The folder of a trained student; of one that is lost, its run is named."""
-    path = Path(student)
-    if path.is_file():
-        inside = path.parent if (path.parent / PROVENANCE).is_file() else "the `final` folder of a training"
-        raise ModelError(f"{student} is a file; give {inside}")
-    found = [] if (path / PROVENANCE).exists() else students_in(path if path.is_dir() else path.parent)
-    if found:
-        meant = " or ".join(map(quoted, found))
-        raise ModelError(
-            f"{student} is the folder of a run or a training; give a student in it: {meant}"
-            if path.is_dir()
-            else f"{student} is not there; is {meant} meant?"
-        )
-    if not path.is_dir() and any((path.parent / name).exists() for name in ("config.yaml", "checkpoints")):
-        raise ModelError(
-            f"{student} is not there, but {path.parent} holds its training: run the command that trained it again, which makes "
-            "the folder anew from what is left"
-        )
-    return model_folder(student, what="student")
-
-
 def _is_report(content: bytes) -> bool:
     """Whether a file is what `evaluate` wrote; those of a run hold more, and are its own."""
     return any(json_of("scores", "items", *more, others=False)(content) for more in ((), ("unreadable",)))
@@ -364,7 +344,7 @@ def evaluate(
     )
 
     runs.set_up_libraries()
-    folder = _trained_folder(student)
+    folder = trained_folder(student)
     if card and folder.revision:
         raise ConfigError(
             f"--card: {student} is a copy of the hub's; give a folder of your own, then `distill push` it"
@@ -411,6 +391,9 @@ def report(output: Path) -> None:
     say(f"Report: {output / runs.REPORT}")
 
 
+main.add_command(compare)
+
+
 @main.command()
 @click.argument("student", shell_complete=complete_folder)
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
@@ -439,7 +422,7 @@ def export(student: str, output: Path, layout: str, dtype: str | None, quantise:
     from vlm_distill_cache.stage2_student.trained_student import export_student
 
     runs.set_up_libraries()
-    written = export_student(_trained_folder(student).path, output, layout=layout, dtype=dtype, quantise=quantise)
+    written = export_student(trained_folder(student).path, output, layout=layout, dtype=dtype, quantise=quantise)
     answer(output=output, layout=layout, dtype=written, quantise=quantise)
     say(f"Exported to {output}: layout {layout}, {written}{f', {quantise}' if quantise else ''}")
     if layout not in FOR_OTHERS:
@@ -537,6 +520,9 @@ def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -
         f"Next: {by_make('make distill STUDENT=', 'distill run --student ')}{quoted(output)}, or "
         f"{by_make('make teacher-cache TEACHER=', 'teacher-cache build --teacher ')}{quoted(output)}"
     )
+
+
+main.add_command(suite)
 
 
 if __name__ == "__main__":

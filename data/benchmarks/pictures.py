@@ -5,6 +5,7 @@ archives under any folder. A name that several different files have is not guess
 """
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -14,6 +15,8 @@ from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.sample import ImageSource
 
+_SHORT_NUMBER = re.compile(r"[\d_-]{1,5}")  # 0001.png is another picture in each folder, but for folders of these names
+_ANY_FOLDER = frozenset("images image img imgs pictures data".split())  # noqa: SIM905
 ENDINGS = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())  # noqa: SIM905
 
 
@@ -72,7 +75,9 @@ class Pictures:
                 return ImageFile(root / path, shown=name)
         found = self._by_name.get(path.name.lower(), ())
         longest: list[Path] = []
-        for parts in range(len(path.parts), 0, -1):  # the longest end of the path that any file has
+        telling = [place for place, part in enumerate(path.parts[-2::-1], 1) if part.lower() not in _ANY_FOLDER]
+        fewest = telling[0] if telling and _SHORT_NUMBER.fullmatch(path.stem) else 0
+        for parts in range(len(path.parts), fewest, -1):  # the longest end of the path that any file has
             end = [part.lower() for part in path.parts[-parts:-1]]
             longest = [file for file in found if [part.lower() for part in file.parts[-parts:-1]] == end]
             if longest:
@@ -82,8 +87,10 @@ class Pictures:
         if len(chosen) == 1:
             return ImageFile(chosen[0], shown=name)
         if not chosen:
+            elsewhere = f" ({found[0]} is in a folder of another name)" if found else ""
             raise SampleError(
-                f"no picture {name!r} below {self._shown}; put the pictures there, or name their folder with --images"
+                f"no picture {name!r} below {self._shown}{elsewhere}; put the pictures there, or name their folder with "
+                "--images"
             )
         raise SampleError(
             f"{len(chosen)} different pictures are called {name!r}: {chosen[0]}, {chosen[1]}; give the folder of the right ones "

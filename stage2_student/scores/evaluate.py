@@ -33,6 +33,8 @@ from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
 from vlm_distill_cache.stage2_student.losses.objective import record, requests_of
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.scores.metrics import (
+    LETTER_PROMPT,
+    LETTER_TOKENS,
     RESAMPLES,
     Score,
     bootstrap,
@@ -93,12 +95,7 @@ def answer_log_probs(model: Any, samples: Sequence[EncodedSample], pad_id: int) 
 
 Item = TypeVar("Item")
 
-LETTER_PROMPT = (
-    "Which caption best describes the image?\n(A) {a}\n (B) {b}\n"
-    "Answer with the option's alphabet from the given choices directly."
-)
 ANSWER_TOKENS = 16  # longest generated short answer, unless the expected one is longer
-LETTER_TOKENS = 4
 
 
 @torch.inference_mode()
@@ -163,6 +160,16 @@ def score_pairs(
         Float ``[I]`` each: ``likelihood`` by the sum over the caption's tokens, ``likelihood_per_token``
         by their mean (the sum favours the shorter caption).
     """
+    found = {}
+    for name, values in weigh_pairs(model, encoder, pairs, batch_size=batch_size).items():
+        found[name] = preference(values[:, 0], values[:, 1])
+    return found
+
+
+def weigh_pairs(
+    model: Any, encoder: SampleEncoder, pairs: Sequence[CaptionPair], *, batch_size: int
+) -> dict[str, np.ndarray]:
+    """Log-probabilities of both captions, the right one's first: nats, float ``[I, 2]``, by the names of `score_pairs`."""
     sums, means = [], []
     for batch in _batches(pairs, batch_size, "caption pairs"):
         packs = packs_conversations(model)
@@ -175,8 +182,8 @@ def score_pairs(
         sums += [float(caption.sum()) for caption in captions]
         means += [float(caption.mean()) for caption in captions]
     return {
-        "likelihood": preference(np.array(sums[0::2]), np.array(sums[1::2])),
-        "likelihood_per_token": preference(np.array(means[0::2]), np.array(means[1::2])),
+        "likelihood": np.array(sums).reshape(-1, 2),
+        "likelihood_per_token": np.array(means).reshape(-1, 2),
     }
 
 

@@ -112,6 +112,38 @@ def test_a_picture_that_is_not_there_or_could_be_two_is_refused(tmp_path: Path):
         Pictures([tmp_path / "none"])
 
 
+def test_a_short_number_is_not_looked_for_in_folders_of_other_names(tmp_path: Path):
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three/0001.png").write_bytes(RED)
+    pictures = Pictures([tmp_path])
+    assert pictures.find("any/three/0001.png").load().size == (6, 4)
+    assert pictures.find("0001.png").load().size == (6, 4)
+    assert pictures.find("images/0001.png").load().size == (6, 4)
+    for name in ("four/0001.png", "four/images/0001.png"):  # each folder has its own
+        with pytest.raises(SampleError, match=rf"no picture '{name}' .*in a folder of another name"):
+            pictures.find(name)
+
+
+def test_a_row_that_names_another_has_its_picture_and_texts_of_a_folder_are_one_document(tmp_path: Path):
+    red = base64.b64encode(RED).decode()
+    (tmp_path / "rows.tsv").write_text(f"index\timage\n7\t{red}\n8\t7\n9\tgone\n")
+    document = open_document([tmp_path / "rows.tsv"], "rows.tsv")
+    assert document.picture(1, "image").load().getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(SampleError, match="gone"):
+        document.picture(2, "image").load()
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task/readme.txt").write_text("nothing")
+    (tmp_path / "task/b.txt").write_text("\ufeffIs it red?\tYes\r\n\r\nIs it blue?\tno\r\n", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("a\tb")
+    texts = [paths for paths in documents_in(tmp_path) if paths[0].suffix == ".txt"]
+    assert [[path.name for path in paths] for paths in texts] == [["b.txt", "readme.txt"]]
+    assert list(open_document(texts[0], "task").rows) == [
+        {"file": "b.txt", "line": 1, "image": "b", "question": "Is it red?", "answer": "Yes"},
+        {"file": "b.txt", "line": 3, "image": "b", "question": "Is it blue?", "answer": "no"},
+        {"file": "readme.txt", "line": 1, "image": "readme", "text": "nothing"},
+    ]
+
+
 def test_a_file_of_no_known_layout_is_said_and_damaged_ones_stop_nobody(tmp_path: Path):
     (tmp_path / "odd.json").write_text('[{"colour": 1, "size": 2}]')
     (tmp_path / "cut.json").write_text('[{"colour": 1, ')

@@ -131,7 +131,7 @@ def _nlvr(answered: Answered) -> dict[str, str]:
 
 
 _FORMS: Mapping[str, Callable[[Answered], dict[str, str]]] = {
-    "vqa": _listed("question_id", "answer"),
+    "vqav2": _listed("question_id", "answer"),
     "textvqa": _listed("question_id", "answer"),
     "vizwiz": _listed("image", "answer", _picture_name),
     "gqa": _listed("questionId", "prediction", lambda item: item.item_id),

@@ -83,7 +83,7 @@ def test_hallusionbench_gets_its_rows_back_with_predictions_and_nlvr_a_csv(tmp_p
 @pytest.mark.parametrize(
     ("layout", "expected"),
     [
-        ("vqa", [{"question_id": 42, "answer": "red"}]),
+        ("vqav2", [{"question_id": 42, "answer": "red"}]),
         ("vizwiz", [{"image": "42", "answer": "red"}]),
         ("gqa", [{"questionId": "42", "prediction": "red"}]),
         ("docvqa", [{"questionId": 42, "answer": "red"}]),

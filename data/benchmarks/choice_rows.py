@@ -62,7 +62,7 @@ class Asked:
         answer: As the row has it.
         shares: The ``index`` of another row whose picture is meant; empty: its own.
         turn: Of a published rotation: the row that it rotates; else empty.
-        split: What the row says that it is of.
+        split: What it is of.
     """
 
     item: ChoiceItem
@@ -87,6 +87,7 @@ class Source:
         return self.document.path.parent
 
 
+_LeftOut = dict[str, dict[str, str]]  # by split and item: why
 Ask = Callable[[Source, Row], Asked]
 
 
@@ -138,8 +139,9 @@ def ask_row(
     if asked:
         extra["asked"] = asked
     name = next((row[key] for key in (KEY, *_IDS) if row.get(key) is not None), f"row-{source.index + 1}")
-    if isinstance(name, int | str):
-        extra["question_id"] = name
+    if isinstance(name, int | str):  # a table of texts has numbers as texts
+        is_number = isinstance(name, str) and name.isdigit() and name == str(row.get("index"))
+        extra["question_id"] = int(name) if is_number else name
     item = ChoiceItem(
         item_id=str(name),
         kind=kinds[0] if kinds else "",
@@ -154,15 +156,19 @@ def ask_row(
     if isinstance(answer, list | tuple) and len(answer) == 1:
         answer = answer[0]
     turn = row.get("g_index")
-    split = row.get("split")
     return Asked(
         item=item,
         options=options,
         answer=answer,
         shares=shares,
         turn="" if turn is None else str(turn),
-        split=split.strip() if isinstance(split, str) else "",
     )
+
+
+def _split_of(row: Row) -> str:
+    """The split that a row says it is of; empty if it does not."""
+    split = row.get("split")
+    return split.strip() if isinstance(split, str) else ""
 
 
 def benchmarks_of(
@@ -175,6 +181,7 @@ def benchmarks_of(
     metric: str = "choices",
     name: str = "",
     notes: Sequence[str] = (),
+    split_of: Callable[[Row], str] = _split_of,
 ) -> list[Benchmark]:
     """Benchmarks of rows, one a split where rows name several.
 
@@ -184,56 +191,61 @@ def benchmarks_of(
         ask: Reads a row.
         metric: How they are counted; published rotations are counted as such in any case.
         name: What the benchmark is called instead.
+        split_of: Tells a row's split.
 
     Raises:
         DataError: What the answers mean cannot be told, or no row can be asked.
     """
     asked: list[Asked] = []
-    left_out: dict[str, str] = {}
+    left_out: _LeftOut = defaultdict(dict)
     for document, index, table in ((document, index, rows) for document, rows in tables for index in range(len(rows))):
-        called = f"{document.shown}, row {index + 1}"
+        split, called = "", f"{document.shown}, row {index + 1}"
         try:
             row = table[index]
+            split = split_of(row)
             called = f"{next((row[key] for key in (KEY, *_IDS) if row.get(key) is not None), 'row')} ({called})"
-            asked.append(ask(Source(document, index, pictures), row))
+            asked.append(replace(ask(Source(document, index, pictures), row), split=split))
         except SampleError as error:
-            left_out[called] = str(error)
+            left_out[split][called] = str(error)
     names = number_repeats([each.item.item_id for each in asked])
     asked = [replace(each, item=replace(each.item, item_id=name)) for each, name in zip(asked, names, strict=True)]
     asked = _with_shared(asked, left_out)
     asked, turned = _with_turns(asked)
-    asked, more = _with_answers(asked, left_out)
-    by_split: dict[str, list[Asked]] = defaultdict(list)
+    asked, first = _with_answers(asked, left_out)
+    if first is not None and (first or layout == "options"):  # other layouts' authors count from 0
+        notes = [*notes, f"its answers are numbers, counted from {first}"]
+    by_split: dict[str, list[ChoiceItem]] = defaultdict(list)
     for each in asked:
-        by_split[each.split].append(each)
+        by_split[each.split].append(each.item)
     if not by_split:
-        reasons = "; ".join(dict.fromkeys(left_out.values()))
+        reasons = "; ".join(dict.fromkeys(why for each in left_out.values() for why in each.values()))
         raise DataError(f"none of its {sum(len(rows) for _, rows in tables)} questions can be asked: {reasons[:300]}")
-    several = len(by_split) > 1
-    if several and any(split != "train" for split in by_split) and (train := by_split.pop("train", None)):
-        more = [*more, f"{len(train)} questions of the split 'train' are not asked"]
-    found = []
-    for split, each_split in by_split.items():
-        items = [each.item for each in each_split]
-        if all(item.right is None for item in items):
-            more = [*more, SECRET]
-        chinese = sum(bool(_CHINESE.search(item.question)) for item in items) > len(items) / 2
-        found.append(
-            Benchmark(
-                name=f"{name}{split and '-'}{split}"
-                if name
-                else _called(layout, tables[0][0], split if several else ""),
-                layout=layout,
-                title=title,
-                items=items,
-                metric="circular" if turned else metric,
-                instruction=_INSTRUCTION_CN if chinese else INSTRUCTION,
-                left_out=left_out,
-                notes=[*notes, *more],
-                files=[document.shown for document, _ in tables],
-            )
+    several = len({*by_split, *left_out}) > 1
+    if several and (train := by_split.pop("train", None)):
+        if not by_split:
+            by_split["train"] = train
+        else:
+            notes = [*notes, f"{len(train)} questions of the split 'train' are not asked"]
+    return [
+        Benchmark(
+            name="-".join(filter(None, (name, split)))
+            if name
+            else _called(layout, tables[0][0], split if several else ""),
+            layout=layout,
+            title=title,
+            items=items,
+            metric="circular" if turned else metric,
+            instruction=_INSTRUCTION_CN if sum(map(_is_chinese, items)) > len(items) / 2 else INSTRUCTION,
+            left_out=left_out[split],
+            notes=[*notes, *([SECRET] if all(item.right is None for item in items) else [])],
+            files=[document.shown for document, _ in tables],
         )
-    return found
+        for split, items in by_split.items()
+    ]
+
+
+def _is_chinese(item: ChoiceItem) -> bool:
+    return _CHINESE.search(item.question) is not None
 
 
 def _text_of(row: Row, keys: Sequence[str]) -> str:
@@ -288,14 +300,14 @@ def _each(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _with_shared(asked: Sequence[Asked], left_out: dict[str, str]) -> list[Asked]:
+def _with_shared(asked: Sequence[Asked], left_out: _LeftOut) -> list[Asked]:
     """Give the picture of another row to those that name its index."""
     holders = {_index(each): each.item.image for each in asked if not each.shares}
     found = []
     for each in asked:
         image = holders.get(each.shares) if each.shares else each.item.image
         if each.shares and image is None:
-            left_out[each.item.item_id] = (
+            left_out[each.split][each.item.item_id] = (
                 f"its image is {each.shares!r}, the index of another row, and no row of that index has a picture"
             )
             continue
@@ -356,8 +368,8 @@ def _may_be_text(each: Asked) -> bool:
     return isinstance(each.answer, str) or each.options.numbers
 
 
-def _with_answers(asked: Sequence[Asked], left_out: dict[str, str]) -> tuple[list[Asked], list[str]]:
-    """Find the right option of each row: answers of one file are all letters, or numbers, or texts.
+def _with_answers(asked: Sequence[Asked], left_out: _LeftOut) -> tuple[list[Asked], int | None]:
+    """Find the right option of each row: answers of one file are all letters, or numbers (counted from what), or texts.
 
     Raises:
         DataError: They may be two of these, and mean something else.
@@ -377,15 +389,14 @@ def _with_answers(asked: Sequence[Asked], left_out: dict[str, str]) -> tuple[lis
     found = []
     for each in asked:
         if each.answer is not None and meant[id(each)] is None:
-            left_out[each.item.item_id] = (
+            left_out[each.split][each.item.item_id] = (
                 f"its answer {str(each.answer)[:60]!r} is none of its {len(each.item.options)} options (the answers of "
                 f"this file are {best})"
             )
             continue
         found.append(replace(each, item=replace(each.item, right=meant.get(id(each)))))
     first = 1 if best == "numbers from 1" else answered[0].options.first if answered else 0
-    notes = [f"its answers are numbers, counted from {first}"] if answered and best.startswith("numbers") else []
-    return found, notes
+    return found, first if answered and best.startswith("numbers") else None
 
 
 def _is_minus(answer: Any) -> bool:

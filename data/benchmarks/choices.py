@@ -249,22 +249,25 @@ def _read_scienceqa(documents: Sequence[Document], pictures: Pictures) -> Sequen
         return [Unread(document, "lists of ids by split without problems.json") for document, _ in splits]
     of_split = {name: split for _, ids in splits for split in ("train", "val", "test") for name in ids.get(split, ())}
 
+    def split_of(row: Row) -> str:
+        return of_split.get(str(row.get(KEY, ""))) or str(row.get("split") or "")
+
     def ask(source: Source, row: Row) -> Asked:
-        return _ask_scienceqa(source, row, of_split)
+        return _ask_scienceqa(source, row, split_of(row))
 
     found: list[Benchmark | Unread] = []
     for document in tables:
         try:
-            found += benchmarks_of("scienceqa", "ScienceQA", [(document, document.rows)], pictures, ask)
+            tables_of = [(document, document.rows)]
+            found += benchmarks_of("scienceqa", "ScienceQA", tables_of, pictures, ask, split_of=split_of)
         except DataError as error:
             found.append(Unread(document, str(error)))
     return found
 
 
-def _ask_scienceqa(source: Source, row: Row, of_split: Mapping[str, str]) -> Asked:
+def _ask_scienceqa(source: Source, row: Row, split: str) -> Asked:
     hint = "" if says_nothing(row.get("hint")) else str(row["hint"]).strip()
     name, image = str(row.get(KEY, "")), row.get("image")
-    split = of_split.get(name) or row.get("split") or ""
     found = None
     if isinstance(image, str) and KEY in row:
         found = _problems_picture(source, [split, name, image])
@@ -275,7 +278,7 @@ def _ask_scienceqa(source: Source, row: Row, of_split: Mapping[str, str]) -> Ask
         kinds.append("G1-6" if int(grade[0]) <= 6 else "G7-12")
     row = {key: value for key, value in row.items() if key not in ("lecture", "solution")}
     context = f"Context: {hint}" if hint else ""
-    return ask_row(source, {**row, "split": split}, hint=context, kinds=kinds, image=found)
+    return ask_row(source, row, hint=context, kinds=kinds, image=found)
 
 
 def _problems_picture(source: Source, parts: Sequence[str]) -> ImageSource:

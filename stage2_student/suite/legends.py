@@ -19,7 +19,7 @@ _WHAT = (
     (r"letters?_both|both_right", "Share of pairs that are right in both orders; a constant letter has 0."),
     (r"letters?_right", "Share of right letters where the right caption stands at this place."),
     (r"letter_bias", "Share of answers A less share of answers B, over both orders; 0 is without bias."),
-    (r"bias", "Answers of the first option less those of the others' share; 0 is without bias."),
+    (r"bias", "How much more often the letter A is answered than it is right (subsets: the other letters); 0 is without bias."),
     (r"letter", "Share of right letters, over all orders that are asked."),
     (r"unparsed", "Share of answers in which nothing that was asked for was found; they count as wrong."),
     (r"yes_share|yes_rate|share", "Share of questions that are answered with yes, right or wrong."),
@@ -36,10 +36,13 @@ _WHAT = (
     (r"consistency|set|pairs?(_|$)", "Share of groups of questions that belong together of which all are right."),
     (r"valid", "Share of answers that are of the sort that was asked for."),
     (r"plausib", "Share of answers that make sense in the world."),
+    (r"^option_likelihood", "Share of questions whose right option is the likeliest, by the sum of log-probabilities."),
     (r"likelihood", "Share of items where what is right is more likely than what is wrong, by the sum of log-probabilities."),
     (r"acc|exact|match|yes", "Share of right answers."),
 )  # fmt: skip
 _HOW = (
+    (r"^option_likelihood", "Of the options' texts, after the question without options."),
+    (r"^circular_likelihood", "By the likeliest letter."),
     (r"per_token", "By the mean over tokens, as the sum favours the shorter text."),
     (r"_yes$|^yes", 'By P("Yes") against P("No") as the answer to whether the two fit.'),
 )

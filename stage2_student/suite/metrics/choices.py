@@ -252,7 +252,7 @@ def _biases(counted: Sequence[_Counted]) -> Iterator[Measure]:
         having = {unit: [turn for turn in each if place < turn.count] for unit, each in turns.items()}
         having = {unit: each for unit, each in having.items() if each}
         yield Measure(
-            name=f"letter_bias/{LETTERS[place]}" if place else "letter_bias",
+            name=f"bias/{LETTERS[place]}" if place else "bias",
             units=list(having),
             hits=[
                 sum(float(turn.said == place) - float(turn.right == place) for turn in each) for each in having.values()

@@ -68,6 +68,7 @@ def test_mmbench_is_its_questions_with_their_rotations_behind_them(tmp_path: Pat
         ("perception", ["colour"]),
         ("reasoning", ["substance"]),
     ]
+    assert [item.extra["question_id"] for item in items[:2]] == [3, 1_000_003]  # as outside scorers compare them
     assert benchmark.instruction == "Answer with the option's letter from the given choices directly."
 
 
@@ -168,7 +169,9 @@ def test_scienceqa_is_one_benchmark_a_split_and_takes_no_picture_of_another_prob
     assert [item.hint for item in items_of(test)] == ["Context: It is cold.", ""]
     (why,) = test.left_out.values()
     assert "no picture test/5/choice_0.png" in why
-    assert any("1 questions of the split 'train' are not asked" in note for note in test.notes)
+    assert test.notes == ["1 questions of the split 'train' are not asked"]
+    assert [item.right for item in items_of(found["scienceqa-val"])] == [2]
+    assert not found["scienceqa-val"].left_out
     (tmp_path / "scienceqa" / "problems.json").unlink()
     assert "without problems.json" in next(iter(find_benchmarks(tmp_path).unread.values()))
 

@@ -104,9 +104,9 @@ def test_hand_made_answers_have_the_values_of_a_count_by_hand():
         "likelihood/two": 0.5,
         "option_likelihood": round(2 / 3, 6),
         "option_likelihood_per_token": round(2 / 3, 6),
-        "letter_bias": 0.0,
-        "letter_bias/B": round(1 / 3, 6),  # said twice, right once
-        "letter_bias/C": -0.5,  # of two questions that have it
+        "bias": 0.0,
+        "bias/B": round(1 / 3, 6),  # said twice, right once
+        "bias/C": -0.5,  # of two questions that have it
         "unparsed": 0.0,
     }
     assert METRICS["choices"].measures(items[3:], results[3:]) == []
@@ -202,7 +202,7 @@ def test_circular_accuracy_is_that_all_turns_are_right_published_or_made():
         always = [["A" if isinstance(made, str) else made for made in row] for row in results(of, circular=True)]
         constant = values(METRICS["circular"].measures(of, always))
         assert constant["circular"] == 0
-        assert constant["letter_bias"] > 0.5
+        assert constant["bias"] > 0.5
     cut = published(items)[: len(items[0].options) + 1]  # the second question lacks turns: it counts as asked once
     found = values(METRICS["circular"].measures(cut, results(cut, circular=True)))
     assert found["circular"] == by_hand["circular"][0]

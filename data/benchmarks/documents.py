@@ -24,6 +24,7 @@ from vlm_distill_cache.data.sources.parquet import LocalParquet, ParquetTable
 from vlm_distill_cache.data.sources.parquet_rows import StoredPicture
 from vlm_distill_cache.data.sources.pictures import open_picture, says_none
 
+OWN_STAMP = "distill-suite.json"  # of a folder of results, which are no benchmarks
 KEY = "__key__"  # of rows that were a dict by id: the id
 _PROBED = 32  # rows whose keys are the columns
 _PART = re.compile(r"-\d{4,5}-of-\d{4,5}(?=\.parquet$)")
@@ -242,7 +243,7 @@ def documents_in(folder: Path) -> Iterator[Sequence[Path]]:
     """What may hold a benchmark below a folder, in order of names: files, and ``save_to_disk`` folders.
 
     Parquet files that are numbered parts of one table come together, and the texts of a folder if one of them has a question
-    with yes or no a line. Links that lead back up are followed once.
+    with yes or no a line. Links that lead back up are followed once, and what `distill suite` wrote is passed over.
 
     Raises:
         DataError: A folder cannot be listed.
@@ -252,7 +253,7 @@ def documents_in(folder: Path) -> Iterator[Sequence[Path]]:
 
 def _documents_in(folder: Path, above: frozenset[Path]) -> Iterator[Sequence[Path]]:
     real = folder.resolve()
-    if real in above:
+    if real in above or (folder / OWN_STAMP).is_file():
         return
     if is_saved_dataset(folder) and not (folder / "dataset_dict.json").exists():
         yield [folder]

@@ -54,8 +54,9 @@ def answer_lines(
 
 def _published_id(item: Item) -> Any:
     """The id of a question as its file writes it, a number where that has one."""
-    told = item.extra.get("question_id", item.item_id)
-    return int(told) if isinstance(told, str) and _NUMBER.fullmatch(told) else told
+    if "question_id" in item.extra:
+        return item.extra["question_id"]
+    return int(item.item_id) if _NUMBER.fullmatch(item.item_id) else item.item_id
 
 
 def submissions(

@@ -74,7 +74,11 @@ class Document:
         """The place of each row by its ``index``, of CSV and TSV tables; empty for others."""
         if self.path.suffix.lower() not in (".csv", ".tsv") or not self.has("index"):
             return {}
-        return {str(row.get("index")): place for place, row in enumerate(self.rows)}
+        found = {}
+        for place in range(len(self.rows)):
+            with suppress(SampleError):
+                found[str(self.rows[place].get("index"))] = place
+        return found
 
     def picture(self, index: int, column: str, place: int | None = None) -> ImageSource:
         """A picture that stands in a row itself (bytes, base64, a table's); read again when it is asked about.

@@ -67,6 +67,18 @@ def test_editions_of_pope_are_benchmarks_of_their_own_and_a_missing_picture_or_l
     assert "row 41: 'label' must be yes or no, got 'maybe'" in why
 
 
+def test_a_row_that_cannot_be_read_is_left_out_alone(tmp_path: Path):
+    files.write_pope(tmp_path, "tsv")
+    text = (tmp_path / "POPE.tsv").read_text()
+    header, rest = text.split("\n", 1)
+    (tmp_path / "POPE.tsv").write_text(f"{header}\na\tb\n{rest}")
+    (benchmark,) = find_benchmarks(tmp_path).benchmarks.values()
+    assert len(items_of(benchmark)) == 5
+    assert {seen(item.image) for item in items_of(benchmark)} == {10, 20}
+    (why,) = benchmark.left_out.values()
+    assert "POPE.tsv: row 1 cannot be read: the row has 2 cells, its header 5" in why
+
+
 @pytest.mark.parametrize("form", ["folders", "eval-tool", "hub", "tsv"])
 def test_mme_is_the_same_in_each_form(tmp_path: Path, form: str):
     files.write_mme(tmp_path, form)

@@ -33,7 +33,8 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
     of_layout: dict[str, list[Document]] = defaultdict(list)
     unread: dict[str, str] = {}
     for paths in documents_in(folder):
-        shown = str(paths[0].relative_to(folder))
+        one = paths[0].relative_to(folder)
+        shown = str(one.with_name("*.txt") if len(paths) > 1 and one.suffix.lower() == ".txt" else one)
         try:
             document = open_document(paths, shown)
             layout = next((layout for layout in LAYOUTS if layout.recognises(document)), None)

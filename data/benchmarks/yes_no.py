@@ -18,10 +18,12 @@ from vlm_distill_cache.data.benchmarks.question_rows import (
     YES_OR_NO,
     Gathered,
     Row,
+    edition,
     editions,
     file_named,
     id_of,
     picture_of,
+    plain_path,
     probe,
     right_of,
     says_yes_or_no,
@@ -72,7 +74,10 @@ def _read_pope(documents: Sequence[Document], pictures: Pictures) -> list[Benchm
                 kind = ",".join(_splits_told(row)) or _split_of(document)
                 own = f"{kind}/{id_of(row, index + 1)}".lstrip("/")
                 gathered.take(own, where, partial(_pope_item, document, index, row, kind, pictures))
-        found.append(gathered.benchmark(name, POPE, "pope", group, instruction=SHORT_ANSWER))
+        notes = [
+            "as POPE's own script has it, an answer without no or not is a yes; how many say neither is told beside it"
+        ]
+        found.append(gathered.benchmark(name, POPE, "pope", group, instruction=SHORT_ANSWER, notes=notes))
     return found
 
 
@@ -120,12 +125,10 @@ def _read_mme(documents: Sequence[Document], pictures: Pictures) -> list[Benchma
     roots: dict[str, list[Document]] = defaultdict(list)
     for document in beside or templates:
         roots[str(_task_folder(document).parent if beside else document.path.parent)].append(document)
-    groups = [
-        ("mme" if len(roots) == 1 else f"mme-{PurePosixPath(root).name.lower()}", group)
-        for root, group in roots.items()
-    ]
-    groups += editions("mme", [document for document in documents if document not in texts], lambda document: "")
-    for name, group in groups:
+    groups = [(edition(root, "mme"), group) for root, group in roots.items()]
+    groups += [(edition(plain_path(document), "mme"), [document]) for document in documents if document not in texts]
+    for label, group in groups:
+        name = "mme" if len(groups) == 1 else f"mme-{label}".strip("-")
         gathered = Gathered()
         for document in group:
             _gather_mme(gathered, document, document in templates, pictures)

@@ -96,6 +96,12 @@ def test_mme_is_the_same_in_each_form(tmp_path: Path, form: str):
     assert any("LaVIN" in name for name in found.unread) == (form in ("folders", "eval-tool"))  # a model's answers
 
 
+def test_several_forms_of_mme_are_benchmarks_of_their_own(tmp_path: Path):
+    files.write_mme(tmp_path, "folders")
+    files.write_mme(tmp_path / "hub", "hub")
+    assert set(find_benchmarks(tmp_path).benchmarks) == {"mme-benchmark-release-version", "mme-test"}
+
+
 def test_a_picture_of_mme_is_never_that_of_another_task(tmp_path: Path):
     files.write_mme(tmp_path, "folders")
     (tmp_path / "MME_Benchmark_release_version/code_reasoning/0001.png").unlink()
@@ -143,7 +149,7 @@ def test_all_six_pictures_of_nlvr_are_asked_about(tmp_path: Path, name: str):
     assert NLVR[0][2] in items[0].question
 
 
-@pytest.mark.parametrize("form", ["github", "blip", "hub", "hub-sentence"])
+@pytest.mark.parametrize("form", ["github", "blip", "lxmert", "hub", "hub-sentence"])
 def test_the_two_pictures_of_nlvr2_are_joined_in_their_order(tmp_path: Path, form: str):
     files.write_nlvr2(tmp_path, form)
     benchmark = only(tmp_path)

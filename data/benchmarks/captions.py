@@ -13,7 +13,6 @@ from typing import Any
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.benchmarks import captions_of_relations
 from vlm_distill_cache.data.benchmarks.caption_rows import (
-    PICTURES,
     Make,
     Row,
     benchmark,
@@ -222,7 +221,7 @@ def _valse_item(pictures: Pictures, document: Document, index: int, row: Row) ->
     if votes is not None and votes < 2:
         return None
     captions = (sentence(row, "caption", "positive_caption"), sentence(row, "foil", "foils", "negative_caption"))
-    image = picture_of(document, index, row, pictures, ("image_file", *PICTURES))
+    image = picture_of(document, index, row, pictures)
     return CaptionItem(
         item_id="",
         images=(image,),
@@ -255,6 +254,7 @@ LAYOUTS: tuple[Layout, ...] = (
         looks_for="rows with image, caption, negative_image, negative_caption (type, subtype)",
         source="hub: imirandam/BiVLC",
         licence=f"MIT; {_COCO}, and generated ones",
+        scores="group, text (I2T) and image (T2I) score and their halves, by P(yes), likelihood and letters; a type",
         recognises=_is_bivlc,
         read=lambda documents, pictures: list(
             _read_pairs(documents, pictures, name="bivlc", title="BiVLC", make=_bivlc_item, kind="type")
@@ -266,6 +266,7 @@ LAYOUTS: tuple[Layout, ...] = (
         looks_for="rows with image_0, image_1, caption_0, caption_1 (tag, secondary_tag, collapsed_tag)",
         source="hub: facebook/winoground (examples.jsonl with a folder of pictures, or parquet)",
         licence="Meta's Winoground licence (research only); pictures: Getty Images",
+        scores="group, text and image score, by P(yes), likelihood and letters; a tag",
         recognises=_is_winoground,
         read=lambda documents, pictures: list(
             _read_pairs(
@@ -279,6 +280,8 @@ LAYOUTS: tuple[Layout, ...] = (
         looks_for="rows with filename, caption, caption2, negative_caption; or positive_caption_1, positive_caption_2",
         source="GitHub: Sri-Harsha/scpp, folder data; hub: Aman-J/SugarCrepe_pp",
         licence=f"CC BY 4.0; {_COCO}",
+        scores="ITT (both right captions above the wrong one) by likelihood and P(yes), the mean over subsets; TOT by P(yes) that "
+        "two captions mean the same; letters",
         recognises=_is_sugarcrepe_pp,
         read=lambda documents, pictures: list(_read_sugarcrepe_pp(documents, pictures)),
     ),
@@ -294,6 +297,8 @@ LAYOUTS: tuple[Layout, ...] = (
             "mteb/SUGARCREPE_fmt, Mayfull/sugarcrepe_vlms"
         ),
         licence=f"MIT; {_COCO}",
+        scores="likelihood, the mean over subsets, and a subset; the letter question in both orders, both right, letter bias; "
+        "P(yes)",
         recognises=_is_sugarcrepe,
         read=lambda documents, pictures: list(_read_sugarcrepe(documents, pictures)),
     ),
@@ -303,6 +308,8 @@ LAYOUTS: tuple[Layout, ...] = (
         looks_for="a dict of id to image_file, caption, foil, mturk, a file an instrument; tables with image, caption, foil",
         source="GitHub: Heidelberg-NLP/VALSE, folder data; hub: Mayfull/valse_vlms",
         licence="MIT; pictures: those of Visual7W, COCO, SWiG, VisDial and FOIL it!",
+        scores="pairwise accuracy by likelihood and P(yes), the mean over instruments; accuracy, p_c and p_f of P(yes) > 1/2; "
+        "letters",
         recognises=_is_valse,
         read=lambda documents, pictures: list(_read_valse(documents, pictures)),
     ),

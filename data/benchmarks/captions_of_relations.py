@@ -138,16 +138,28 @@ def _read_aro_pairs(documents: Sequence[Document], pictures: Pictures) -> Iterat
 def _is_order(document: Document) -> bool:
     if document.has("correct_caption", "hard_text_1"):
         return names_picture(document)
+    if _karpathy(document):
+        return True
     return _is_retrieval_split(document) or (
         names_picture(document) and document.has("caption_options") and _sort_of_options(document) != "places"
     )
 
 
+def _karpathy(document: Document) -> Sequence[Mapping[str, Any]]:
+    """The pictures of ``dataset_coco.json``, each with its split and sentences; none in other files."""
+    images = document.top.get("images") if isinstance(document.top, dict) else None
+    if not isinstance(images, list) or not images:
+        return ()
+    known = all(isinstance(entry, dict) and {"split", "sentences", "filename"} <= set(entry) for entry in images)
+    return images if known else ()
+
+
 def _is_retrieval_split(document: Document) -> bool:
-    """Karpathy's test split as BLIP and ARO read it: a path, and five captions of it."""
+    """Karpathy's test split, as he gives it, or as BLIP and ARO read it: a path, and five captions of it."""
+    if _karpathy(document):
+        return True
     return document.columns == {"image", "caption"} and all(
-        isinstance(row["image"], str) and isinstance(row["caption"], list | tuple) and len(row["caption"]) > 1
-        for row in probe(document)
+        isinstance(row.get("image"), str) and isinstance(row.get("caption"), list | tuple) for row in probe(document)
     )
 
 
@@ -194,14 +206,27 @@ def shuffled_captions(caption: str, seed: str) -> list[str]:
     return found
 
 
+def _raw(texts: Any) -> list[str]:
+    listed = texts if isinstance(texts, list) else []
+    return [str(text["raw"]) for text in listed if isinstance(text, dict) and "raw" in text]
+
+
 def _split_rows(document: Document) -> Document:
-    """A row a caption, with the orders that are made of it."""
+    """A row a caption of the test split, with the orders that are made of it."""
+    if document.rows:
+        captions = [(row.get("image"), row.get("caption")) for row in document.rows]
+    else:
+        captions = [
+            ("/".join(str(entry[key]) for key in ("filepath", "filename") if entry.get(key)), _raw(entry["sentences"]))
+            for entry in _karpathy(document)
+            if entry["split"] == "test"
+        ]
     rows = []
-    for place, row in enumerate(document.rows):
-        for number, caption in enumerate(row["caption"]):
-            right = plain_caption(str(caption))
-            options = [right, *shuffled_captions(right, f"{row['image']} {number}")]
-            rows.append({"id": f"{place}.{number}", "image": row["image"], "caption_options": options})
+    for place, (image, texts) in enumerate(captions):
+        for number, text in enumerate(texts if isinstance(texts, list | tuple) and texts else [None]):
+            right = plain_caption(text) if isinstance(text, str) else ""
+            options = [right, *shuffled_captions(right, f"{image} {number}")]
+            rows.append({"id": f"{place}.{number}", "image": image, "caption_options": options})
     return Document(document.path, document.shown, rows)
 
 
@@ -215,8 +240,11 @@ def _read_orders(documents: Sequence[Document], pictures: Pictures) -> Iterator[
                 "otherwise the files do not say which one is right: take the table with true_caption, false_caption",
             )
             continue
-        first = next(probe(document), {})
-        told = " ".join([*path_parts(document), str(first.get("image", "") if "image" in document.columns else "")])
+        if (images := _karpathy(document)) and all(entry["split"] != "test" for entry in images):
+            yield Unread(document, "none of its pictures is of the test split, which is asked about")
+            continue
+        shown = next(probe(document), None) or next(iter(_karpathy(document)), {})
+        told = " ".join([*path_parts(document), *(str(shown[key]) for key in ("image", "filepath") if key in shown)])
         task = next((name for name in ("flickr", "coco") if name in told.lower()), "")
         split = "-split" if _is_retrieval_split(document) else ""
         by_name.setdefault(f"aro-{task}-order{split}" if task else f"aro-order{split}", []).append(document)
@@ -403,6 +431,8 @@ LAYOUTS: tuple[Layout, ...] = (
         "or attributes",
         source="GitHub: mertyg/vision-language-models-are-bows; hub: mteb/ARO-Visual-Relation, mteb/ARO-Visual-Attribution",
         licence=f"MIT; {_VG}",
+        scores="likelihood, the mean over relations that can be told from their reverse, or over pairs of attributes with 25 "
+        "items; both orders of the letter question; P(yes)",
         recognises=_is_aro_pair,
         read=lambda documents, pictures: list(_read_aro_pairs(documents, pictures)),
     ),
@@ -413,6 +443,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "of [number of the picture, right caption, wrong caption]; original_file_name, positive_caption, negative_caption",
         source="GitHub: amitakamath/whatsup_vlms; hub: ServiceNow/whatsup_all, Mayfull/whats_up_vlms",
         licence=f"MIT; own pictures; COCO, terms of Flickr; {_VG}",
+        scores="single pictures, pairs of opposite places and sets of four, by likelihood and by P(yes), a subset and in the mean",
         recognises=_is_whats_up,
         read=lambda documents, pictures: list(_read_whats_up(documents, pictures)),
     ),
@@ -423,6 +454,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "image and five captions (Karpathy's test split)",
         source="hub: mteb/ARO-COCO-order, mteb/ARO-Flickr-Order; the split: Salesforce's coco_karpathy_test.json",
         licence="MIT; pictures: COCO or Flickr30k, terms of Flickr",
+        scores="likelihood of the right order above all others",
         recognises=_is_order,
         read=lambda documents, pictures: list(_read_orders(documents, pictures)),
     ),

@@ -180,12 +180,12 @@ def _is_diagram(entry: Mapping[str, Any]) -> bool:
 
 
 def _ids_of(document: Document) -> set[str] | None:
-    """AI2D's list of test diagrams: one number a line, the first of which is read as a header."""
+    """AI2D's list of test diagrams, a number a line; None of any other file."""
     if document.path.suffix.lower() != ".csv" or "test_ids" not in document.path.stem.lower():
         return None
-    rows = list(readable(document.rows))
-    found = {str(key) for row in rows for key in row} | {str(value) for row in rows for value in row.values()}
-    return found if all(each.isdigit() for each in found) else None
+    first, *numbers = document.path.read_text(encoding="utf-8-sig", errors="replace").split() or [""]
+    found = {number.strip(',"') for number in (numbers if not first.strip(',"').isdigit() else [first, *numbers])}
+    return found if found and all(map(str.isdigit, found)) else None
 
 
 def _read_ai2d(documents: Sequence[Document], pictures: Pictures) -> Sequence[Benchmark | Unread]:

@@ -183,7 +183,7 @@ def _pope(folder: Path, items: int) -> None:
         }
         for kind, noun in chosen.items():
             for asked, label in ((present[int(generator.integers(len(present)))], "yes"), (noun, "no")):
-                entry = {"question_id": len(lines[kind]) + 1, "image": name, "text": f"is there a {asked} in the image"}
+                entry = {"question_id": len(lines[kind]) + 1, "image": name, "text": f"is there a {asked}"}
                 lines[kind].append({**entry, "label": label})
     for kind, entries in lines.items():
         _write(folder / f"coco_pope_{kind}.json", "".join(json.dumps(entry) + "\n" for entry in entries))

@@ -4,7 +4,6 @@ import ast
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,6 +15,7 @@ from vlm_distill_cache.data.images.recognise import base64_picture
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.pictures import says_none
 
+TEN = 10  # people who answered each question of the VQA challenge, and of those that took its form
 IN_A_WORD = "Answer the question using a single word or phrase."
 SECRET = "its answers are kept secret: nothing is scored, answers.jsonl is what the authors' server counts"
 _SPLIT = re.compile(
@@ -31,11 +31,6 @@ class Entries:
     document: Document
     rows: Sequence[Mapping[str, Any]]
     keys: frozenset[str]
-
-    @cached_property
-    def by_index(self) -> Mapping[str, int]:
-        """Rows by their ``index``: a row of a TSV that shares a picture has that of the other row in place of it."""
-        return {str(row.get("index")): place for place, row in enumerate(self.rows)} if self.has("index") else {}
 
     @property
     def first(self) -> Mapping[str, Any]:
@@ -54,10 +49,9 @@ class Entries:
 def entries_of(document: Document, under: str = "data") -> Entries:
     """The entries under a key of the JSON, or else the document's rows."""
     rows = document.rows
-    if isinstance(document.top, dict) and isinstance(document.top.get(under), list):
-        rows = document.top[under]
-    first = rows[0] if len(rows) else {}
-    return Entries(document, rows, frozenset(first) if isinstance(first, Mapping) else frozenset())
+    if isinstance(document.top, dict) and isinstance(found := document.top.get(under), list):
+        rows = [entry if isinstance(entry, dict) else {} for entry in found]
+    return Entries(document, rows, frozenset(rows[0] if len(rows) else ()))
 
 
 def top_text(document: Document, *path: str) -> str:
@@ -115,9 +109,13 @@ def is_table_of_texts(document: Document) -> bool:
 
 @dataclass(frozen=True)
 class Found:
-    """Items as they are read, those that cannot be asked, and what a reader of scores must know."""
+    """Items as they are read, those that cannot be asked, and what a reader of scores must know.
+
+    ``people`` is how many were asked for the answer to each question: ten where VQA accuracy counts them, else 1.
+    """
 
     pictures: Pictures
+    people: int = 1
     items: list[OpenItem] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
@@ -126,7 +124,8 @@ class Found:
         """Keep an item, or say why it cannot be asked.
 
         Args:
-            item_id: The published id; a number is added where another item has it.
+            item_id: The published id, which ``extra["question_id"]`` keeps if it is a number; a number is added to one that
+                another item has.
             question: Left out where there is none.
             answers: All that are right; none: kept secret.
             find: Gives the picture, or raises `SampleError`.
@@ -139,13 +138,22 @@ class Found:
         if not isinstance(question, str) or not question.strip():
             self.left_out[name] = f"it has no question: {question!r}"[:200]
             return
+        if len(answers) == 1 < self.people:
+            self.left_out[name] = f"it has one answer, and is scored by those of {self.people} people: {answers[0]!r}"[
+                :200
+            ]
+            return
         try:
             image = find()
         except SampleError as error:
             self.left_out[name] = str(error)
             return
+        extra = dict(more.pop("extra", {}))
+        if isinstance(item_id, int):
+            extra["question_id"] = item_id
+        asked = question.strip()
         self.items.append(
-            OpenItem(item_id=name, image=image, question=question.strip(), answers=tuple(answers), **more)
+            OpenItem(item_id=name, image=image, question=asked, answers=tuple(answers), extra=extra, **more)
         )
 
     def benchmark(self, *, documents: Iterable[Document], notes: Iterable[str] = (), **more: Any) -> Benchmark:
@@ -155,6 +163,11 @@ class Found:
         if secret:
             said.append(
                 SECRET if secret == len(self.items) else f"{secret} of {len(self.items)} questions have no answers"
+            )
+        if few := sum(0 < len(item.answers) < self.people for item in self.items):
+            said.append(
+                f"{few} of {len(self.items)} questions have fewer than {self.people} answers; VQA accuracy leaves one out at a "
+                "time, so that fewer than four that agree are not worth 100"
             )
         files = [document.shown for document in documents]
         return Benchmark(items=self.items, left_out=self.left_out, notes=said, files=files, **more)
@@ -181,8 +194,8 @@ def picture_in(
     if not says_none(value):
         if not isinstance(value, str) or base64_picture(value) is not None:
             return document.picture(index, column)
-        if is_table_of_texts(document) and (other := entries.by_index.get(value)) is not None:
-            return document.picture(other, column)
+        if value in document.by_index:  # the row that has it
+            return document.picture(index, column)
         return pictures.find(value, near=document.path.parent, hints=hints)
     names = [name for name in named if name]
     for name in names[:-1]:

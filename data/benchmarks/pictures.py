@@ -36,7 +36,7 @@ class Pictures:
 
     @cached_property
     def _by_name(self) -> Mapping[str, Sequence[Path]]:
-        """All picture files by their last part in lower case, and by that without its ending."""
+        """All picture files by their last part in lower case, and by that without its ending; SEED-Bench's have none."""
         found: dict[str, list[Path]] = defaultdict(list)
         seen: set[str] = set()  # links may lead back
         for root in self._roots:
@@ -52,6 +52,8 @@ class Pictures:
                     if path.suffix.lower() in ENDINGS:
                         found[file.lower()].append(path)
                         found[path.stem.lower()].append(path)
+                    elif "." not in file:
+                        found[file.lower()].append(path)
         return found
 
     def find(self, name: str, *, near: Path | None = None, hints: Iterable[str] = ()) -> ImageSource:

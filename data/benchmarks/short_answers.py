@@ -14,6 +14,7 @@ from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.open_questions import (
     IN_A_WORD,
+    TEN,
     Entries,
     Found,
     answers_of,
@@ -32,6 +33,7 @@ _SINGLE_WORD = "Answer the question with a single word."
 _OR_UNANSWERABLE = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{IN_A_WORD}"
 _SEMANTIC = {"attr": "attribute", "cat": "category", "global": "scene", "obj": "object", "rel": "relation"}
 _GQA_COMMON = ("color", "material", "shape")  # what GQA's questions about things in common are answered with
+_FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 _PARTS = re.compile(r"_\d+$")
 
 
@@ -55,7 +57,7 @@ def _is_textvqa(document: Document) -> bool:
 
 def _read_textvqa(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark]:
     def read(document: Document) -> Benchmark:
-        entries, found = entries_of(document), Found(pictures)
+        entries, found = entries_of(document), Found(pictures, TEN)
         split = split_of(document, top_text(document, "dataset_type"), str(entries.first.get("set_name") or ""))
         folder = "test_images" if split == "test" else "train_images"  # where the authors' archives put them
         for index, row in enumerate(entries.rows):
@@ -94,13 +96,13 @@ def _is_vizwiz(document: Document) -> bool:
 
 def _read_vizwiz(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark]:
     def read(document: Document) -> Benchmark:
-        entries, found = entries_of(document), Found(pictures)
+        entries, found = entries_of(document), Found(pictures, TEN)
         split = split_of(document, *[str(entries.first.get(key) or "") for key in ("question_id", "filename")])
         for index, row in enumerate(entries.rows):
             kind = str(row.get("answer_type") or row.get("category") or "")
-            answerable = row.get("answerable")
+            answerable = _FLAGS.get(str(row.get("answerable")).lower())
             if answerable is None and kind:
-                answerable = kind != "unanswerable"
+                answerable = int(kind != "unanswerable")
             names = [str(row[key]) for key in ("filename", "image_id", "question_id") if row.get(key)]
             picture = row.get("image")
             found.add(
@@ -116,7 +118,7 @@ def _read_vizwiz(documents: Sequence[Document], pictures: Pictures) -> list[Benc
                     entries, at, pictures, named=names, hints=[split] if split else []
                 ),
                 kind=kind,
-                extra={} if answerable in (None, "") else {"answerable": int(float(answerable))},
+                extra={} if answerable is None else {"answerable": answerable},
             )
         return found.benchmark(
             name=named("vizwiz", split),
@@ -221,7 +223,7 @@ def _gqa_benchmark(
 
 
 def _is_balanced(row: Mapping[str, Any]) -> bool:
-    return str(row.get("isBalanced")).lower() in ("true", "1")
+    return _FLAGS.get(str(row.get("isBalanced")).lower()) == 1
 
 
 def _gqa_extra(row: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
@@ -358,6 +360,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "rows of a table with image; TextVQA_VAL.tsv",
         source="https://textvqa.org/dataset (TextVQA_0.5.1_val.json, train_val_images.zip); hub: lmms-lab/textvqa",
         licence="CC BY 4.0; pictures of Open Images: CC BY 2.0",
+        scores="VQA accuracy over ten answers, normalised as TextVQA's server does",
         recognises=_is_textvqa,
         read=_read_textvqa,
     ),
@@ -368,6 +371,8 @@ LAYOUTS: tuple[Layout, ...] = (
         looks_for="entries with image, question, answers, answerable; or whose picture is called VizWiz_...; VizWiz.tsv",
         source="https://vizwiz.org/tasks-and-datasets/vqa (Annotations.zip, val.zip, test.zip); hub: lmms-lab/VizWiz-VQA",
         licence="CC BY 4.0",
+        scores="VQA accuracy over ten answers, by answer type; as vqaEval.py; precision, recall and F1 of saying that a "
+        "question cannot be answered",
         recognises=_is_vizwiz,
         read=_read_vizwiz,
     ),
@@ -378,6 +383,8 @@ LAYOUTS: tuple[Layout, ...] = (
         "beside it tables of id and image, choices (valid, plausible) by id; GQA_TestDev_Balanced.tsv",
         source="https://cs.stanford.edu/people/dorarad/gqa/download.html (questions1.2.zip, images.zip); hub: lmms-lab/GQA",
         licence="CC BY 4.0; pictures of Visual Genome (COCO, YFCC100M): those of Flickr",
+        scores="accuracy over balanced questions, binary and open, by structural and semantic type; "
+        "consistency, distribution; validity and plausibility with the choices file",
         recognises=_is_gqa,
         read=_read_gqa,
     ),
@@ -388,6 +395,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "JSON's list under data, or rows of a table with image; DocVQA_VAL.tsv, InfoVQA_VAL.tsv",
         source="https://rrc.cvc.uab.es/?ch=17 (val_v1.0_withQT.json, spdocvqa_images.tar.gz); hub: lmms-lab/DocVQA",
         licence="for research, after registration; pages of the UCSF Industry Documents Library",
+        scores="ANLS (threshold 0.5, best over answers), by question type",
         recognises=_is_docvqa,
         read=_read_docvqa,
     ),
@@ -398,6 +406,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "split that says human or augmented; ChartQA_TEST.tsv",
         source="https://github.com/vis-nlp/ChartQA (ChartQA Dataset/test); hub: HuggingFaceM4/ChartQA, lmms-lab/ChartQA",
         licence="GPL-3.0",
+        scores="relaxed accuracy (5 %), of people's and of a model's questions",
         recognises=_is_chartqa,
         read=_read_chartqa,
     ),

@@ -10,6 +10,7 @@ from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.open_questions import (
     IN_A_WORD,
+    TEN,
     Entries,
     Found,
     answers_of,
@@ -27,7 +28,6 @@ from vlm_distill_cache.data.sample import ImageSource
 
 _QUESTION = ("image_id", "question", "question_id")
 _ANNOTATION = ("image_id", "question_id", "answers")
-_TEN = 10
 # OK-VQA's kinds of knowledge, for tables that have their keys alone.
 _KNOWLEDGE = {
     "one": "Vehicles and Transportation",
@@ -130,7 +130,7 @@ def _of_files(document: Document, answered: Sequence[Document], pictures: Pictur
     is_ok = bool(told) or any("raw_answer" in str(_annotations(each)[0]["answers"])[:2000] for each in answered)
     is_ok = is_ok or any("okvqa" in text for text in _says(document))
     entries = Entries(document, _questions(document), frozenset(_questions(document)[0]))
-    found = Found(pictures)
+    found = Found(pictures, TEN)
     for index, question in enumerate(entries.rows):
         annotation = annotations.get(_key(question), {})
         _add(found, entries, index, annotation, split, {**_KNOWLEDGE, **told} if is_ok else {})
@@ -159,7 +159,7 @@ def _knowledge_of(document: Document) -> Mapping[str, str]:
 
 
 def _of_rows(document: Document, pictures: Pictures) -> Benchmark:
-    entries, found = entries_of(document), Found(pictures)
+    entries, found = entries_of(document), Found(pictures, TEN)
     split = split_of(document)
     kinds = {str(row.get("question_type")) for row in entries.rows[:200]}
     is_ok = not entries.has("multiple_choice_answer") and kinds <= _KNOWLEDGE.keys()
@@ -209,13 +209,6 @@ def _picture(entries: Entries, index: int, pictures: Pictures, split: str) -> Im
 
 
 def _benchmark(found: Found, documents: Sequence[Document], *, name: str, title: str) -> Benchmark:
-    few = sum(0 < len(item.answers) < _TEN for item in found.items)
-    notes = []
-    if few:
-        notes.append(
-            f"{few} of {len(found.items)} questions have fewer than ten answers; VQA accuracy leaves one out at a time, so that "
-            "fewer than four that agree are not worth 100"
-        )
     return found.benchmark(
         name=name,
         layout="vqa",
@@ -223,7 +216,6 @@ def _benchmark(found: Found, documents: Sequence[Document], *, name: str, title:
         metric="vqa_accuracy",
         instruction=IN_A_WORD,
         documents=documents,
-        notes=notes,
     )
 
 
@@ -235,6 +227,7 @@ VQA = Layout(
     source="https://visualqa.org/download.html, https://okvqa.allenai.org/download.html, pictures of https://cocodataset.org "
     "(train2014, val2014, test2015); hub: lmms-lab/VQAv2, lmms-lab/OK-VQA",
     licence="CC BY 4.0; pictures of COCO: those of Flickr",
+    scores="VQA accuracy over ten answers, by answer type and question type; as vqaEval.py",
     recognises=_is_vqa,
     read=_read_vqa,
 )

@@ -256,7 +256,7 @@ def _hallusion_item(
     return YesNoItem(
         item_id=item_id,
         kind=str(told["category"]),
-        group="_".join(str(told[key]) for key in _FIGURE),
+        group="_".join(str(told[key]) for key in _FIGURE[:3]),  # a pair is within a set, across its figures
         image=None if blind else _figure_of(document, index, row, told, pictures),
         question=text_of(row, "question"),
         right=right_of(told, "gt_answer"),

@@ -104,7 +104,7 @@ class CsvRows:
     def scan(self, named: int | None) -> Iterator[tuple[object, object]]:
         """Note where each row begins, and yield its id (the cell at ``named``) and its content."""
         rows = self._parsed(0)
-        begins = next(rows)[0]
+        begins = next(rows, (0, [], ""))[0]  # the header; an empty file has none
         for ends, cells, _ in rows:
             if cells:  # else an empty line
                 self._offsets.append(begins)

@@ -34,9 +34,8 @@ SHAPES = "shapes"
 @click.option(
     "--prompts",
     type=click.Choice(["published", "plain"]),
-    default="published",
-    show_default=True,
-    help="With the instructions that published evaluations put behind a question, or the questions alone.",
+    help="With the instructions that published evaluations put behind a question, or the questions alone. Default: published; "
+    "of `shapes` plain, as the drawn data set asks.",
 )
 @click.option(
     "--cache", type=CacheLocation(), help="A model that is no student of ours reads as one of this cache would."
@@ -52,7 +51,7 @@ def suite(
     only: str | None,
     images: tuple[Path, ...],
     nproc: int,
-    prompts: str,
+    prompts: str | None,
     cache: str | None,
     dry_run: bool,
 ) -> None:
@@ -76,7 +75,7 @@ def suite(
         images=images,
         only=tuple(filter(None, map(str.strip, (only or "").split(",")))),
         limit=limit,
-        prompts=prompts,
+        prompts=prompts or ("plain" if benchmarks == SHAPES else "published"),
     )
     if dry_run:
         with tempfile.TemporaryDirectory() as made:

@@ -35,7 +35,8 @@ class Answers:
         sums: Log-probability of each caption given each picture, nats ``[P][C]``.
         means: The same per token.
         yes: Log-odds of "Yes" against "No" for each, ``[P][C]``; empty where it was not asked.
-        letters: For each pair of a right and a wrong caption the letter given when the right one was (A), and when (B).
+        letters: For each picture and pair of a right and a wrong caption the letter given when the right one was (A), and
+            when it was (B).
         same: Log-odds of "Yes" for each two captions in order (0 and 1, 0 and 2, 1 and 2), without the picture.
     """
 
@@ -91,7 +92,7 @@ class CaptionMetric:
         left = iter(results)
         pictures, captions = len(item.images), len(item.captions)
         weights = [cast("list[list[float]]", next(left)) for _ in range(pictures)]
-        pairs = len(list(_right_and_wrong(item))) if self.letters else 0
+        pairs = sum(1 for _ in _right_and_wrong(item)) if self.letters else 0
         letters = [(parse_letter(str(next(left))), parse_letter(str(next(left)))) for _ in range(pairs)]
         yes = [[_odds(next(left)) for _ in range(captions)] for _ in range(pictures)] if self.yes else []
         same = [_odds(next(left)) for _ in combinations(range(captions), 2)] if self.same else []
@@ -104,10 +105,10 @@ class CaptionMetric:
         )
 
     def _letters_of(self, item: CaptionItem) -> Iterator[Request]:
-        for right, wrong in _right_and_wrong(item):
+        for picture, right, wrong in _right_and_wrong(item):
             for first, second in ((right, wrong), (wrong, right)):
                 text = LETTER_PROMPT.format(a=item.captions[first], b=item.captions[second])
-                yield Generate(image=item.images[0], question=text, max_tokens=LETTER_TOKENS)
+                yield Generate(image=item.images[picture], question=text, max_tokens=LETTER_TOKENS)
 
     def _yes_of(self, item: CaptionItem) -> Iterator[Request]:
         for image in item.images:
@@ -119,12 +120,12 @@ class CaptionMetric:
             yield Weigh(image=None, question=SAME_PROMPT.format(a=one, b=other), answers=YES_NO)
 
 
-def _right_and_wrong(item: CaptionItem) -> Iterator[tuple[int, int]]:
-    """Places of a right and a wrong caption of the first picture, each with each."""
-    fits = item.fits[0]
-    for right in (place for place, fit in enumerate(fits) if fit):
-        for wrong in (place for place, fit in enumerate(fits) if not fit):
-            yield right, wrong
+def _right_and_wrong(item: CaptionItem) -> Iterator[tuple[int, int, int]]:
+    """Of each picture the places of a right and a wrong caption, each with each."""
+    for picture, fits in enumerate(item.fits):
+        for right in (place for place, fit in enumerate(fits) if fit):
+            for wrong in (place for place, fit in enumerate(fits) if not fit):
+                yield picture, right, wrong
 
 
 def _odds(result: Result) -> float:
@@ -268,6 +269,7 @@ def _count_matches(items: Sequence[CaptionItem], answers: Sequence[Answers]) -> 
     for place, name in enumerate(("first_image", "second_image", "first_caption", "second_caption")):
         values = [float(_halves(each.yes)[place]) for each in answers]
         table.add(f"{name}_yes", values, f"{name.replace('_', ' ')} finds its match, P(yes)")
+    table.add_letters(answers)
     return table.measures
 
 
@@ -338,8 +340,8 @@ def _count_whats_up(items: Sequence[CaptionItem], answers: Sequence[Answers]) ->
 METRICS: Mapping[str, Metric] = {
     "sugarcrepe": CaptionMetric(count=_count_sugarcrepe, letters=True, yes=True),
     "sugarcrepe-pp": CaptionMetric(count=_count_sugarcrepe_pp, letters=True, yes=True, same=True),
-    "winoground": CaptionMetric(count=_count_matches, yes=True),
-    "bivlc": CaptionMetric(count=_count_matches, yes=True),
+    "winoground": CaptionMetric(count=_count_matches, letters=True, yes=True),
+    "bivlc": CaptionMetric(count=_count_matches, letters=True, yes=True),
     "valse": CaptionMetric(count=_count_valse, letters=True, yes=True),
     "aro-relation": CaptionMetric(
         count=partial(_count_aro, takes=lambda kind, _: kind not in SYMMETRIC), letters=True, yes=True

@@ -13,7 +13,7 @@ from typing import cast
 
 from vlm_distill_cache.data.benchmarks.items import Item, OpenItem
 from vlm_distill_cache.stage2_student.suite.measures import Measure, mean_measure
-from vlm_distill_cache.stage2_student.suite.requests import Generate, Metric, Request, Result
+from vlm_distill_cache.stage2_student.suite.requests import Generate, Metric, Request, Result, instructed
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
@@ -187,7 +187,7 @@ class ShortAnswers:
     def requests(self, item: Item, instruction: str) -> tuple[Request, ...]:
         """The question, and below it the instruction if there is one."""
         asked = cast("OpenItem", item)
-        question = f"{asked.question}\n{instruction}" if instruction else asked.question
+        question = instructed(asked.question, instruction)
         return (Generate(image=asked.image, question=question, max_tokens=self.max_tokens),)
 
     def measures(self, items: Sequence[Item], results: Sequence[Sequence[Result]]) -> list[Measure]:

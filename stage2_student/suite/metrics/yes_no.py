@@ -244,9 +244,12 @@ def _hallusion(answers: Sequence[_Answer], prefix: str, suffix: str) -> list[Mea
     for answer in answers:
         told, right = answer.item.extra, answer.right
         single.add(answer.unit, right)
+        figure, pair = (
+            "_".join(str(told[key]) for key in ("category", "subcategory", "set_id", last))
+            for last in ("figure_id", "question_id")
+        )
         if answer.item.kind != "VS" or str(told["figure_id"]) != "0":
-            figures[answer.unit].append(right)
-        pair = "_".join(str(told[key]) for key in ("category", "subcategory", "set_id", "question_id"))
+            figures[figure].append(right)
         pairs[pair].append(right)
         if "visual_input" in told:
             (hard if str(told["visual_input"]) == "2" else easy)[pair].append(right)

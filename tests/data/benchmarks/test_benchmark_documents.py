@@ -181,3 +181,14 @@ def test_a_fingerprint_moves_with_what_is_asked_and_what_is_right_and_not_with_p
     others = [of(question="p"), of(n=2), of(answers=("b",)), of(instruction="Say it.")]
     assert of() == of()
     assert len({of(), *others}) == 5
+
+
+def test_a_folder_of_thousands_of_other_files_is_looked_into_and_not_read_to_its_end(tmp_path: Path):
+    (tmp_path / "annotations").mkdir()
+    for number in range(60):
+        (tmp_path / "annotations" / f"{number:02d}.json").write_text('{"bars": [1]}')
+    (tmp_path / "other.json").write_text('{"x": 1}')
+    unread = find_benchmarks(tmp_path).unread
+    assert set(unread) == {"annotations/*.json", "other.json"}
+    assert "50 files" in unread["annotations/*.json"]
+    assert "10 more were not opened: no known layout; it has bars" in unread["annotations/*.json"]

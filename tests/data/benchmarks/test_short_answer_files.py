@@ -209,3 +209,28 @@ def test_an_item_without_its_picture_or_question_is_left_out_with_the_reason(tmp
     assert left
     assert all("no picture" in why and "--images" in why for why in left.values())
     assert all(benchmark.items for benchmark in found.benchmarks.values())
+
+
+def test_answers_of_one_person_are_not_counted_as_those_of_ten(tmp_path: Path):
+    rows = files.textvqa_rows()
+    rows[0]["answers"], rows[1]["answers"] = ["nine"], ["nine"] * 3
+    files.write(tmp_path / "val.json", {"data": rows})
+    for name in ("00aa11", "00bb22"):
+        files.put(tmp_path / f"{name}.jpg", 1)
+    (found,) = find_benchmarks(tmp_path).benchmarks.values()
+    assert [item.item_id for item in found.items] == ["34601"]
+    assert "one answer" in found.left_out["34600"]
+    assert any("1 of 1 questions have fewer than 10 answers" in note for note in found.notes)
+
+
+def test_entries_that_hold_other_things_are_said_and_nothing_breaks_off(tmp_path: Path):
+    files.write_docvqa(tmp_path)
+    files.write(
+        tmp_path / "gqa.json", {"1": {"imageId": 5, "question": "Q?", "answer": None, "types": "a", "entailed": 5}}
+    )
+    files.write(tmp_path / "text.json", {"data": [7, {"question": "Q?"}]})
+    (tmp_path / "empty.csv").write_text("")
+    found = find_benchmarks(tmp_path)
+    assert set(found.benchmarks) == {"docvqa-val"}
+    assert set(found.unread) == {"gqa.json", "text.json", "empty.csv"}
+    assert "its entries hold other things" in found.unread["gqa.json"]

@@ -120,7 +120,7 @@ def ask_row(
     inline = split_options(question) if options is None or lists_options(question, options.texts) else None
     if inline:
         asked, question = question, inline[0]
-        options = options or Options(inline[1], "its question", sure=True)
+        options = options or Options(inline[1], "its question", sure=True, lettered=True)
     if options is None or len(options.texts) < 2:
         raise SampleError(
             "it has no options: none under choices, options or A, B, ..., and none told by letters in its question"
@@ -151,6 +151,8 @@ def ask_row(
         extra=extra,
     )
     answer = next((row[key] for key in answers if not says_nothing(row.get(key))), None)
+    if isinstance(answer, list | tuple) and len(answer) == 1:
+        answer = answer[0]
     turn = row.get("g_index")
     split = row.get("split")
     return Asked(
@@ -258,6 +260,9 @@ def _picture(source: Source, row: Row) -> tuple[ImageSource | None, str]:
     if len(values) > 1:
         raise SampleError(f"it is about {len(values)} pictures; only questions about one are asked")
     if not values:
+        number = row.get("image_id")
+        if isinstance(number, int | str) and str(number).isdigit():  # of COCO
+            return source.pictures.numbered(int(number), near=source.near), ""
         refuse_unread(row)
         return None, ""
     (value,) = values
@@ -346,6 +351,8 @@ _READINGS: Mapping[str, _Read] = {
 
 
 def _may_be_text(each: Asked) -> bool:
+    if each.options.lettered and letter_place(each.answer, each.item.options) is not None:
+        return False
     return isinstance(each.answer, str) or each.options.numbers
 
 

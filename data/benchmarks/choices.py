@@ -28,6 +28,15 @@ def _first(rows: Sequence[Row]) -> list[Row]:
     return list(islice(readable(rows), _PROBED))
 
 
+def _listed(document: Document) -> Sequence[Row]:
+    """The rows of a document: those under ``questions``, ``data`` or ``annotations`` of a JSON, or its own."""
+    for key in ("questions", "data", "annotations") if isinstance(document.top, dict) else ():
+        under = document.top.get(key)
+        if isinstance(under, list) and under and all(isinstance(row, dict) for row in under):
+            return under
+    return document.rows
+
+
 def _asks(row: Row) -> bool:
     """Whether a row asks with options of its own."""
     try:
@@ -50,7 +59,7 @@ def _keys(document: Document) -> frozenset[str]:
 def _is_mmbench(document: Document) -> bool:
     keys = _keys(document)
     named = keys & {"l2-category", "L2-category"} and keys & {"hint", "source", "comment"}
-    return bool(named) and {"question", "A", "B"} <= keys
+    return bool(named) and {"question", "A", "B"} <= keys and "E" not in keys
 
 
 def _is_mmstar(document: Document) -> bool:
@@ -60,7 +69,7 @@ def _is_mmstar(document: Document) -> bool:
 
 
 def _is_seedbench(document: Document) -> bool:
-    rows = _first(_questions(document))
+    rows = _first(_listed(document))
     return any(
         {"question", "choice_a", "choice_b"} <= row.keys() and {"question_type_id", "data_id"} & row.keys()
         for row in rows
@@ -82,7 +91,7 @@ def _is_llava_scienceqa(document: Document) -> bool:
 
 
 def _is_options(document: Document) -> bool:
-    rows = _first(document.rows)
+    rows = _first(_listed(document))
     if not rows:
         return False
     return sum(map(_asks, rows)) * 2 >= len(rows) or all(map(_asks_inline, rows))
@@ -97,7 +106,7 @@ def _each_table(
         found: list[Benchmark | Unread] = []
         for document in documents:
             try:
-                found += benchmarks_of(layout, title, [(document, document.rows)], pictures, ask, metric=metric)
+                found += benchmarks_of(layout, title, [(document, _listed(document))], pictures, ask, metric=metric)
             except DataError as error:
                 found.append(Unread(document, str(error)))
         return found
@@ -110,14 +119,6 @@ def _ask_mmstar(source: Source, row: Row) -> Asked:
     return ask_row(source, row, kinds=kinds)
 
 
-def _questions(document: Document) -> Sequence[Row]:
-    """The rows of a SEED-Bench file: those under ``questions``, or the table's."""
-    under = document.top.get("questions") if isinstance(document.top, dict) else None
-    if isinstance(under, list) and all(isinstance(row, dict) for row in under):
-        return under
-    return document.rows
-
-
 def _read_seedbench(documents: Sequence[Document], pictures: Pictures) -> Sequence[Benchmark | Unread]:
     found: list[Benchmark | Unread] = []
     for document in documents:
@@ -127,12 +128,13 @@ def _read_seedbench(documents: Sequence[Document], pictures: Pictures) -> Sequen
         def ask(source: Source, row: Row, names: Mapping[str, str] = names) -> Asked:
             number = row.get("question_type_id")
             kinds = [names.get(str(number), f"type {number}")] if number is not None else []
+            kinds += [str(row["question_image_type"])] if row.get("question_image_type") else []  # of SEED-Bench-2-Plus
             if isinstance(row.get("data_type"), str):
                 kinds.append(row["data_type"])
             return ask_row(source, row, kinds=kinds, image=_seedbench_picture(source, row))
 
         try:
-            found += benchmarks_of("seedbench", "SEED-Bench", [(document, _questions(document))], pictures, ask)
+            found += benchmarks_of("seedbench", "SEED-Bench", [(document, _listed(document))], pictures, ask)
         except DataError as error:
             found.append(Unread(document, str(error)))
     return found

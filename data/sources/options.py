@@ -10,7 +10,7 @@ import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
@@ -24,7 +24,7 @@ _LISTS = ("choices", "options", "candidates")
 _MORE_LISTS = frozenset(
     "choice option answer_choices answer_options multiple_choices multi_choice_options mc_options".split()  # noqa: SIM905
 )
-_COLUMN = re.compile(r"(option|choice|opt)s?_?([a-z]|\d{1,2})")
+_COLUMN = re.compile(r"(option|choice|opt)s?(?:_([a-z])|_?(\d{1,2}))")
 _NUMBER = re.compile(r"\s*-?\d+\s*")
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,]?")
 _LABEL = r"(?:[(\[]{0}[)\]]|{0}\s?[.:)])\s*"  # (A), [A], A., A:, A)
@@ -41,6 +41,7 @@ class Options:
         where: The keys that they stand under, for errors.
         sure: Whether such keys mean nothing but options; else an answer that chooses by letter or number tells.
         first: What the first of them is called where they stand under numbers; else 0.
+        lettered: Whether they stand under letters, so that a letter as answer is one of these.
         numbers: Whether some are numbers, so that a number may be the answer itself.
     """
 
@@ -48,6 +49,7 @@ class Options:
     where: str
     sure: bool
     first: int = 0
+    lettered: bool = False
     numbers: bool = False
 
 
@@ -63,7 +65,8 @@ def options_of(entry: Mapping[str, Any]) -> Options | None:
     for where, labelled, sure in _columns(entry):
         texts, first = _in_order(labelled, where)
         if len(texts) > 1:
-            return _options(texts, where, first=first, sure=sure and sum(isinstance(text, str) for text in texts) > 1)
+            found = _options(texts, where, sure=sure and sum(isinstance(text, str) for text in texts) > 1)
+            return replace(found, first=first, lettered="A" in labelled)
     return None
 
 
@@ -165,6 +168,8 @@ def _chosen(answer: Any, said: str, options: Options) -> int | None:
     else:
         meant = text_place(said, texts)
         place = letter_place(said, texts)
+        if place is not None and options.lettered:
+            return place
         place = number_place(said, texts, first=options.first) if place is None else place
         if meant is not None and place not in (None, meant):
             raise SampleError(
@@ -198,15 +203,16 @@ def _listed(value: Any, key: str) -> Options | None:
     sure = key in _LISTS and not isinstance(value, str)
     if isinstance(value, str):
         value = _parsed(value)
-    first = 0
+    first, lettered = 0, False
     if isinstance(value, Mapping):
+        lettered = {"A", "B"} <= value.keys()
         value, first = _of_object(value, key)
     if not isinstance(value, list | tuple) or not value:
         return None
     texts = [_of_item(item, place, key) for place, item in enumerate(value)]
     while texts and says_none(texts[-1]):
         texts.pop()
-    return _options(texts, repr(key), first=first, sure=sure) if texts else None
+    return replace(_options(texts, repr(key), sure=sure), first=first, lettered=lettered) if texts else None
 
 
 def _parsed(text: str) -> Any:
@@ -254,7 +260,7 @@ def _columns(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], bo
     columns: dict[str, dict[str, Any]] = {}
     for key, value in entry.items():
         if isinstance(key, str) and (found := _COLUMN.fullmatch(normal_key(key))):
-            columns.setdefault(found[1], {})[found[2].upper()] = value
+            columns.setdefault(found[1], {})[(found[2] or found[3]).upper()] = value
     for name, labelled in columns.items():
         yield f"{name} {', '.join(sorted(labelled))}", labelled, False
 
@@ -286,7 +292,7 @@ def _in_order(labelled: Mapping[str, Any], where: str) -> tuple[list[Any], int]:
     return texts, first
 
 
-def _options(values: Sequence[Any], where: str, *, sure: bool, first: int = 0) -> Options:
+def _options(values: Sequence[Any], where: str, *, sure: bool) -> Options:
     texts: list[str] = []
     for place, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, str | int | float) or says_none(value):
@@ -304,4 +310,4 @@ def _options(values: Sequence[Any], where: str, *, sure: bool, first: int = 0) -
     labelled = [_LABELLED.fullmatch(text) for text in texts]
     if all(found and (found[1] or found[2]) == letter for found, letter in zip(labelled, LETTERS, strict=False)):
         texts = [found[3].strip() for found in labelled if found]
-    return Options(tuple(texts), where, sure, first, numbers=not all(isinstance(value, str) for value in values))
+    return Options(tuple(texts), where, sure, numbers=not all(isinstance(value, str) for value in values))

@@ -6,6 +6,11 @@ from typing import Any
 
 # The first that is found in a measure's name, before its subset; all of them that are found in the second table.
 _WHAT = (
+    (r"(first|second)_image", "Share of items where this picture prefers its own caption."),
+    (r"(first|second)_caption", "Share of items where this caption prefers its own picture."),
+    (r"(first|second)_positive", "Share of items where this right caption scores above the wrong one."),
+    (r"yes_caption", "Share of right captions that are said to fit: P(yes) above one half."),
+    (r"yes_foil", "Share of wrong captions that are said not to fit: P(yes) of one half at most."),
     (r"group", "Share of items where all pictures get their captions and all captions their pictures."),
     (r"text", "Share of items where each picture prefers its own caption."),
     (r"image", "Share of items where each caption prefers its own picture."),
@@ -13,6 +18,7 @@ _WHAT = (
     (r"tot", "Share of items where the two right captions are held for the more alike, without the picture."),
     (r"letters?_both|both_right", "Share of pairs that are right in both orders; a constant letter has 0."),
     (r"letters?_right", "Share of right letters where the right caption stands at this place."),
+    (r"letter_bias", "Share of answers A less share of answers B, over both orders; 0 is without bias."),
     (r"bias", "Answers of the first option less those of the others' share; 0 is without bias."),
     (r"letter", "Share of right letters, over all orders that are asked."),
     (r"unparsed", "Share of answers in which nothing that was asked for was found; they count as wrong."),
@@ -27,7 +33,7 @@ _WHAT = (
     (r"anls", "Likeness of letters to the nearest right answer, less than half alike counts 0; mean over questions."),
     (r"relaxed", "Share of right answers; numbers may be 5 % off."),
     (r"distribution", "How far the answers' distribution is from the true one, chi-square; 0 is the same."),
-    (r"consistency|set|pairs?$", "Share of groups of questions that belong together of which all are right."),
+    (r"consistency|set|pairs?(_|$)", "Share of groups of questions that belong together of which all are right."),
     (r"valid", "Share of answers that are of the sort that was asked for."),
     (r"plausib", "Share of answers that make sense in the world."),
     (r"likelihood", "Share of items where what is right is more likely than what is wrong, by the sum of log-probabilities."),

@@ -37,7 +37,8 @@ class Answers:
         yes: Log-odds of "Yes" against "No" for each, ``[P][C]``; empty where it was not asked.
         letters: For each picture and pair of a right and a wrong caption the letter given when the right one was (A), and
             when it was (B).
-        same: Log-odds of "Yes" for each two captions in order (0 and 1, 0 and 2, 1 and 2), without the picture.
+        same: Log-odds of "Yes" for each two captions in order (0 and 1, 0 and 2, 1 and 2), without the picture; empty
+            from a model that answers nothing without one.
     """
 
     sums: Sequence[Sequence[float]]
@@ -95,7 +96,8 @@ class CaptionMetric:
         pairs = sum(1 for _ in _right_and_wrong(item)) if self.letters else 0
         letters = [(parse_letter(str(next(left))), parse_letter(str(next(left)))) for _ in range(pairs)]
         yes = [[_odds(next(left)) for _ in range(captions)] for _ in range(pictures)] if self.yes else []
-        same = [_odds(next(left)) for _ in combinations(range(captions), 2)] if self.same else []
+        asked = [next(left) for _ in combinations(range(captions), 2)] if self.same else []
+        same = [_odds(result) for result in asked] if all(asked) else []
         return Answers(
             sums=[[nats for nats, _ in row] for row in weights],
             means=[[nats / max(tokens, 1) for nats, tokens in row] for row in weights],
@@ -117,7 +119,7 @@ class CaptionMetric:
 
     def _same_of(self, item: CaptionItem) -> Iterator[Request]:
         for one, other in combinations(item.captions, 2):
-            yield Weigh(image=None, question=SAME_PROMPT.format(a=one, b=other), answers=YES_NO)
+            yield Weigh(image=None, question=SAME_PROMPT.format(a=one, b=other), answers=YES_NO, optional=True)
 
 
 def _right_and_wrong(item: CaptionItem) -> Iterator[tuple[int, int, int]]:
@@ -251,8 +253,9 @@ def _count_sugarcrepe_pp(items: Sequence[CaptionItem], answers: Sequence[Answers
         for way, how in {"": "likelihood", "_yes": "P(yes)"}.items():
             values = [float(each.by(way)[0][place] > each.by(way)[0][2]) for each in answers]
             table.add(f"{name}_positive{way}", values, f"{name} positive above the negative, by {how}")
-    told = [float(each.same[0] > max(each.same[1:])) for each in answers]
-    table.add("tot_yes", told, "TOT by P(yes) that two captions mean the same")
+    if all(each.same for each in answers):
+        told = [float(each.same[0] > max(each.same[1:])) for each in answers]
+        table.add("tot_yes", told, "TOT by P(yes) that two captions mean the same")
     table.add_letters(answers)
     return table.measures
 
@@ -300,7 +303,9 @@ def _count_aro(
     macro = _Table([items[place] for place in chosen])
     macro.add_wins("likelihood", [answers[place] for place in chosen], _WAYS)
     table = _Table([replace(item, kind="") for item in items])
-    table.add_wins("likelihood_items", answers, {"": "likelihood, mean over items", _PER_TOKEN: "the same per token"})
+    table.add_wins(
+        "likelihood_items", answers, {"": "likelihood, all items", _PER_TOKEN: "likelihood per token, all items"}
+    )
     table.add_letters(answers)
     table.add("yes", [_wins(each.yes[0], item.fits[0]) for item, each in zip(items, answers, strict=True)], "P(yes)")
     return [*macro.measures, *table.measures]

@@ -14,16 +14,20 @@ from functools import cached_property
 from typing import cast
 
 from vlm_distill_cache.data.benchmarks.items import ChoiceItem, Item
-from vlm_distill_cache.data.sources.options import LETTERS, ask_options, plain_option
+from vlm_distill_cache.data.sources.options import LETTERS, ask_options, letter_place, plain_option
 from vlm_distill_cache.stage2_student.suite.measures import Measure, mean_measure
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Metric, Request, Result, Weigh
 
 ANSWER_TOKENS = 16  # of a letter with the option's text behind it
 _WHOLE = re.compile(r"[\s\"'*(\[]*([A-Za-z])[\s\"'*)\].:,]*")
 _LEADING = re.compile(r"[\s\"'*]*(?:[(\[]([A-Z])[)\]]|([A-Z])\s*[).:])")
+_LABELS = re.compile(r"(?<![\w'’.])([A-Z])[).:](?=\s)")  # of a text that repeats the options
 _NAMED = re.compile(r"\b(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\**\s*[(\[]?([A-Z])\b(?!')")
 _BRACKETED = re.compile(r"[(\[]([A-Z])[)\]]")
 _LONE = re.compile(r"(?<![\w'’-])([B-HJ-Z]|[AI](?=\W*\Z))(?![\w'’-])")  # A and I are words, but at the end
+_SEVERAL = re.compile(
+    r"(?<![\w'’])[(\[]?([A-Z])[)\]]?\s*(?:[,/&]|\band\b|\bor\b)\s*(?:and\s+|or\s+)?[(\[]?([A-Z])(?![\w'’])"
+)
 
 
 def parse_option(text: str, options: Sequence[str]) -> int | None:
@@ -42,9 +46,13 @@ def parse_option(text: str, options: Sequence[str]) -> int | None:
         return _only({whole[1].upper()}, letters)
     if (same := _only_text(text, options, lambda option, answer: option == answer)) is not None:
         return same
+    if (place := letter_place(text, options)) is not None:  # with the option's text behind it
+        return place
     leading = _LEADING.match(text)
     told = {leading[1] or leading[2]} if leading else set()
-    told |= set(_NAMED.findall(text))
+    told |= {*_NAMED.findall(text), *_LABELS.findall(text)} | {
+        letter for both in _SEVERAL.findall(text) for letter in both
+    }
     for found in (told, set(_BRACKETED.findall(text)), set(_LONE.findall(text))):
         if found := found & set(letters):
             return _only(found, letters)

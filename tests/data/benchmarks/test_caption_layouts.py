@@ -197,6 +197,16 @@ def test_files_that_hold_captions_otherwise_are_not_taken_for_benchmarks(tmp_pat
     assert "do not say which one is right" in found.unread["VG_Relation.json"]
 
 
+def test_a_row_that_cannot_be_read_is_left_out_alone(tmp_path: Path):
+    files.sugarcrepe(tmp_path, "csv")
+    path = tmp_path / "test_SugarCrepe.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], '"one cell"', *lines[1:]]) + "\n")
+    benchmark = only(tmp_path)
+    assert len(benchmark.items) == len(lines) - 1
+    assert [why.partition(":")[0] for why in benchmark.left_out.values()] == ["test_SugarCrepe.csv, row 1"]
+
+
 def test_two_editions_of_a_benchmark_are_never_mixed(tmp_path: Path):
     for edition in ("data", "data_unrefined"):
         files.sugarcrepe(tmp_path / "one", "json")

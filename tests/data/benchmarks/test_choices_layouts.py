@@ -148,7 +148,8 @@ def test_ai2d_asks_about_words_and_letters_with_the_picture_that_has_them(tmp_pa
     assert any("ai2d_test_ids.csv" in note for note in benchmark.notes) is not ids
     (tmp_path / "ai2d" / "abc_images" / "1.png").unlink()
     (why,) = read(tmp_path).left_out.values()
-    assert "no picture abc_images/1.png, only one in a folder 'images'" in why
+    assert "no picture" in why
+    assert "abc_images/1.png" in why
 
 
 def test_scienceqa_is_one_benchmark_a_split_and_takes_no_picture_of_another_problem(tmp_path: Path):
@@ -204,13 +205,14 @@ CATS = {"question": "Which?", "options": ["cat", "dog", "cow"], "image": "a.png"
             [1],
             None,
         ),
-        ([{"question": "Which?\nA. cat\nB. dog", "answer": "B", "image": "a.png"}], [1], None),  # RealWorldQA
+        ([{"question": "Which?\nA. cat\nB. dog", "answer": "B", "image": "a.png"}], [1], None),
+        ([{"question": "Who?", "choices": ["x", "y"], "correct_choice_idx": 1, "image_id": 42}], [1], "counted from 0"),
     ],
 )
 def test_answers_of_one_file_are_all_letters_or_numbers_or_texts(
     tmp_path: Path, rows: Any, right: Any, note: str | None
 ):
-    write_pictures(tmp_path / "own" / "images", {"a.png": "red"})
+    write_pictures(tmp_path / "own" / "images", {"a.png": "red", "000000000042.jpg": "red"})
     (tmp_path / "own" / "test.json").write_text(json.dumps(rows))
     benchmark = read(tmp_path)
     assert (benchmark.name, benchmark.layout, benchmark.metric) == ("own-test", "options", "choices")
@@ -244,7 +246,7 @@ def test_a_table_with_rotations_of_any_name_is_counted_in_a_circle(tmp_path: Pat
         ([{**CATS, "answer": "A"}, {**CATS, "answer": "A", "image": "b.png"}], r"no picture 'b.png' below"),
         (
             [{**CATS, "answer": "A"}, {**CATS, "answer": "A", "image": None, "image_id": 7}],
-            "'image_id' names a picture",
+            "no picture of the number 7",
         ),
         ([{**CATS, "answer": "A"}, {**CATS, "answer": "A", "image_2": "b.png"}], "it is about 2 pictures"),
         (

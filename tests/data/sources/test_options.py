@@ -56,6 +56,7 @@ def test_options_under_any_key_reach_the_prompt(options, answer):
         ({"choices": ["cat", "dog"], "answer": "dog"}, "Who?\nA. cat\nB. dog", "dog"),
         ({"choices": ["cat", "dog"], "answer": "It barks."}, "Who?\nA. cat\nB. dog", "It barks."),
         ({"option_1": "cat", "option_2": "dog", "answer": "It barks."}, "Who?", "It barks."),
+        ({"options": [], "choices": "[]", "answer": "A"}, "Who?", "A"),
         # Options that the question only mentions are no letters that can be answered.
         (
             {"question": "A cat or a dog?", "A": "cat", "B": "dog", "answer": "B"},
@@ -66,6 +67,7 @@ def test_options_under_any_key_reach_the_prompt(options, answer):
         ({"choices": {"1": "cat", "2": "dog"}, "answer": "2"}, CAT_OR_DOG, "B"),
         ({"choices": ["1", "2"], "answer": 1}, f"Who?\nA. 1\nB. 2\n{INSTRUCTION}", "B"),
         ({"choices": ["0", "1"], "answer": "1"}, f"Who?\nA. 0\nB. 1\n{INSTRUCTION}", "B"),
+        ({"A": "B", "B": "A", "answer": "A"}, f"Who?\nA. B\nB. A\n{INSTRUCTION}", "A"),
         ({"A": 3, "B": 4, "answer": "A"}, f"Who?\nA. 3\nB. 4\n{INSTRUCTION}", "A"),
         ({"A": "cat", "B": "dog", "hint": "Look.", "answer": "B"}, f"Look.\n{CAT_OR_DOG}", "B"),
         ({"A": "cat", "B": "dog", "hint": "nan", "answer": "B"}, CAT_OR_DOG, "B"),

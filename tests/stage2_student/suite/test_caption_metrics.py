@@ -133,7 +133,12 @@ def test_sugarcrepe_plus_plus_wants_both_positives_above_the_negative():
         slow["tot_yes"].append(same[0] > same[1] and same[0] > same[2])
     for name, reference in slow.items():
         assert found[name] == pytest.approx(np.mean(reference)), name
-    assert all(request.image is None for request in METRICS["sugarcrepe-pp"].requests(items[0], "")[-3:])
+    last = METRICS["sugarcrepe-pp"].requests(items[0], "")[-3:]
+    assert all(request.image is None and request.optional for request in last)
+    cannot = [[*made[:-3], [], [], []] for made in results]  # a model that answers nothing without a picture
+    assert values("sugarcrepe-pp", items, cannot) == {
+        name: value for name, value in found.items() if not name.startswith("tot")
+    }
 
 
 @pytest.mark.parametrize("metric", ["winoground", "bivlc"])

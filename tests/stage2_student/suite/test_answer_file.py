@@ -83,14 +83,24 @@ def test_hallusionbench_gets_its_rows_back_with_predictions_and_nlvr_a_csv(tmp_p
 @pytest.mark.parametrize(
     ("layout", "expected"),
     [
-        ("vqa", [{"question_id": 42, "answer": "red"}]),
-        ("vizwiz", [{"image": "42", "answer": "red"}]),
-        ("gqa", [{"questionId": "42", "prediction": "red"}]),
+        ("vqav2", [{"question_id": 42, "answer": "red"}]),
+        ("vizwiz", [{"image": "7", "answer": "red"}]),
+        ("gqa", [{"questionId": "7", "prediction": "red"}]),
         ("docvqa", [{"questionId": 42, "answer": "red"}]),
     ],
 )
 def test_servers_get_their_list_of_ids_and_answers(layout: str, expected: list[dict[str, object]]):
-    item = OpenItem(item_id="42", image=None, question="Which?")
+    item = OpenItem(item_id="7", image=None, question="Which?", extra={"question_id": 42})
     benchmark = Benchmark(name="b", layout=layout, title="B", items=[item], metric="any")
     written = submissions(benchmark, [[Generate(image=None, question="Which?")]], [["red"]])
     assert json.loads(written["submission.json"]) == expected
+
+
+def test_ids_of_a_table_without_types_are_numbers_where_its_scorers_have_numbers():
+    item = OpenItem(item_id="7", image=None, question="Which?", extra={"question_id": "7"})
+    asked: list[list[Request]] = [[Generate(image=None, question="Which?")]]
+    ids = []
+    for layout in ("mmbench", "gqa"):
+        benchmark = Benchmark(name="b", layout=layout, title="B", items=[item], metric="any")
+        ids += [json.loads(line)["question_id"] for line in answer_lines(benchmark, asked, [["B"]], "m")]
+    assert ids == [7, "7"]

@@ -192,6 +192,7 @@ def _mme_item(
     else:
         image = _picture_of_task(document, task, name, pictures)
     right, question = right_of(row, "answer"), text_of(row, "question")
+    name = image.path.name if isinstance(image, ImageFile) else name
     return YesNoItem(
         item_id=item_id,
         kind=task,
@@ -200,8 +201,8 @@ def _mme_item(
         question=question,
         right=right,
         extra={
-            "question_id": id_of(row, group),
-            "image": image.path.name if isinstance(image, ImageFile) else name,
+            "question_id": id_of(row, f"{task}/{name}"),  # as the hub and LLaVA's file have it
+            "image": name,
             "question": question,
             "answer": "Yes" if right else "No",
         },

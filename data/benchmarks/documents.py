@@ -31,7 +31,7 @@ _PART = re.compile(r"-\d{4,5}-of-\d{4,5}(?=\.parquet$)")
 _DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of `datasets`
 _YES_OR_NO = re.compile(r"\t\s*(?:yes|no)\s*(?:\t|$)", re.IGNORECASE | re.MULTILINE)
 _LONGEST_LINE = 4096
-_LONGEST_INDEX = 64
+LONGEST_INDEX = 64
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
@@ -116,7 +116,7 @@ class RowPicture:
         """Read the row and decode the picture to RGB; `SampleError` if that cannot be done."""
         value = self.document.rows[self.index].get(self.column)
         if (
-            isinstance(value, str) and len(value) <= _LONGEST_INDEX
+            isinstance(value, str) and len(value) <= LONGEST_INDEX
         ):  # VLMEvalKit's tables name the row that has the picture
             row = self.document.by_index.get(value.strip(), self.index)
             value = self.document.rows[row].get(self.column)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.benchmarks import question_files, statements
-from vlm_distill_cache.data.benchmarks.documents import Document
+from vlm_distill_cache.data.benchmarks.documents import LONGEST_INDEX, Document
 from vlm_distill_cache.data.benchmarks.items import Benchmark, YesNoItem
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import ENDINGS, Pictures
@@ -177,9 +177,8 @@ def _gather_mme(gathered: Gathered, document: Document, template: bool, pictures
 def _row_with_picture(document: Document, index: int, row: Row) -> Any:
     """What a table calls the row that holds the picture of another one, or of itself."""
     value = row.get("image")
-    if isinstance(value, str) and value.strip() in document.by_index:
-        return value.strip()
-    return row.get("index", index + 1)
+    refers = isinstance(value, str) and len(value) <= LONGEST_INDEX and value.strip() in document.by_index
+    return value.strip() if refers else row.get("index", index + 1)
 
 
 def _mme_item(

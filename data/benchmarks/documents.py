@@ -31,7 +31,7 @@ _PART = re.compile(r"-\d{4,5}-of-\d{4,5}(?=\.parquet$)")
 _DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of `datasets`
 _YES_OR_NO = re.compile(r"\t\s*(?:yes|no)\s*(?:\t|$)", re.IGNORECASE | re.MULTILINE)
 _LONGEST_LINE = 4096
-_LONGEST_INDEX = 64
+LONGEST_INDEX = 64
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _PACKED = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # said, as nothing in them is read
 
@@ -75,7 +75,11 @@ class Document:
         """The place of each row by its ``index``, of CSV and TSV tables; empty for others."""
         if self.path.suffix.lower() not in (".csv", ".tsv") or not self.has("index"):
             return {}
-        return {str(row.get("index")): place for place, row in enumerate(self.rows)}
+        found = {}
+        for place in range(len(self.rows)):
+            with suppress(SampleError):
+                found[str(self.rows[place].get("index"))] = place
+        return found
 
     def picture(self, index: int, column: str, place: int | None = None) -> ImageSource:
         """A picture that stands in a row itself (bytes, base64, a table's); read again when it is asked about.
@@ -113,7 +117,7 @@ class RowPicture:
         """Read the row and decode the picture to RGB; `SampleError` if that cannot be done."""
         value = self.document.rows[self.index].get(self.column)
         if (
-            isinstance(value, str) and len(value) <= _LONGEST_INDEX
+            isinstance(value, str) and len(value) <= LONGEST_INDEX
         ):  # VLMEvalKit's tables name the row that has the picture
             row = self.document.by_index.get(value.strip(), self.index)
             value = self.document.rows[row].get(self.column)

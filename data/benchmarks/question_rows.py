@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.benchmarks.documents import Document
+from vlm_distill_cache.data.benchmarks.documents import Document, readable
 from vlm_distill_cache.data.benchmarks.items import Benchmark, Item
 from vlm_distill_cache.data.benchmarks.layouts import Layout
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
@@ -30,7 +30,7 @@ _LONGEST_NAME = 512
 
 def probe(document: Document) -> list[Row]:
     """The first rows, by which a document is told."""
-    return list(islice(iter(document.rows), _PROBED))
+    return list(islice(readable(document.rows), _PROBED))
 
 
 def verdict(value: Any) -> bool | None:
@@ -115,8 +115,8 @@ class Gathered:
             where = f"{document.shown}, row {index + 1}"
             try:
                 row = document.rows[index]
-            except SampleError as error:
-                self.left_out[where] = f"{where}: {error}"
+            except SampleError as error:  # says which row
+                self.left_out[where] = f"{document.shown}: {error}"
                 continue
             if "line" in row and "file" in row:
                 where = f"{PurePosixPath(document.shown).parent / row['file']}, line {row['line']}"

@@ -38,7 +38,8 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
     unread: dict[str, str] = {}
     strangers: dict[str, list[str]] = defaultdict(list)  # files of a folder and an ending, as long as none is known
     for paths in documents_in(folder):
-        shown = str(paths[0].relative_to(folder))
+        one = paths[0].relative_to(folder)
+        shown = str(one.with_name("*.txt") if len(paths) > 1 and one.suffix.lower() == ".txt" else one)
         alike = str(Path(shown).with_name("*" + paths[0].suffix))
         if len(strangers[alike]) >= _LOOKED_AT:
             strangers[alike].append(shown)

@@ -4,12 +4,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.benchmarks import question_files, statements
-from vlm_distill_cache.data.benchmarks.documents import Document
+from vlm_distill_cache.data.benchmarks.documents import LONGEST_INDEX, Document
 from vlm_distill_cache.data.benchmarks.items import Benchmark, YesNoItem
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import ENDINGS, Pictures
@@ -18,15 +18,18 @@ from vlm_distill_cache.data.benchmarks.question_rows import (
     YES_OR_NO,
     Gathered,
     Row,
+    edition,
     editions,
     file_named,
     id_of,
     picture_of,
+    plain_path,
     probe,
     right_of,
     says_yes_or_no,
     scalars,
     text_of,
+    verdict,
 )
 from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.sample import ImageSource
@@ -72,7 +75,10 @@ def _read_pope(documents: Sequence[Document], pictures: Pictures) -> list[Benchm
                 kind = ",".join(_splits_told(row)) or _split_of(document)
                 own = f"{kind}/{id_of(row, index + 1)}".lstrip("/")
                 gathered.take(own, where, partial(_pope_item, document, index, row, kind, pictures))
-        found.append(gathered.benchmark(name, POPE, "pope", group, instruction=SHORT_ANSWER))
+        notes = [
+            "as POPE's own script has it, an answer without no or not is a yes; how many say neither is told beside it"
+        ]
+        found.append(gathered.benchmark(name, POPE, "pope", group, instruction=SHORT_ANSWER, notes=notes))
     return found
 
 
@@ -92,7 +98,7 @@ def _pope_item(document: Document, index: int, row: Row, kind: str, pictures: Pi
 
 def _is_mme(document: Document) -> bool:
     if _is_texts(document):
-        return document.has("question", "answer") and not document.has("prediction")
+        return _are_texts_of_mme(document)
     if not document.has("question", "answer", "category"):
         return False
     rows = probe(document)
@@ -101,6 +107,18 @@ def _is_mme(document: Document) -> bool:
 
 def _is_texts(document: Document) -> bool:
     return document.path.suffix.lower() == ".txt"
+
+
+def _are_texts_of_mme(document: Document) -> bool:
+    """Whether texts ask about the pictures that they are called as, or are called as MME's tasks, or their folder is."""
+    if not document.has("question", "answer") or document.has("prediction"):
+        return False
+    if all(verdict(row.get("answer")) is None for row in probe(document)):
+        return False
+    called = {PurePosixPath(str(row["file"])).stem for row in probe(document)}
+    if not {_task_folder(document).name.lower(), *map(str.lower, called)}.isdisjoint(_TASK_OF):
+        return True
+    return any(_picture_beside(document, name) for name in called)
 
 
 def _names_pictures(document: Document) -> bool:
@@ -120,12 +138,10 @@ def _read_mme(documents: Sequence[Document], pictures: Pictures) -> list[Benchma
     roots: dict[str, list[Document]] = defaultdict(list)
     for document in beside or templates:
         roots[str(_task_folder(document).parent if beside else document.path.parent)].append(document)
-    groups = [
-        ("mme" if len(roots) == 1 else f"mme-{PurePosixPath(root).name.lower()}", group)
-        for root, group in roots.items()
-    ]
-    groups += editions("mme", [document for document in documents if document not in texts], lambda document: "")
-    for name, group in groups:
+    groups = [(edition(root, "mme"), group) for root, group in roots.items()]
+    groups += [(edition(plain_path(document), "mme"), [document]) for document in documents if document not in texts]
+    for label, group in groups:
+        name = "mme" if len(groups) == 1 else f"mme-{label}".strip("-")
         gathered = Gathered()
         for document in group:
             _gather_mme(gathered, document, document in templates, pictures)
@@ -161,9 +177,8 @@ def _gather_mme(gathered: Gathered, document: Document, template: bool, pictures
 def _row_with_picture(document: Document, index: int, row: Row) -> Any:
     """What a table calls the row that holds the picture of another one, or of itself."""
     value = row.get("image")
-    if isinstance(value, str) and value.strip() in document.by_index:
-        return value.strip()
-    return row.get("index", index + 1)
+    refers = isinstance(value, str) and len(value) <= LONGEST_INDEX and value.strip() in document.by_index
+    return value.strip() if refers else row.get("index", index + 1)
 
 
 def _mme_item(
@@ -176,6 +191,7 @@ def _mme_item(
     else:
         image = _picture_of_task(document, task, name, pictures)
     right, question = right_of(row, "answer"), text_of(row, "question")
+    name = image.path.name if isinstance(image, ImageFile) else name
     return YesNoItem(
         item_id=item_id,
         kind=task,
@@ -184,8 +200,8 @@ def _mme_item(
         question=question,
         right=right,
         extra={
-            "question_id": id_of(row, group),
-            "image": image.path.name if isinstance(image, ImageFile) else name,
+            "question_id": id_of(row, f"{task}/{name}"),  # as the hub and LLaVA's file have it
+            "image": name,
             "question": question,
             "answer": "Yes" if right else "No",
         },
@@ -194,16 +210,22 @@ def _mme_item(
 
 def _picture_of_task(document: Document, task: str, name: str, pictures: Pictures) -> ImageSource:
     """The picture beside a text, in ``images`` beside its folder, or in a folder of its task somewhere else."""
+    if path := _picture_beside(document, name):
+        return ImageFile(path, shown=f"{task}/{path.name}")
+    try:
+        return pictures.find(f"{task}/{name}", near=document.path.parent)
+    except SampleError:
+        return pictures.find(f"{task}/images/{name}", near=document.path.parent)
+
+
+def _picture_beside(document: Document, name: str) -> Path | None:
     folder = document.path.parent
     for place in (folder, folder / "images", folder.parent / "images"):
         for ending in ("", *sorted(ENDINGS), *(ending.upper() for ending in sorted(ENDINGS))):
             path = place / f"{name}{ending}"
             if path.suffix.lower() in ENDINGS and path.is_file():
-                return ImageFile(path, shown=f"{task}/{path.name}")
-    try:
-        return pictures.find(f"{task}/{name}", near=folder)
-    except SampleError:
-        return pictures.find(f"{task}/images/{name}", near=folder)
+                return path
+    return None
 
 
 def _is_hallusion(document: Document) -> bool:
@@ -253,7 +275,7 @@ def _hallusion_item(
     return YesNoItem(
         item_id=item_id,
         kind=str(told["category"]),
-        group="_".join(str(told[key]) for key in _FIGURE),
+        group="_".join(str(told[key]) for key in _FIGURE[:3]),  # a pair is within a set, across its figures
         image=None if blind else _figure_of(document, index, row, told, pictures),
         question=text_of(row, "question"),
         right=right_of(told, "gt_answer"),

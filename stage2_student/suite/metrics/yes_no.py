@@ -196,7 +196,7 @@ def _count_mme(answers: Sequence[_Answer], prefix: str) -> list[Measure]:
         means = [sum(rights) / len(rights) for rights in groups.values()]
         whole = [float(min(rights) == 1) for rights in groups.values()]
         both = [mean + all_right for mean, all_right in zip(means, whole, strict=True)]
-        scores[task] = mean_measure(f"{prefix}score/{task}", units, both, heading=_heading(prefix, f"{task}, of 200"))
+        scores[task] = mean_measure(f"{prefix}score/{task}", units, both, heading=f"{_heading(prefix, task)}, of 200")
         for sums, values in ((accuracy, means), (plus, whole)):
             for unit, value in zip(units, values, strict=True):
                 sums.add(unit, value)
@@ -218,7 +218,7 @@ def _sum_of(prefix: str, name: str, tasks: Sequence[str], scores: Mapping[str, M
     if not there:
         return None
     whole = "" if len(there) == len(tasks) else f" ({len(there)} of {len(tasks)} tasks)"
-    heading = _heading(prefix, f"{name}{whole}, of {200 * len(there)}")
+    heading = f"{_heading(prefix, name)}{whole}, of {200 * len(there)}"
     return Measure(name=f"{prefix}{name}", heading=heading, parts=[scores[task].name for task in there], summed=True)
 
 
@@ -244,9 +244,12 @@ def _hallusion(answers: Sequence[_Answer], prefix: str, suffix: str) -> list[Mea
     for answer in answers:
         told, right = answer.item.extra, answer.right
         single.add(answer.unit, right)
+        figure, pair = (
+            "_".join(str(told[key]) for key in ("category", "subcategory", "set_id", last))
+            for last in ("figure_id", "question_id")
+        )
         if answer.item.kind != "VS" or str(told["figure_id"]) != "0":
-            figures[answer.unit].append(right)
-        pair = "_".join(str(told[key]) for key in ("category", "subcategory", "set_id", "question_id"))
+            figures[figure].append(right)
         pairs[pair].append(right)
         if "visual_input" in told:
             (hard if str(told["visual_input"]) == "2" else easy)[pair].append(right)

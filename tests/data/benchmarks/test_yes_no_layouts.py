@@ -67,6 +67,18 @@ def test_editions_of_pope_are_benchmarks_of_their_own_and_a_missing_picture_or_l
     assert "row 41: 'label' must be yes or no, got 'maybe'" in why
 
 
+def test_a_row_that_cannot_be_read_is_left_out_alone(tmp_path: Path):
+    files.write_pope(tmp_path, "tsv")
+    text = (tmp_path / "POPE.tsv").read_text()
+    header, rest = text.split("\n", 1)
+    (tmp_path / "POPE.tsv").write_text(f"{header}\na\tb\n{rest}")
+    (benchmark,) = find_benchmarks(tmp_path).benchmarks.values()
+    assert len(items_of(benchmark)) == 5
+    assert {seen(item.image) for item in items_of(benchmark)} == {10, 20}
+    (why,) = benchmark.left_out.values()
+    assert "POPE.tsv: row 1 cannot be read: the row has 2 cells, its header 5" in why
+
+
 @pytest.mark.parametrize("form", ["folders", "eval-tool", "hub", "tsv"])
 def test_mme_is_the_same_in_each_form(tmp_path: Path, form: str):
     files.write_mme(tmp_path, form)
@@ -82,6 +94,12 @@ def test_mme_is_the_same_in_each_form(tmp_path: Path, form: str):
     assert bool(templates) == (form == "folders")
     assert all("asks again what" in why for why in templates.values())
     assert any("LaVIN" in name for name in found.unread) == (form in ("folders", "eval-tool"))  # a model's answers
+
+
+def test_several_forms_of_mme_are_benchmarks_of_their_own(tmp_path: Path):
+    files.write_mme(tmp_path, "folders")
+    files.write_mme(tmp_path / "hub", "hub")
+    assert set(find_benchmarks(tmp_path).benchmarks) == {"mme-benchmark-release-version", "mme-test"}
 
 
 def test_a_picture_of_mme_is_never_that_of_another_task(tmp_path: Path):
@@ -119,19 +137,19 @@ def test_a_figure_of_hallusionbench_is_never_that_of_another_folder(tmp_path: Pa
     assert [item.item_id for item in benchmark.items].count("VD_ocr_0_1_0") == 0
 
 
-@pytest.mark.parametrize("name", ["dev/dev.json", "test/mine.jsonl"])
-def test_all_six_pictures_of_nlvr_are_asked_about(tmp_path: Path, name: str):
-    files.write_nlvr(tmp_path, name)
+@pytest.mark.parametrize(("name", "split"), [("dev/dev.json", "dev-"), ("test/mine.jsonl", "dev-"), ("mine.json", "")])
+def test_all_six_pictures_of_nlvr_are_asked_about(tmp_path: Path, name: str, split: str):
+    files.write_nlvr(tmp_path, name, split)
     benchmark = only(tmp_path)
     items = items_of(benchmark)
-    assert benchmark.name == "nlvr-dev"
+    assert benchmark.name == ("nlvr-dev" if split else "nlvr-mine")
     assert [seen(item.image) for item in items] == [60 * place + 10 * order for place in range(2) for order in range(6)]
     assert [item.right for item in items] == [right for *_, right in NLVR for _ in range(6)]
     assert {item.group for item in items} == {"5"}
     assert NLVR[0][2] in items[0].question
 
 
-@pytest.mark.parametrize("form", ["github", "blip", "hub", "hub-sentence"])
+@pytest.mark.parametrize("form", ["github", "blip", "lxmert", "hub", "hub-sentence"])
 def test_the_two_pictures_of_nlvr2_are_joined_in_their_order(tmp_path: Path, form: str):
     files.write_nlvr2(tmp_path, form)
     benchmark = only(tmp_path)
@@ -164,6 +182,18 @@ def test_question_files_are_asked_as_they_stand_and_answers_files_are_no_questio
     (item,) = found.benchmarks["llava-null"].items
     assert isinstance(item, OpenItem)
     assert (item.image, item.question, item.kind) == (None, "Why?", "a")
+
+
+def test_texts_with_yes_and_no_that_are_not_about_pictures_are_not_mmes(tmp_path: Path):
+    (tmp_path / "labels.txt").write_text("a.png\tYes\nb.png\tNo\n")
+    files.put(tmp_path / "a.png", 10)
+    found = find_benchmarks(tmp_path)
+    assert not found.benchmarks
+    assert "no known layout" in found.unread["labels.txt"]
+    (tmp_path / "a.txt").write_text("Is it red?\tYes\nIs it blue?\tNo\n")  # MME's form with tasks of one's own
+    (tmp_path / "labels.txt").unlink()
+    (benchmark,) = find_benchmarks(tmp_path).benchmarks.values()
+    assert [(item.kind, seen(item.image)) for item in items_of(benchmark)] == [(tmp_path.name, 10)] * 2
 
 
 def _rows(folder: Path, text: str) -> Found:

@@ -240,7 +240,7 @@ def write_hallusion(folder: Path, form: str) -> None:
         )
 
 
-def write_nlvr(folder: Path, name: str = "dev/dev.json") -> None:
+def write_nlvr(folder: Path, name: str = "dev/dev.json", split: str = "dev-") -> None:
     lines(
         folder / name,
         [
@@ -257,12 +257,12 @@ def write_nlvr(folder: Path, name: str = "dev/dev.json") -> None:
     )
     for place, (number, directory, _, _) in enumerate(NLVR):
         for order in range(6):
-            put(folder / f"dev/images/{directory}/dev-{number}-{order}.png", 60 * place + 10 * order)
+            put(folder / f"dev/images/{directory}/{split}{number}-{order}.png", 60 * place + 10 * order)
 
 
 def write_nlvr2(folder: Path, form: str) -> None:
     stems = [number.rpartition("-")[0] for number, *_ in NLVR2]
-    if form in ("github", "blip"):
+    if form in ("github", "blip", "lxmert"):
         for stem, (_, _, _, numbers) in zip(stems, NLVR2, strict=True):
             for side in (0, 1):
                 put(folder / f"images/dev/{stem}-img{side}.png", numbers[side])
@@ -278,6 +278,12 @@ def write_nlvr2(folder: Path, form: str) -> None:
             for stem, (_, text, right, _) in zip(stems, NLVR2, strict=True)
         ]
         (folder / "nlvr_dev.json").write_text(json.dumps(rows))
+    elif form == "lxmert":
+        told = [
+            {"identifier": number, "img0": f"{stem}-img0", "img1": f"{stem}-img1", "label": int(right), "sent": text}
+            for stem, (number, text, right, _) in zip(stems, NLVR2, strict=True)
+        ]
+        (folder / "valid.json").write_text(json.dumps(told))
     else:
         keys = ("question_id", "question", "answer") if form == "hub" else ("identifier", "sentence", "label")
         parquet(

@@ -57,7 +57,10 @@ def test_popes_own_files_have_a_line_a_question_in_its_order(tmp_path: Path):
 
 def test_mmes_results_have_four_cells_and_two_lines_a_picture(tmp_path: Path):
     files.write_mme(tmp_path, "folders")
-    written = submissions(*read(tmp_path))
+    benchmark, requests, results = read(tmp_path)
+    ids = {json.loads(line)["question_id"] for line in answer_lines(benchmark, requests, results, "m")}
+    assert ids == {f"{task}/{rows[0][0]}" for task, rows in files.MME.items()}
+    written = submissions(benchmark, requests, results)
     assert set(written) == {f"{task}.txt" for task in files.MME}
     for task, rows in files.MME.items():
         cells = [line.split("\t") for line in written[f"{task}.txt"].splitlines()]
@@ -84,13 +87,23 @@ def test_hallusionbench_gets_its_rows_back_with_predictions_and_nlvr_a_csv(tmp_p
     ("layout", "expected"),
     [
         ("vqav2", [{"question_id": 42, "answer": "red"}]),
-        ("vizwiz", [{"image": "42", "answer": "red"}]),
-        ("gqa", [{"questionId": "42", "prediction": "red"}]),
+        ("vizwiz", [{"image": "7", "answer": "red"}]),
+        ("gqa", [{"questionId": "7", "prediction": "red"}]),
         ("docvqa", [{"questionId": 42, "answer": "red"}]),
     ],
 )
 def test_servers_get_their_list_of_ids_and_answers(layout: str, expected: list[dict[str, object]]):
-    item = OpenItem(item_id="42", image=None, question="Which?")
+    item = OpenItem(item_id="7", image=None, question="Which?", extra={"question_id": 42})
     benchmark = Benchmark(name="b", layout=layout, title="B", items=[item], metric="any")
     written = submissions(benchmark, [[Generate(image=None, question="Which?")]], [["red"]])
     assert json.loads(written["submission.json"]) == expected
+
+
+def test_ids_of_a_table_without_types_are_numbers_where_its_scorers_have_numbers():
+    item = OpenItem(item_id="7", image=None, question="Which?", extra={"question_id": "7"})
+    asked: list[list[Request]] = [[Generate(image=None, question="Which?")]]
+    ids = []
+    for layout in ("mmbench", "gqa"):
+        benchmark = Benchmark(name="b", layout=layout, title="B", items=[item], metric="any")
+        ids += [json.loads(line)["question_id"] for line in answer_lines(benchmark, asked, [["B"]], "m")]
+    assert ids == [7, "7"]

@@ -157,7 +157,7 @@ def test_hallusionbench_by_hand_and_against_groups_one_by_one():
             "_".join(row[:5]),
             bool(generator.integers(2)),
             kind=row[0],
-            group="_".join(row[:4]),
+            group="_".join(row[:3]),
             extra=dict(zip(keys, row, strict=True)),
         )
         for row in rows

@@ -6,6 +6,7 @@ from typing import Any
 
 # The first that is found in a measure's name, before its subset; all of them that are found in the second table.
 _WHAT = (
+    (r"^yes$", "Share of items where what is right gets a higher P(yes) than what is wrong."),
     (r"group", "Share of items where all pictures get their captions and all captions their pictures."),
     (r"text", "Share of items where each picture prefers its own caption."),
     (r"image", "Share of items where each caption prefers its own picture."),
@@ -13,7 +14,7 @@ _WHAT = (
     (r"tot", "Share of items where the two right captions are held for the more alike, without the picture."),
     (r"letters?_both|both_right", "Share of pairs that are right in both orders; a constant letter has 0."),
     (r"letters?_right", "Share of right letters where the right caption stands at this place."),
-    (r"bias", "Answers of the first option less those of the others' share; 0 is without bias."),
+    (r"bias", "Share of answers (A) less that of (B), or how much the options' shares differ; 0 is without bias."),
     (r"letter", "Share of right letters, over all orders that are asked."),
     (r"unparsed", "Share of answers in which nothing that was asked for was found; they count as wrong."),
     (r"yes_share|yes_rate|share", "Share of questions that are answered with yes, right or wrong."),

@@ -204,7 +204,7 @@ class EvaluationConfig:
         limit: Most items of each sort; none: the data set's own number.
         letters: Also ask for the letter of the right caption (two generations per pair).
         agreement_samples: Cached samples on which student and teacher are compared; 0 skips it.
-        overlays: Pictures of attention in the report.
+        overlays: Cached samples that the report shows beside the teacher, word by word.
     """
 
     data: str | None = None

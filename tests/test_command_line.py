@@ -30,6 +30,7 @@ SURFACE = {
     "cachectl merge": "--dry-run --json --output --store SOURCES",
     "cachectl repair": "--deep --dry-run --json CACHE",
     "cachectl verify": "--deep --json CACHE",
+    "distill compare": "--json --output OUTPUTS",
     "distill evaluate": "--cache --card --data --images --json --limit --output STUDENT",
     "distill export": "--dtype --json --layout --output --quantise STUDENT",
     "distill import": "--json --output --vision-tower CHECKPOINT",

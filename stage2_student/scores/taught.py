@@ -20,6 +20,7 @@ from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
 from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile, grid_tile
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import Record
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.live import as_tensors
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
@@ -143,7 +144,7 @@ def collect_taught(
                 sample_id=sample.sample_id,
                 question=asked.question or "(a caption)",
                 answer=asked.answer,
-                written="answers" in cache.plan.signals,
+                written=AnswersCodec.signal in cache.plan.signals,
                 picture=picture,
                 said={name: _say(one, sample, asked.question, len(answers[turn])) for name, one in models.items()},
                 words=words,

@@ -85,18 +85,18 @@ def run_page(text: str = "") -> RunPage:
               "teacher/kl": Score(value=0.4, low=0.3, high=0.5, items=4)}  # fmt: skip
     report = EvaluationReport(scores=scores, items={"likelihood": values})
     flips = [
-        Flip(item_id=f"i{text}", kind=f"swap{text}", outcome=outcome, picture=picture, asked={"question": f"q{text}", "expected": text},
-             said={f"sft{text}": text, "distilled": text}, teacher=f"red{text}")
+        Flip(item_id=f"i{text}", kind=f"swap{text}", outcome=outcome, picture=picture,
+             asked={"question": f"q{text}", "expected": text}, said={f"sft{text}": text, "distilled": text}, teacher=f"red{text}")
         for outcome in ("won", "lost")
     ]  # fmt: skip
     words = [
         Word(text=f"{word}{text}", likely=[(f"{word}{text}", 0.5)],
-             looks={who: Look(heat=heat, image_mass=0.5, cosine=None if who == "teacher" else 0.25) for who in ("teacher", f"sft{text}")})
+             looks={"teacher": Look(heat=heat, image_mass=0.5), f"sft{text}": Look(heat=heat, image_mass=0.5, cosine=0.25)})
         for word in ("a", "red", "cross")
     ]  # fmt: skip
     taught = [
-        Taught(sample_id=f"s{place}{text}", question=f"what{text}", answer=f"a red cross{text}", written=bool(place), picture=picture,
-               said={f"sft{text}": text}, words=words, chosen=1)
+        Taught(sample_id=f"s{place}{text}", question=f"what{text}", answer=f"a red cross{text}", written=bool(place),
+               picture=picture, said={f"sft{text}": text}, words=words, chosen=1)
         for place in range(2)
     ]  # fmt: skip
     cache = {

@@ -73,19 +73,18 @@ class RunPage:
 
 def render_run_page(path: Path, page: RunPage) -> None:
     """Write the page of a run."""
-    headlines, details = table_rows(page.evaluations, page.compared)
     models = list(page.evaluations)
-    scores = {
-        "Headline": _headline(page, headlines, models),
-        "Scores": bars(score_groups(page.evaluations), models)
-        + score_table([*headlines, *details], models)
-        + legend({"interval": INTERVAL, **explain([*headlines, *details])}),
-        "Wins and losses": "".join(map(_flips, page.flips)),
-        "Beside the teacher": _taught(page.taught),
-    }
+    headlines, details = table_rows(page.evaluations, page.compared)
     body = sections(
         {
-            **(scores if models else {"Scores": "<p>No evaluation was run.</p>"}),
+            "Headline": _headline(page, headlines, models) if models else "<p>No evaluation was run.</p>",
+            "Scores": bars(score_groups(page.evaluations), models)
+            + score_table([*headlines, *details], models)
+            + legend({"interval": INTERVAL, **explain([*headlines, *details])})
+            if models
+            else "",
+            "Wins and losses": "".join(map(_flips, page.flips)),
+            "Beside the teacher": _taught(page.taught),
             "Training": curves("curves", page.curves) + legend({"loss": CURVES}),
             "Provenance": _provenance(page.provenance),
         }

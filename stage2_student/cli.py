@@ -44,7 +44,7 @@ from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.common.tools.both_stages import build_first
 from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.stage2_student import run as runs
-from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
+from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TRACKERS, TrainConfig
 from vlm_distill_cache.stage2_student.final_folder import (
     FINAL,
     FOR_OTHERS,
@@ -105,6 +105,13 @@ _training_options = shared_options(
         "--phases", shell_complete=completes(lambda: list(PHASE_NAMES)), help='Phases to run, in order: "dpt dft sft".'
     ),
     click.option("--seed", type=click.IntRange(min=0), help="Seed of fresh weights and of the order of samples."),
+    click.option(
+        "--log-with",
+        "report_to",
+        shell_complete=completes(lambda: [*TRACKERS, "none"], several=True),
+        help=f"Where curves are drawn beside the log: {', '.join(TRACKERS)}, several with commas, or none; default: "
+        f"{TRACKERS[0]}.",
+    ),
     CONFIG,
     overrides(TrainConfig),
     click.option(
@@ -121,12 +128,11 @@ _training_options = shared_options(
 
 def _given(options: dict[str, Any]) -> tuple[Path | None, list[str], str]:
     """The YAML file, all other options as ``a.b=c``, and the cache."""
-    config, settings, cache, phases, seed = (
-        options.pop(name) for name in ("config", "overrides", "cache", "phases", "seed")
+    config, settings, cache, phases, seed, report_to = (
+        options.pop(name) for name in ("config", "overrides", "cache", "phases", "seed", "report_to")
     )
     given = [f"{name}={json.dumps(str(value))}" for name, value in options.items() if value is not None]
-    if seed is not None:
-        given.append(f"seed={seed}")
+    given += [f"{name}={value}" for name, value in (("seed", seed), ("report_to", report_to)) if value is not None]
     if phases:
         names = phases.replace(",", " ").split()
         if unknown := [name for name in names if name not in PHASE_NAMES]:

@@ -278,7 +278,12 @@ def start_log(config: TrainConfig, accelerator: Accelerator, run: Preparation, p
         _log.info("goes on behind step %d of %d of phase %s, from the checkpoint there", position.step, steps, name)
         done.append((run.phases[position.phase].name, position.step))
     return TrainingLog(
-        output, accelerator, done=done, flush_every=config.log_every, curves=config.report_to == "tensorboard"
+        output,
+        accelerator,
+        done=done,
+        flush_every=config.log_every,
+        trackers=config.report_to,
+        settings=config_to_dict(public_config(config)),
     )
 
 

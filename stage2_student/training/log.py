@@ -1,4 +1,4 @@
-"""One JSON object an optimizer step, and the same curves for TensorBoard.
+"""One JSON object an optimizer step, and the same curves for trackers.
 
 Losses stay tensors until ``flush``: reading a number from an accelerator at every step would make the host
 wait for it. On resume, lines after the checkpoint are cut away, so that no step appears twice. What is logged is
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import parse_json, read_bounded, write_bytes_atomic
 from vlm_distill_cache.common.files.signed import refuse_out_of_reach
-from vlm_distill_cache.stage2_student.config import PHASE_NAMES
+from vlm_distill_cache.stage2_student.config import PHASE_NAMES, Tracker
+from vlm_distill_cache.stage2_student.training.trackers import Trackers
 
 LOG = "log.jsonl"
 TIMES = ("step_s", "samples_per_s", "data_wait")
@@ -113,11 +113,16 @@ class TrainingLog:
         *,
         done: Sequence[tuple[str, int]],
         flush_every: int = 1,
-        curves: bool = True,
+        trackers: Sequence[Tracker] = (),
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the log, keeping the steps of the phases, by name and steps, that are ``done``.
 
-        ``done`` is empty for a fresh start; ``flush_every`` is in steps; ``curves`` are for TensorBoard.
+        ``done`` is empty for a fresh start; ``flush_every`` is in steps; ``trackers`` draw the curves, and services among
+        them are told the ``settings``, nested plain values.
+
+        Raises:
+            ConfigError: If a tracker does not start.
         """
         resume_step = sum(steps for _, steps in done)
         self._accelerator = accelerator
@@ -125,14 +130,13 @@ class TrainingLog:
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self.records: list[dict[str, Any]] = []
         self._path = output / LOG
-        self._writer: SummaryWriter | None = None
+        self._trackers: Trackers | None = None
         if accelerator.is_main_process:
             if resume_step:
                 self.records = [record for record in read_log(output, done) if record["step"] <= resume_step]
             text = "".join(json.dumps(record) + "\n" for record in self.records)
             write_bytes_atomic(self._path, text.encode())
-            if curves:
-                self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=resume_step + 1)
+            self._trackers = Trackers(trackers, output, done=resume_step, settings=settings or {})
 
     def add(self, losses: dict[str, Tensor], **values: Any) -> None:
         """Remember one step.
@@ -161,13 +165,17 @@ class TrainingLog:
                     record = {**values, **dict(zip(losses, row, strict=True))}
                     self.records.append(record)
                     file.write(json.dumps(record) + "\n")
-                    for name, value in record.items():
-                        if isinstance(value, float) and self._writer is not None:
-                            self._writer.add_scalar(f"train/{name}", value, record["step"])
+                    self.draw("train", record, step=record["step"])
         self._pending.clear()
+
+    def draw(self, group: str, values: Mapping[str, Any], *, step: int) -> None:
+        """Show the floats among some values of a step, counted from 1, by the trackers alone."""
+        if self._trackers is not None:
+            floats = {f"{group}/{name}": value for name, value in values.items() if isinstance(value, float)}
+            self._trackers.log(floats, step=step)
 
     def close(self) -> None:
         """Write what is left and close the files."""
         self.flush()
-        if self._writer is not None:
-            self._writer.close()
+        if self._trackers is not None:
+            self._trackers.close()

@@ -39,6 +39,7 @@ from vlm_distill_cache.stage2_student.config import (
     EvaluationConfig,
     TrainConfig,
     describe,
+    scoring_options,
     without_secrets,
     without_teacher,
 )
@@ -56,12 +57,7 @@ from vlm_distill_cache.stage2_student.pruned_folder import (
     pruning_record,
     refuse_uncut,
 )
-from vlm_distill_cache.stage2_student.scores.results import (
-    HEADLINE,
-    EvaluationReport,
-    render_table,
-    table_rows,
-)
+from vlm_distill_cache.stage2_student.scores.results import HEADLINE, EvaluationReport, render_table, table_rows
 from vlm_distill_cache.stage2_student.training.extension import as_begun, differing_options, earlier_training
 from vlm_distill_cache.stage2_student.training.output_folder import (
     CONFIG,
@@ -251,7 +247,7 @@ def describe_scoring(config: TrainConfig, cache: TeacherCache, hashes: Mapping[s
     Raises:
         DataError: If the held-out items cannot be opened.
     """
-    how: dict[str, Any] = config_to_dict(config)["evaluation"]
+    how = scoring_options(config)
     if config.cache not in hashes:
         how["cache"] = cache.manifest_hash
     data = config.evaluation.data

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -44,8 +44,9 @@ from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.common.tools.both_stages import build_first
 from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.stage2_student import run as runs
-from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TRACKERS, TrainConfig
+from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TRACKERS, Split, TrainConfig
 from vlm_distill_cache.stage2_student.final_folder import (
+    BEST,
     FINAL,
     FOR_OTHERS,
     PROVENANCE,
@@ -194,6 +195,7 @@ def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -
     _refuse_sketch(sketch)
     settings, of_recipe = _load(options)
 
+    from vlm_distill_cache.stage2_student.scores.milestones import read_kept
     from vlm_distill_cache.stage2_student.training.log import summarise
     from vlm_distill_cache.stage2_student.training.preparation import cache_notes
 
@@ -215,11 +217,19 @@ def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -
     with explain_lost_processes(Path(settings.output)):
         result = runs.train_alone(settings, caches=caches, extends=extend)
     if enter_launch().rank == 0:
+        kept = read_kept(Path(settings.output)) if result.scores else None
         answer(student=result.final, output=settings.output, steps=len(result.log), last=(result.log or [{}])[-1])
+        answer(scores=result.scores, best=kept)
         say(summarise(result.log))
         if of_recipe:
             say(of_recipe)
         say(f"Student: {result.final}")
+        if kept is not None:
+            how = result.scores[-1]
+            say(
+                f"Best on the way: {Path(settings.output) / BEST}, after step {kept.step}, by {kept.by} {kept.value:.3f} (distill "
+                f"evaluate {quoted(Path(settings.output) / BEST)} --split {how['split']} --limit {how['limit']})"
+            )
         if not in_run:
             tell(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(settings.cache)}")
 
@@ -340,6 +350,7 @@ def _is_report(content: bytes) -> bool:
     type=CacheLocation(),
     help="Compare with this cache's teacher (a folder or an address); default: the one of its training.",
 )
+@click.option("--split", type=click.Choice(get_args(Split)), help="Split of the held-out items; default: test.")
 @click.option("--limit", type=click.IntRange(min=1), help="Score at most so many items.")
 @click.option("--output", type=ResultFile(_is_report), help="JSON file to write.")
 @click.option("--card", is_flag=True, help="Write the scores into the card (README.md) in the student's folder, too.")
@@ -350,6 +361,7 @@ def evaluate(
     data: str | None,
     images: str | None,
     cache: str | None,
+    split: Split | None,
     limit: int | None,
     output: Path | None,
     card: bool,
@@ -382,6 +394,7 @@ def evaluate(
     settings = config_from_dict(TrainConfig, opened.provenance["config"], where=student)
     how = settings.evaluation
     how = replace(how, data=data or how.data, images=images or how.images, limit=limit or how.limit)
+    how = replace(how, split=split or how.split)
     settings = replace(settings, cache=cache or settings.cache, evaluation=how)
     compared, notes = open_compared(opened, settings, given=cache is not None)
     report = evaluate_student(opened, settings, compared, unfit=None if cache else notes.append)

@@ -30,7 +30,7 @@ SURFACE = {
     "cachectl merge": "--dry-run --json --output --store SOURCES",
     "cachectl repair": "--deep --dry-run --json CACHE",
     "cachectl verify": "--deep --json CACHE",
-    "distill evaluate": "--cache --card --data --images --json --limit --output STUDENT",
+    "distill evaluate": "--cache --card --data --images --json --limit --output --split STUDENT",
     "distill export": "--dtype --json --layout --output --quantise STUDENT",
     "distill import": "--json --output --vision-tower CHECKPOINT",
     "distill push": "--dry-run --json --message --overwrite --public --revision --which REPOSITORY STUDENT",

@@ -90,6 +90,10 @@ class Position:
             entries_beyond=self.entries_beyond + entries[1],
         )
 
+    def steps_of(self, phases: Sequence[int]) -> list[int]:
+        """How many steps are done of each phase that has begun, of phases of so many steps."""
+        return [*phases[: self.phase], *([self.step] if self.step else [])]
+
     def is_of(self, phases: Sequence[tuple[int, int]]) -> bool:
         """Whether a run of phases, each of (steps, batch size), stands here after some step."""
         if not all(type(value) is int and value >= 0 for value in asdict(self).values()) or self.phase >= len(phases):

@@ -18,7 +18,7 @@ from vlm_distill_cache.stage2_student.scores.milestones import EVALUATIONS, read
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.training.checkpoint import CHECKPOINTS
 
-HOW = {"every": 3, "items": 1, "letters": False, "agreement_samples": 4, "best": "teacher/kl"}
+HOW = train_runs.ON_THE_WAY
 RUNS = {"plain": train_runs.make_config, "lora": lora_runs.make_config}
 
 
@@ -93,6 +93,18 @@ def test_a_killed_training_ends_with_the_same_scores_and_the_same_best(scored, t
     assert timeless(resumed.scores) == timeless(result.scores) == timeless(read_evaluations(output))
     assert read_kept(output) == read_kept(copies.output)
     assert read_final(output / BEST)["files"] == read_final(copies.output / BEST)["files"]
+
+
+def test_in_two_processes_the_scores_are_those_of_one(scored, in_two_processes):
+    result, copies, _ = scored
+    two = in_two_processes[copies.output.parent.name.rstrip("0")]
+    for one, other in zip(result.scores, read_evaluations(two), strict=True):
+        assert (one["step"], one["phase"], one["scored"]) == (other["step"], other["phase"], other["scored"])
+        for name in ("teacher/kl", "attention/cosine"):
+            assert other["scores"][name]["value"] == pytest.approx(one["scores"][name]["value"], rel=1e-2)
+    kept = read_kept(two)
+    assert kept.value == min(line["scores"]["teacher/kl"]["value"] for line in read_evaluations(two))
+    assert read_final(two / BEST)["best"] == vars(kept)
 
 
 def test_what_cannot_be_chosen_by_is_refused_before_the_first_step(tiny_cache, tmp_path):

@@ -196,7 +196,7 @@ def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -
     settings, of_recipe = _load(options)
 
     from vlm_distill_cache.stage2_student.scores.milestones import read_kept
-    from vlm_distill_cache.stage2_student.training.log import summarise
+    from vlm_distill_cache.stage2_student.training.log import phase_values, summarise
     from vlm_distill_cache.stage2_student.training.preparation import cache_notes
 
     refuse_uncut(settings.student, settings.teacher)
@@ -219,7 +219,7 @@ def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -
     if enter_launch().rank == 0:
         kept = read_kept(Path(settings.output)) if result.scores else None
         answer(student=result.final, output=settings.output, steps=len(result.log), last=(result.log or [{}])[-1])
-        answer(scores=result.scores, best=kept)
+        answer(phases=phase_values(result.log), scores=result.scores, best=kept)
         say(summarise(result.log))
         if of_recipe:
             say(of_recipe)
@@ -263,8 +263,9 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
     settings, of_recipe = _load(options)
     with stopped_by_sigterm():
         summary = runs.run(settings, processes=nproc, extends=extend, say=tell)
-    answer(**vars(summary), scores=runs.read_scores(summary.output))
     lines = summary.table.splitlines()
+    notes = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+    answer(**vars(summary), scores=runs.read_scores(summary.output), notes=notes)
     # What a new run's scores do not tell was said before it trained.
     say("\n".join(["", *(line for line in lines if not (summary.fresh and line.startswith("note: "))), ""]))
     if summary.fresh:

@@ -82,21 +82,33 @@ def _parse_record(line: bytes, where: str) -> dict[str, Any] | None:
     return record if sound else None
 
 
-def summarise(log: Sequence[Mapping[str, Any]]) -> str:
-    """Steps, speed, waiting and last losses of each phase, as a text table."""
-    lines = []
+def phase_values(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each phase: ``phase``, ``steps``, ``seconds``, ``samples_per_s``, ``data_wait`` (a share), ``last`` (losses)."""
+    values = []
     for phase in dict.fromkeys(str(record["phase"]) for record in log):
         records = [record for record in log if record["phase"] == phase]
         seconds = max(sum(record["step_s"] for record in records), 1e-9)
-        samples = sum(record["samples_per_s"] * record["step_s"] for record in records)
-        waited = sum(record["data_wait"] * record["step_s"] for record in records)
-        last = {k: v for k, v in records[-1].items() if k not in NOT_LOSSES}
-        lines.append(
-            f"{phase}: {len(records)} steps, {seconds:.0f} s, {samples / seconds:.1f} samples/s, "
-            f"data_wait {100 * waited / seconds:.1f} %; last "
-            + ", ".join(f"{name} {value:.3f}" for name, value in last.items())
+        values.append(
+            {
+                "phase": phase,
+                "steps": len(records),
+                "seconds": seconds,
+                "samples_per_s": sum(record["samples_per_s"] * record["step_s"] for record in records) / seconds,
+                "data_wait": sum(record["data_wait"] * record["step_s"] for record in records) / seconds,
+                "last": {name: value for name, value in records[-1].items() if name not in NOT_LOSSES},
+            }
         )
-    return "\n".join(lines)
+    return values
+
+
+def summarise(log: Sequence[Mapping[str, Any]]) -> str:
+    """`phase_values` as a text table."""
+    return "\n".join(
+        f"{found['phase']}: {found['steps']} steps, {found['seconds']:.0f} s, {found['samples_per_s']:.1f} samples/s, "
+        f"data_wait {100 * found['data_wait']:.1f} %; last "
+        + ", ".join(f"{name} {value:.3f}" for name, value in found["last"].items())
+        for found in phase_values(log)
+    )
 
 
 class TrainingLog:

@@ -111,6 +111,12 @@ def run_page(text: str = "") -> RunPage:
         facts={"data": f"shapes{text}"},
         cost={"sft": {"parameters": "5"}, "teacher": {"cache": text}},
         curves={f"sft{text}": RECORDS, "distilled": RECORDS},
+        on_the_way={
+            f"sft{text}": [],
+            "distilled": [
+                {"step": step, "scores": {"questions": bootstrap([0.0, 1.0]).to_dict()}} for step in (100, 200, 299)
+            ],
+        },
         evaluations={f"sft{text}": report, "distilled": report},
         compared=(f"sft{text}", "distilled"),
         flips=[Flips(heading="captions", counts={"both": 1, "won": 2, "lost": 3, "neither": 4}, shown=flips)],

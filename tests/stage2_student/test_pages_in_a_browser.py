@@ -39,7 +39,12 @@ def test_texts_of_an_attackers_stay_text_on_a_phone_in_the_dark(tmp_path):
         assert page["wide"] <= PHONE
         assert max(map(int, page["paper"][4:-1].split(","))) < 64 < 200 < min(map(int, page["ink"][4:-1].split(",")))
     groups = told["pages"][0]["groups"]
-    assert [len(group) for group in groups] == [3, 3, 3]  # words of two answers, views of the curves
+    assert [len(group) for group in groups] == [
+        3,
+        3,
+        3,
+        3,
+    ]  # words of two answers, views of curves and of scores on the way
     for group in groups:
         for place, panes in enumerate(group):
             assert panes

@@ -14,7 +14,7 @@ from vlm_distill_cache.common.printing import size_words
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.scores.card import reproduce
 from vlm_distill_cache.stage2_student.scores.flips import Flip, Flips
-from vlm_distill_cache.stage2_student.scores.page.charts import bars, curves
+from vlm_distill_cache.stage2_student.scores.page.charts import bars, curves, scored_on_the_way
 from vlm_distill_cache.stage2_student.scores.page.elements import (
     choices,
     code,
@@ -33,6 +33,7 @@ from vlm_distill_cache.stage2_student.scores.page.legends import (
     FLIPS,
     GAIN,
     INTERVAL,
+    ON_THE_WAY,
     TAUGHT,
     explain,
     verdict,
@@ -53,6 +54,7 @@ class RunPage:
         facts: What was run, in words.
         cost: Of each model, by the names of `legends.COST`; what is not known is absent.
         curves: The logged steps of each student (``read_log``).
+        on_the_way: What each student was scored while it trained (``read_evaluations``).
         evaluations: By model, the baseline first.
         compared: The two models of which the page says what the second gains over the first.
         provenance: What `PROVENANCE` says of the second: configuration, caches, fingerprints.
@@ -63,6 +65,7 @@ class RunPage:
     facts: Mapping[str, str] = field(default_factory=dict)
     cost: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    on_the_way: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     evaluations: Mapping[str, EvaluationReport] = field(default_factory=dict)
     compared: tuple[str, str] | None = None
     flips: Sequence[Flips] = ()
@@ -85,7 +88,7 @@ def render_run_page(path: Path, page: RunPage) -> None:
             else "",
             "Wins and losses": "".join(map(_flips, page.flips)),
             "Beside the teacher": _taught(page.taught),
-            "Training": curves("curves", page.curves) + legend({"loss": CURVES}),
+            "Training": curves("curves", page.curves) + legend({"loss": CURVES}) + _on_the_way(page.on_the_way),
             "Provenance": _provenance(page.provenance),
         }
     )
@@ -206,6 +209,11 @@ def _view(taught: Taught, name: str) -> str:
 def _mass(look: Look) -> str:
     alike = "" if look.cosine is None else f", cosine {look.cosine:.2f}"
     return f"{100 * look.image_mass:.0f} % on the picture{alike}"
+
+
+def _on_the_way(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    charts = scored_on_the_way("scores", runs)
+    return f"<h3>Scores while training</h3>{charts}{legend({'score': ON_THE_WAY})}" if charts else ""
 
 
 def _provenance(provenance: Mapping[str, Any]) -> str:

@@ -19,8 +19,8 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.tools.record_view import load_token_text
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.stage2_student.scores.flips import choose, collect_flips
-from vlm_distill_cache.stage2_student.scores.metrics import Score, exact_match
-from vlm_distill_cache.stage2_student.scores.page.charts import Group, bars, curves
+from vlm_distill_cache.stage2_student.scores.metrics import Score, bootstrap, exact_match
+from vlm_distill_cache.stage2_student.scores.page.charts import Group, bars, curves, scored_on_the_way
 from vlm_distill_cache.stage2_student.scores.page.legends import explain, verdict
 from vlm_distill_cache.stage2_student.scores.page.run_page import RunPage, render_run_page
 from vlm_distill_cache.stage2_student.scores.results import (
@@ -54,7 +54,7 @@ def test_all_sections_are_there_and_nothing_is_fetched(tmp_path: Path):
         "data:image/png;base64,",
         "data:image/jpeg;base64,",
     }
-    assert text.count("What the numbers mean") == 5
+    assert text.count("What the numbers mean") == 6
 
 
 def test_the_page_leads_with_the_three_lines_and_the_gain(tmp_path: Path):
@@ -109,6 +109,14 @@ def test_curves_are_trailing_means_in_three_views():
     # On a log axis equal ratios are equal distances: 2 / step falls along a straight line of log(step).
     heights = [float(y) for y in re.findall(r"[\d.]+,([\d.]+)", re.findall(r'<polyline points="(.*?)"', text)[4])]
     assert heights[0] < heights[len(heights) // 8] < heights[-1]
+
+
+def test_scores_on_the_way_are_those_of_the_lines():
+    lines = [{"step": step, "scores": {"questions": bootstrap([0.0] * step + [1.0]).to_dict()}} for step in (1, 3, 4)]
+    text = scored_on_the_way("s", {"sft": [], "distilled": lines})
+    assert re.findall(r"<tr><td>(\d)</td><td>([\d.]+)</td></tr>", text) == [("1", "50"), ("3", "25"), ("4", "20")]
+    assert text.count("<polyline") == 2
+    assert scored_on_the_way("s", {"sft": []}) == ""
 
 
 def test_a_curve_that_is_zero_has_no_log_axis_and_no_log_no_curve():

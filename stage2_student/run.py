@@ -487,6 +487,7 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
     students = {name: open_student(output / name / FINAL) for name in COMPARED}
     curves = {name: read_log(output / name) for name in COMPARED}
     sizes = {name: describe_size(student) for name, student in students.items()}
+    flips, no_flips = show_flips(students, config, cache, evaluations)
     page = RunPage(
         title=f"{public_name(config.student)}: distilled from a teacher cache",
         facts=run_facts(config, cache, describe_phases(config), students[DISTILLED].provenance["vocabulary"]),
@@ -495,7 +496,8 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
         on_the_way={name: read_evaluations(output / name) for name in COMPARED},
         evaluations=evaluations,
         compared=COMPARED,
-        flips=show_flips(students, config, cache, evaluations),
+        flips=flips,
+        no_flips=no_flips,
         taught=show_taught(students, config, cache),
         provenance=students[DISTILLED].provenance,
         notes=notes,

@@ -374,12 +374,23 @@ def show_flips(
     config: TrainConfig,
     cache: TeacherCache,
     reports: Mapping[str, EvaluationReport],
-) -> list[Flips]:
-    """The items on which two students differ, the one before and the one after; ``reports`` may have the teacher's."""
+) -> tuple[list[Flips], str]:
+    """The items on which two students differ, the one before and the one after; ``reports`` may have the teacher's.
+
+    Returns:
+        What can be shown, and if that is nothing, why.
+    """
     before, after = (reports[name] for name in students)
+    if not (before.items.keys() & after.items.keys() & {"likelihood", "questions"}):
+        return [], "No item was scored by itself."
     unread = before.unreadable or after.unreadable
-    items = scored_items(config, next(iter(students.values())).encoder, cache, all_readable=not unread)
-    return collect_flips(_models(students), (before, after), items, cache, reports.get(TEACHER, EvaluationReport()))
+    try:
+        items = scored_items(config, next(iter(students.values())).encoder, cache, all_readable=not unread)
+    except (ConfigError, DataError) as error:  # they were there when they were scored
+        return [], f"The items that were scored cannot be opened any more: {error}"
+    teacher = reports.get(TEACHER, EvaluationReport())
+    found = collect_flips(_models(students), (before, after), items, cache, teacher)
+    return found, "" if found else "The data are other ones now than those that were scored."
 
 
 def _models(students: Mapping[str, Student]) -> dict[str, tuple[Any, SampleEncoder]]:

@@ -95,7 +95,7 @@ def run_page(text: str = "") -> RunPage:
         for word in ("a", "red", "cross")
     ]  # fmt: skip
     taught = [
-        Taught(sample_id=f"s{place}{text}", question=f"what{text}", answer=f"a red cross{text}", written=bool(place),
+        Taught(sample_id=f"s{place}{text}", question=f"what{text}", answer=f"a red cross{text}", written=bool(place), teacher=text,
                picture=picture, said={f"sft{text}": text}, words=words, chosen=1)
         for place in range(2)
     ]  # fmt: skip

@@ -177,7 +177,9 @@ def _chart(
             )
         path = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
         lines.append(f'<polyline points="{path}" fill="none" stroke="{colour(places[run])}" stroke-width="1.8"/>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img">{"".join(lines)}</svg>'
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" aria-label="curves">{"".join(lines)}</svg>'
+    )
 
 
 def _table(series: Mapping[str, Points]) -> str:

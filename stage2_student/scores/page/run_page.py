@@ -57,6 +57,7 @@ class RunPage:
         on_the_way: What each student was scored while it trained (``read_evaluations``).
         evaluations: By model, the baseline first.
         compared: The two models of which the page says what the second gains over the first.
+        no_flips: Why ``flips`` are empty.
         provenance: What `PROVENANCE` says of the second: configuration, caches, fingerprints.
         notes: What the scores do not tell.
     """
@@ -69,6 +70,7 @@ class RunPage:
     evaluations: Mapping[str, EvaluationReport] = field(default_factory=dict)
     compared: tuple[str, str] | None = None
     flips: Sequence[Flips] = ()
+    no_flips: str = ""
     taught: Sequence[Taught] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -86,7 +88,8 @@ def render_run_page(path: Path, page: RunPage) -> None:
             + legend({"interval": INTERVAL, **explain([*headlines, *details])})
             if models
             else "",
-            "Wins and losses": "".join(map(_flips, page.flips)),
+            "Wins and losses": "".join(map(_flips, page.flips))
+            or (page.no_flips and f"<p>{words(page.no_flips, 2000)}</p>"),
             "Beside the teacher": _taught(page.taught),
             "Training": curves("curves", page.curves) + legend({"loss": CURVES}) + _on_the_way(page.on_the_way),
             "Provenance": _provenance(page.provenance),
@@ -167,10 +170,9 @@ def _taught(taught: Sequence[Taught]) -> str:
 
 def _answer(taught: Taught, group: str) -> str:
     """One answer, with a button for each word."""
-    teachers = " ".join(word.likely[0][0] for word in taught.words if word.likely)
     said = {
         "teacher's own answer" if taught.written else "answer in the data": taught.answer,
-        **({"teacher, word by word": teachers} if teachers else {}),
+        **({"teacher, word by word": taught.teacher} if taught.teacher else {}),
         **{name: text or "(nothing)" for name, text in taught.said.items()},
     }
     rows = "".join(f"<dt>{words(name, 60)}</dt><dd>{words(text)}</dd>" for name, text in said.items())

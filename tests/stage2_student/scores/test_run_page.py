@@ -32,7 +32,7 @@ from vlm_distill_cache.stage2_student.scores.results import (
     table_rows,
 )
 from vlm_distill_cache.stage2_student.scores.taught import heat_picture, teachers_words
-from vlm_distill_cache.stage2_student.trained_student import open_student, show_taught
+from vlm_distill_cache.stage2_student.trained_student import open_student, show_flips, show_taught
 
 HALF, MORE = (Score(value=value, low=value - 0.1, high=value + 0.1, items=10) for value in (0.5, 0.7))
 
@@ -175,9 +175,10 @@ def test_words_and_maps_are_the_teachers(finished, students, tiny_cache):
         turn = next(
             place for place, turn in enumerate(sample.turns) if (turn.question or "(a caption)") == one.question
         )
-        assert one.answer in {turn.answer for turn in sample.turns}
+        assert one.answer == sample.turns[turn].answer
         ends = [-1, *(row for row, label in enumerate(labels) if label in text.special)]
         rows = range(ends[turn] + 1, ends[turn + 1])
+        assert one.teacher == text.decode(logits[rows.start : rows.stop].argmax(-1).tolist()).strip()
         words = [(word, own) for word, own in text.words(labels) if own[0] in rows]
         assert [word.text for word in one.words] == [word for word, _ in words]
         for word, (_, own) in zip(one.words, words, strict=True):
@@ -220,6 +221,19 @@ def test_what_students_say_where_they_differ_is_what_was_scored(finished, studen
         assert flip.teacher == ""  # of the test set nothing is in the cache
     fewer = EvaluationReport(items={name: {} for name in after.items})
     assert collect_flips(models, (fewer, fewer), items, TeacherCache(tiny_cache[0]), teacher) == []
+
+
+def test_items_that_are_gone_or_other_ones_are_said(finished, students, tiny_cache, tmp_path):
+    cache = TeacherCache(tiny_cache[0])
+    reports = {name: EvaluationReport.from_dict(read_scores(finished.output)[name]) for name in students}
+    gone = make_config(tiny_cache[0], finished.output, f"evaluation.data={tmp_path / 'gone.json'}")
+    others = make_config(tiny_cache[0], finished.output, "evaluation.limit=3")
+    assert "cannot be opened any more" in show_flips(students, gone, cache, reports)[1]
+    assert "other ones now" in show_flips(students, others, cache, reports)[1]
+    assert show_flips(students, others, cache, dict.fromkeys(students, EvaluationReport())) == (
+        [],
+        "No item was scored by itself.",
+    )
 
 
 def test_the_teachers_words_are_told_of_its_own_pictures_only(tiny_cache):

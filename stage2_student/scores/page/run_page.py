@@ -142,7 +142,7 @@ def _flips(flips: Flips) -> str:
         f'{"" if cards[outcome] else ", none to show"}</h3><div class="row">{cards[outcome]}</div>'
         for outcome, (mark, tells) in _TELLS.items()
     )
-    unknown = "" if any(one.teacher for one in flips.shown) else f"<p>{_UNASKED}</p>"
+    unknown = "" if not flips.shown or any(one.teacher for one in flips.shown) else f"<p>{_UNASKED}</p>"
     return f"<h3>{words(flips.heading)}</h3>{counts}{unknown}{shown}{legend(FLIPS)}"
 
 
@@ -161,10 +161,12 @@ def _taught(taught: Sequence[Taught]) -> str:
     if not taught:
         return ""
     cards = "".join(_answer(one, f"words-{place}") for place, one in enumerate(taught))
+    maps = any(word.looks for one in taught for word in one.words)
+    told = " The brighter a place, the more a model looks there while it says the word; each map has its own scale."
     return (
         "<p>Samples of the cache: the answer that was taught, what the students say of their own, and what the teacher held "
-        "for most likely. Step through the words by a click or the arrow keys; the brighter a place, the more a model looks there "
-        f'while it says the word; each map has its own scale.</p><div class="row">{cards}</div>{legend(TAUGHT)}'
+        f"for most likely. Step through the words by a click or the arrow keys.{told if maps else ''}</p>"
+        f'<div class="row">{cards}</div>{legend(TAUGHT)}'
     )
 
 

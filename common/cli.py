@@ -75,7 +75,7 @@ def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path
 
         folder = local_folder(cache)  # of an address: where its descriptions are
         if has_document():
-            answer(cache=cache, **cache_values(folder))
+            answer(cache=cache, **cache_values(folder, all_failed=failed))
         found = False
         for line in failed_lines(folder) if failed else [describe_cache(folder, location=cache)]:
             say(line)

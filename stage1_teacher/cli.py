@@ -539,8 +539,8 @@ def demo_teacher(data: str, output: Path, seed: int) -> None:
     from vlm_distill_cache.stage1_teacher.demo.teacher import train_demo_teacher
 
     quiet_libraries()
-    train_demo_teacher(data, output, seed=seed)
-    answer(output=output)
+    trained = train_demo_teacher(data, output, seed=seed)
+    answer(output=output, **trained)
     say(f"Teacher written to {output}")
     place, cache = quoted(output), quoted(f"build/cache/{output.name}")
     command = by_make(

@@ -35,7 +35,8 @@ _STAGE_TWO = (
     "fsdp deepspeed resume_from_checkpoint overwrite_output_dir optimizer global_batch_size grad_accum wd alpha beta kd_weight "
     "kd_alpha lora_rank eval_steps eval_strategy evaluation_strategy do_eval save_strategy logging_strategy run_name logging_dir "
     "student_model_name_or_path freeze_vision_tower freeze_backbone mm_projector_type finetuning_type lora_target lr_rate kd_ratio "
-    "data_seed do_train remove_unused_columns load_best_model_at_end group_by_length push_to_hub ddp_find_unused_parameters"
+    "data_seed do_train remove_unused_columns load_best_model_at_end group_by_length push_to_hub ddp_find_unused_parameters "
+    "log_with metric_for_best_model"
 )
 
 

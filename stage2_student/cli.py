@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -44,8 +44,9 @@ from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.common.tools.both_stages import build_first
 from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.stage2_student import run as runs
-from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
+from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TRACKERS, Split, TrainConfig
 from vlm_distill_cache.stage2_student.final_folder import (
+    BEST,
     FINAL,
     FOR_OTHERS,
     PROVENANCE,
@@ -107,6 +108,13 @@ _training_options = shared_options(
         "--phases", shell_complete=completes(lambda: list(PHASE_NAMES)), help='Phases to run, in order: "dpt dft sft".'
     ),
     click.option("--seed", type=click.IntRange(min=0), help="Seed of fresh weights and of the order of samples."),
+    click.option(
+        "--log-with",
+        "report_to",
+        shell_complete=completes(lambda: [*TRACKERS, "none"], several=True),
+        help=f"Where curves are drawn beside the log: {', '.join(TRACKERS)}, several with commas, or none; default: "
+        f"{TRACKERS[0]}.",
+    ),
     CONFIG,
     overrides(TrainConfig),
     click.option(
@@ -123,12 +131,11 @@ _training_options = shared_options(
 
 def _given(options: dict[str, Any]) -> tuple[Path | None, list[str], str]:
     """The YAML file, all other options as ``a.b=c``, and the cache."""
-    config, settings, cache, phases, seed = (
-        options.pop(name) for name in ("config", "overrides", "cache", "phases", "seed")
+    config, settings, cache, phases, seed, report_to = (
+        options.pop(name) for name in ("config", "overrides", "cache", "phases", "seed", "report_to")
     )
     given = [f"{name}={json.dumps(str(value))}" for name, value in options.items() if value is not None]
-    if seed is not None:
-        given.append(f"seed={seed}")
+    given += [f"{name}={value}" for name, value in (("seed", seed), ("report_to", report_to)) if value is not None]
     if phases:
         names = phases.replace(",", " ").split()
         if unknown := [name for name in names if name not in PHASE_NAMES]:
@@ -190,7 +197,8 @@ def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -
     _refuse_sketch(sketch)
     settings, of_recipe = _load(options)
 
-    from vlm_distill_cache.stage2_student.training.log import summarise
+    from vlm_distill_cache.stage2_student.scores.milestones import read_kept
+    from vlm_distill_cache.stage2_student.training.log import phase_values, summarise
     from vlm_distill_cache.stage2_student.training.preparation import cache_notes
 
     refuse_uncut(settings.student, settings.teacher)
@@ -211,11 +219,19 @@ def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -
     with explain_lost_processes(Path(settings.output)):
         result = runs.train_alone(settings, caches=caches, extends=extend)
     if enter_launch().rank == 0:
+        kept = read_kept(Path(settings.output)) if result.scores else None
         answer(student=result.final, output=settings.output, steps=len(result.log), last=(result.log or [{}])[-1])
+        answer(phases=phase_values(result.log), scores=result.scores, best=kept)
         say(summarise(result.log))
         if of_recipe:
             say(of_recipe)
         say(f"Student: {result.final}")
+        if kept is not None:
+            how = result.scores[-1]
+            say(
+                f"Best on the way: {Path(settings.output) / BEST}, after step {kept.step}, by {kept.by} {kept.value:.3f} (distill "
+                f"evaluate {quoted(Path(settings.output) / BEST)} --split {how['split']} --limit {how['limit']})"
+            )
         if not in_run:
             tell(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(settings.cache)}")
 
@@ -249,8 +265,9 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
     settings, of_recipe = _load(options)
     with stopped_by_sigterm():
         summary = runs.run(settings, processes=nproc, extends=extend, say=tell)
-    answer(**vars(summary), scores=read_scores(summary.output))
     lines = summary.table.splitlines()
+    notes = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+    answer(**vars(summary), scores=read_scores(summary.output), notes=notes)
     # What a new run's scores do not tell was said before it trained.
     say("\n".join(["", *(line for line in lines if not (summary.fresh and line.startswith("note: "))), ""]))
     if summary.fresh:
@@ -314,6 +331,7 @@ def _is_report(content: bytes) -> bool:
     type=CacheLocation(),
     help="Compare with this cache's teacher (a folder or an address); default: the one of its training.",
 )
+@click.option("--split", type=click.Choice(get_args(Split)), help="Split of the held-out items; default: test.")
 @click.option("--limit", type=click.IntRange(min=1), help="Score at most so many items.")
 @click.option("--output", type=ResultFile(_is_report), help="JSON file to write.")
 @click.option("--card", is_flag=True, help="Write the scores into the card (README.md) in the student's folder, too.")
@@ -324,6 +342,7 @@ def evaluate(
     data: str | None,
     images: str | None,
     cache: str | None,
+    split: Split | None,
     limit: int | None,
     output: Path | None,
     card: bool,
@@ -356,6 +375,7 @@ def evaluate(
     settings = config_from_dict(TrainConfig, opened.provenance["config"], where=student)
     how = settings.evaluation
     how = replace(how, data=data or how.data, images=images or how.images, limit=limit or how.limit)
+    how = replace(how, split=split or how.split)
     settings = replace(settings, cache=cache or settings.cache, evaluation=how)
     compared, notes = open_compared(opened, settings, given=cache is not None)
     report = evaluate_student(opened, settings, compared, unfit=None if cache else notes.append)

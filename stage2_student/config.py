@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from vlm_distill_cache.common.config import NOT_HERE, SAYS_NOTHING, SHARED_WORDS, Word, config_to_dict, take_paths
 from vlm_distill_cache.common.hub import public_name
@@ -15,12 +15,14 @@ from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_r
 PhaseName = Literal["dpt", "dft", "sft"]
 Schedule = Literal["cosine", "constant"]
 RateName = Literal["lr", "projector_lr", "tower_lr"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
+Split = Literal["validation", "test"]
+BestBy = Literal[
+    "auto", "likelihood", "likelihood_per_token", "letters/mean", "questions", "teacher/top1", "teacher/kl"
+]
 RATES: tuple[RateName, ...] = ("lr", "projector_lr", "tower_lr")
 PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
-# A student should be clearly smaller than its teacher: widths up to each bound get the size beside it. The
-# published pairing is teacher MobileVLM_V2-7B (4096) -> student V2-1.7B.
-AUTO_SIZES = ((512, "tiny"), (4096, "1.7b"))
-LARGEST = "3b"
 MODELS = ("student", "student_weights", "teacher", "vision_tower", "language_model")
 # Options that change when a run ends and what it prints, not what it learns.
 MOST, MOST_SAMPLES = 2**40, 2**20  # larger ones are slips of the finger
@@ -204,22 +206,38 @@ class EvaluationConfig:
         limit: Most items of each sort; none: the data set's own number.
         letters: Also ask for the letter of the right caption (two generations per pair).
         agreement_samples: Cached samples on which student and teacher are compared; 0 skips it.
-        overlays: Pictures of attention in the report.
+        overlays: Cached samples that the report shows beside the teacher, word by word.
+        every: Also score while training, into ``OUTPUT/evaluation.jsonl``: at every so many optimizer steps of the run, and
+            at the last; none: only the trained student.
+        items: Most items of each sort that are scored then: the first, of the split ``validation`` where the data have it.
+        best: The score by which ``OUTPUT/best`` is the best student so far; ``auto``: the first that there is of captions by
+            likelihood, questions and agreement with the teacher.
     """
+
+    WORDS: ClassVar[Mapping[str, Word]] = {"eval_steps": Word(options=("every",))}
 
     data: str | None = None
     images: str | None = None
-    split: Literal["validation", "test"] = "test"
+    split: Split = "test"
     limit: int | None = None
     letters: bool = True
     agreement_samples: int = 64
     overlays: int = 6
+    every: int | None = None
+    items: int = 32
+    best: BestBy = "auto"
 
     def __post_init__(self) -> None:
         take_paths(self)
         _within(self, "limit", 1, None, "items")
         _within(self, "agreement_samples", 0)
         _within(self, "overlays", 0)
+        _within(self, "every", 1, None, "optimizer steps")
+        _within(self, "items", 1)
+
+    def while_training(self, split: Split) -> "EvaluationConfig":
+        """How a student is scored on the way: the same, of fewer items."""
+        return replace(self, split=split, limit=min(self.items, self.limit or self.items))
 
 
 def _each(option: str) -> tuple[str, ...]:
@@ -287,7 +305,8 @@ class TrainConfig:
         checkpoint_every: Optimizer steps between checkpoints.
         keep_checkpoints: Number of checkpoints to keep.
         log_every: Steps between writes of the log, which has a line per step.
-        report_to: ``tensorboard`` draws the log's curves in ``OUTPUT/tensorboard``; ``none`` writes ``log.jsonl`` alone.
+        report_to: Where the log's curves are drawn: ``tensorboard`` (in ``OUTPUT/tensorboard``), ``wandb``, ``mlflow``,
+            ``trackio``, several of them, or ``none``: ``log.jsonl`` alone. ``--log-with`` is the same.
         max_length: Longest sequence of a sample, tokens; none: the cache's.
         verify: Before the first use of a cache on this machine, look through all of its records for what no teacher can have
             said: token ids beyond the vocabulary, masses above one, numbers that are none.
@@ -343,10 +362,16 @@ class TrainConfig:
         "save_steps": Word(options=("checkpoint_every",)),
         "save_total_limit": Word(options=("keep_checkpoints",)),
         "logging_steps": Word(options=("log_every",)),
-        "report_to": Word(
-            options=("report_to",),
-            values={"tensorboard": "tensorboard", **dict.fromkeys(("none", None, "no", "off", False), "none")},
-            note="a training writes log.jsonl, a line a step, which other services can be fed from, and TensorBoard's files",
+        **dict.fromkeys(
+            ("report_to", "log_with"),
+            Word(
+                options=("report_to",),
+                values={
+                    **{name: [name] for name in TRACKERS},
+                    **{nothing: [] for nothing in ("none", None, "no", "off", False)},
+                },
+                others=True,
+            ),
         ),
         **dict.fromkeys(("lora_r", "lora_rank"), Word(options=("lora.rank",))),
         "lora_alpha": Word(options=("lora.alpha",)),
@@ -383,13 +408,16 @@ class TrainConfig:
             values=dict.fromkeys((True, False, None), SAYS_NOTHING),
             note="the same command with the same output goes on from its last checkpoint; leave it out",
         ),
+        "eval_steps": Word(options=("evaluation.every",)),
         **dict.fromkeys(
-            ("eval_steps", "eval_strategy", "evaluation_strategy", "do_eval"),
+            ("eval_strategy", "evaluation_strategy", "do_eval"),
             Word(
-                values=dict.fromkeys(("no", False, None), SAYS_NOTHING),
-                note="students are scored when they are trained, by `distill run` or `distill evaluate`; leave it out",
+                values=dict.fromkeys(("no", "steps", False, None), SAYS_NOTHING),
+                note="students are scored when they are trained, by `distill run` or `distill evaluate`, and while they are "
+                "with evaluation.every=STEPS",
             ),
         ),
+        "metric_for_best_model": Word(note="write evaluation.best=SCORE, such as likelihood or questions"),
         "save_strategy": Word(
             values={"steps": SAYS_NOTHING}, note="checkpoints are written by steps: write checkpoint_every=STEPS"
         ),
@@ -400,12 +428,15 @@ class TrainConfig:
         **dict.fromkeys(
             (
                 "remove_unused_columns",
-                "load_best_model_at_end",
                 "group_by_length",
                 "push_to_hub",
                 "ddp_find_unused_parameters",
             ),
             Word(values=dict.fromkeys((False, None), SAYS_NOTHING), note="there is no such thing here; leave it out"),
+        ),
+        "load_best_model_at_end": Word(
+            values=dict.fromkeys((False, None), SAYS_NOTHING),
+            note="with evaluation.every=STEPS the best student is kept in OUTPUT/best, beside OUTPUT/final; leave it out",
         ),
         "overwrite_output_dir": Word(
             values={False: SAYS_NOTHING}, note="give another output, or delete the folder to begin again"
@@ -449,7 +480,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 10
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    report_to: tuple[Tracker, ...] = TRACKERS[:1]
     max_length: int | None = None
     verify: bool = True
     shuffle_teacher_images: bool = False
@@ -462,7 +493,13 @@ class TrainConfig:
         require(self.cache != "", "cache", self.cache, "a teacher cache's folder or address (--cache)")
         require(self.output != "", "output", self.output, "a folder to write to (--output)")
         require(not is_url(self.output), "output", self.output, "a folder of this machine, not an address")
-        require(len(set(self.phases)) == len(self.phases), "phases", self.phases, "without repetition")
+        given: object = self.report_to
+        if isinstance(given, str):  # in Python, as it was before there could be several
+            object.__setattr__(self, "report_to", tuple(given.replace("none", "").replace(",", " ").split()))
+        known = f"names among {', '.join(TRACKERS)}"
+        require(set(self.report_to) <= set(TRACKERS), "report_to", self.report_to, known)
+        for name in ("phases", "report_to"):
+            require(len(set(names := getattr(self, name))) == len(names), name, names, "without repetition")
         require(bool(self.phases), "phases", self.phases, "at least one of dpt, dft, sft")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         require(0 < self.clip < math.inf, "clip", self.clip, "a finite gradient norm above 0")
@@ -491,6 +528,12 @@ class TrainConfig:
         return replace(
             phase, data=phase.data or self.data, images=phase.images or self.images, cache=phase.cache or self.cache
         )
+
+
+def scoring_options(config: TrainConfig) -> dict[str, Any]:
+    """How a trained student is scored, plain values; what is scored on the way changes nothing of it."""
+    how: dict[str, Any] = config_to_dict(config.evaluation)
+    return {name: value for name, value in how.items() if name not in ("every", "items", "best")}
 
 
 def without_teacher(config: TrainConfig) -> TrainConfig:
@@ -550,11 +593,3 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
         if name in config.phases and (places := own_caches(given.data, str(given.cache))):
             phase["caches"] = [cache_hashes.get(place) for place in places]
     return described
-
-
-def choose_size(teacher_hidden_size: int) -> str:
-    """Pick a size by the width of the teacher's language model."""
-    for bound, size in AUTO_SIZES:
-        if teacher_hidden_size <= bound:
-            return size
-    return LARGEST

@@ -32,7 +32,7 @@ from vlm_distill_cache.common.hub import HubFolder, model_folder, snapshot_name
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.terminal.command_line import quoted
 
-FINAL, PROVENANCE = "final", STUDENT
+FINAL, BEST, PROVENANCE = "final", "best", STUDENT  # BEST: kept while a student trains
 FOR_OTHERS = ("adapter", "gguf")  # layouts of exports that hold no model which is read here
 _COUNT = whole(0, 1 << 60)
 _ENCODER = {"template": TEMPLATE, "image_token_id": whole(-MAX_TOKEN, MAX_TOKEN), "max_length": whole(1, 1 << 24)}
@@ -68,8 +68,12 @@ _ORIGIN = record(
         "versions": entries(_WORDS, most=100),
     },
 )
+# Of a student that was kept on the way: after which step of which run, and by which score of what.
+_KEPT = record(
+    {"step": whole(1, 1 << 60), "by": text(100), "value": number(-1e300, 1e300), "of": text(100), "run": text(100)}
+)
 _RULE = also(
-    record(_UNSIGNED, {"files": _FILES, "export": record(_EXPORT), "origin": _ORIGIN}),
+    record(_UNSIGNED, {"files": _FILES, "export": record(_EXPORT), "origin": _ORIGIN, "best": _KEPT}),
     "a list that names config.json and the weights",
     lambda found: "files" not in found or "export" in found or _names_a_model(found["files"]),
 )
@@ -178,8 +182,8 @@ def look_at_final(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def students_in(folder: Path) -> list[Path]:
-    """The trained students of a run's or a training's folder, the distilled one first."""
-    parts = (FINAL, f"distilled/{FINAL}", f"sft/{FINAL}")
+    """The trained students of a run's or a training's folder, the distilled one first, those kept on the way last."""
+    parts = [f"{place}{name}" for name in (FINAL, BEST) for place in ("", "distilled/", "sft/")]
     return [folder / part for part in parts if (folder / part / PROVENANCE).is_file()]
 
 

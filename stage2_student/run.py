@@ -39,6 +39,7 @@ from vlm_distill_cache.stage2_student.config import (
     EvaluationConfig,
     TrainConfig,
     describe,
+    scoring_options,
     without_secrets,
     without_teacher,
 )
@@ -253,7 +254,7 @@ def describe_scoring(config: TrainConfig, cache: TeacherCache, hashes: Mapping[s
     Raises:
         DataError: If the held-out items cannot be opened.
     """
-    how: dict[str, Any] = config_to_dict(config)["evaluation"]
+    how = scoring_options(config)
     if config.cache not in hashes:
         how["cache"] = cache.manifest_hash
     data = config.evaluation.data
@@ -428,10 +429,14 @@ def look_at_run(outlook: Outlook, config: TrainConfig, caches: Mapping[str, Teac
 def look_at_training(
     outlook: Outlook, config: TrainConfig, caches: Mapping[str, TeacherCache], *, extends: bool
 ) -> None:
-    """For a dry run: whether the folder is this training's."""
+    """For a dry run: whether the folder is this training's, and what is scored on the way can be."""
+    from vlm_distill_cache.stage2_student.scores.held_out import probe_items
     from vlm_distill_cache.stage2_student.training.preview import look_at_extension
 
     output, hashes = Path(config.output), {place: cache.manifest_hash for place, cache in caches.items()}
+    with outlook.checking():
+        if config.evaluation.every is not None and config.cache in caches and hashes[config.cache]:
+            outlook.lines += [f"  note: {note}" for note in probe_items(config, caches[config.cache])]
     with outlook.checking():
         refuse_uncut(config.student, config.teacher)
     with outlook.checking():
@@ -470,6 +475,7 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
         ConfigError: If the scores are lost or damaged.
         ModelError: If a student is.
     """
+    from vlm_distill_cache.stage2_student.scores.milestones import read_evaluations
     from vlm_distill_cache.stage2_student.scores.page.run_page import RunPage, render_run_page, run_costs, run_facts
     from vlm_distill_cache.stage2_student.trained_student import describe_size, open_student, show_flips, show_taught
     from vlm_distill_cache.stage2_student.training.log import read_log
@@ -481,14 +487,17 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
     students = {name: open_student(output / name / FINAL) for name in COMPARED}
     curves = {name: read_log(output / name) for name in COMPARED}
     sizes = {name: describe_size(student) for name, student in students.items()}
+    flips, no_flips = show_flips(students, config, cache, evaluations)
     page = RunPage(
         title=f"{public_name(config.student)}: distilled from a teacher cache",
         facts=run_facts(config, cache, describe_phases(config), students[DISTILLED].provenance["vocabulary"]),
         cost=run_costs(sizes, curves, cache),
         curves=curves,
+        on_the_way={name: read_evaluations(output / name) for name in COMPARED},
         evaluations=evaluations,
         compared=COMPARED,
-        flips=show_flips(students, config, cache, evaluations),
+        flips=flips,
+        no_flips=no_flips,
         taught=show_taught(students, config, cache),
         provenance=students[DISTILLED].provenance,
         notes=notes,

@@ -7,7 +7,8 @@ loading threads and attention is recomputed for the wanted rows of the wanted la
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,18 +25,23 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import config_to_dict, save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove
+from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.common.terminal.launch import READY_S, clean_environment, enter_launch, meet
 from vlm_distill_cache.common.terminal.progress import hide_library_bars
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
-from vlm_distill_cache.stage2_student.config import TrainConfig, public_config, without_secrets
+from vlm_distill_cache.common.tools.trust import open_trusted
+from vlm_distill_cache.stage2_student.config import TrainConfig, public_config, scoring_options, without_secrets
 from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
-from vlm_distill_cache.stage2_student.final_folder import FINAL, PROVENANCE, refuse_other_student
+from vlm_distill_cache.stage2_student.final_folder import BEST, FINAL, PROVENANCE, refuse_other_student
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
 from vlm_distill_cache.stage2_student.scores.card import write_card
+from vlm_distill_cache.stage2_student.scores.held_out import run_option, scoring_notes, split_on_the_way
+from vlm_distill_cache.stage2_student.scores.milestones import Kept, Milestones, Scorer
 from vlm_distill_cache.stage2_student.scores.origin import describe_origin
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
+from vlm_distill_cache.stage2_student.trained_student import Student, open_scoring
 from vlm_distill_cache.stage2_student.training.checkpoint import (
     Checkpoint,
     Position,
@@ -48,7 +54,7 @@ from vlm_distill_cache.stage2_student.training.checks import check_machine, refu
 from vlm_distill_cache.stage2_student.training.extension import differing_options
 from vlm_distill_cache.stage2_student.training.log import TrainingLog
 from vlm_distill_cache.stage2_student.training.output_folder import CONFIG
-from vlm_distill_cache.stage2_student.training.parts import TrainedParts, checkpoint_layers
+from vlm_distill_cache.stage2_student.training.parts import TrainedParts, checkpoint_layers, merged_for_a_while
 from vlm_distill_cache.stage2_student.training.preparation import (
     Preparation,
     PreparedPhase,
@@ -79,12 +85,14 @@ class TrainResult:
         model: The trained student, on its device.
         preparation: Encoder, tokenizer and joined data, for an evaluation in the same process.
         final: Folder with the saved student, tokenizer and image processor.
+        scores: What was scored while training, as in ``evaluation.jsonl``; empty on other than the main process.
     """
 
     log: list[dict[str, Any]]
     model: StudentModel
     preparation: Preparation
     final: Path
+    scores: list[dict[str, Any]]
 
 
 def train(
@@ -113,8 +121,9 @@ def train(
     refuse_apart(position, accelerator)
     if accelerator.is_main_process:  # if killed before it did
         drop_old_checkpoints(output, keep=config.keep_checkpoints, newest=checkpoint)
-    log = start_log(config, accelerator, run, position)
     student = run.student.to(accelerator.device)
+    scored = start_scoring(config, accelerator, run, position, extends=extends)
+    log = start_log(config, accelerator, run, position)
     parts = prepare_parts(config, student, saved)
 
     for index, phase in enumerate(run.phases[position.phase :], position.phase):
@@ -142,9 +151,10 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            # Once a step: count, log; now and then: checkpoint.
+            # Once a step: count, log; now and then: score, checkpoint.
             position = position.advance(phase.config.batch_size, entries)
-            log.add(sum_terms(terms), step=position.total_steps, phase=phase.name, **rates, **timing())
+            log.add(sum_terms(terms), step=position.total_steps, phase=phase.name, **rates, **timing(scored.seconds()))
+            scored.reach(position, phase.name, log)
             if position.step % config.checkpoint_every == 0 or position.step == phase.steps:
                 log.flush(durably=True)
                 save(config, run.fingerprint, position, accelerator, parts, optimizer)
@@ -154,9 +164,8 @@ def train(
         position = replace(position, phase=index + 1, step=0, samples=0)
 
     log.close()
-    return TrainResult(
-        log=log.records, model=student, preparation=run, final=export(config, run, position, accelerator, log.records)
-    )
+    final = export(config, run, position, accelerator, log.records)
+    return TrainResult(log=log.records, model=student, preparation=run, final=final, scores=scored.lines)
 
 
 def resume_point(
@@ -278,8 +287,87 @@ def start_log(config: TrainConfig, accelerator: Accelerator, run: Preparation, p
         _log.info("goes on behind step %d of %d of phase %s, from the checkpoint there", position.step, steps, name)
         done.append((run.phases[position.phase].name, position.step))
     return TrainingLog(
-        output, accelerator, done=done, flush_every=config.log_every, curves=config.report_to == "tensorboard"
+        output,
+        accelerator,
+        done=done,
+        flush_every=config.log_every,
+        trackers=config.report_to,
+        settings=config_to_dict(public_config(config)),
     )
+
+
+def start_scoring(
+    config: TrainConfig, accelerator: Accelerator, run: Preparation, position: Position, *, extends: bool
+) -> Milestones:
+    """Open what a student is scored on while it trains, and find what was scored before a position.
+
+    Raises:
+        ConfigError: If nothing can be scored, or what the best student is to be chosen by; or the folder is another run's.
+        DataError: If the held-out data cannot be opened.
+    """
+    output, how, last = Path(config.output), config.evaluation, sum(phase.steps for phase in run.phases)
+    scorer = None
+    if how.every is not None and accelerator.is_main_process:
+        scorer = open_scorer(config, run)
+    scored = Milestones(output, accelerator, scorer, every=how.every, last=last, run=run.fingerprint)
+    scored.resume(position, earlier=extended_training(config, run.phases, run.cache_hashes) if extends else None)
+    return scored
+
+
+def open_scorer(config: TrainConfig, run: Preparation) -> Scorer:
+    """How the student of a run is scored on the way; errors as of `start_scoring`."""
+    cache = run.caches.get(config.cache) or open_trusted(config.cache, verify=config.verify)
+    split = split_on_the_way(config, cache)
+    how = config.evaluation.while_training(split)
+    student = Student(
+        path=Path(config.output) / BEST,
+        model=run.student,
+        encoder=run.encoder,
+        tokenizer=run.tokenizer,
+        image_processor=run.image_processor,
+        provenance={},
+    )
+    scoring = open_scoring(student, replace(config, evaluation=how), cache, unfit=_log.warning)
+    if not scoring.names or how.best not in ("auto", *scoring.names):
+        raise ConfigError(
+            f"evaluation.every={how.every}: "
+            + (f"evaluation.best={how.best} is not scored; choose" if scoring.names else "nothing can be scored;")
+            + f" {' or '.join(scoring.names) or f'name held-out questions with {run_option()}, or leave it out'}"
+        )
+    by = scoring.names[0] if how.best == "auto" else how.best
+    for note in scoring_notes(replace(config, evaluation=how), cache, scorable=True, option=run_option()):
+        _log.info("while training: %s", note)
+
+    def keep(folder: Path, kept: Kept, position: Position, log: Sequence[Mapping[str, Any]]) -> None:
+        own = replace(run, fingerprint=fingerprint([run.fingerprint, kept.step]))
+        write_student(folder, config, own, position, log, best=vars(kept))
+
+    items = scoring.opened.items
+    return Scorer(
+        as_finished=partial(as_finished, run.student),
+        score=scoring.report,
+        keep=keep,
+        by=by,
+        described={
+            "split": split,
+            "limit": how.limit,
+            "scored": {"pairs": len(items.pairs), "questions": len(items.questions)},
+            "by": by,
+        },
+        of=fingerprint([config.data, config.images, by, scoring_options(replace(config, evaluation=how))]),
+    )
+
+
+@contextmanager
+def as_finished(student: StudentModel) -> Iterator[None]:
+    """In the block a student is as it would be saved: adapters merged, in float32, whatever it is trained in."""
+    autocast = vars(student).pop("forward", None)  # accelerate's, around the student's own
+    try:
+        with merged_for_a_while(student):
+            yield
+    finally:
+        if autocast is not None:
+            vars(student)["forward"] = autocast
 
 
 def switch_dropout_off(student: StudentModel) -> None:
@@ -356,27 +444,38 @@ def export(
     final = Path(config.output) / FINAL
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        clean_stale(final.parent, FINAL)
-        lengths = [(str(p.name), p.steps, p.config.batch_size, p.config.rates) for p in run.phases]
-        provenance = {
-            "fingerprint": run.fingerprint,
-            "caches": {public_location(place): found for place, found in run.cache_hashes.items()},
-            "config": config_to_dict(public_config(config)),
-            "encoder": dict(run.encoder_description),
-            "vocabulary": {"entries_read": end.entries_read, "entries_beyond": end.entries_beyond},
-            "origin": describe_origin(config, run.caches, lengths, log),
-        }
-        with new_directory(final) as temporary:
-            save_student_folder(
-                temporary,
-                model=run.student,
-                encoder=run.encoder,
-                image_processor=run.image_processor,
-                source=run.source,
-            )
-            provenance["files"] = list_files(temporary)
-            write_signed(temporary / PROVENANCE, provenance)
-            write_card(temporary, provenance, replaced=final)
-            remove(final)
+        write_student(final, config, run, end, log)
     accelerator.wait_for_everyone()
     return final
+
+
+def write_student(
+    folder: Path, config: TrainConfig, run: Preparation, end: Position, log: Sequence[Mapping[str, Any]], **more: Any
+) -> None:
+    """Write a run's student as it is at a position; ``more`` of what it says of itself. What was there goes."""
+    clean_stale(folder.parent, folder.name)
+    lengths = [
+        (str(phase.name), steps, phase.config.batch_size, phase.config.rates)
+        for phase, steps in zip(run.phases, end.steps_of([phase.steps for phase in run.phases]), strict=False)
+    ]
+    provenance = {
+        "fingerprint": run.fingerprint,
+        "caches": {public_location(place): found for place, found in run.cache_hashes.items()},
+        "config": config_to_dict(public_config(config)),
+        "encoder": dict(run.encoder_description),
+        "vocabulary": {"entries_read": end.entries_read, "entries_beyond": end.entries_beyond},
+        "origin": describe_origin(config, run.caches, lengths, log),
+        **more,
+    }
+    with new_directory(folder) as temporary:
+        save_student_folder(
+            temporary,
+            model=run.student,
+            encoder=run.encoder,
+            image_processor=run.image_processor,
+            source=run.source,
+        )
+        provenance["files"] = list_files(temporary)
+        write_signed(temporary / PROVENANCE, provenance)
+        write_card(temporary, provenance, replaced=folder)
+        remove(folder)

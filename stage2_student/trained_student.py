@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.scores.card import has_edited_card, read_scores, write_card
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.scores.flips import Flips, collect_flips
-from vlm_distill_cache.stage2_student.scores.held_out import open_items, scored_items
+from vlm_distill_cache.stage2_student.scores.held_out import OpenedItems, open_items, scored_items
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
 from vlm_distill_cache.stage2_student.scores.taught import TEACHER, Taught, collect_taught
 from vlm_distill_cache.stage2_student.students.build import load_student
@@ -223,23 +223,81 @@ def evaluate_student(
     Args:
         unfit: Told why there is no comparison with the teacher; None: that is an error.
     """
-    how = config.evaluation
-    opened = open_items(config, student.encoder, cache)
-    compared = EvaluationReport()
+    return open_scoring(student, config, cache, unfit=unfit).report()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What a student is scored on, opened once for however many times: ``evaluate_student`` does it once.
+
+    Attributes:
+        letters: Whether it is asked for letters, too.
+        signals: By what it is compared with the teacher.
+        unfit: Told why there is no comparison with the teacher; None: that is an error.
+    """
+
+    student: Student
+    letters: bool
+    opened: OpenedItems
+    cached: CachedDataset | None
+    signals: Sequence[str]
+    place: str
+    unfit: Callable[[str], None] | None
+
+    @property
+    def names(self) -> list[str]:
+        """The scores of all kinds that there will be, as far as students may be chosen by them; the first matter most."""
+        items, agrees = self.opened.items, self.cached is not None and LogitCodec.signal in self.signals
+        of_pairs = ["likelihood", "likelihood_per_token", *(["letters/mean"] if self.letters else [])]
+        found = [*(of_pairs[:1] if items.pairs else []), *(["questions"] if items.questions else [])]
+        found += ["teacher/top1", "teacher/kl"] if agrees else []
+        return found + (of_pairs[1:] if items.pairs else [])
+
+    def report(self) -> EvaluationReport:
+        """Score the student as it is now."""
+        model, encoder = self.student.model, self.student.encoder
+        compared = EvaluationReport()
+        if self.cached is not None:
+            with _noted(self.place, self.unfit):
+                compared = evaluate_model(model, encoder, EvaluationSet(), cached=self.cached)
+        report = evaluate_model(model, encoder, self.opened.items, letters=self.letters)
+        return EvaluationReport(
+            scores={**report.scores, **compared.scores},
+            items={**report.items, **compared.items},
+            unreadable=self.opened.unreadable,
+        )
+
+
+def open_scoring(
+    student: Student, config: TrainConfig, cache: TeacherCache | None, *, unfit: Callable[[str], None] | None = None
+) -> Scoring:
+    """Open what a student is scored on; arguments as of `evaluate_student`."""
+    how, place = config.evaluation, "" if cache is None else cache.place
+    opened, cached, signals = open_items(config, student.encoder, cache), None, list[str]()
     if how.agreement_samples and cache is not None:
-        try:
-            if cached := join_cached(student, config, cache, limit=how.agreement_samples):
-                compared = evaluate_model(student.model, student.encoder, EvaluationSet(), cached=cached)
-        except DistillError as error:
-            if unfit is None:
-                raise
-            unfit(f"Not compared with the teacher of {cache.place}: {error}")
-    report = evaluate_model(student.model, student.encoder, opened.items, letters=how.letters)
-    return EvaluationReport(
-        scores={**report.scores, **compared.scores},
-        items={**report.items, **compared.items},
-        unreadable=opened.unreadable,
+        with _noted(place, unfit):
+            cached = join_cached(student, config, cache, limit=how.agreement_samples)
+            signals = comparable_signals(student, cache)
+    return Scoring(
+        student=student,
+        letters=how.letters,
+        opened=opened,
+        cached=cached,
+        signals=signals,
+        place=place,
+        unfit=unfit,
     )
+
+
+@contextlib.contextmanager
+def _noted(place: str, unfit: Callable[[str], None] | None) -> Iterator[None]:
+    """Tell ``unfit`` why there is no comparison with a cache's teacher; None: that is an error."""
+    try:
+        yield
+    except DistillError as error:
+        if unfit is None:
+            raise
+        unfit(f"Not compared with the teacher of {place}: {error}")
 
 
 def comparable_signals(student: Student, cache: TeacherCache) -> list[str]:
@@ -311,12 +369,23 @@ def show_flips(
     config: TrainConfig,
     cache: TeacherCache,
     reports: Mapping[str, EvaluationReport],
-) -> list[Flips]:
-    """The items on which two students differ, the one before and the one after; ``reports`` may have the teacher's."""
+) -> tuple[list[Flips], str]:
+    """The items on which two students differ, the one before and the one after; ``reports`` may have the teacher's.
+
+    Returns:
+        What can be shown, and if that is nothing, why.
+    """
     before, after = (reports[name] for name in students)
+    if not (before.items.keys() & after.items.keys() & {"likelihood", "questions"}):
+        return [], "No item was scored by itself."
     unread = before.unreadable or after.unreadable
-    items = scored_items(config, next(iter(students.values())).encoder, cache, all_readable=not unread)
-    return collect_flips(_models(students), (before, after), items, cache, reports.get(TEACHER, EvaluationReport()))
+    try:
+        items = scored_items(config, next(iter(students.values())).encoder, cache, all_readable=not unread)
+    except (ConfigError, DataError) as error:  # they were there when they were scored
+        return [], f"The items that were scored cannot be opened any more: {error}"
+    teacher = reports.get(TEACHER, EvaluationReport())
+    found = collect_flips(_models(students), (before, after), items, cache, teacher)
+    return found, "" if found else "The data are other ones now than those that were scored."
 
 
 def _models(students: Mapping[str, Student]) -> dict[str, tuple[Any, SampleEncoder]]:

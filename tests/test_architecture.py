@@ -27,7 +27,7 @@ ORDER = {  # inside a package, each level imports only what stands before it
     ),
     "stage2_student": (
         "loss_weights pruned_folder final_folder presets", "config", "students batches", "exports", "losses",
-        "training", "scores", "train prune", "trained_student", "suite", "run", "cli",
+        "training", "scores", "trained_student", "train prune", "suite", "run", "cli",
     ),
 }  # fmt: skip
 PACKAGES = tuple(ORDER)

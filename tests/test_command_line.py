@@ -31,17 +31,17 @@ SURFACE = {
     "cachectl repair": "--deep --dry-run --json CACHE",
     "cachectl verify": "--deep --json CACHE",
     "distill compare": "--json --output OUTPUTS",
-    "distill evaluate": "--cache --card --data --images --json --limit --output STUDENT",
+    "distill evaluate": "--cache --card --data --images --json --limit --output --split STUDENT",
     "distill export": "--dtype --json --layout --output --quantise STUDENT",
     "distill import": "--json --output --vision-tower CHECKPOINT",
     "distill push": "--dry-run --json --message --overwrite --public --revision --which REPOSITORY STUDENT",
     "distill report": "--json OUTPUT",
     "distill suite": "--cache --dry-run --images --json --limit --nproc --only --output --prompts BENCHMARKS STUDENT",
     "distill prune": "--data --images --json --keep --output --samples --teacher --template",
-    "distill run": "--cache --config --data --dry-run --extend --images --json --nproc --output --phases --seed --set --sketch "
-    "--student --teacher",
-    "distill train": "--cache --config --data --dry-run --extend --images --json --output --phases --seed --set --sketch "
-    "--student",
+    "distill run": "--cache --config --data --dry-run --extend --images --json --log-with --nproc --output --phases --seed "
+    "--set --sketch --student --teacher",
+    "distill train": "--cache --config --data --dry-run --extend --images --json --log-with --output --phases --seed "
+    "--set --sketch --student",
     "teacher-cache advise": "--answers --budget --cache --config --data --eval-data --images --json --limit "
     "--max-gradient-error --output --samples --set --signals --store --student --student-set --student-steps --teacher",
     "teacher-cache build": "--answers --cache --config --data --dry-run --estimate --images --json --limit --nproc --overwrite "

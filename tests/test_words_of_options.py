@@ -74,7 +74,7 @@ def test_words_of_other_trainers_reach_the_same_options_from_every_place(tmp_pat
     config = found[0]
     assert config == dataclasses.replace(
         config, student="mobilevlm-tiny", output=str(tmp_path / "o"), data="shapes", clip=2.0, dtype="bfloat16",
-        checkpoint_every=7, log_every=8, keep_checkpoints=9, num_workers=3, gradient_checkpointing=True, report_to="none",
+        checkpoint_every=7, log_every=8, keep_checkpoints=9, num_workers=3, gradient_checkpointing=True, report_to=(),
         lora=LoraConfig(rank=4, alpha=5.0, dropout=0.5), max_length=99,
     )  # fmt: skip
     for name in PHASE_NAMES:
@@ -111,8 +111,9 @@ def test_what_holds_for_all_phases_stands_under_what_a_phase_says_in_the_same_pl
         (TrainConfig, "dft.gradient_accumulation_steps=4", r"dft\.gradient_accumulation_steps=4 .*Write batch_size="),
         (TrainConfig, "warmup_steps=9", "share of a phase's steps"),
         (TrainConfig, "lr_scheduler_type=linear", r"expected cosine or constant"),
-        (TrainConfig, "report_to=wandb", r"report_to=wandb .*tensorboard or none.*log\.jsonl"),
-        (TrainConfig, "report_to=[tensorboard, wandb]", "report_to"),
+        (TrainConfig, "report_to=wandbb", r"'wandbb'; expected one of 'tensorboard', 'wandb', 'mlflow', 'trackio'"),
+        (TrainConfig, "report_to=[wandb, wandb]", r"report_to.*without repetition"),
+        (TrainConfig, "report_to=all", r"'all'; expected one of 'tensorboard'"),
         (TrainConfig, "fp16=true", "Write dtype=bfloat16"),
         (TrainConfig, "bf16=maybe", "expected true or false"),
         (TrainConfig, "bf16", "expected true or false"),
@@ -125,7 +126,7 @@ def test_what_holds_for_all_phases_stands_under_what_a_phase_says_in_the_same_pl
         (TrainConfig, "losses={logits: 2}", r"write dft\.losses$"),
         (TrainConfig, "alpha=0.5", r"write dft\.losses\.logits"),
         (TrainConfig, "dataset_dir=x", "images=FOLDER"),
-        (TrainConfig, "eval_steps=5", "distill evaluate"),
+        (TrainConfig, "eval_strategy=epoch", r"evaluation\.every=STEPS"),
         (TrainConfig, "save_strategy=epoch", "checkpoint_every"),
         (TrainConfig, "run_name=x", "write output=FOLDER"),
         (BuildConfig, "kd_temperature=2", r"dft\.losses\.temperature=2 in stage two"),
@@ -266,7 +267,10 @@ def test_what_other_trainers_write_for_nothing_says_nothing():
     ):  # fmt: skip
         assert stage_two(nothing) == TrainConfig(**NEEDED), nothing
     for nothing in ("[]", "no", "off", "false", "none", "null"):
-        assert stage_two(f"report_to={nothing}").report_to == "none"
+        assert stage_two(f"report_to={nothing}").report_to == ()
+    assert stage_two("log_with=wandb,mlflow") == stage_two("report_to=[wandb, mlflow]")
+    assert stage_two("log_with=trackio").report_to == ("trackio",)
+    assert TrainConfig(**NEEDED, report_to="none").report_to == ()  # as Python callers had it
     assert stage_two("dataset=d", "cutoff_len=7", "lora_rank=3", "global_batch_size=5") == stage_two(
         "data=d", "max_length=7", "lora.rank=3", "batch_size=5"
     )

@@ -114,8 +114,8 @@ def failed_lines(cache_dir: Path) -> Iterator[str]:
             yield f"{one_line(name)}: {brief(reason)}"
 
 
-def cache_values(cache_dir: Path) -> dict[str, Any]:
-    """What `describe_cache` says, for programs; the first `_MAX_FAILURES` failed samples by id and reason."""
+def cache_values(cache_dir: Path, *, all_failed: bool = False) -> dict[str, Any]:
+    """What `describe_cache` says, for programs; failed samples by id and reason: the first `_MAX_FAILURES`, or all."""
     plan = read_plan(cache_dir)
     manifest = read_manifest(cache_dir) if (cache_dir / MANIFEST).exists() else None
     totals, missing = _count(cache_dir, plan)
@@ -139,7 +139,10 @@ def cache_values(cache_dir: Path) -> dict[str, Any]:
         "pictures": totals.pictures,
         "unknown_words": totals.unknown,
         "failed": totals.failures.total,
-        "failures": [{"sample_id": name, "reason": reason} for name, reason in islice(failed, _MAX_FAILURES)],
+        "failures": [
+            {"sample_id": name, "reason": reason}
+            for name, reason in islice(failed, None if all_failed else _MAX_FAILURES)
+        ],
         "stored_bytes": totals.stored,
         "decoded_bytes": {
             name: sum(totals.decoded_by_field[field.name] for field in fields) for name, fields in groups.items()

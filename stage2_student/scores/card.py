@@ -246,6 +246,7 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
     facts = [
         ("student", markdown(student)),
         ("run", markdown_code(provenance["fingerprint"])),
+        *_kept(provenance.get("best", {})),
         *((f"export: {key}", markdown_code(export[key])) for key in ("layout", "dtype", "quantise") if export.get(key)),
         *(fact for number, cache in enumerate(caches, 1) for fact in _facts(cache, number if len(caches) > 1 else 0)),
         *(
@@ -304,6 +305,14 @@ Versions: {", ".join(versions) or "not stated"}.
   trained on at most {provenance["encoder"]["max_length"]} tokens.{needs}
 - Names and licences above are what the makers of cache and data state.
 """
+
+
+def _kept(best: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of a student that was kept while a run trained: when and why."""
+    if not best:
+        return []
+    why = f"the best by {markdown_code(best['by'])} ({best['value']:.4g}) of those scored on the way"
+    return [("kept", f"after step {best['step']} of run {markdown_code(best['run'])}, {why}")]
 
 
 def shown_model(given: Any) -> str:

@@ -23,7 +23,7 @@ from vlm_distill_cache.data.sample import EvaluationSet, Question, questions_of
 from vlm_distill_cache.data.sources.mixture import MIXTURES, is_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints, splits_and_limits
-from vlm_distill_cache.stage2_student.config import EvaluationConfig, TrainConfig
+from vlm_distill_cache.stage2_student.config import EvaluationConfig, Split, TrainConfig
 from vlm_distill_cache.stage2_student.scores.card import CardScores
 from vlm_distill_cache.stage2_student.scores.results import MEMORISED, SCORES_MEMORISED, EvaluationReport
 from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
@@ -94,16 +94,26 @@ def probe_items(config: TrainConfig, cache: TeacherCache) -> list[str]:
     if config.evaluation.data is not None:
         opened = _open(config, encoder, cache)
         scorable = bool(opened.items.pairs or opened.items.questions)
-        notes = scoring_notes(config, cache, scorable=scorable, option=_run_option())
+        notes = scoring_notes(config, cache, scorable=scorable, option=run_option())
         return [*notes, *filter(None, [unreadable_note(opened.unreadable)])]
     # The cache was built from this data: a look at some is enough.
     items = open_evaluation(data, config.evaluation.split, config.evaluation.limit, images=_images_of(config))
     step = max(1, len(items.questions) // PROBED_QUESTIONS)
     readable = any(_fault(item, encoder) is None for item in items.questions[::step])
-    return scoring_notes(config, cache, scorable=bool(items.pairs) or readable, option=_run_option())
+    return scoring_notes(config, cache, scorable=bool(items.pairs) or readable, option=run_option())
 
 
-def _run_option() -> str:
+def split_on_the_way(config: TrainConfig, cache: TeacherCache | None) -> Split:
+    """Of which split items are taken while a student trains: of ``validation`` where the data have it."""
+    try:
+        open_dataset(_data_of(config, cache), split="validation", images=_images_of(config), strict=True)
+    except DataError:
+        return config.evaluation.split
+    return "validation"
+
+
+def run_option() -> str:
+    """How other data to score on are named where students are trained."""
     return f"{by_make('EVAL_DATA=FILE or ')}--set evaluation.data=FILE"
 
 
@@ -215,7 +225,7 @@ def _data_of(config: TrainConfig, cache: TeacherCache | None) -> str:
     named = config.evaluation.data or config.data
     if named:
         return named
-    remedy = f"name it with {EVALUATE_OPTION} (for distill run also {_run_option()})"
+    remedy = f"name it with {EVALUATE_OPTION} (for distill run also {run_option()})"
     if cache is None:
         raise ConfigError(
             f"no data to score on is named, and the cache {config.cache}, which would tell, cannot be opened; {remedy}"

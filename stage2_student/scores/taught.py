@@ -20,8 +20,9 @@ from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
 from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile, grid_tile
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import Record
+from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.live import as_tensors
-from vlm_distill_cache.common.codecs.logits import LogitCodec
+from vlm_distill_cache.common.codecs.logits import LogitCodec, LogitRows
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.pixels import image_hash
@@ -75,6 +76,7 @@ class Taught:
     Attributes:
         answer: What the cache was made with.
         written: Whether the teacher wrote it.
+        teacher: What the teacher held for most likely at each of its tokens; empty where the cache has no logits.
         picture: Longer side ``PICTURE_SIDE`` pixels.
         said: What each student answers, in its own words.
         words: Of the answer, at most ``MOST_WORDS``.
@@ -85,6 +87,7 @@ class Taught:
     question: str
     answer: str
     written: bool
+    teacher: str
     picture: PIL.Image.Image | None
     said: Mapping[str, str]
     words: Sequence[Word]
@@ -135,7 +138,8 @@ def collect_taught(
         if not answers:
             continue
         turn, row = _most_telling(answers, maps.get(TEACHER), alone=sample.independent_turns)
-        words = _words(record, cache, text, answers[turn], maps)
+        logits = _logits(record, cache)
+        words = _words(record, logits, text, answers[turn], maps)
         places = [rows for _, rows in text.words(record["labels"].tolist()) if rows[0] in answers[turn]]
         asked = sample.turns[turn] if turn < len(sample.turns) else sample.turns[-1]
         found.append(
@@ -143,7 +147,8 @@ def collect_taught(
                 sample_id=sample.sample_id,
                 question=asked.question or "(a caption)",
                 answer=asked.answer,
-                written="answers" in cache.plan.signals,
+                written=AnswersCodec.signal in cache.plan.signals,
+                teacher=_best(logits, answers[turn], text),
                 picture=picture,
                 said={name: _say(one, sample, asked.question, len(answers[turn])) for name, one in models.items()},
                 words=words,
@@ -161,8 +166,7 @@ def teachers_words(
     Returns:
         None where the cache has no logits, or not this answer to this picture.
     """
-    settings = cache.plan.signals.get(LogitCodec.signal)
-    if settings is None or sample_id not in cache:
+    if LogitCodec.signal not in cache.plan.signals or sample_id not in cache:
         return None
     record = cache.read(sample_id)
     labels = record["labels"].tolist()
@@ -170,9 +174,18 @@ def teachers_words(
         return None
     for rows in _answers(labels, text):
         if text.decode([labels[row] for row in rows]).strip() == answer.strip():
-            best = LogitCodec.from_dict(settings).decode(record).token_ids[rows.start : rows.stop, 0].tolist()
-            return text.decode(best).strip()
+            return _best(_logits(record, cache), rows, text)
     return None
+
+
+def _logits(record: Record, cache: TeacherCache) -> LogitRows[np.ndarray] | None:
+    settings = cache.plan.signals.get(LogitCodec.signal)
+    return None if settings is None else LogitCodec.from_dict(settings).decode(record)
+
+
+def _best(logits: LogitRows[np.ndarray] | None, rows: range, text: TokenText) -> str:
+    """The most likely token of each row, as text."""
+    return "" if logits is None else text.decode(logits.token_ids[rows.start : rows.stop, 0].tolist()).strip()
 
 
 def _answers(labels: Sequence[int], text: TokenText) -> list[range]:
@@ -201,10 +214,12 @@ def _most_telling(answers: Sequence[range], seen: tuple[Tensor, Tensor] | None, 
 
 
 def _words(
-    record: Record, cache: TeacherCache, text: TokenText, rows: range, maps: Mapping[str, tuple[Tensor, Tensor]]
+    record: Record,
+    logits: LogitRows[np.ndarray] | None,
+    text: TokenText,
+    rows: range,
+    maps: Mapping[str, tuple[Tensor, Tensor]],
 ) -> list[Word]:
-    settings = cache.plan.signals.get(LogitCodec.signal)
-    logits = None if settings is None else LogitCodec.from_dict(settings).decode(record)
     found = []
     for word, own in text.words(record["labels"].tolist()):
         if own[0] not in rows:

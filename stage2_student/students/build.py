@@ -40,8 +40,13 @@ from vlm_distill_cache.common.models.vision_tower import TowerConfig
 from vlm_distill_cache.data.families.images import published_images
 from vlm_distill_cache.data.images.encoder import ImageEncoder
 from vlm_distill_cache.data.text.processors import load_image_processor
-from vlm_distill_cache.stage2_student.config import choose_size
-from vlm_distill_cache.stage2_student.students.presets import STUDENTS, fit_size, load_preset, student_folder
+from vlm_distill_cache.stage2_student.students.presets import (
+    STUDENTS,
+    choose_size,
+    fit_size,
+    load_preset,
+    student_folder,
+)
 
 _Stored = TypeVar("_Stored")
 

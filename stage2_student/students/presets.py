@@ -17,6 +17,10 @@ from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.locations import by_make, nearest, nearest_path
 
+# A student should be clearly smaller than its teacher: widths up to each bound get the size beside it. The
+# published pairing is teacher MobileVLM_V2-7B (4096) -> student V2-1.7B.
+AUTO_SIZES = ((512, "tiny"), (4096, "1.7b"))
+LARGEST = "3b"
 SIZES_OF: dict[str, tuple[str, ...]] = {
     "mobilevlm": ("tiny", "1.7b", "3b"),
     "mobilevlm-v1": ("tiny", "1.7b", "3b"),
@@ -146,3 +150,11 @@ def _read_preset(name: str) -> dict[str, Any]:
     text = (resources.files("vlm_distill_cache.stage2_student.presets") / f"{name}.yaml").read_text(encoding="utf-8")
     preset: dict[str, Any] = yaml.safe_load(text)
     return preset
+
+
+def choose_size(teacher_hidden_size: int) -> str:
+    """Pick a size by the width of the teacher's language model."""
+    for bound, size in AUTO_SIZES:
+        if teacher_hidden_size <= bound:
+            return size
+    return LARGEST

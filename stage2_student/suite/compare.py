@@ -15,7 +15,7 @@ import click
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import FOLDER, say
-from vlm_distill_cache.common.terminal.general import JSON, answer
+from vlm_distill_cache.common.terminal.general import JSON, Command, answer, complete_folder
 from vlm_distill_cache.common.terminal.result_files import ResultFile, marked
 from vlm_distill_cache.stage2_student.final_folder import FINAL, read_provenance
 from vlm_distill_cache.stage2_student.scores.metrics import Score
@@ -251,8 +251,8 @@ def name_outputs(folders: Sequence[Path]) -> dict[str, Path]:
     raise AssertionError("different paths have different parts")
 
 
-@click.command()
-@click.argument("outputs", nargs=-1, required=True, type=FOLDER, metavar="OUTPUT...")
+@click.command(cls=Command)
+@click.argument("outputs", nargs=-1, required=True, type=FOLDER, metavar="OUTPUT...", shell_complete=complete_folder)
 @click.option(
     "--output",
     "page",

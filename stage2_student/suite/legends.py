@@ -11,6 +11,7 @@ _WHAT = (
     (r"(first|second)_positive", "Share of items where this right caption scores above the wrong one."),
     (r"yes_caption", "Share of right captions that are said to fit: P(yes) above one half."),
     (r"yes_foil", "Share of wrong captions that are said not to fit: P(yes) of one half at most."),
+    (r"^yes$", "Share of items where what is right gets a higher P(yes) than what is wrong."),
     (r"group", "Share of items where all pictures get their captions and all captions their pictures."),
     (r"text", "Share of items where each picture prefers its own caption."),
     (r"image", "Share of items where each caption prefers its own picture."),

@@ -304,18 +304,16 @@ def _benchmark(
 def _groups(
     outputs: Mapping[str, SuiteOutput], benchmark: str, measures: Mapping[str, Mapping[str, Any]]
 ) -> list[Group]:
-    """Measures without subsets together, the others each with its own; units are not mixed."""
-    bases: dict[str, list[str]] = {}
-    for name in measures:
-        bases.setdefault(name.partition("/")[0], []).append(name)
+    """All whole measures together by their unit, then the subsets of the first; the table has those of the others, too."""
+    first = next(iter(measures), "")
     groups: dict[tuple[str, int], list[tuple[str, Sequence[Score | None]]]] = {}
-    for base, names in bases.items():
-        for name in names:
-            one = measures[name]
-            scores = [_score(_measure(output, benchmark, name)) for output in outputs.values()]
-            heading = measures.get(base, one)["heading"] if len(names) > 1 else ""
-            row = "all" if name == base and len(names) > 1 else one["heading"]
-            groups.setdefault((heading, one["factor"]), []).append((row, scores))
+    for name, one in measures.items():
+        base, _, subset = name.partition("/")
+        if subset and base != first:
+            continue
+        heading = f"{measures[first]['heading']}, by subset" if subset else "all items"
+        scores = [_score(_measure(output, benchmark, name)) for output in outputs.values()]
+        groups.setdefault((heading, one["factor"]), []).append((one["heading"], scores))
     return [Group(heading, factor, rows) for (heading, factor), rows in groups.items()]
 
 

@@ -14,7 +14,8 @@ import logging
 import os
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -89,6 +90,10 @@ class Position:
             entries_beyond=self.entries_beyond + entries[1],
         )
 
+    def steps_of(self, phases: Sequence[int]) -> list[int]:
+        """How many steps are done of each phase that has begun, of phases of so many steps."""
+        return [*phases[: self.phase], *([self.step] if self.step else [])]
+
     def is_of(self, phases: Sequence[tuple[int, int]]) -> bool:
         """Whether a run of phases, each of (steps, batch size), stands here after some step."""
         if not all(type(value) is int and value >= 0 for value in asdict(self).values()) or self.phase >= len(phases):
@@ -134,6 +139,16 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
+
+
+@contextmanager
+def kept_random_numbers() -> Iterator[None]:
+    """Whatever the block draws, numbers drawn behind it are those that would have been drawn without it."""
+    before = _random_state()
+    try:
+        yield
+    finally:
+        _restore_random_state(before)
 
 
 def write_checkpoint(
@@ -291,14 +306,12 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     check(state, _RULE, str(path), remedy="it is left out")
     if (state["fingerprint"], state["position"]) != (checkpoint.fingerprint, asdict(checkpoint.position)):
         raise CacheFormatError(f"{path}: of another position or run than {STATE}")
-    before = _random_state()
     try:
-        taken = max(int(of_one["step"]) for of_one in state["optimizer"]["state"].values())
-        _restore_random_state(state["random"])
+        with kept_random_numbers():
+            taken = max(int(of_one["step"]) for of_one in state["optimizer"]["state"].values())
+            _restore_random_state(state["random"])
     except _MISFITS as error:
         raise CacheFormatError(f"{path}: optimizer or random numbers are not as they were written: {error}") from error
-    finally:
-        _restore_random_state(before)
     if taken != checkpoint.position.step:
         raise CacheFormatError(f"{path}: the optimizer has taken {taken} steps, not {checkpoint.position.step}")
     return state

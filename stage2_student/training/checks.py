@@ -48,6 +48,7 @@ from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.students.encoder import knows_boxes
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
+from vlm_distill_cache.stage2_student.training.trackers import refuse_missing
 
 PROBED_SAMPLES = 8
 _log = logging.getLogger(__name__)
@@ -189,6 +190,8 @@ def check_machine(
                 micro_batch_count(phase.batch_size, world_size=processes, micro_batch_size=phase.micro_batch_size)
             except ConfigError as error:
                 raise ConfigError(f"phase {name}: {error}") from error
+    with each():
+        refuse_missing(config.report_to)
     with each():
         lora = any(config.phase(name).trainable == "lora" for name in config.phases)
         if lora and importlib.util.find_spec("peft") is None:

@@ -1,4 +1,4 @@
-"""One JSON object an optimizer step, and the same curves for TensorBoard.
+"""One JSON object an optimizer step, and the same curves for trackers.
 
 Losses stay tensors until ``flush``: reading a number from an accelerator at every step would make the host
 wait for it. On resume, lines after the checkpoint are cut away, so that no step appears twice. What is logged is
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import parse_json, read_bounded, write_bytes_atomic
 from vlm_distill_cache.common.files.signed import refuse_out_of_reach
-from vlm_distill_cache.stage2_student.config import PHASE_NAMES
+from vlm_distill_cache.stage2_student.config import PHASE_NAMES, Tracker
+from vlm_distill_cache.stage2_student.training.trackers import Trackers
 
 LOG = "log.jsonl"
 TIMES = ("step_s", "samples_per_s", "data_wait")
@@ -82,21 +82,33 @@ def _parse_record(line: bytes, where: str) -> dict[str, Any] | None:
     return record if sound else None
 
 
-def summarise(log: Sequence[Mapping[str, Any]]) -> str:
-    """Steps, speed, waiting and last losses of each phase, as a text table."""
-    lines = []
+def phase_values(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each phase: ``phase``, ``steps``, ``seconds``, ``samples_per_s``, ``data_wait`` (a share), ``last`` (losses)."""
+    values = []
     for phase in dict.fromkeys(str(record["phase"]) for record in log):
         records = [record for record in log if record["phase"] == phase]
         seconds = max(sum(record["step_s"] for record in records), 1e-9)
-        samples = sum(record["samples_per_s"] * record["step_s"] for record in records)
-        waited = sum(record["data_wait"] * record["step_s"] for record in records)
-        last = {k: v for k, v in records[-1].items() if k not in NOT_LOSSES}
-        lines.append(
-            f"{phase}: {len(records)} steps, {seconds:.0f} s, {samples / seconds:.1f} samples/s, "
-            f"data_wait {100 * waited / seconds:.1f} %; last "
-            + ", ".join(f"{name} {value:.3f}" for name, value in last.items())
+        values.append(
+            {
+                "phase": phase,
+                "steps": len(records),
+                "seconds": seconds,
+                "samples_per_s": sum(record["samples_per_s"] * record["step_s"] for record in records) / seconds,
+                "data_wait": sum(record["data_wait"] * record["step_s"] for record in records) / seconds,
+                "last": {name: value for name, value in records[-1].items() if name not in NOT_LOSSES},
+            }
         )
-    return "\n".join(lines)
+    return values
+
+
+def summarise(log: Sequence[Mapping[str, Any]]) -> str:
+    """`phase_values` as a text table."""
+    return "\n".join(
+        f"{found['phase']}: {found['steps']} steps, {found['seconds']:.0f} s, {found['samples_per_s']:.1f} samples/s, "
+        f"data_wait {100 * found['data_wait']:.1f} %; last "
+        + ", ".join(f"{name} {value:.3f}" for name, value in found["last"].items())
+        for found in phase_values(log)
+    )
 
 
 class TrainingLog:
@@ -113,11 +125,16 @@ class TrainingLog:
         *,
         done: Sequence[tuple[str, int]],
         flush_every: int = 1,
-        curves: bool = True,
+        trackers: Sequence[Tracker] = (),
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the log, keeping the steps of the phases, by name and steps, that are ``done``.
 
-        ``done`` is empty for a fresh start; ``flush_every`` is in steps; ``curves`` are for TensorBoard.
+        ``done`` is empty for a fresh start; ``flush_every`` is in steps; ``trackers`` draw the curves, and services among
+        them are told the ``settings``, nested plain values.
+
+        Raises:
+            ConfigError: If a tracker does not start.
         """
         resume_step = sum(steps for _, steps in done)
         self._accelerator = accelerator
@@ -125,14 +142,13 @@ class TrainingLog:
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self.records: list[dict[str, Any]] = []
         self._path = output / LOG
-        self._writer: SummaryWriter | None = None
+        self._trackers: Trackers | None = None
         if accelerator.is_main_process:
             if resume_step:
                 self.records = [record for record in read_log(output, done) if record["step"] <= resume_step]
             text = "".join(json.dumps(record) + "\n" for record in self.records)
             write_bytes_atomic(self._path, text.encode())
-            if curves:
-                self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=resume_step + 1)
+            self._trackers = Trackers(trackers, output, done=resume_step, settings=settings or {})
 
     def add(self, losses: dict[str, Tensor], **values: Any) -> None:
         """Remember one step.
@@ -161,13 +177,17 @@ class TrainingLog:
                     record = {**values, **dict(zip(losses, row, strict=True))}
                     self.records.append(record)
                     file.write(json.dumps(record) + "\n")
-                    for name, value in record.items():
-                        if isinstance(value, float) and self._writer is not None:
-                            self._writer.add_scalar(f"train/{name}", value, record["step"])
+                    self.draw("train", record, step=record["step"])
         self._pending.clear()
+
+    def draw(self, group: str, values: Mapping[str, Any], *, step: int) -> None:
+        """Show the floats among some values of a step, counted from 1, by the trackers alone."""
+        if self._trackers is not None:
+            floats = {f"{group}/{name}": value for name, value in values.items() if isinstance(value, float)}
+            self._trackers.log(floats, step=step)
 
     def close(self) -> None:
         """Write what is left and close the files."""
         self.flush()
-        if self._writer is not None:
-            self._writer.close()
+        if self._trackers is not None:
+            self._trackers.close()

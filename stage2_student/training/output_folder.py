@@ -16,7 +16,7 @@ from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.stage2_student.config import TrainConfig
 
 CONFIG, STAMP = "config.yaml", "run.json"
-_FILES = (CONFIG, "log.jsonl", STAMP, "table.txt", "report.html", "evaluation.json")
+_FILES = (CONFIG, "log.jsonl", STAMP, "table.txt", "report.html", "evaluation.json", "evaluation.jsonl")
 
 
 @contextmanager
@@ -56,7 +56,10 @@ def refuse_misplaced(output: Path) -> None:
     Raises:
         ConfigError: Naming the first one.
     """
-    kinds = {**dict.fromkeys(("checkpoints", "tensorboard", "sft", "distilled"), True), **dict.fromkeys(_FILES, False)}
+    kinds = {
+        **dict.fromkeys(("checkpoints", "tensorboard", "sft", "distilled", "best"), True),
+        **dict.fromkeys(_FILES, False),
+    }
     for name, is_folder in kinds.items():
         path = output / name
         if os.path.lexists(path) and not (path.is_dir() if is_folder else path.is_file() or path.is_symlink()):

@@ -6,7 +6,8 @@ Every phase of adapters begins with new ones and ends by merging them, as the re
 its phases; the merged ones stay in the checkpoint, and are merged again, in order, when the run resumes.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -109,6 +110,35 @@ def merge_adapters(student: Any) -> None:
         setattr(layers.get_submodule(parent), child, adapter.get_base_layer())
     if hasattr(layers, "peft_config"):
         del layers.peft_config
+
+
+@contextmanager
+@torch.no_grad()
+def merged_for_a_while(student: Any) -> Iterator[None]:
+    """In the block the student is as `merge_adapters` leaves it; behind it, it is what it was, bit for bit.
+
+    Where there are adapters, main memory holds the decoder's linear weights once more meanwhile.
+    """
+    if not adapter_parameters(student):
+        yield
+        return
+    from peft.tuners.lora import LoraLayer
+
+    layers = decoder_layers(student)
+    adapted = [(name, module) for name, module in layers.named_modules() if isinstance(module, LoraLayer)]
+    before = [adapter.get_base_layer().weight.detach().to("cpu", copy=True) for _, adapter in adapted]
+    settings = getattr(layers, "peft_config", None)
+    merge_adapters(student)
+    try:
+        yield
+    finally:
+        for (name, adapter), weight in zip(adapted, before, strict=True):
+            parent, _, child = name.rpartition(".")
+            setattr(layers.get_submodule(parent), child, adapter)
+            adapter.get_base_layer().weight.copy_(weight)
+            adapter.merged_adapters.clear()
+        if settings is not None:
+            layers.peft_config = settings
 
 
 @torch.no_grad()

@@ -289,4 +289,5 @@ def bytes_to_write(config: TrainConfig, parts: StudentParts) -> int:
     whole: int = sum(parameter.numel() for parameter in model.parameters())
     full = any(config.phase(name).trainable in ("all", "tower") for name in config.phases)
     trained: int = sum(parameter.numel() for parameter in model.trainable_parameters("dft" if full else "dpt"))
-    return whole * _FLOAT + (config.keep_checkpoints + 1) * trained * _OPTIMIZER
+    students = 1 if config.evaluation.every is None else 3  # the best one, and that which takes its place
+    return students * whole * _FLOAT + (config.keep_checkpoints + 1) * trained * _OPTIMIZER

@@ -22,10 +22,15 @@ from vlm_distill_cache.common.hub import hub_name, model_folder
 from vlm_distill_cache.common.recipes import Recipe, split_recipe
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.sources.mixture import own_caches
-from vlm_distill_cache.stage2_student.config import MODELS, PHASE_NAMES, TrainConfig, choose_size
+from vlm_distill_cache.stage2_student.config import MODELS, PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD, kept_share, read_settings
-from vlm_distill_cache.stage2_student.students.presets import LIBRARY_STUDENTS, STUDENTS, split_student_name
+from vlm_distill_cache.stage2_student.students.presets import (
+    LIBRARY_STUDENTS,
+    STUDENTS,
+    choose_size,
+    split_student_name,
+)
 
 PRESETS = Path(__file__).parents[1] / "presets"
 

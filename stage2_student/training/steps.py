@@ -85,13 +85,13 @@ def build_optimizer(
 
 def load_steps(
     phase: PreparedPhase, accelerator: Accelerator, first: int, num_workers: int
-) -> Iterator[tuple[list[TrainingBatch], Callable[[], dict[str, float]]]]:
+) -> Iterator[tuple[list[TrainingBatch], Callable[[float], dict[str, float]]]]:
     """This process's micro-batches of each step left, made ahead of time, with a progress bar.
 
     Yields:
         The micro-batches, and a function that gives the step's ``step_s`` (seconds since the step before),
         ``samples_per_s`` (all processes) and ``data_wait`` (share of the step spent waiting for data) once
-        it is done.
+        it is done, of its time without so many seconds.
     """
     size = phase.config.batch_size
     world = accelerator.num_processes
@@ -120,10 +120,10 @@ def load_steps(
             # A step's random numbers are its own (LoRA's dropout): the same after a resume, others on each process.
             torch.manual_seed(step_seed(phase.shuffle.seed, phase.name, step, accelerator.process_index))
 
-            def timing() -> dict[str, float]:
+            def timing(without: float) -> dict[str, float]:
                 nonlocal began, waited
                 now = time.perf_counter()
-                seconds, wait = max(now - began, 1e-9), items.waited - waited
+                seconds, wait = max(now - began - without, 1e-9), items.waited - waited
                 began, waited = now, items.waited
                 return {"step_s": seconds, "samples_per_s": size / seconds, "data_wait": wait / seconds}
 

@@ -40,7 +40,8 @@ def in_two_processes(tiny_cache, tmp_path_factory):
         if not (folder / "done").exists():
             folder.mkdir(exist_ok=True)
             made = {"plain": train_runs.make_config, "lora": lora_runs.make_config}
-            configs = [make(tiny_cache[0], folder / name) for name, make in made.items()]
+            scored = {"evaluation": train_runs.ON_THE_WAY}
+            configs = [make(tiny_cache[0], folder / name, **scored) for name, make in made.items()]
             configs.append(tower_runs.make_config(tower_runs.mixed_cache(folder / "mixed"), folder / "tower"))
             train_in_two_processes(folder, *configs)
             (folder / "done").touch()

@@ -6,6 +6,8 @@ from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.stage2_student.config import TrainConfig
 
 LOSSES = ("total", "lm", "logits", "answer_attention", "visual_columns", "visual_map")
+# Scored at steps 3, 6, ... and the last.
+ON_THE_WAY = {"every": 3, "items": 1, "letters": False, "agreement_samples": 4, "best": "teacher/kl"}
 
 
 def make_config(cache, output, **changes):

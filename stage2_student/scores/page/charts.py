@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.page.elements import colour, keys, table, tabs, words
-from vlm_distill_cache.stage2_student.scores.results import format_score
+from vlm_distill_cache.stage2_student.scores.results import HEADLINE, format_score
 
 _WIDTH, _HEIGHT = 500, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 20, 14, 32  # around the curves, for numbers at phone size
@@ -69,23 +69,43 @@ def _bar(score: Score, low: float, high: float, place: int, model: str) -> str:
 
 def curves(group: str, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Running means of all losses of some runs, in three views; ``group`` is unique on the page, ``logs`` as of `read_log`."""
-    series = _loss_series(logs)
-    places = {run: place for place, run in enumerate(logs)}
-    breaks = {run: _breaks(records) for run, records in logs.items()}
-    views = {"linear axis": False, "log axis": True}
-    panes = {
-        name: "".join(_card(term, _chart(of, places, breaks, log=log)) for term, of in series.items())
-        for name, log in views.items()
-    } | {"table": "".join(_card(term, _table(of)) for term, of in series.items())}
+    series = {f"loss: {term}": of for term, of in _loss_series(logs).items()}
     if not series:
         return "<p>No training log was found.</p>"
-    return f"<p>{keys(list(logs))}</p>" + tabs(
-        group, {name: f'<div class="row">{pane}</div>' for name, pane in panes.items()}
+    return _views(group, series, {run: _breaks(records) for run, records in logs.items()})
+
+
+def scored_on_the_way(group: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The headline scores of students while they trained, in three views; ``runs`` as of `read_evaluations`."""
+    series = {}
+    for name, heading, factor in HEADLINE:
+        found = {
+            run: [
+                (float(line["step"]), factor * float(line["scores"][name]["value"]))
+                for line in lines
+                if name in line["scores"]
+            ]
+            for run, lines in runs.items()
+        }
+        series[heading] = {run: points for run, points in found.items() if points}
+    series = {heading: of for heading, of in series.items() if of}
+    return _views(group, series, {run: [] for run in runs}) if series else ""
+
+
+def _views(group: str, series: Mapping[str, Mapping[str, Points]], breaks: Mapping[str, Sequence[float]]) -> str:
+    """Charts of some series by their titles, of each the points by run; ``breaks`` are the steps to mark of each run."""
+    places = {run: place for place, run in enumerate(breaks)}
+    panes = {
+        view: "".join(_card(title, _chart(of, places, breaks, log=log)) for title, of in series.items())
+        for view, log in {"linear axis": False, "log axis": True}.items()
+    } | {"table": "".join(_card(title, _table(of)) for title, of in series.items())}
+    return f"<p>{keys(list(breaks))}</p>" + tabs(
+        group, {view: f'<div class="row">{pane}</div>' for view, pane in panes.items()}
     )
 
 
-def _card(term: str, content: str) -> str:
-    return f'<div class="card"><figcaption>loss: {words(term)}</figcaption>{content}</div>'
+def _card(title: str, content: str) -> str:
+    return f'<div class="card"><figcaption>{words(title)}</figcaption>{content}</div>'
 
 
 def _loss_series(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Points]]:
@@ -157,7 +177,9 @@ def _chart(
             )
         path = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
         lines.append(f'<polyline points="{path}" fill="none" stroke="{colour(places[run])}" stroke-width="1.8"/>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img">{"".join(lines)}</svg>'
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" aria-label="curves">{"".join(lines)}</svg>'
+    )
 
 
 def _table(series: Mapping[str, Points]) -> str:

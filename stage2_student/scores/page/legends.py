@@ -45,6 +45,10 @@ CURVES = (
     "Each loss before its weight, as docs/method.md defines it; total is their weighted sum, which is what is minimised. "
     "Trailing means over a fortieth of the run. Dashed: another phase begins, with other losses."
 )
+ON_THE_WAY = (
+    "The headline scores at every so many steps (evaluation.every), by the code of `distill evaluate`, on fewer items and by "
+    "default on the split validation: they tell how a training went, and are not to be compared with those above."
+)
 _CHOICE = "Share of caption pairs where the right caption is chosen"
 _SCORES = {
     "likelihood": f"{_CHOICE}: log p(caption | picture), summed over its tokens, is higher than the wrong one's. 50 is chance.",

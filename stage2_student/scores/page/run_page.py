@@ -14,7 +14,7 @@ from vlm_distill_cache.common.printing import size_words
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.scores.card import reproduce
 from vlm_distill_cache.stage2_student.scores.flips import Flip, Flips
-from vlm_distill_cache.stage2_student.scores.page.charts import bars, curves
+from vlm_distill_cache.stage2_student.scores.page.charts import bars, curves, scored_on_the_way
 from vlm_distill_cache.stage2_student.scores.page.elements import (
     choices,
     code,
@@ -33,6 +33,7 @@ from vlm_distill_cache.stage2_student.scores.page.legends import (
     FLIPS,
     GAIN,
     INTERVAL,
+    ON_THE_WAY,
     TAUGHT,
     explain,
     verdict,
@@ -53,8 +54,10 @@ class RunPage:
         facts: What was run, in words.
         cost: Of each model, by the names of `legends.COST`; what is not known is absent.
         curves: The logged steps of each student (``read_log``).
+        on_the_way: What each student was scored while it trained (``read_evaluations``).
         evaluations: By model, the baseline first.
         compared: The two models of which the page says what the second gains over the first.
+        no_flips: Why ``flips`` are empty.
         provenance: What `PROVENANCE` says of the second: configuration, caches, fingerprints.
         notes: What the scores do not tell.
     """
@@ -63,9 +66,11 @@ class RunPage:
     facts: Mapping[str, str] = field(default_factory=dict)
     cost: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    on_the_way: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     evaluations: Mapping[str, EvaluationReport] = field(default_factory=dict)
     compared: tuple[str, str] | None = None
     flips: Sequence[Flips] = ()
+    no_flips: str = ""
     taught: Sequence[Taught] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -73,20 +78,20 @@ class RunPage:
 
 def render_run_page(path: Path, page: RunPage) -> None:
     """Write the page of a run."""
-    headlines, details = table_rows(page.evaluations, page.compared)
     models = list(page.evaluations)
-    scores = {
-        "Headline": _headline(page, headlines, models),
-        "Scores": bars(score_groups(page.evaluations), models)
-        + score_table([*headlines, *details], models)
-        + legend({"interval": INTERVAL, **explain([*headlines, *details])}),
-        "Wins and losses": "".join(map(_flips, page.flips)),
-        "Beside the teacher": _taught(page.taught),
-    }
+    headlines, details = table_rows(page.evaluations, page.compared)
     body = sections(
         {
-            **(scores if models else {"Scores": "<p>No evaluation was run.</p>"}),
-            "Training": curves("curves", page.curves) + legend({"loss": CURVES}),
+            "Headline": _headline(page, headlines, models) if models else "<p>No evaluation was run.</p>",
+            "Scores": bars(score_groups(page.evaluations), models)
+            + score_table([*headlines, *details], models)
+            + legend({"interval": INTERVAL, **explain([*headlines, *details])})
+            if models
+            else "",
+            "Wins and losses": "".join(map(_flips, page.flips))
+            or (page.no_flips and f"<p>{words(page.no_flips, 2000)}</p>"),
+            "Beside the teacher": _taught(page.taught),
+            "Training": curves("curves", page.curves) + legend({"loss": CURVES}) + _on_the_way(page.on_the_way),
             "Provenance": _provenance(page.provenance),
         }
     )
@@ -137,7 +142,7 @@ def _flips(flips: Flips) -> str:
         f'{"" if cards[outcome] else ", none to show"}</h3><div class="row">{cards[outcome]}</div>'
         for outcome, (mark, tells) in _TELLS.items()
     )
-    unknown = "" if any(one.teacher for one in flips.shown) else f"<p>{_UNASKED}</p>"
+    unknown = "" if not flips.shown or any(one.teacher for one in flips.shown) else f"<p>{_UNASKED}</p>"
     return f"<h3>{words(flips.heading)}</h3>{counts}{unknown}{shown}{legend(FLIPS)}"
 
 
@@ -156,19 +161,20 @@ def _taught(taught: Sequence[Taught]) -> str:
     if not taught:
         return ""
     cards = "".join(_answer(one, f"words-{place}") for place, one in enumerate(taught))
+    maps = any(word.looks for one in taught for word in one.words)
+    told = " The brighter a place, the more a model looks there while it says the word; each map has its own scale."
     return (
         "<p>Samples of the cache: the answer that was taught, what the students say of their own, and what the teacher held "
-        "for most likely. Step through the words by a click or the arrow keys; the brighter a place, the more a model looks there "
-        f'while it says the word; each map has its own scale.</p><div class="row">{cards}</div>{legend(TAUGHT)}'
+        f"for most likely. Step through the words by a click or the arrow keys.{told if maps else ''}</p>"
+        f'<div class="row">{cards}</div>{legend(TAUGHT)}'
     )
 
 
 def _answer(taught: Taught, group: str) -> str:
     """One answer, with a button for each word."""
-    teachers = " ".join(word.likely[0][0] for word in taught.words if word.likely)
     said = {
         "teacher's own answer" if taught.written else "answer in the data": taught.answer,
-        **({"teacher, word by word": teachers} if teachers else {}),
+        **({"teacher, word by word": taught.teacher} if taught.teacher else {}),
         **{name: text or "(nothing)" for name, text in taught.said.items()},
     }
     rows = "".join(f"<dt>{words(name, 60)}</dt><dd>{words(text)}</dd>" for name, text in said.items())
@@ -207,6 +213,11 @@ def _view(taught: Taught, name: str) -> str:
 def _mass(look: Look) -> str:
     alike = "" if look.cosine is None else f", cosine {look.cosine:.2f}"
     return f"{100 * look.image_mass:.0f} % on the picture{alike}"
+
+
+def _on_the_way(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    charts = scored_on_the_way("scores", runs)
+    return f"<h3>Scores while training</h3>{charts}{legend({'score': ON_THE_WAY})}" if charts else ""
 
 
 def _provenance(provenance: Mapping[str, Any]) -> str:

@@ -231,12 +231,15 @@ def cache(tmp_path):
     return tmp_path / "cache"
 
 
-def test_documents_of_cache_commands_hold_what_the_cache_does(cache, tmp_path):
+def test_documents_of_cache_commands_hold_what_the_cache_does(cache, tmp_path, monkeypatch):
     rows = sum(len(make_record(p)["labels"]) for p in range(10) if p != FAILED)
     found = document(cachectl, "inspect", cache, "--json")
     assert (found["samples"], found["rows"], found["failed"], found["sealed"]) == (9, rows, 1, True)
     assert [failure["sample_id"] for failure in found["failures"]] == [sample_id(FAILED)]
     assert found["fidelity"]["kl"] == 0.25
+    monkeypatch.setattr("vlm_distill_cache.common.tools.inspect._MAX_FAILURES", 0)
+    failures = [document(cachectl, "inspect", cache, *more, "--json")["failures"] for more in ([], ["--failed"])]
+    assert [len(listed) for listed in failures] == [0, found["failed"]]
     record = document(cachectl, "inspect", cache, sample_id(0), "--json")
     assert record["labels"] == make_record(0)["labels"].tolist()
     assert [row["target"] for row in record["rows"]] == record["labels"]

@@ -84,7 +84,7 @@ def test_other_questions_than_the_teacher_answered_are_refused(written):
 
 def test_a_run_on_written_answers_is_scored_against_the_teacher_on_them(written, tmp_path):
     from vlm_distill_cache.stage2_student.train import train
-    from vlm_distill_cache.stage2_student.trained_student import draw_overlays, join_cached, open_student
+    from vlm_distill_cache.stage2_student.trained_student import join_cached, open_student, show_taught
 
     config = config_from_dict(
         TrainConfig,
@@ -96,4 +96,6 @@ def test_a_run_on_written_answers_is_scored_against_the_teacher_on_them(written,
     cached = join_cached(student, config, cache, limit=4)
     assert cached is not None
     assert all(len(cached.load(place).targets["logits"].token_ids) for place in range(len(cached)))
-    assert len(draw_overlays(student, config, cache)) == 2
+    taught = show_taught({"distilled": student}, config, cache)
+    assert [one.written for one in taught] == [True, True]
+    assert all(one.words and one.said["distilled"] is not None for one in taught)

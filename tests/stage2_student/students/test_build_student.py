@@ -10,9 +10,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.models.projectors import TeacherProjector
-from vlm_distill_cache.stage2_student.config import choose_size
 from vlm_distill_cache.stage2_student.students.build import build_config, find_student, load_student
-from vlm_distill_cache.stage2_student.students.presets import load_preset
+from vlm_distill_cache.stage2_student.students.presets import choose_size, load_preset
 
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 

@@ -9,9 +9,10 @@ from transformers import Idefics3Config, LlamaForCausalLM, Qwen2ForCausalLM
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.models.compodistill import CompoDistillForConditionalGeneration
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMForConditionalGeneration
-from vlm_distill_cache.stage2_student.config import AUTO_SIZES, LARGEST
 from vlm_distill_cache.stage2_student.students.build import build_config
 from vlm_distill_cache.stage2_student.students.presets import (
+    AUTO_SIZES,
+    LARGEST,
     LIBRARY_STUDENTS,
     SIZES_OF,
     describe_students,

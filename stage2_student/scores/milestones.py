@@ -1,0 +1,225 @@
+"""Scores while a student trains: a line each in ``evaluation.jsonl``, and the best student so far as a folder of its own.
+
+Whatever happens here, the training stays what it is, to the last bit: random numbers are put back, adapters taken out
+again. A step is scored before its checkpoint is written, so that a training which goes on from there knows the scores of all
+steps before; lines of later steps are cut away then, and come again. The folder ``best`` says itself of which step it is.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from vlm_distill_cache.common.cache.document_rules import EVALUATION
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, DistillError
+from vlm_distill_cache.common.files.atomic import parse_json, read_bounded, write_bytes_atomic
+from vlm_distill_cache.common.files.rules import FLAG, check, record, text, whole
+from vlm_distill_cache.common.files.signed import refuse_out_of_reach
+from vlm_distill_cache.stage2_student.final_folder import BEST, look_at_final
+from vlm_distill_cache.stage2_student.scores.results import HEADLINE, EvaluationReport
+from vlm_distill_cache.stage2_student.training.checkpoint import Position, kept_random_numbers
+from vlm_distill_cache.stage2_student.training.log import TrainingLog
+
+EVALUATIONS = "evaluation.jsonl"
+_LOWER_IS_BETTER = ("teacher/kl",)
+_LINE = record({"step": whole(1, 1 << 60), "phase": text(100), "best": FLAG}, free=True)
+_MOST_BYTES = 1 << 30
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Which student lies in ``best``.
+
+    Attributes:
+        step: Optimizer steps of the run that it has had.
+        by: The score that it is best by.
+        value: That score.
+        of: Fingerprint of how and on what it was scored: others cannot be compared.
+        run: Fingerprint of the run.
+    """
+
+    step: int
+    by: str
+    value: float
+    of: str
+    run: str
+
+    def beats(self, other: "Kept | None") -> bool:
+        """Whether this student takes the other's place; the same step again does."""
+        if other is None or other.of != self.of or other.step == self.step:
+            return True
+        return self.value < other.value if self.by in _LOWER_IS_BETTER else self.value > other.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """How a student is scored and kept, on the main process.
+
+    Attributes:
+        as_finished: In its block the student is as it would be if its training ended here.
+        score: Scores it.
+        keep: Writes it into a folder, which says so; told the position and the log so far.
+        by: The score that the best one is chosen by.
+        described: What each line says of how it was scored.
+        of: Fingerprint of that.
+    """
+
+    as_finished: Callable[[], AbstractContextManager[None]]
+    score: Callable[[], EvaluationReport]
+    keep: Callable[[Path, Kept, Position, Sequence[Mapping[str, Any]]], None]
+    by: str
+    described: Mapping[str, Any]
+    of: str
+
+
+class Milestones:
+    """The steps of a training at which its student is scored; all processes pass by, the main one scores.
+
+    Attributes:
+        lines: Of all steps so far, those before a resume included; the main process's.
+    """
+
+    def __init__(
+        self, output: Path, accelerator: Accelerator, scorer: Scorer | None, *, every: int | None, last: int, run: str
+    ) -> None:
+        """Begin, in a fresh training.
+
+        Args:
+            output: The training's folder.
+            accelerator: Of all its processes.
+            scorer: The main process's; None: the others, or nothing is scored.
+            every: Steps between two; None: there are none.
+            last: The last step of the run, which is one.
+            run: Fingerprint of the run.
+        """
+        self._output, self._accelerator, self._scorer = output, accelerator, scorer
+        self._every, self._last, self._run = every, last, run
+        self.lines: list[dict[str, Any]] = []
+        self._best: Kept | None = None
+        self._seconds = 0.0
+
+    def resume(self, position: Position, *, earlier: str | None) -> None:
+        """Go on behind a position: lines of later steps are cut away.
+
+        Args:
+            position: Of the checkpoint; the first one of a fresh training.
+            earlier: Fingerprint of a shorter training that is gone on with.
+
+        Raises:
+            ConfigError: If ``best`` is of another run.
+        """
+        if self._scorer is None:
+            return
+        self.lines = [line for line in read_evaluations(self._output) if line["step"] <= position.total_steps]
+        self._output.mkdir(parents=True, exist_ok=True)
+        content = "".join(json.dumps(line) + "\n" for line in self.lines)
+        write_bytes_atomic(self._output / EVALUATIONS, content.encode())
+        self._best = read_kept(self._output, runs={self._run, *([earlier] if earlier else [])})
+
+    def seconds(self) -> float:
+        """How long the last one took; 0 from then on."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def reach(self, position: Position, phase: str, log: TrainingLog) -> None:
+        """Score the student, if it is time; every process calls this after every step."""
+        step = position.total_steps
+        if self._every is None or (step % self._every and step != self._last):
+            return
+        log.flush()  # of all processes, and so that trackers are told of steps in their order
+        began = time.perf_counter()
+        if self._scorer is not None:
+            with kept_random_numbers(), self._scorer.as_finished():
+                self._score(self._scorer, position, phase, log)
+        self._accelerator.wait_for_everyone()
+        self._seconds += time.perf_counter() - began
+
+    def _score(self, scorer: Scorer, position: Position, phase: str, log: TrainingLog) -> None:
+        began, step = time.perf_counter(), position.total_steps
+        try:
+            report = scorer.score()
+        except DistillError as error:  # a picture that is gone, say: no reason to lose a training
+            _log.warning("step %d: not scored: %s", step, error)
+            return
+        scores = report.to_dict()["scores"]
+        found = Kept(step=step, by=scorer.by, value=report.scores[scorer.by].value, of=scorer.of, run=self._run)
+        if is_best := found.beats(self._best):
+            scorer.keep(self._output / BEST, found, position, log.records)
+            self._best = found
+        line = {"step": step, "phase": phase, **scorer.described, "seconds": round(time.perf_counter() - began, 3)}
+        if report.unreadable:
+            line["unreadable"] = dict(report.unreadable)
+        self.lines.append({**line, "best": is_best, "scores": scores})
+        with (self._output / EVALUATIONS).open("a") as file:
+            file.write(json.dumps(self.lines[-1]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        log.draw("eval", {name: float(score.value) for name, score in report.scores.items()}, step=step)
+        shown = [
+            (heading, factor, report.scores[name].value) for name, heading, factor in HEADLINE if name in report.scores
+        ]
+        said = ", ".join(f"{heading.removesuffix(', %')} {factor * value:.1f} %" for heading, factor, value in shown)
+        _log.info("step %d of %d: %s%s", step, self._last, said, f"; the best so far is in {BEST}" if is_best else "")
+
+
+def read_evaluations(output: Path) -> list[dict[str, Any]]:
+    """The scores of a training's steps, in order: of each ``step``, ``phase``, ``split``, ``limit``, ``best``, ``scores``.
+
+    What cannot be read is left out, and said in a line; the unfinished last line of a killed training is nothing to mention.
+
+    Raises:
+        ConfigError: If the system does not let it be read.
+    """
+    path = output / EVALUATIONS
+    try:
+        lines = read_bounded(path, max_bytes=_MOST_BYTES).split(b"\n")
+    except FileNotFoundError:
+        return []
+    except CacheFormatError as error:
+        refuse_out_of_reach(path, error)
+        _log.warning("scores while training are left out: %s", error)
+        return []
+    found: dict[int, dict[str, Any]] = {}
+    for number, written in enumerate(filter(None, lines), 1):
+        try:
+            line = parse_json(written, f"{path}, line {number}")
+            for rule in (EVALUATION, _LINE):
+                check(line, rule, str(path))
+            found[line["step"]] = line
+        except CacheFormatError:
+            if written is not lines[-1]:
+                _log.warning("%s: line %d is damaged and left out; this changes no student", path, number)
+    return [found[step] for step in sorted(found)]
+
+
+def read_kept(output: Path, *, runs: Collection[str] = ()) -> Kept | None:
+    """What lies in ``best``; None if there is nothing, or it is damaged, which is said.
+
+    ``runs`` are the fingerprints of runs that it may be of; none: of any.
+
+    Raises:
+        ConfigError: If it is of another run, or nothing that was kept on the way.
+    """
+    folder = output / BEST
+    try:
+        found, damage = look_at_final(folder)
+    except FileNotFoundError:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} holds no student that was kept while this one trained; move it away") from None
+        return None
+    if damage:
+        _log.warning("%s: damaged, and written again where a step is better than none: %s", folder, damage[0])
+        return None
+    if "best" not in found or (runs and found["best"]["run"] not in runs):
+        raise ConfigError(
+            f"{folder} belongs to another run (configuration, cache or data differ); use another --output, or delete that folder"
+        )
+    return Kept(**found["best"])

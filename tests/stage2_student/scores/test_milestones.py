@@ -1,0 +1,124 @@
+"""When a student is scored on the way, which one is kept, and what is read of what was left."""
+
+import contextlib
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.stage2_student.final_folder import BEST
+from vlm_distill_cache.stage2_student.scores.metrics import Score
+from vlm_distill_cache.stage2_student.scores.milestones import (
+    EVALUATIONS,
+    Kept,
+    Milestones,
+    Scorer,
+    read_evaluations,
+    read_kept,
+)
+from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
+from vlm_distill_cache.stage2_student.training.checkpoint import Position
+from vlm_distill_cache.stage2_student.training.log import TrainingLog
+
+
+def drawn():
+    return torch.rand(1).item(), np.random.rand(), random.random()  # noqa: NPY002
+
+
+def reach_all(output, values, *, by="likelihood", every=2):
+    """Pass by as many steps as there are values; of each step that is scored, the value. Returns what was kept."""
+    kept, current = [], {}
+    output.mkdir(exist_ok=True)
+
+    def score():
+        drawn()
+        if current["value"] is None:
+            raise SampleError("a.png is gone; put it back")
+        return EvaluationReport(scores={by: Score(value=current["value"], low=0.0, high=1.0, items=4)})
+
+    scorer = Scorer(
+        as_finished=contextlib.nullcontext,
+        score=score,
+        keep=lambda folder, found, position, log: kept.append((found.step, folder, position.total_steps, len(log))),
+        by=by,
+        described={"split": "validation", "limit": 4},
+        of="how",
+    )
+    accelerator = Accelerator(cpu=True)
+    scored = Milestones(output, accelerator, scorer, every=every, last=len(values), run="run")
+    scored.resume(Position(), earlier=None)
+    log = TrainingLog(output, accelerator, done=[], flush_every=100)
+    torch.manual_seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    for step, value in enumerate(values, 1):
+        current["value"] = value
+        log.add({"total": torch.tensor(1.0)}, step=step, phase="dft")
+        scored.reach(Position(total_steps=step), "dft", log)
+    after = torch.get_rng_state(), np.random.get_state()[1], random.getstate()  # noqa: NPY002
+    assert torch.equal(before[0], after[0])
+    assert (before[1] == after[1]).all()
+    assert before[2] == after[2]
+    return scored, kept
+
+
+@pytest.mark.parametrize(
+    ("by", "values", "best"),
+    [
+        ("likelihood", [0.9, 0.5, 0.9, 0.5, 0.9, 0.6, 0.7], [2, 6, 7]),  # of equal ones the first; the last step, too
+        ("teacher/kl", [0.0, 0.5, 0.0, 0.6, 0.0, 0.4], [2, 6]),
+        ("likelihood", [0.0], [1]),
+    ],
+)
+def test_the_best_of_the_scored_steps_is_kept(tmp_path, by, values, best):
+    scored, kept = reach_all(tmp_path, values, by=by)
+    steps = sorted({*range(2, len(values) + 1, 2), len(values)})
+    assert [step for step, *_ in kept] == best == [line["step"] for line in scored.lines if line["best"]]
+    assert all(folder == tmp_path / BEST and step == total == logged for step, folder, total, logged in kept)
+    assert [(line["step"], line["scores"][by]["value"]) for line in read_evaluations(tmp_path)] == [
+        (step, values[step - 1]) for step in steps
+    ]
+    assert scored.seconds() > 0 == scored.seconds()
+
+
+def test_a_step_that_cannot_be_scored_is_said_and_passed_over(tmp_path, caplog):
+    scored, kept = reach_all(tmp_path, [0.1, None, 0.1, 0.2])
+    assert [line["step"] for line in scored.lines] == [4] == [step for step, *_ in kept]
+    assert "step 2: not scored: a.png is gone" in caplog.text
+
+
+def test_without_scorer_nothing_is_written(tmp_path):
+    scored = Milestones(tmp_path, Accelerator(cpu=True), None, every=None, last=2, run="run")
+    scored.resume(Position(), earlier=None)
+    scored.reach(Position(total_steps=2), "dft", None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_lines_are_left_out_and_named_but_a_killed_ones_last(tmp_path, caplog):
+    reach_all(tmp_path, [0.1, 0.2, 0.3, 0.4])
+    whole = (tmp_path / EVALUATIONS).read_text()
+    line = json.loads(whole.splitlines()[0])
+    broken = [{**line, "step": 0}, {**line, "step": "2"}, {**line, "scores": {"likelihood": 3}}, {"step": 3}, [3], None]
+    text = "".join(f"{json.dumps(entry)}\n" for entry in broken)
+    (tmp_path / EVALUATIONS).write_text(text + whole + whole[:40])
+    assert [found["step"] for found in read_evaluations(tmp_path)] == [2, 4]
+    assert caplog.text.count("is damaged and left out") == len(broken)
+
+
+def test_others_best_students_are_compared_only_where_they_were_scored_alike():
+    one = Kept(step=2, by="likelihood", value=0.5, of="how", run="run")
+    assert one.beats(None)
+    assert one.beats(Kept(step=4, by="questions", value=0.9, of="otherwise", run="run"))
+    assert one.beats(Kept(step=2, by="likelihood", value=0.9, of="how", run="run"))  # the same step, trained again
+    assert not one.beats(Kept(step=4, by="likelihood", value=0.5, of="how", run="run"))
+
+
+def test_a_folder_of_that_name_that_is_no_kept_student_is_not_touched(tmp_path):
+    assert read_kept(tmp_path) is None
+    (tmp_path / BEST).mkdir()
+    (tmp_path / BEST / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds no student that was kept.*move it away"):
+        reach_all(tmp_path, [0.1, 0.2])

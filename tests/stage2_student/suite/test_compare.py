@@ -1,0 +1,176 @@
+"""Runs and suites side by side: gains over the first where the items are the same, and a refusal of all else."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from page_inputs import write_suite
+
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.files.signed import read_signed, write_signed
+from vlm_distill_cache.stage2_student.cli import main
+from vlm_distill_cache.stage2_student.scores.metrics import paired_difference
+from vlm_distill_cache.stage2_student.suite.compare import name_outputs
+from vlm_distill_cache.stage2_student.suite.legends import explain_measures
+from vlm_distill_cache.stage2_student.suite.measures import gain
+from vlm_distill_cache.stage2_student.suite.page import SuiteOutput, write_suite_page
+
+
+def compare(tmp_path, *folders, code=0):
+    """The page and the document of `distill compare --json`; of a failure what it says."""
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(main, ["compare", *map(str, folders), "--output", str(page), "--json"])
+    assert result.exit_code == code, result.output
+    return (page.read_text(), json.loads(result.stdout)) if not code else result.output
+
+
+def rewrite(path, change):
+    stored = read_signed(path)
+    stored.pop("checksum", None)
+    change(stored)
+    write_signed(path, stored)
+
+
+def test_gains_between_runs_are_paired_and_wins_are_counted(finished, copied, tmp_path):
+    generator = np.random.default_rng(0)
+    first = read_signed(finished.output / "evaluation.json")["distilled"]["items"]
+    other = {
+        name: {kind: generator.integers(0, 2, len(of)).tolist() for kind, of in kinds.items()}
+        for name, kinds in first.items()
+    }
+    expected = {name: paired_difference(other[name], first[name]).to_dict() for name in first}
+
+    def change(stored):
+        stored["distilled"]["items"] = other
+        for name, gained in expected.items():
+            stored["distilled"]["scores"][name]["value"] += gained["value"]
+
+    rewrite(copied / "evaluation.json", change)
+    shutil.move(copied, tmp_path / "other")
+    page, told = compare(tmp_path, finished.output, tmp_path / "other")
+    assert told["runs"]["other"]["gain_over_first"] == expected
+    assert told["runs"]["run"]["gain_over_first"] == {}
+    assert told["notes"] == []
+    flat = [
+        (new, old)
+        for name in ("likelihood",)
+        for kind, of in other[name].items()
+        for new, old in zip(of, first[name][kind], strict=True)
+    ]
+    counts = [
+        sum(new == old == 1 for new, old in flat),
+        sum(new > old for new, old in flat),
+        sum(new < old for new, old in flat),
+    ]
+    row = re.search(r"<td>other: captions by likelihood, %</td>((?:<td>\d+</td>)+)", page)[1]
+    assert [int(count) for count in re.findall(r"\d+", row)][:3] == counts
+    assert page.count("<polyline") > 0
+
+
+def test_runs_on_other_items_have_no_gain_and_the_page_says_in_what_they_differ(finished, copied, tmp_path):
+    rewrite(copied / "run.json", lambda stored: stored["evaluation"].update(split="validation", agreement_samples=9))
+    shutil.move(copied, tmp_path / "other")
+    page, told = compare(tmp_path, finished.output, tmp_path / "other")
+    assert told["runs"]["other"]["gain_over_first"] == {}
+    assert told["runs"]["other"]["gain_over_baseline"]
+    assert len(told["notes"]) == 1
+    assert "other was scored on other items than run (split validation there, test here)" in told["notes"][0]
+    assert told["notes"][0] in page
+
+
+def test_what_is_no_finished_run_is_refused(finished, copied, tmp_path):
+    rewrite(copied / "run.json", lambda stored: stored.update(finished=None))
+    assert "is not finished; run the same `distill run` command again" in compare(
+        tmp_path, finished.output, copied, code=1
+    )
+    (tmp_path / "empty").mkdir()
+    said = compare(tmp_path, finished.output, tmp_path / "empty", code=1)
+    assert "neither run.json" in said
+    assert "summary.json" in said
+    assert "given twice" in compare(tmp_path, finished.output, finished.output, code=1)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_gains_between_suites_are_those_of_their_measures(tmp_path):
+    before, after = (write_suite(tmp_path / name, seed=seed, name=name) for seed, name in enumerate(("a", "b")))
+    page, told = compare(tmp_path, tmp_path / "a", tmp_path / "b")
+    found = told["suites"]["b"]["sugarcrepe"]["gain_over_first"]
+    assert found == {
+        name: gain(after[name], before[name], (after, before)).to_dict() for name in after if name != "precision"
+    }
+    units = {
+        part: dict(zip(of[part].units, of[part].hits, strict=True))
+        for of in (before,)
+        for part in ("likelihood/swap", "likelihood/add")
+    }
+    old = {unit: hit for part in units.values() for unit, hit in part.items()}
+    new = {unit: hit for part in units for unit, hit in zip(after[part].units, after[part].hits, strict=True)}
+    counts = [
+        sum(new[unit] == old[unit] for unit in old),
+        sum(new[unit] > old[unit] for unit in old),
+        sum(new[unit] < old[unit] for unit in old),
+    ]
+    heads = re.search(r"<th>alike</th><th>b better</th><th>a better</th></tr><tr>((?:<td>\d+</td>)+)", page)
+    assert [int(count) for count in re.findall(r"\d+", heads[1])] == counts
+    won = next(unit for unit in new if new[unit] > old[unit])
+    assert f"<td>{won}</td><td>0</td><td>1</td><td>a on {won}</td><td>b on {won}</td>" in page
+
+
+def test_the_page_of_a_suite_tells_all_that_its_summary_does(tmp_path):
+    measures = write_suite(tmp_path / "a", seed=0)
+    text = write_suite_page(tmp_path / "a").read_text()
+    entry = SuiteOutput(tmp_path / "a").summary["benchmarks"]["sugarcrepe"]
+    for measure in entry["measures"]:
+        if measure["value"] is not None:
+            assert (
+                f"{100 * measure['value']:.1f} <small>[{100 * measure['low']:.1f}, {100 * measure['high']:.1f}]" in text
+            )
+    for said in (
+        "2 items are not scored: no picture",
+        "a note",
+        "stray.json",
+        "no known layout",
+        "SugarCrepe",
+        "published",
+    ):
+        assert said in text
+    explained = explain_measures(entry["measures"])
+    assert {measure.heading or name for name, measure in measures.items() if "/" not in name} <= explained.keys()
+    assert "gain</th>" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("summary.json", lambda stored: stored.pop("benchmarks"), "summary.json"),
+        ("summary.json", lambda stored: stored["benchmarks"].update({"../b": stored["benchmarks"]["sugarcrepe"]}), "no name of a"),
+        ("sugarcrepe/measures.json", lambda stored: stored["measures"][1]["hits"].pop(), "do not belong together"),
+        ("sugarcrepe/measures.json", lambda stored: stored["measures"][0].update(parts=["likelihood"]), "do not belong together"),
+        ("sugarcrepe/measures.json", lambda stored: stored["measures"][1]["of"].append("1"), "a list of numbers"),
+        ("sugarcrepe/measures.json", None, "is missing"),
+    ],
+)  # fmt: skip
+def test_damaged_suites_are_refused_with_the_remedy(tmp_path, name, change, said):
+    for seed, folder in enumerate(("a", "b")):
+        write_suite(tmp_path / folder, seed=seed)
+    path = tmp_path / "b" / name
+    stored = json.loads(path.read_text())
+    if change is None:
+        path.unlink()
+    else:
+        change(stored)
+        path.write_text(json.dumps(stored))
+    output = compare(tmp_path, tmp_path / "a", tmp_path / "b", code=1)
+    assert said in output
+    assert "distill suite` command again" in output
+
+
+def test_folders_of_one_name_are_told_apart_by_those_around_them(tmp_path):
+    folders = [tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / "y" / "other"]
+    assert list(name_outputs(folders)) == ["x/run", "y/run", "y/other"]
+    assert list(name_outputs(folders[1:])) == ["run", "other"]
+    with pytest.raises(ConfigError, match="given twice"):
+        name_outputs([folders[0], tmp_path / "x" / ".." / "x" / "run"])

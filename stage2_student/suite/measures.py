@@ -57,7 +57,7 @@ def score(measure: Measure, others: Mapping[str, Measure], *, resamples: int = R
     Returns:
         None where a denominator is 0: nothing was called yes, say, and there is no precision.
     """
-    found = [_ratios([part], part.units, resamples) for part in _parts(measure, others)]
+    found = [_ratios([part], part.units, resamples, place) for place, part in enumerate(_parts(measure, others))]
     return _combined(measure, found, sum(len(part.units) for part in _parts(measure, others)))
 
 
@@ -78,10 +78,10 @@ def gain(
     if tuple(after.parts) != tuple(before.parts):
         return None
     found, units = [], 0
-    for one, other in zip(_parts(after, others[0]), _parts(before, others[1]), strict=True):
+    for place, (one, other) in enumerate(zip(_parts(after, others[0]), _parts(before, others[1]), strict=True)):
         known = set(other.units)
         shared = [unit for unit in one.units if unit in known]
-        found.append(_ratios([one, other], shared, resamples))
+        found.append(_ratios([one, other], shared, resamples, place))
         units += len(shared)
     return _combined(after, found, units)
 
@@ -91,11 +91,11 @@ def _parts(measure: Measure, others: Mapping[str, Measure]) -> list[Measure]:
 
 
 def _ratios(
-    measures: Sequence[Measure], units: Sequence[str], resamples: int
+    measures: Sequence[Measure], units: Sequence[str], resamples: int, number: int
 ) -> tuple[float, NDArray[np.float64]] | None:
     """The ratio of the first, less that of the second if there is one, over some units; and that of each resample ``[S]``.
 
-    Both are resampled alike. A resample without a denominator counts as the ratio itself.
+    Both are resampled alike; parts of another ``number`` are not. A resample without a denominator counts as the ratio itself.
     """
     columns = []
     for measure in measures:
@@ -106,7 +106,7 @@ def _ratios(
     whole = table.sum(axis=0)
     if not len(units) or (whole[1::2] <= 0).any():
         return None
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng([0, number])  # parts that are drawn alike would rise and fall together
     sums = np.empty((resamples, table.shape[1]))
     # Units of equal counts are drawn as one: the same distribution, and 214,000 answers have ten values.
     table, counts = np.unique(table, axis=0, return_counts=True)  # [at most U, 2 or 4]

@@ -46,6 +46,22 @@ def test_gains_are_paired_by_unit_and_not_by_place():
     assert found.low > 0
 
 
+def test_parts_are_resampled_apart():
+    """The interval of a mean of equal parts is narrower than that of one; alike draws would leave it as wide."""
+    parts = [mean_measure(f"a/{part}", [str(unit) for unit in range(40)], [1.0, 0.0] * 20) for part in range(9)]
+    mean = Measure(name="a", parts=[part.name for part in parts])
+    whole, one = score(mean, named(*parts)), score(parts[0], {})
+    assert whole is not None
+    assert one is not None
+    assert (whole.high - whole.low) * 3 == pytest.approx(one.high - one.low, rel=0.15)
+    worse = [mean_measure(part.name, part.units, [0.0, 1.0] * 20) for part in parts]
+    difference = gain(mean, mean, (named(*parts), named(*worse)))
+    alone = gain(parts[0], worse[0], ({}, {}))
+    assert difference is not None
+    assert alone is not None
+    assert (difference.high - difference.low) * 3 == pytest.approx(alone.high - alone.low, rel=0.15)
+
+
 def test_parts_are_averaged_without_weights_or_added_up():
     few, many = mean_measure("a/few", ["1", "2"], [1, 1]), mean_measure("a/many", ["3", "4", "5", "6"], [0, 0, 0, 1])
     mean = Measure(name="a", parts=["a/few", "a/many"])

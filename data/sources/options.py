@@ -255,7 +255,8 @@ def _columns(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], bo
     for letters, least, sure in ((LETTERS, "A", True), (LETTERS.lower(), "ab", False)):
         named = [letter for letter in letters if letter in entry]
         filled = [letter for letter in named if _is_filled(entry[letter])]
-        if len(filled) > 1 and (sure or {*least} <= {*filled}) and least[0] in named:
+        texts = sure or all(isinstance(entry[letter], str) for letter in filled)  # a and b may be anything
+        if len(filled) > 1 and texts and (sure or {*least} <= {*filled}) and least[0] in named:
             yield f"{filled}", {letter.upper(): entry[letter] for letter in named}, sure
     columns: dict[str, dict[str, Any]] = {}
     for key, value in entry.items():

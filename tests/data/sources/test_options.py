@@ -57,6 +57,7 @@ def test_options_under_any_key_reach_the_prompt(options, answer):
         ({"choices": ["cat", "dog"], "answer": "It barks."}, "Who?\nA. cat\nB. dog", "It barks."),
         ({"option_1": "cat", "option_2": "dog", "answer": "It barks."}, "Who?", "It barks."),
         ({"options": [], "choices": "[]", "answer": "A"}, "Who?", "A"),
+        ({"a": 3, "b": 4, "answer": "1"}, "Who?", "1"),
         # Options that the question only mentions are no letters that can be answered.
         (
             {"question": "A cat or a dog?", "A": "cat", "B": "dog", "answer": "B"},

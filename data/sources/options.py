@@ -207,6 +207,8 @@ def _listed(value: Any, key: str) -> Options | None:
     if isinstance(value, Mapping):
         lettered = {"A", "B"} <= value.keys()
         value, first = _of_object(value, key)
+    if not isinstance(value, str | int | float | list | tuple | None):
+        raise SampleError(f"{key!r} holds what can be answered, but no texts: {brief(value)}")
     if not isinstance(value, list | tuple) or not value:
         return None
     texts = [_of_item(item, place, key) for place, item in enumerate(value)]

@@ -97,6 +97,7 @@ def test_an_answer_is_a_letter_where_it_chooses_one(entry, question, answer):
         ({"choices": ["B", "A"], "answer": "A"}, "option A by its letter or number .* option B by its text"),
         ({"choices": ["a.png", "b.png"], "answer": "A"}, "'choices' holds pictures to choose from"),
         ({"choices": ["cat", ["dog"]], "answer": "A"}, "option 2 is no text: list"),
+        ({"choices": b"\x89PNG", "answer": "A"}, "'choices' holds what can be answered, but no texts"),
         (
             {"options": {"temperature": 1, "top_p": 2}, "answer": "A"},
             "'options' holds what can be answered, but not by letter",

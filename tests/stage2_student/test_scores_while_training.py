@@ -13,7 +13,6 @@ from click.testing import CliRunner
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.final_folder import BEST, read_final, read_provenance
-from vlm_distill_cache.stage2_student.run import scoring_options
 from vlm_distill_cache.stage2_student.scores.milestones import EVALUATIONS, read_evaluations, read_kept
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.training.checkpoint import CHECKPOINTS
@@ -130,10 +129,3 @@ def test_in_mixed_precision_the_student_is_scored_as_it_is_saved(tiny_cache, tmp
     assert line["best"]
     command = ["evaluate", str(tmp_path / "run" / BEST), "--split", "validation", "--limit", "1", "--json"]
     assert json.loads(CliRunner().invoke(main, command).stdout)["scores"] == line["scores"]
-
-
-def test_scoring_on_the_way_changes_nothing_of_what_a_run_is(tiny_cache, tmp_path):
-    plain, scored = (
-        train_runs.make_config(tiny_cache[0], tmp_path, **more) for more in ({}, {"evaluation": {"every": 3}})
-    )
-    assert scoring_options(plain) == scoring_options(scored)

@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 from vlm_distill_cache.common.config import config_from_dict, last_given, read_stage, read_yaml
-from vlm_distill_cache.common.errors import ConfigError, LaunchError, ModelError
+from vlm_distill_cache.common.errors import ConfigError, LaunchError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
-from vlm_distill_cache.common.hub import HubFolder, hub_name, model_folder
+from vlm_distill_cache.common.hub import hub_name, model_folder
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.command_line import (
@@ -50,7 +50,7 @@ from vlm_distill_cache.stage2_student.final_folder import (
     FOR_OTHERS,
     PROVENANCE,
     read_provenance,
-    students_in,
+    trained_folder,
 )
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
 from vlm_distill_cache.stage2_student.scores.results import render_table
@@ -298,28 +298,6 @@ def prune(
     tell(f"Next: distill run --student {quoted(output)} --cache CACHE --output FOLDER")
 
 
-def _trained_folder(student: str) -> HubFolder:
-    """The folder of a trained student; of one that is lost, its run is named."""
-    path = Path(student)
-    if path.is_file():
-        inside = path.parent if (path.parent / PROVENANCE).is_file() else "the `final` folder of a training"
-        raise ModelError(f"{student} is a file; give {inside}")
-    found = [] if (path / PROVENANCE).exists() else students_in(path if path.is_dir() else path.parent)
-    if found:
-        meant = " or ".join(map(quoted, found))
-        raise ModelError(
-            f"{student} is the folder of a run or a training; give a student in it: {meant}"
-            if path.is_dir()
-            else f"{student} is not there; is {meant} meant?"
-        )
-    if not path.is_dir() and any((path.parent / name).exists() for name in ("config.yaml", "checkpoints")):
-        raise ModelError(
-            f"{student} is not there, but {path.parent} holds its training: run the command that trained it again, which makes "
-            "the folder anew from what is left"
-        )
-    return model_folder(student, what="student")
-
-
 def _is_report(content: bytes) -> bool:
     """Whether a file is what `evaluate` wrote; those of a run hold more, and are its own."""
     return any(json_of("scores", "items", *more, others=False)(content) for more in ((), ("unreadable",)))
@@ -364,7 +342,7 @@ def evaluate(
     )
 
     runs.set_up_libraries()
-    folder = _trained_folder(student)
+    folder = trained_folder(student)
     if card and folder.revision:
         raise ConfigError(
             f"--card: {student} is a copy of the hub's; give a folder of your own, then `distill push` it"
@@ -439,7 +417,7 @@ def export(student: str, output: Path, layout: str, dtype: str | None, quantise:
     from vlm_distill_cache.stage2_student.trained_student import export_student
 
     runs.set_up_libraries()
-    written = export_student(_trained_folder(student).path, output, layout=layout, dtype=dtype, quantise=quantise)
+    written = export_student(trained_folder(student).path, output, layout=layout, dtype=dtype, quantise=quantise)
     answer(output=output, layout=layout, dtype=written, quantise=quantise)
     say(f"Exported to {output}: layout {layout}, {written}{f', {quantise}' if quantise else ''}")
     if layout not in FOR_OTHERS:

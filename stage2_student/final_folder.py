@@ -28,7 +28,7 @@ from vlm_distill_cache.common.files.rules import (
     whole,
 )
 from vlm_distill_cache.common.files.signed import find_damage, read_signed
-from vlm_distill_cache.common.hub import snapshot_name
+from vlm_distill_cache.common.hub import HubFolder, model_folder, snapshot_name
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.terminal.command_line import quoted
 
@@ -166,6 +166,28 @@ def students_in(folder: Path) -> list[Path]:
     """The trained students of a run's or a training's folder, the distilled one first."""
     parts = (FINAL, f"distilled/{FINAL}", f"sft/{FINAL}")
     return [folder / part for part in parts if (folder / part / PROVENANCE).is_file()]
+
+
+def trained_folder(student: str) -> HubFolder:
+    """The folder of a trained student; of one that is lost, its run is named."""
+    path = Path(student)
+    if path.is_file():
+        inside = path.parent if (path.parent / PROVENANCE).is_file() else "the `final` folder of a training"
+        raise ModelError(f"{student} is a file; give {inside}")
+    found = [] if (path / PROVENANCE).exists() else students_in(path if path.is_dir() else path.parent)
+    if found:
+        meant = " or ".join(map(quoted, found))
+        raise ModelError(
+            f"{student} is the folder of a run or a training; give a student in it: {meant}"
+            if path.is_dir()
+            else f"{student} is not there; is {meant} meant?"
+        )
+    if not path.is_dir() and any((path.parent / name).exists() for name in ("config.yaml", "checkpoints")):
+        raise ModelError(
+            f"{student} is not there, but {path.parent} holds its training: run the command that trained it again, which makes "
+            "the folder anew from what is left"
+        )
+    return model_folder(student, what="student")
 
 
 def own_file(path: Path) -> Path:

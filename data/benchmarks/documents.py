@@ -1,4 +1,4 @@
-"""Files of a folder as rows, whatever they are written in: JSON, JSON lines, CSV or TSV, parquet, `datasets` folders.
+"""Files of a folder as rows: JSON, JSON lines, CSV or TSV, parquet, `datasets` folders, MME's texts of a question a line.
 
 A layout asks a document for its columns, and for the JSON as it stands; pictures that a table stores stay in it until they
 are asked about.
@@ -27,6 +27,9 @@ KEY = "__key__"  # of rows that were a dict by id: the id
 _PROBED = 32  # rows whose keys are the columns
 _PART = re.compile(r"-\d{4,5}-of-\d{4,5}(?=\.parquet$)")
 _DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of `datasets`
+_YES_OR_NO = re.compile(r"\t\s*(?:yes|no)\s*(?:\t|$)", re.IGNORECASE | re.MULTILINE)
+_LONGEST_LINE = 4096
+_LONGEST_INDEX = 64
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
@@ -41,6 +44,9 @@ class Document:
         rows: Its entries in order, read when they are asked for: a list of objects, the values of an object of objects
             (their key under `KEY`), lines, rows of a table. Empty for other JSON.
         split: Of a table, where its folder or file names one.
+
+    Rows of texts have ``file`` and ``line``, and of lines of two to four cells ``image`` (a name, or the file's without its
+    ending), ``question``, ``answer`` and ``prediction``; of others their ``text``.
     """
 
     path: Path
@@ -60,6 +66,13 @@ class Document:
     def has(self, *names: str) -> bool:
         """Whether the first rows have all of these keys."""
         return self.columns.issuperset(names)
+
+    @cached_property
+    def by_index(self) -> Mapping[str, int]:
+        """The place of each row by its ``index``, of CSV and TSV tables; empty for others."""
+        if self.path.suffix.lower() not in (".csv", ".tsv") or not self.has("index"):
+            return {}
+        return {str(row.get("index")): place for place, row in enumerate(self.rows)}
 
     def picture(self, index: int, column: str, place: int | None = None) -> ImageSource:
         """A picture that stands in a row itself (bytes, base64, a table's); read again when it is asked about.
@@ -89,6 +102,11 @@ class RowPicture:
     def load(self) -> PIL.Image.Image:
         """Read the row and decode the picture to RGB; `SampleError` if that cannot be done."""
         value = self.document.rows[self.index].get(self.column)
+        if (
+            isinstance(value, str) and len(value) <= _LONGEST_INDEX
+        ):  # VLMEvalKit's tables name the row that has the picture
+            row = self.document.by_index.get(value.strip(), self.index)
+            value = self.document.rows[row].get(self.column)
         if self.place is not None and isinstance(value, Sequence) and not isinstance(value, str | bytes):
             value = value[self.place] if self.place < len(value) else None
         if says_none(value):
@@ -144,6 +162,8 @@ def open_document(paths: Sequence[Path], shown: str) -> Document:
             return Document(path, shown, _TableRows(ParquetTable([LocalParquet(each) for each in paths])))
         if ending in (".csv", ".tsv"):
             return Document(path, shown, _TableRows(_CsvTable(path)))
+        if ending == ".txt":
+            return Document(path, shown, [row for each in paths for row in _text_rows(each, shown)])
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror or error}") from error
@@ -171,6 +191,24 @@ def _lines(text: str, shown: str) -> list[Mapping[str, Any]]:
     return rows
 
 
+def _text_rows(path: Path, shown: str) -> Iterator[Mapping[str, Any]]:
+    text = decode(path.read_bytes(), where=f"{shown} (in {path.name})").removeprefix("\ufeff")
+    for number, line in enumerate(text.splitlines(), 1):
+        cells = [cell.strip() for cell in line.split("\t")]
+        names = ("question", "answer") if len(cells) == 2 else ("image", "question", "answer", "prediction")
+        row = dict(zip(names, cells, strict=False)) if 2 <= len(cells) <= 4 else {"text": line}
+        if line.strip():
+            yield {"file": path.name, "line": number, "image": path.stem, **row}
+
+
+def _asks_yes_or_no(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return bool(_YES_OR_NO.search(file.read(_LONGEST_LINE).decode("utf-8", errors="replace")))
+    except OSError:
+        return False
+
+
 def _rows_of(top: Any) -> Sequence[Mapping[str, Any]]:
     if isinstance(top, list) and top and all(isinstance(row, dict) for row in top):
         return top
@@ -195,7 +233,8 @@ def _arrow(path: Path) -> ArrowTable:
 def documents_in(folder: Path) -> Iterator[Sequence[Path]]:
     """What may hold a benchmark below a folder, in order of names: files, and ``save_to_disk`` folders.
 
-    Parquet files that are numbered parts of one table come together. Links that lead back up are followed once.
+    Parquet files that are numbered parts of one table come together, and the texts of a folder if one of them has a question
+    with yes or no a line. Links that lead back up are followed once.
 
     Raises:
         DataError: A folder cannot be listed.
@@ -223,3 +262,6 @@ def _documents_in(folder: Path, above: frozenset[Path]) -> Iterator[Sequence[Pat
         elif path.suffix.lower() in ENDINGS and path.name not in _DESCRIPTIONS:
             yield [path]
     yield from tables.values()
+    texts = [path for path in inside if path.suffix.lower() == ".txt" and path.is_file()]
+    if any(map(_asks_yes_or_no, texts)):
+        yield texts

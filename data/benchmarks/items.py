@@ -4,11 +4,16 @@ An item says what is shown, what is asked and what is right; how it is asked of 
 stage two's (`stage2_student.suite`). Pictures stay closed until they are asked about.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from vlm_distill_cache.data.sample import ImageSource
+
+_PICTURES = ("image", "images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +88,6 @@ class Benchmark:
         left_out: Of items that cannot be asked, by id: why.
         notes: What a reader of the scores must know: two pictures joined to one, answers kept secret.
         files: What it was read from, relative to the folder.
-        fingerprint: Hash of ids, texts and right answers; pictures are not opened for it.
     """
 
     name: str
@@ -95,4 +99,12 @@ class Benchmark:
     left_out: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     files: Sequence[str] = ()
-    fingerprint: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of ids, texts, right answers, metric and instruction; pictures are not opened for it."""
+        found = hashlib.sha256(json.dumps([self.metric, self.instruction]).encode())
+        for item in self.items:
+            told = {each.name: getattr(item, each.name) for each in fields(item) if each.name not in _PICTURES}
+            found.update(json.dumps(told, sort_keys=True, default=str).encode())
+        return found.hexdigest()

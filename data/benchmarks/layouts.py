@@ -12,10 +12,18 @@ from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A document of a layout that makes no benchmark (answers without their questions), and why."""
+
+    document: Document
+    why: str
+
+
 class Reader(Protocol):
     """From the documents that are a layout's to benchmarks."""
 
-    def __call__(self, documents: Sequence[Document], pictures: Pictures) -> Sequence[Benchmark]:
+    def __call__(self, documents: Sequence[Document], pictures: Pictures) -> Sequence[Benchmark | Unread]:
         """Read what was recognised.
 
         Raises:
@@ -42,6 +50,7 @@ class Layout:
         looks_for: Which keys and nesting it is told by, for errors and docs.
         source: Where its files come from.
         licence: Of its annotations, and of its pictures where that is another.
+        scores: What is counted, the headline first, for docs: ``group, text and image score, by likelihood and P(yes)``.
         recognises: Whether a document is one of its files (annotations that belong to questions, too).
         read: Makes benchmarks of all documents of a folder that are of this layout.
     """
@@ -53,6 +62,7 @@ class Layout:
     licence: str
     recognises: Recognises
     read: Reader
+    scores: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

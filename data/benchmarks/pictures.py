@@ -5,6 +5,7 @@ archives under any folder. A name that several different files have is not guess
 """
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -14,6 +15,7 @@ from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.sample import ImageSource
 
+_SHORT_NUMBER = re.compile(r"[\d_-]{1,5}")  # 0001.png is another picture in each folder
 ENDINGS = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())  # noqa: SIM905
 
 
@@ -55,7 +57,8 @@ class Pictures:
         """The picture that annotations call ``name``: a path, a file's name, or one without its ending.
 
         Args:
-            near: Folder of the annotations, where a path is looked for first.
+            near: Folder of the annotations, where a path is looked for first; of files of one name, those that share the
+                longest way down with it are meant.
             hints: Parts of paths (``val2014``) that decide between files of one name.
 
         Raises:
@@ -69,18 +72,21 @@ class Pictures:
                 return ImageFile(root / path, shown=name)
         found = self._by_name.get(path.name.lower(), ())
         longest: list[Path] = []
-        for parts in range(len(path.parts), 0, -1):  # the longest end of the path that any file has
+        fewest = 1 if len(path.parts) > 1 and _SHORT_NUMBER.fullmatch(path.stem) else 0
+        for parts in range(len(path.parts), fewest, -1):  # the longest end of the path that any file has
             end = [part.lower() for part in path.parts[-parts:-1]]
             longest = [file for file in found if [part.lower() for part in file.parts[-parts:-1]] == end]
             if longest:
                 break
         hinted = [file for file in longest if any(hint.lower() in str(file).lower() for hint in hints)]
-        chosen = _distinct(hinted or longest)
+        chosen = _distinct(_nearest(hinted or longest, near))
         if len(chosen) == 1:
             return ImageFile(chosen[0], shown=name)
         if not chosen:
+            elsewhere = f" ({found[0]} is in a folder of another name)" if found else ""
             raise SampleError(
-                f"no picture {name!r} below {self._shown}; put the pictures there, or name their folder with --images"
+                f"no picture {name!r} below {self._shown}{elsewhere}; put the pictures there, or name their folder with "
+                "--images"
             )
         raise SampleError(
             f"{len(chosen)} different pictures are called {name!r}: {chosen[0]}, {chosen[1]}; give the folder of the right ones "
@@ -115,6 +121,14 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a name that is too long, or holds a null byte
         return False
+
+
+def _nearest(files: Sequence[Path], near: Path | None) -> Sequence[Path]:
+    """Those that lie closest to a folder, as the folder of one benchmark among several."""
+    if near is None or len(files) < 2:
+        return files
+    shared = [len(os.path.commonpath([near.absolute(), file.absolute()])) for file in files]
+    return [file for file, length in zip(files, shared, strict=True) if length == max(shared)]
 
 
 def _distinct(files: Sequence[Path]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vlm_distill_cache.common.errors import DataError
@@ -9,7 +10,7 @@ from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.benchmarks import captions, choices, short_answers, yes_no
 from vlm_distill_cache.data.benchmarks.documents import Document, documents_in, open_document
 from vlm_distill_cache.data.benchmarks.items import Benchmark
-from vlm_distill_cache.data.benchmarks.layouts import Found, Layout
+from vlm_distill_cache.data.benchmarks.layouts import Found, Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 
 # The first that recognises a file reads it: the more keys a layout is told by, the earlier it stands.
@@ -46,8 +47,12 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
     benchmarks: dict[str, Benchmark] = {}
     for layout in LAYOUTS:
         try:
-            for benchmark in layout.read(of_layout[layout.name], pictures) if layout.name in of_layout else ():
-                benchmarks[_free(benchmark.name, benchmarks)] = benchmark
+            for found in layout.read(of_layout[layout.name], pictures) if layout.name in of_layout else ():
+                if isinstance(found, Unread):
+                    unread[found.document.shown] = f"{layout.title}: {found.why}"
+                else:
+                    name = _free(found.name, benchmarks)
+                    benchmarks[name] = replace(found, name=name)
         except DataError as error:
             unread |= {document.shown: f"{layout.title}: {error}" for document in of_layout[layout.name]}
     return Found(benchmarks=benchmarks, unread=unread)
@@ -60,7 +65,7 @@ def _unknown(document: Document) -> str:
 
 
 def _free(name: str, taken: dict[str, Benchmark]) -> str:
-    number = 2
-    while name in taken:
-        name, number = f"{name.rpartition('.')[0] or name}.{number}", number + 1
-    return name
+    free, number = name, 2
+    while free in taken:
+        free, number = f"{name}.{number}", number + 1
+    return free

@@ -13,34 +13,23 @@ Torch is imported where it is used, so that a command that is refused, or a proc
 
 import importlib
 import logging
-import multiprocessing
 import os
 import re
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import NoReturn
 
 from vlm_distill_cache.common.cache.plan import THREADS
-from vlm_distill_cache.common.errors import ConfigError, DistillError, ProcessFailedError
-from vlm_distill_cache.common.terminal.command_line import (
-    end_with_parent,
-    leave_one_core,
-    quiet_libraries,
-    start_logging,
-    without_interrupts,
-)
+from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.terminal.command_line import leave_one_core
 from vlm_distill_cache.common.terminal.launch import Launch
+from vlm_distill_cache.common.terminal.processes import run_processes
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors, stored_plan
 
 logger = logging.getLogger(__name__)
 
 MAX_PROCESSES = 4096
-_POLL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,69 +162,13 @@ def run_parts(
     Raises:
         ProcessFailedError: With the first failure as its process tells it; the others are stopped.
     """
-    context = multiprocessing.get_context("spawn")  # CUDA and zarr's event loop do not survive a fork
-    processes: list[tuple[Part, SpawnProcess, Connection]] = []
-    try:
-        for local, part in enumerate(parts):
-            here, there = context.Pipe(duplex=False)
-            own = replace(config, device=local_device(config.device, local))
-            # By name: its module imports torch, seconds in which the parent may be killed.
-            named = (target.__module__, target.__name__)
-            process = context.Process(target=_process, args=(*named, own, part, there))
-            # Ctrl-C is for this process, which ends the others: one that is just importing would show a traceback.
-            with without_interrupts():
-                process.start()
-            there.close()
-            processes.append((part, process, here))
-        running = list(processes)
-        while running:
-            wait([process.sentinel for _, process, _ in running], timeout=_POLL_S)
-            on_wait()
-            for entry in [entry for entry in running if entry[1].exitcode is not None]:
-                running.remove(entry)
-                if entry[1].exitcode:
-                    _raise_failure(*entry)
-    finally:
-        for _, process, _ in processes:
-            process.terminate()
-        for _, process, connection in processes:
-            process.join()
-            connection.close()
+    jobs = []
+    for local, part in enumerate(parts):
+        own = replace(config, device=local_device(config.device, local))
+        jobs.append((f"part {part}", (target.__module__, target.__name__, own, part)))
+    run_processes(_run_part, jobs, on_wait=on_wait, kept="finished shards are kept")
 
 
-def _raise_failure(part: Part, process: SpawnProcess, connection: Connection) -> NoReturn:
-    code = process.exitcode or 0
-    told = ""
-    if connection.poll():
-        try:
-            told = connection.recv()
-        except EOFError:  # it died before it could say anything
-            told = ""
-    if not told:
-        told = f"it ended with exit code {code}; what it printed is above"
-        if code < 0:
-            told = f"it was killed by {signal.Signals(-code).name}; if nobody did that, memory ran out"
-    raise ProcessFailedError(
-        f"the process of part {part} failed: {told}\n"
-        "The others were stopped; finished shards are kept. Fix that, then run the same command again "
-        "(another number of processes is fine)."
-    )
-
-
-def _process(module: str, target: str, config: BuildConfig, part: Part, connection: Connection) -> None:
-    """Run one part in this process, and tell the parent what went wrong."""
-    end_with_parent()
-    start_logging(logging.ERROR, prefix=f"part {part}: ")  # the parent gives the warnings
-    quiet_libraries()
-    try:
-        with explain_disk_errors(config.cache):
-            getattr(importlib.import_module(module), target)(config, part)
-    except DistillError as error:
-        connection.send(str(error))
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        connection.send(f"{place}{error.strerror or error}")
-    else:
-        return
-    connection.close()
-    raise SystemExit(1)
+def _run_part(module: str, target: str, config: BuildConfig, part: Part) -> None:
+    with explain_disk_errors(config.cache):
+        getattr(importlib.import_module(module), target)(config, part)

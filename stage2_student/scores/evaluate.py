@@ -33,6 +33,8 @@ from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
 from vlm_distill_cache.stage2_student.losses.objective import record, requests_of
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.scores.metrics import (
+    LETTER_PROMPT,
+    LETTER_TOKENS,
     RESAMPLES,
     Score,
     bootstrap,
@@ -93,12 +95,7 @@ def answer_log_probs(model: Any, samples: Sequence[EncodedSample], pad_id: int) 
 
 Item = TypeVar("Item")
 
-LETTER_PROMPT = (
-    "Which caption best describes the image?\n(A) {a}\n (B) {b}\n"
-    "Answer with the option's alphabet from the given choices directly."
-)
 ANSWER_TOKENS = 16  # longest generated short answer, unless the expected one is longer
-LETTER_TOKENS = 4
 
 
 @torch.inference_mode()

@@ -14,6 +14,11 @@ import numpy as np
 
 RESAMPLES = 2000
 LEVEL = 0.95
+LETTER_PROMPT = (
+    "Which caption best describes the image?\n(A) {a}\n (B) {b}\n"
+    "Answer with the option's alphabet from the given choices directly."
+)
+LETTER_TOKENS = 4  # longest generated letter
 _ARTICLES = ("a", "an", "the")
 # Punctuation in Unicode's sense that is part of an answer: C#, 50%, R&B, 5′ ...
 _TELLING = frozenset("#%&*@'′″‰‱")

@@ -173,14 +173,14 @@ def open_library_student(folder: Path) -> OpenedStudent:
 
 
 def find_library_student(
-    folder: Path, *, vision_tower: Path | None = None
+    folder: Path, *, vision_tower: Path | None = None, dtype: str = "float32"
 ) -> tuple[OpenedStudent, Callable[[], LibraryStudent]]:
-    """Look through a checkpoint directory of any family; ``vision_tower`` is `find_family_model`'s.
+    """Look through a checkpoint directory of any family; ``vision_tower`` and ``dtype`` are `find_family_model`'s.
 
     Returns:
-        The student, its model on no device (meta), and what loads the model in float32.
+        The student, its model on no device (meta), and what loads the model.
     """
-    opened, load = find_family_model(folder, dtype="float32", vision_tower=vision_tower)
+    opened, load = find_family_model(folder, dtype=dtype, vision_tower=vision_tower)
     found = OpenedStudent(
         model=LibraryStudent(opened.model, opened.family),
         tokenizer=opened.tokenizer,

@@ -85,9 +85,9 @@ def generation_inputs_of(model: Any) -> GenerationInputs:
 
 
 def packs_conversations(model: Any) -> bool:
-    """Whether conversations about one picture can share it in one sequence: not where it sees their questions."""
+    """Whether conversations about one picture can share it in one sequence; not where it sees their questions."""
     family = getattr(getattr(model, "module", model), "family", None)
-    return family is None or family.visual_rows != "prefix"
+    return family is None or bool(family.packs)
 
 
 def vocabulary_rows(model: StudentModel) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
+from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.files.rules import AGAIN, shown
 from vlm_distill_cache.common.hub import model_folder
 from vlm_distill_cache.common.models.parts import describe_lost_tokenizer, has_tokenizer
@@ -154,6 +155,22 @@ def _library_parts(config: TrainConfig, folder: Path) -> StudentParts:
         return student
 
     return _opened_parts(opened, load_trainable, template=_trained_template(folder), where=f"student {folder}")
+
+
+def lone_parts(folder: Path, *, dtype: str) -> StudentParts:
+    """A model of any family as it lies in its folder, which is asked and not trained: a teacher, or anybody's.
+
+    Args:
+        dtype: Of its weights once they are loaded, a name of torch's.
+
+    Raises:
+        ModelError: If the folder holds no usable model.
+    """
+    opened, load = find_library_student(folder, dtype=dtype)
+    built_in = folder / "training.json"  # of a built-in teacher, which says how it was asked
+    named = read_json(built_in).get("template") if built_in.is_file() else None
+    template = get_template(str(named or opened.model.family.template), opened.tokenizer)
+    return _opened_parts(opened, load, template=template, where=f"model {folder}")
 
 
 def model_parts(model: Any, processor: Any) -> StudentParts:

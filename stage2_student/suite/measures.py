@@ -108,10 +108,12 @@ def _ratios(
         return None
     generator = np.random.default_rng(0)
     sums = np.empty((resamples, table.shape[1]))
-    block = max(1, _MOST_DRAWS // len(units))
+    # Units of equal counts are drawn as one: the same distribution, and 214,000 answers have ten values.
+    table, counts = np.unique(table, axis=0, return_counts=True)  # [at most U, 2 or 4]
+    block = max(1, _MOST_DRAWS // len(table))
     for start in range(0, resamples, block):
         stop = min(start + block, resamples)
-        draws = generator.multinomial(len(units), np.full(len(units), 1 / len(units)), size=stop - start)
+        draws = generator.multinomial(len(units), counts / len(units), size=stop - start)
         sums[start:stop] = draws @ table
     ratios = whole[0::2] / whole[1::2]  # [1 or 2]
     drawn = np.divide(sums[:, 0::2], sums[:, 1::2], out=np.tile(ratios, (resamples, 1)), where=sums[:, 1::2] > 0)

@@ -35,6 +35,13 @@ class Weigh:
     answers: tuple[str, ...]
 
 
+def instructed(question: str, instruction: str) -> str:
+    """A question with the instruction on a line of its own, as LLaVA's question files have it; not twice."""
+    if not instruction or question.rstrip().endswith(instruction):
+        return question
+    return f"{question.rstrip()}\n{instruction}"
+
+
 Request = Generate | Weigh
 Result = str | list[list[float]]
 

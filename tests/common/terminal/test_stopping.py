@@ -33,7 +33,7 @@ def test_each_command_says_that_sigterm_ended_it(command, monkeypatch, caplog):
     def end(*_, **__):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(cli, "_trained_folder", end)
+    monkeypatch.setattr(cli, "trained_folder", end)
     monkeypatch.setattr(cli, "_load", end)
     monkeypatch.delenv(PARENT, raising=False)
     before = signal.getsignal(signal.SIGTERM)

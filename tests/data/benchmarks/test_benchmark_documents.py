@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
@@ -10,6 +11,7 @@ import pytest
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.benchmarks.documents import KEY, documents_in, open_document
+from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
 
@@ -110,6 +112,36 @@ def test_a_picture_that_is_not_there_or_could_be_two_is_refused(tmp_path: Path):
         Pictures([tmp_path / "none"])
 
 
+def test_a_short_number_is_not_looked_for_in_folders_of_other_names(tmp_path: Path):
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three/0001.png").write_bytes(RED)
+    pictures = Pictures([tmp_path])
+    assert pictures.find("any/three/0001.png").load().size == (6, 4)
+    assert pictures.find("0001.png").load().size == (6, 4)
+    with pytest.raises(SampleError, match=r"no picture 'four/0001\.png' .*in a folder of another name"):
+        pictures.find("four/0001.png")  # each folder has its own
+
+
+def test_a_row_that_names_another_has_its_picture_and_texts_of_a_folder_are_one_document(tmp_path: Path):
+    red = base64.b64encode(RED).decode()
+    (tmp_path / "rows.tsv").write_text(f"index\timage\n7\t{red}\n8\t7\n9\tgone\n")
+    document = open_document([tmp_path / "rows.tsv"], "rows.tsv")
+    assert document.picture(1, "image").load().getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(SampleError, match="gone"):
+        document.picture(2, "image").load()
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task/readme.txt").write_text("nothing")
+    (tmp_path / "task/b.txt").write_text("\ufeffIs it red?\tYes\r\n\r\nIs it blue?\tno\r\n", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("a\tb")
+    texts = [paths for paths in documents_in(tmp_path) if paths[0].suffix == ".txt"]
+    assert [[path.name for path in paths] for paths in texts] == [["b.txt", "readme.txt"]]
+    assert list(open_document(texts[0], "task").rows) == [
+        {"file": "b.txt", "line": 1, "image": "b", "question": "Is it red?", "answer": "Yes"},
+        {"file": "b.txt", "line": 3, "image": "b", "question": "Is it blue?", "answer": "no"},
+        {"file": "readme.txt", "line": 1, "image": "readme", "text": "nothing"},
+    ]
+
+
 def test_a_file_of_no_known_layout_is_said_and_damaged_ones_stop_nobody(tmp_path: Path):
     (tmp_path / "odd.json").write_text('[{"colour": 1, "size": 2}]')
     (tmp_path / "cut.json").write_text('[{"colour": 1, ')
@@ -122,3 +154,28 @@ def test_a_file_of_no_known_layout_is_said_and_damaged_ones_stop_nobody(tmp_path
     assert "colour, size" in found.unread["odd.json"]
     with pytest.raises(DataError, match="is no folder"):
         find_benchmarks(tmp_path / "gone")
+
+
+def test_a_picture_of_a_name_that_others_have_is_the_one_in_the_benchmarks_own_folder(tmp_path: Path):
+    for benchmark, data in (("a", RED), ("b", BLUE)):
+        (tmp_path / benchmark / "images" / "deep").mkdir(parents=True)
+        (tmp_path / benchmark / "images" / "deep" / "7.png").write_bytes(data)
+    pictures = Pictures([tmp_path])
+    for benchmark, colour in (("a", (255, 0, 0)), ("b", (0, 0, 255))):
+        (tmp_path / benchmark / "annotations").mkdir()
+        found = pictures.find("7.png", near=tmp_path / benchmark / "annotations")
+        assert found.load().getpixel((0, 0)) == colour
+    with pytest.raises(SampleError, match="2 different pictures"):
+        pictures.find("7.png", near=tmp_path)
+
+
+def test_a_fingerprint_moves_with_what_is_asked_and_what_is_right_and_not_with_pictures():
+    def of(**more: object) -> str:
+        item = OpenItem(item_id="1", image=None, question=str(more.get("question", "q")), answers=("a",))
+        item = replace(item, extra={"n": more.get("n", 1)}, answers=tuple(more.get("answers", ("a",))))  # type: ignore[arg-type]
+        instruction = str(more.get("instruction", ""))
+        return Benchmark(name="x", layout="y", title="z", items=[item], metric="m", instruction=instruction).fingerprint
+
+    others = [of(question="p"), of(n=2), of(answers=("b",)), of(instruction="Say it.")]
+    assert of() == of()
+    assert len({of(), *others}) == 5

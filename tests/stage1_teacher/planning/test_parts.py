@@ -18,6 +18,7 @@ from part_targets import fail_or_wait
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ProcessFailedError
 from vlm_distill_cache.common.terminal.launch import ALONE, Launch
+from vlm_distill_cache.common.terminal.processes import _raise_failure
 from vlm_distill_cache.stage1_teacher.cli import main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import _progress, extract, extract_with_processes
@@ -25,7 +26,6 @@ from vlm_distill_cache.stage1_teacher.planning import open as opening
 from vlm_distill_cache.stage1_teacher.planning.parts import (
     WHOLE,
     Part,
-    _raise_failure,
     choose_part,
     fix_threads,
     local_device,
@@ -232,7 +232,7 @@ def test_a_process_that_died_without_a_word_is_described_by_its_end(code: int, t
     here, there = multiprocessing.get_context("spawn").Pipe(duplex=False)
     there.close()
     with pytest.raises(ProcessFailedError, match=rf"(?s)part 1/2 failed: .*{told}"):
-        _raise_failure(Part(rank=1, of=2), SimpleNamespace(exitcode=code), here)
+        _raise_failure("part 1/2", SimpleNamespace(exitcode=code), here, kept="")
     here.close()
 
 

@@ -1,0 +1,107 @@
+"""Several fresh processes of ours on one piece of work: started, watched, and stopped together.
+
+Torch is imported where it is used, so that a process that fails does so at once.
+"""
+
+import importlib
+import logging
+import multiprocessing
+import signal
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, NoReturn
+
+from vlm_distill_cache.common.errors import DistillError, ProcessFailedError
+from vlm_distill_cache.common.terminal.command_line import (
+    end_with_parent,
+    quiet_libraries,
+    start_logging,
+    without_interrupts,
+)
+
+_POLL_S = 1.0
+
+
+def run_processes(
+    target: Callable[..., None],
+    jobs: Sequence[tuple[str, tuple[Any, ...]]],
+    *,
+    on_wait: Callable[[], None],
+    kept: str,
+) -> None:
+    """Run ``target`` in one fresh process for each job, and wait for all of them.
+
+    Args:
+        target: Function of a module.
+        jobs: What messages call each, and its arguments, which are pickled.
+        on_wait: Called about once a second.
+        kept: What becomes of finished work after a failure, a clause for the error.
+
+    Raises:
+        ProcessFailedError: With the first failure as its process tells it; the others are stopped.
+    """
+    context = multiprocessing.get_context("spawn")  # CUDA and zarr's event loop do not survive a fork
+    processes: list[tuple[str, SpawnProcess, Connection]] = []
+    try:
+        for name, arguments in jobs:
+            here, there = context.Pipe(duplex=False)
+            # By name: its module imports torch, seconds in which the parent may be killed.
+            named = (target.__module__, target.__name__)
+            process = context.Process(target=_process, args=(*named, name, arguments, there))
+            # Ctrl-C is for this process, which ends the others: one that is just importing would show a traceback.
+            with without_interrupts():
+                process.start()
+            there.close()
+            processes.append((name, process, here))
+        running = list(processes)
+        while running:
+            wait([process.sentinel for _, process, _ in running], timeout=_POLL_S)
+            on_wait()
+            for entry in [entry for entry in running if entry[1].exitcode is not None]:
+                running.remove(entry)
+                if entry[1].exitcode:
+                    _raise_failure(*entry, kept=kept)
+    finally:
+        for _, process, _ in processes:
+            process.terminate()
+        for _, process, connection in processes:
+            process.join()
+            connection.close()
+
+
+def _raise_failure(name: str, process: SpawnProcess, connection: Connection, *, kept: str) -> NoReturn:
+    code = process.exitcode or 0
+    told = ""
+    if connection.poll():
+        try:
+            told = connection.recv()
+        except EOFError:  # it died before it could say anything
+            told = ""
+    if not told:
+        told = f"it ended with exit code {code}; what it printed is above"
+        if code < 0:
+            told = f"it was killed by {signal.Signals(-code).name}; if nobody did that, memory ran out"
+    raise ProcessFailedError(
+        f"the process of {name} failed: {told}\n"
+        f"The others were stopped; {kept}. Fix that, then run the same command again "
+        "(another number of processes is fine)."
+    )
+
+
+def _process(module: str, target: str, name: str, arguments: tuple[Any, ...], connection: Connection) -> None:
+    """Do one job in this process, and tell the parent what went wrong."""
+    end_with_parent()
+    start_logging(logging.ERROR, prefix=f"{name}: ")  # the parent gives the warnings
+    quiet_libraries()
+    try:
+        getattr(importlib.import_module(module), target)(*arguments)
+    except DistillError as error:
+        connection.send(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        connection.send(f"{place}{error.strerror or error}")
+    else:
+        return
+    connection.close()
+    raise SystemExit(1)

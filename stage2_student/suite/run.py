@@ -1,0 +1,350 @@
+"""A folder of benchmarks asked of one model: block by block, so that a kill at any time costs a block.
+
+``OUTPUT/suite.json`` says whose results the folder holds. A block of items is asked in one go and then published whole, so
+that several processes share a benchmark without talking to each other, and what is asked anew after a kill gives the same
+numbers. Once all blocks of a benchmark are there they become ``OUTPUT/NAME/results.jsonl``. Scores are counted from what
+was answered each time, without the model.
+"""
+
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, DataError, SampleError
+from vlm_distill_cache.common.files.atomic import (
+    clean_stale,
+    hold_folder,
+    read_json,
+    remove,
+    write_bytes_atomic,
+    write_json_atomic,
+)
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.terminal.processes import run_processes
+from vlm_distill_cache.common.terminal.progress import progress
+from vlm_distill_cache.data.benchmarks.items import Benchmark, Item
+from vlm_distill_cache.data.benchmarks.layouts import Found
+from vlm_distill_cache.data.benchmarks.search import find_benchmarks
+from vlm_distill_cache.stage2_student.suite.measures import score
+from vlm_distill_cache.stage2_student.suite.metrics.table import METRICS
+from vlm_distill_cache.stage2_student.suite.opened import Model, load_model
+from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result
+
+STAMP, SUMMARY, RESULTS, MEASURES, ANSWERS = (
+    "suite.json", "summary.json", "results.jsonl", "measures.json", "answers.jsonl",
+)  # fmt: skip
+BLOCKS = "blocks"
+BLOCK = 64  # items
+FORMAT = 1
+SHOWN_REASONS = 5
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What is asked of which model.
+
+    Attributes:
+        benchmarks: Folder of their files.
+        images: Further folders of pictures.
+        only: Names of benchmarks; empty: all.
+        limit: Most items of each benchmark, taken from all of its kinds; None: all.
+        prompts: ``published``: with the instructions of published evaluations; ``plain``: without.
+    """
+
+    model: Model
+    benchmarks: Path
+    output: Path
+    images: tuple[Path, ...] = ()
+    only: tuple[str, ...] = ()
+    limit: int | None = None
+    prompts: str = "published"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One benchmark as it is asked.
+
+    Attributes:
+        items: Those that are asked, in their order.
+        identity: Hash of the model and of all that is asked of it; no results of another one are taken.
+        folder: For its results.
+    """
+
+    benchmark: Benchmark
+    items: Sequence[Item]
+    instruction: str
+    identity: str
+    folder: Path
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the items make."""
+        return -(-len(self.items) // BLOCK)
+
+    def block(self, number: int) -> Path:
+        """Where the results of a block are published."""
+        return self.folder / BLOCKS / f"{self.identity[:16]}-{number:06d}.json"
+
+    def items_of(self, number: int) -> Sequence[Item]:
+        """The items of a block."""
+        return self.items[number * BLOCK : (number + 1) * BLOCK]
+
+    def requests(self, item: Item) -> tuple[Request, ...]:
+        """What is asked about one item."""
+        return METRICS[self.benchmark.metric].requests(item, self.instruction)
+
+    def missing(self) -> list[int]:
+        """The blocks that are still to be asked; none once their results are joined."""
+        if self.is_asked():
+            return []
+        return [number for number in range(self.blocks) if not self.block(number).exists()]
+
+    def is_asked(self) -> bool:
+        """Whether all results are joined.
+
+        Raises:
+            ConfigError: Those that are there are of something else.
+        """
+        path = self.folder / RESULTS
+        try:
+            with path.open(encoding="utf-8") as file:
+                stored = json.loads(file.readline())["of"]
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is damaged ({error}); delete it: its items are then asked again") from error
+        if stored != self.identity:
+            raise ConfigError(
+                f"{path}: these are answers to other questions (the benchmark's files, or what is asked about them, have changed "
+                f"since); give another --output, or delete {self.folder}"
+            )
+        return True
+
+
+def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
+    """Read the benchmarks, and say how each is asked.
+
+    Raises:
+        DataError: There is no benchmark.
+        ConfigError: One of ``only`` is not among them.
+    """
+    found = find_benchmarks(suite.benchmarks, images=suite.images)
+    if not found.benchmarks:
+        looked = "".join(f"\n  {file}: {why}" for file, why in islice(found.unread.items(), 20))
+        more = f"\n  and {len(found.unread) - 20} more files" if len(found.unread) > 20 else ""
+        raise DataError(
+            f"{suite.benchmarks}: no benchmark of a known layout; layouts and what each is told by: docs/benchmarks.md. "
+            + (f"Files that were looked at:{looked}{more}" if found.unread else "No JSON, CSV, TSV or parquet file is there")
+        )
+    if unknown := [name for name in suite.only if name not in found.benchmarks]:
+        raise ConfigError(
+            f"--only: no benchmark {unknown[0]!r} in {suite.benchmarks}; there are {', '.join(found.benchmarks)}"
+        )
+    tasks = []
+    for name, benchmark in found.benchmarks.items():
+        if suite.only and name not in suite.only:
+            continue
+        instruction = benchmark.instruction if suite.prompts == "published" else ""
+        task = Task(
+            benchmark=benchmark,
+            items=take(benchmark.items, suite.limit),
+            instruction=instruction,
+            identity="",
+            folder=suite.output / name,
+        )
+        asked = [[item.item_id, [_described(request) for request in task.requests(item)]] for item in task.items]
+        identity = fingerprint({"model": suite.model.fingerprint, "benchmark": benchmark.fingerprint, "asked": asked})
+        tasks.append(replace(task, identity=identity))
+    return found, tasks
+
+
+def take(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """The first items of each kind in turn, whole groups, until there are ``limit``; in the order of the benchmark.
+
+    The last group may be cut nowhere: it is left out where it does not fit, unless it is the first.
+    """
+    if limit is None or len(items) <= limit:
+        return list(items)
+    kinds: dict[str, dict[str, list[int]]] = defaultdict(dict)
+    for place, item in enumerate(items):
+        kinds[item.kind].setdefault(f"g{item.group}" if item.group else f"i{item.item_id}", []).append(place)
+    queues = [iter(groups.values()) for groups in kinds.values()]
+    taken: list[int] = []
+    while queues:
+        for queue in list(queues):
+            group = next(queue, None)
+            if group is None:
+                queues.remove(queue)
+            elif not taken or len(taken) + len(group) <= limit:
+                taken += group
+            elif len(group) == 1:
+                return [items[place] for place in sorted(taken)]
+    return [items[place] for place in sorted(taken)]
+
+
+def _described(request: Request) -> list[Any]:
+    if isinstance(request, Generate):
+        return ["generate", request.image is not None, request.question, request.max_tokens]
+    return ["weigh", request.image is not None, request.question, list(request.answers)]
+
+
+def run_suite(suite: Suite, *, processes: int = 1, say: Callable[[str], None] = _log.info) -> dict[str, Any]:
+    """Ask what is not asked yet, count all, and write what `summary.json` holds.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ConfigError: The folder holds results of another model, or of other questions; or another process works there.
+        DataError: There is no benchmark, or none of which an item could be asked.
+        ModelError: The model cannot be opened, or gives no numbers.
+    """
+    suite.output.mkdir(parents=True, exist_ok=True)
+    with hold_folder(suite.output, busy="another process works there; wait for it, or give another --output"):
+        clean_stale(suite.output)
+        _stamp(suite)
+        found, tasks = find_tasks(suite)
+        missing = sum(len(task.missing()) for task in tasks)
+        if missing:
+            asked = sum(len(task.items_of(number)) for task in tasks for number in task.missing())
+            say(f"asking {suite.model.name} about {asked:,} items of {len(tasks)} benchmarks")
+            _ask_all(suite, tasks, processes=min(processes, missing))
+        summary = _summarise(suite, found, tasks)
+        write_json_atomic(suite.output / SUMMARY, summary)
+    if not any(entry["measures"] for entry in summary["benchmarks"].values()):
+        reasons = [why for entry in summary["benchmarks"].values() for why in entry["left_out"]["reasons"]]
+        raise DataError(
+            f"{suite.benchmarks}: nothing could be scored; "
+            + ("; ".join(reasons[:SHOWN_REASONS]) or "the answers of all items are kept secret")
+            + (f" (answers for outside scorers: {suite.output}/*/{ANSWERS})" if not reasons else "")
+        )
+    return summary
+
+
+def _stamp(suite: Suite) -> None:
+    """Claim the folder for one model and one way of asking."""
+    stamp = {
+        "format": FORMAT,
+        "student": {"name": suite.model.name, "fingerprint": suite.model.fingerprint},
+        "prompts": suite.prompts,
+        "limit": suite.limit,
+    }
+    path = suite.output / STAMP
+    try:
+        stored = read_json(path)
+    except FileNotFoundError:
+        if foreign := sorted(entry.name for entry in suite.output.iterdir() if entry.name not in (STAMP, "drawn")):
+            raise ConfigError(
+                f"{suite.output} holds other things ({foreign[0]}), and no {STAMP}; give a new folder, or that of a suite"
+            ) from None
+        write_json_atomic(path, stamp)
+        return
+    except CacheFormatError as error:
+        raise ConfigError(f"{error}; give another --output, or delete {suite.output}") from error
+    if stored != stamp:
+        differs = [name for name, value in stamp.items() if not isinstance(stored, dict) or stored.get(name) != value]
+        shown = "; ".join(f"{name}: {_brief(stored, name)} there, {_brief(stamp, name)} now" for name in differs)
+        raise ConfigError(f"{suite.output} holds results of something else ({shown}); give another --output")
+
+
+def _brief(stamp: Any, name: str) -> str:
+    value = stamp.get(name) if isinstance(stamp, dict) else None
+    return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+
+
+def _ask_all(suite: Suite, tasks: Sequence[Task], *, processes: int) -> None:
+    if processes == 1:
+        _ask_blocks(suite.model, tasks, 0, 1)
+        return
+    total, done = sum(len(task.missing()) for task in tasks), 0
+    with progress("suite", total=total, unit="block") as bar:
+
+        def look() -> None:
+            nonlocal done
+            now = total - sum(len(task.missing()) for task in tasks)
+            bar.update(now - done)
+            done = now
+
+        jobs = [(f"part {rank}/{processes}", (suite, rank, processes)) for rank in range(processes)]
+        run_processes(ask_part, jobs, on_wait=look, kept="finished blocks of items are kept")
+        look()
+
+
+def ask_part(suite: Suite, rank: int, processes: int) -> None:
+    """Ask the blocks of one of several processes."""
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else None
+    _ask_blocks(suite.model, find_tasks(suite)[1], rank, processes, device=device)
+
+
+def _ask_blocks(model: Model, tasks: Sequence[Task], rank: int, processes: int, *, device: str | None = None) -> None:
+    from vlm_distill_cache.stage2_student.suite.ask import ask
+
+    jobs = [(task, number) for task in tasks for number in range(task.blocks)]
+    jobs = [job for place, job in enumerate(jobs) if place % processes == rank]
+    jobs = [(task, number) for task, number in jobs if number in set(task.missing())]
+    loaded, encoder = load_model(model, device=device)
+    total = sum(len(task.items_of(number)) for task, number in jobs)
+    with progress("suite", total=total, unit="item", keep=False) as bar:
+        for task, number in jobs:
+            began = time.monotonic()
+            items = task.items_of(number)
+            requests = [task.requests(item) for item in items]
+            results = iter(ask(loaded, encoder, [request for of_item in requests for request in of_item]))
+            lines = [_line(item, list(islice(results, len(of))), of) for item, of in zip(items, requests, strict=True)]
+            path = task.block(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(path, {"seconds": time.monotonic() - began, "items": lines})
+            bar.update(len(items))
+
+
+def _line(item: Item, results: Sequence[Result | SampleError], requests: Sequence[Request]) -> dict[str, Any]:
+    """What is kept of an item: its results, or why there are none."""
+    errors = [result for result in results if isinstance(result, SampleError)]
+    if errors:
+        return {"item": item.item_id, "left_out": str(errors[0]).replace(f"sample {'request'!r}: ", "").replace("sample 'prompt': ", "")}
+    return {"item": item.item_id, "results": list(results)}
+
+
+def _join(task: Task) -> None:
+    """Make one file of a benchmark's blocks."""
+    blocks = [read_json(task.block(number)) for number in range(task.blocks)]
+    head = {"of": task.identity, "items": len(task.items), "seconds": sum(block["seconds"] for block in blocks)}
+    lines = [head, *(line for block in blocks for line in block["items"])]
+    task.folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_bytes_atomic(task.folder / RESULTS, text.encode())
+    remove(task.folder / BLOCKS)
+
+
+def _read(task: Task) -> tuple[float, Iterator[Mapping[str, Any]]]:
+    head, *lines = (task.folder / RESULTS).read_text(encoding="utf-8").splitlines()
+    return float(json.loads(head)["seconds"]), map(json.loads, lines)
+
+
+def _summarise(suite: Suite, found: Found, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Count every benchmark and write its files."""
+    entries = {}
+    for task in tasks:
+        if not task.is_asked():
+            _join(task)
+        entries[task.benchmark.name] = _count(suite, task)
+    model = suite.model
+    return {
+        "format": FORMAT,
+        "student": {"name": model.name, "fingerprint": model.fingerprint, "place": str(model.folder), **model.said},
+        "prompts": suite.prompts,
+        "limit": suite.limit,
+        "benchmarks": entries,
+        "unread": {file: one_line(why) for file, why in found.unread.items()},
+    }

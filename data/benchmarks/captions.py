@@ -1,5 +1,310 @@
-"""What compositional benchmarks show: pictures with captions that fit and captions that do not."""
+"""What compositional benchmarks show: pictures with captions that fit and captions that do not.
 
+Each layout is told in every form that it is published in: the authors' JSON, tables of the hub with pictures in them, and
+the JSON lines of the hub's `*_vlms` copies (``positive_caption``, ``negative_caption``).
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.data.benchmarks import captions_of_relations
+from vlm_distill_cache.data.benchmarks.caption_rows import (
+    PICTURES,
+    Make,
+    Row,
+    benchmark,
+    benchmarks_of,
+    gather,
+    kind_in_path,
+    names_picture,
+    picture_of,
+    probe,
+    sentence,
+    sentences,
+)
+from vlm_distill_cache.data.benchmarks.documents import Document
+from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem
 from vlm_distill_cache.data.benchmarks.layouts import Layout
+from vlm_distill_cache.data.benchmarks.pictures import Pictures
 
-LAYOUTS: tuple[Layout, ...] = ()
+_SUGAR = re.compile(r"(add|replace|swap)_?(obj|at|rel)")
+_SUGAR_PARTS = {"obj": "obj", "at": "att", "rel": "rel"}  # one hub edition writes "atribute"
+_SUGAR_COLUMNS = ("original_file_name", "subset", "category", "split.txt", "config")
+_TESTS = (
+    "existence plurals counting_hard counting_small_quant counting_adversarial relations action_replacement actant_swap "
+    "coreference_hard coreference_standard foil_it"
+)
+_INSTRUMENTS = tuple(_TESTS.split())
+_OTHER_NAMES = {
+    "counting_small": "counting_small_quant",
+    "coref": "coreference_standard",
+    "coref_hard": "coreference_hard",
+    "relation": "relations",
+}
+
+
+def _sugar(name: str) -> str:
+    """``swap_att`` from a name that says it: ``swap_atribute``, ``SugarCrepe_swap_att``; nothing from others."""
+    found = _SUGAR.search(re.sub(r"[^a-z]+", "_", name.lower()))
+    return f"{found[1]}_{_SUGAR_PARTS[found[2]]}" if found else ""
+
+
+def _sugar_kind(document: Document, row: Row) -> str:
+    if isinstance(row.get("type"), str) and isinstance(row.get("subtype"), str):
+        return _sugar(f"{row['type']}_{row['subtype']}")
+    of_row = (_sugar(str(row[key])) for key in _SUGAR_COLUMNS if isinstance(row.get(key), str))
+    return next(filter(None, of_row), "") or kind_in_path(document, _sugar)
+
+
+def _is_copy(document: Document, *keys: str) -> bool:
+    """Whether it is a table of one of the hub's ``*_vlms`` copies with these keys."""
+    return document.has("original_file_name", *keys) and names_picture(document)
+
+
+def _is_sugarcrepe(document: Document) -> bool:
+    columns = document.columns
+    if not names_picture(document) or columns & {"caption2", "negative_image", "foil", "answer", "correct"}:
+        return False
+    if _is_copy(document, "positive_caption", "negative_caption"):
+        return any(_sugar(str(row.get("original_file_name"))) for row in probe(document))
+    return document.has("caption", "negative_caption") or document.has("tested_labels", "true_label")
+
+
+def _tested(row: Row) -> tuple[str, str]:
+    """The right and the wrong one of two labels; a true label that is a number is the first, as the publisher writes it."""
+    found, right = sentences(row, "tested_labels"), row.get("true_label")
+    if len(found) != 2:
+        raise SampleError(f"'tested_labels' holds {len(found)} captions, expected 2")
+    if isinstance(right, str):
+        if right.strip() not in found:
+            raise SampleError(f"'true_label' {right[:60]!r} is none of 'tested_labels'")
+        place = found.index(right.strip())
+        return found[place], found[1 - place]
+    return found[0], found[1]
+
+
+def _sugarcrepe_item(pictures: Pictures, document: Document, index: int, row: Row) -> CaptionItem:
+    if "tested_labels" in row:
+        captions = _tested(row)
+    else:
+        captions = (sentence(row, "caption", "positive_caption"), sentence(row, "negative_caption"))
+    image = picture_of(document, index, row, pictures)
+    return CaptionItem(item_id="", images=(image,), captions=captions, fits=((True, False),))
+
+
+def _read_sugarcrepe(documents: Sequence[Document], pictures: Pictures) -> Iterator[Benchmark]:
+    yield from _of_subsets(
+        documents, partial(_sugarcrepe_item, pictures), "sugarcrepe", title="SugarCrepe", metric="sugarcrepe"
+    )
+
+
+def _of_subsets(
+    documents: Sequence[Document], make: Make, name: str, *, title: str, metric: str
+) -> Iterator[Benchmark]:
+    """Benchmarks whose files are SugarCrepe's subsets."""
+    for named, group in benchmarks_of(name, documents, lambda document: kind_in_path(document, _sugar)):
+        found = gather(group, make, _sugar_kind)
+        notes = [] if any(item.kind for item in found.items) or not found.items else [_NO_SUBSETS]
+        yield benchmark(named, layout=name, title=title, metric=metric, found=found, documents=group, notes=notes)
+
+
+_NO_SUBSETS = (
+    "neither the rows nor the files' names tell the subsets (add_obj, swap_att, ...), so that the score is the mean over all "
+    "items, not over subsets"
+)
+
+
+def _is_sugarcrepe_pp(document: Document) -> bool:
+    if not names_picture(document):
+        return False
+    return document.has("caption", "caption2", "negative_caption") or document.has(
+        "positive_caption_1", "positive_caption_2", "negative_caption"
+    )
+
+
+def _sugarcrepe_pp_item(pictures: Pictures, document: Document, index: int, row: Row) -> CaptionItem:
+    captions = (
+        sentence(row, "caption", "positive_caption_1"),
+        sentence(row, "caption2", "positive_caption_2"),
+        sentence(row, "negative_caption"),
+    )
+    image = picture_of(document, index, row, pictures)
+    return CaptionItem(item_id="", images=(image,), captions=captions, fits=((True, True, False),))
+
+
+def _read_sugarcrepe_pp(documents: Sequence[Document], pictures: Pictures) -> Iterator[Benchmark]:
+    yield from _of_subsets(
+        documents, partial(_sugarcrepe_pp_item, pictures), "sugarcrepe-pp", title="SugarCrepe++", metric="sugarcrepe-pp"
+    )
+
+
+def _is_winoground(document: Document) -> bool:
+    return document.has("image_0", "image_1", "caption_0", "caption_1")
+
+
+def _winoground_item(pictures: Pictures, document: Document, index: int, row: Row) -> CaptionItem:
+    return CaptionItem(
+        item_id="",
+        images=tuple(picture_of(document, index, row, pictures, [f"image_{n}"]) for n in (0, 1)),
+        captions=(sentence(row, "caption_0"), sentence(row, "caption_1")),
+        fits=((True, False), (False, True)),
+        extra={key: row[key] for key in ("tag", "secondary_tag", "num_main_preds") if row.get(key) is not None},
+    )
+
+
+def _is_bivlc(document: Document) -> bool:
+    return document.has("caption", "negative_caption", "negative_image") and names_picture(document)
+
+
+def _bivlc_item(pictures: Pictures, document: Document, index: int, row: Row) -> CaptionItem:
+    return CaptionItem(
+        item_id="",
+        images=(
+            picture_of(document, index, row, pictures),
+            picture_of(document, index, row, pictures, ["negative_image"]),
+        ),
+        captions=(sentence(row, "caption"), sentence(row, "negative_caption")),
+        fits=((True, False), (False, True)),
+        extra={key: row[key] for key in ("subtype",) if row.get(key) is not None},
+    )
+
+
+def _read_pairs(
+    documents: Sequence[Document], pictures: Pictures, *, name: str, title: str, make: Any, kind: str
+) -> Iterator[Benchmark]:
+    """Benchmarks of two pictures with two captions, whose subset stands in a column."""
+    for named, group in benchmarks_of(name, documents, lambda _: ""):
+        found = gather(group, partial(make, pictures), lambda _, row: str(row.get(kind) or ""))
+        yield benchmark(named, layout=name, title=title, metric=name, found=found, documents=group)
+
+
+def _is_valse(document: Document) -> bool:
+    if _is_copy(document, "positive_caption", "negative_caption", "linguistic_phenomena"):
+        return True
+    return document.has("caption") and bool(document.columns & {"foil", "foils"}) and names_picture(document)
+
+
+def _instrument(name: str) -> str:
+    """``counting-hard`` from a name that says it; nothing from others."""
+    plain = re.sub(r"[^a-z]+", "_", name.lower().removesuffix(".json")).strip("_")
+    plain = _OTHER_NAMES.get(plain, plain)
+    return next((known.replace("_", "-") for known in _INSTRUMENTS if known in plain), "")
+
+
+def _valse_kind(document: Document, row: Row) -> str:
+    of_path = kind_in_path(document, _instrument)
+    original = str(row.get("original_file_name") or row.get("instrument") or "")
+    return of_path or _instrument(original) or original or str(row.get("linguistic_phenomena") or "")
+
+
+def _votes(row: Row) -> int | None:
+    """How many of three annotators chose the caption and not the foil; None: the row does not say."""
+    votes = row.get("mturk")
+    if isinstance(votes, str):
+        try:
+            votes = json.loads(votes.replace("'", '"'))
+        except ValueError as error:
+            raise SampleError(f"'mturk' must hold votes, as {{'caption': 3, ...}}, got {votes[:60]!r}") from error
+    if votes is None:
+        return None
+    count = votes.get("caption") if isinstance(votes, Mapping) else None
+    if not isinstance(count, int | float):
+        raise SampleError(f"'mturk' must hold the number of votes for 'caption', got {str(votes)[:60]}")
+    return int(count)
+
+
+def _valse_item(pictures: Pictures, document: Document, index: int, row: Row) -> CaptionItem | None:
+    votes = _votes(row)
+    if votes is not None and votes < 2:
+        return None
+    captions = (sentence(row, "caption", "positive_caption"), sentence(row, "foil", "foils", "negative_caption"))
+    image = picture_of(document, index, row, pictures, ("image_file", *PICTURES))
+    return CaptionItem(
+        item_id="",
+        images=(image,),
+        captions=captions,
+        fits=((True, False),),
+        extra={"voted": votes is not None},
+    )
+
+
+def _read_valse(documents: Sequence[Document], pictures: Pictures) -> Iterator[Benchmark]:
+    for named, group in benchmarks_of("valse", documents, lambda document: kind_in_path(document, _instrument)):
+        found = gather(group, partial(_valse_item, pictures), _valse_kind)
+        notes = []
+        if found.passed_over:
+            notes.append(
+                f"{found.passed_over} instances are not asked: fewer than two of three annotators chose the caption and not "
+                "the foil (mturk), as published"
+            )
+        if any(not item.extra["voted"] for item in found.items):
+            notes.append("some rows have no annotators' votes (mturk) and are asked unseen")
+        yield benchmark(named, layout="valse", title="VALSE", metric="valse", found=found, documents=group, notes=notes)
+
+
+_COCO = "pictures: COCO 2017 val, terms of Flickr"
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout(
+        name="bivlc",
+        title="BiVLC",
+        looks_for="rows with image, caption, negative_image, negative_caption (type, subtype)",
+        source="hub: imirandam/BiVLC",
+        licence=f"MIT; {_COCO}, and generated ones",
+        recognises=_is_bivlc,
+        read=lambda documents, pictures: list(
+            _read_pairs(documents, pictures, name="bivlc", title="BiVLC", make=_bivlc_item, kind="type")
+        ),
+    ),
+    Layout(
+        name="winoground",
+        title="Winoground",
+        looks_for="rows with image_0, image_1, caption_0, caption_1 (tag, secondary_tag, collapsed_tag)",
+        source="hub: facebook/winoground (examples.jsonl with a folder of pictures, or parquet)",
+        licence="Meta's Winoground licence (research only); pictures: Getty Images",
+        recognises=_is_winoground,
+        read=lambda documents, pictures: list(
+            _read_pairs(
+                documents, pictures, name="winoground", title="Winoground", make=_winoground_item, kind="collapsed_tag"
+            )
+        ),
+    ),
+    Layout(
+        name="sugarcrepe-pp",
+        title="SugarCrepe++",
+        looks_for="rows with filename, caption, caption2, negative_caption; or positive_caption_1, positive_caption_2",
+        source="GitHub: Sri-Harsha/scpp, folder data; hub: Aman-J/SugarCrepe_pp",
+        licence=f"CC BY 4.0; {_COCO}",
+        recognises=_is_sugarcrepe_pp,
+        read=lambda documents, pictures: list(_read_sugarcrepe_pp(documents, pictures)),
+    ),
+    Layout(
+        name="sugarcrepe",
+        title="SugarCrepe",
+        looks_for=(
+            "a dict of id to filename, caption, negative_caption, a file a subset; tables with image and caption, "
+            "negative_caption or tested_labels, true_label; original_file_name, positive_caption, negative_caption"
+        ),
+        source=(
+            "GitHub: RAIVNLab/sugar-crepe, folder data; hub: HuggingFaceM4/SugarCrepe_swap_obj and its six sisters, "
+            "mteb/SUGARCREPE_fmt, Mayfull/sugarcrepe_vlms"
+        ),
+        licence=f"MIT; {_COCO}",
+        recognises=_is_sugarcrepe,
+        read=lambda documents, pictures: list(_read_sugarcrepe(documents, pictures)),
+    ),
+    Layout(
+        name="valse",
+        title="VALSE",
+        looks_for="a dict of id to image_file, caption, foil, mturk, a file an instrument; tables with image, caption, foil",
+        source="GitHub: Heidelberg-NLP/VALSE, folder data; hub: Mayfull/valse_vlms",
+        licence="MIT; pictures: those of Visual7W, COCO, SWiG, VisDial and FOIL it!",
+        recognises=_is_valse,
+        read=lambda documents, pictures: list(_read_valse(documents, pictures)),
+    ),
+    *captions_of_relations.LAYOUTS,
+)

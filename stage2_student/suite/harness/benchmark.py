@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from fnmatch import fnmatch
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ from vlm_distill_cache.stage2_student.suite.requests import Generate, Result
 FOLDER = "VLM_DISTILL_BENCHMARKS"  # environment: the folder of benchmarks
 IMAGES = "VLM_DISTILL_IMAGES"  # environment: further folders of pictures, written as PATH is
 SPLIT = "test"
-_OPTIONS = frozenset({"task", "class", "layout", "benchmark", "folder", "images"})
-_TRIALS, _LONGEST = 16, 1000  # of made-up lengths, in tokens
+_OPTIONS = frozenset({"task", "class", "metric", "benchmark", "folder", "images"})
+_TRIALS = 16  # of made-up lengths, each a power of 2 below
+_MOST_DOUBLED = 11
+_MOST_UNREAD = 5  # files that an error names
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,16 @@ class _Told:
     item: int
     results: Sequence[Any]
 
-    def __str__(self) -> str:  # in lmms-eval's log of samples
-        return json.dumps(self.results)
+    def __str__(self) -> str:  # in lmms-eval's log of samples, which has the results beside it
+        return ""
 
 
 class BenchmarkTask(Task):
-    """The benchmark of one layout; its YAML names the ``layout``, and may name ``benchmark``, ``folder`` and ``images``."""
+    """The benchmark of a folder that a task's YAML names.
+
+    Its keys: ``metric`` (which metric it is counted by), ``benchmark`` (its name, or a pattern), or both; and ``folder`` and
+    ``images`` in place of the environment's.
+    """
 
     VERSION = 1
 
@@ -80,12 +87,14 @@ class BenchmarkTask(Task):
         self._said: set[str] = set()
         self._by_item: dict[int, list[Instance]] | None = None
         super().__init__()  # calls download
+        # The fingerprint keeps lmms-eval's cache of responses from answering for other files.
+        told = {NO_GREEDY: True, "benchmark": self.benchmark.name, "fingerprint": self.benchmark.fingerprint}
         self._config = TaskConfig(
             task=self.task_name,
             test_split=SPLIT,
             num_fewshot=0,
             generation_kwargs={"until": []},
-            metadata={NO_GREEDY: True},
+            metadata=told,
         )
         if not self.known:
             raise DataError(
@@ -169,7 +178,7 @@ class BenchmarkTask(Task):
         return made
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, _Told]:
-        """What came back, for each measure that this item counts in.
+        """What came back, for each measure.
 
         Raises:
             ModelError: A model gave no loss.
@@ -183,13 +192,7 @@ class BenchmarkTask(Task):
                 told.append(str(text[0] if isinstance(text, list) else text).strip())
             else:
                 told.append([self._weighed(*next(back)) for _ in request.answers])
-        own = _Told(place, told)
-        kind, kinds = self.items[place].kind, {item.kind for item in self.items} - {""}
-        return {
-            name: own
-            for name, (measure, _) in self.told.items()
-            if measure.partition("/")[2] in (kind, "") or measure.partition("/")[2] not in kinds
-        }
+        return dict.fromkeys(self.told, _Told(place, told))
 
     def aggregation(self) -> dict[str, Callable[[Sequence[_Told]], float]]:
         """From what came back to a measure, or a bound of its interval."""
@@ -279,10 +282,10 @@ def _no_lengths(result: Any) -> bool:
 
 
 def _with_lengths(result: Any, draw: np.random.Generator | None) -> Any:
-    """The result with made-up lengths in place of unknown ones: 1, or drawn over three orders of magnitude."""
+    """The result with made-up lengths in place of unknown ones: 1, or powers of 2, which keep equal means equal."""
     if not _no_lengths(result):
         return result
-    lengths = np.ones(len(result)) if draw is None else np.rint(_LONGEST ** draw.random(len(result)))
+    lengths = np.ones(len(result)) if draw is None else 2.0 ** draw.integers(_MOST_DOUBLED, size=len(result))
     return [[nats * length, float(length)] for (nats, _), length in zip(result, lengths.tolist(), strict=True)]
 
 
@@ -302,7 +305,6 @@ def _document(place: int, item: Item) -> dict[str, Any]:
 
 
 def _open(config: Mapping[str, Any]) -> Benchmark:
-    name, layout = config.get("benchmark"), config.get("layout")
     folder = config.get("folder") or os.environ.get(FOLDER)
     if not folder:
         raise ConfigError(
@@ -310,26 +312,25 @@ def _open(config: Mapping[str, Any]) -> Benchmark:
         )
     images = config.get("images") or os.environ.get(IMAGES, "").split(os.pathsep)
     found = _find(Path(folder), tuple(Path(one) for one in ([images] if isinstance(images, str) else images) if one))
+    metric, pattern = config.get("metric"), config.get("benchmark")
     chosen = [
         benchmark
         for benchmark in found.benchmarks.values()
-        if (name in (None, benchmark.name)) and (layout in (None, benchmark.layout))
+        if metric in (None, benchmark.metric) and fnmatch(benchmark.name, pattern or "*")
     ]
     if len(chosen) == 1:
         return chosen[0]
-    wanted = (
-        " and ".join(f"{key} {value}" for key, value in (("layout", layout), ("name", name)) if value) or "any name"
-    )
+    wanted = " and ".join(f"{key} {value}" for key, value in (("metric", metric), ("name", pattern)) if value)
     if chosen:
         raise DataError(
-            f"task {config['task']}: {folder} holds {len(chosen)} benchmarks of {wanted}: "
-            f"{', '.join(benchmark.name for benchmark in chosen)}; name one: a task file with `benchmark: {chosen[0].name}`"
+            f"task {config['task']}: {folder} holds {len(chosen)} benchmarks with {wanted}: "
+            f"{', '.join(benchmark.name for benchmark in chosen)}; let {FOLDER} be a folder that "
+            f"holds one of them, or copy the task's file and write `benchmark: {chosen[0].name}`"
         )
-    there = ", ".join(f"{benchmark.name} ({benchmark.layout})" for benchmark in found.benchmarks.values()) or "none"
-    unread = "; ".join(f"{file}: {why}" for file, why in list(found.unread.items())[:3])
+    there = ", ".join(f"{benchmark.name} ({benchmark.metric})" for benchmark in found.benchmarks.values()) or "none"
+    unread = "".join(f"\n  not read: {file}: {why}" for file, why in list(found.unread.items())[:_MOST_UNREAD])
     raise DataError(
-        f"task {config['task']}: {folder} holds no benchmark of {wanted}; it holds {there}"
-        + (f"; not read: {unread}" if unread else "")
+        f"task {config['task']}: {folder} holds no benchmark with {wanted or 'a name'}; it holds {there}{unread}"
     )
 
 

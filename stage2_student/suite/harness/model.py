@@ -3,7 +3,6 @@
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -13,10 +12,12 @@ from lmms_eval.api.model import lmms
 
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.sample import ImageSource
+from vlm_distill_cache.data.text.generation import device_of
+from vlm_distill_cache.stage2_student.final_folder import trained_folder
 from vlm_distill_cache.stage2_student.suite.ask import MOST_SEQUENCES, ask
 from vlm_distill_cache.stage2_student.suite.harness import NO_GREEDY
+from vlm_distill_cache.stage2_student.suite.opened import find_model, load_model
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Weigh
-from vlm_distill_cache.stage2_student.trained_student import open_student
 
 _TOKENS = 1024  # of an answer, where a task says nothing
 _PICTURE = "<image>"  # how some tasks write in a text where its picture is shown
@@ -30,6 +31,7 @@ class DistilledStudent(lmms):
     def __init__(
         self,
         pretrained: str | None = None,
+        cache: str | None = None,
         device: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
@@ -38,7 +40,8 @@ class DistilledStudent(lmms):
         """Open the student.
 
         Args:
-            pretrained: Its folder.
+            pretrained: Its folder, or its name on the hub: what `distill suite` calls STUDENT.
+            cache: For a model that is no student of ours: it reads as one of this cache would.
             device: None: this process's accelerator, if there is one.
             batch_size: As little used as ``max_batch_size``: batches are as large as their tokens allow.
 
@@ -48,16 +51,17 @@ class DistilledStudent(lmms):
         """
         super().__init__()
         if not pretrained or others:
-            got = ", ".join(f"{name}={value}" for name, value in others.items()) or "nothing"
-            raise ConfigError(f"--model_args: expected pretrained=STUDENT, a folder, and nothing else, got {got}")
+            got = ", ".join(f"{name}={value}" for name, value in others.items()) or "no student"
+            raise ConfigError(f"--model_args: expected pretrained=STUDENT, and perhaps cache=CACHE, got {got}")
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self._student = open_student(Path(str(pretrained)), device=device or str(self.accelerator.device))
+        found = find_model(trained_folder(str(pretrained)), cache)
+        self._model, self._encoder = load_model(found, device=device or str(self.accelerator.device))
 
     @property
     def device(self) -> Any:
         """Where the student is."""
-        return self._student.model.device
+        return device_of(self._model)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Greedy answers, cut before the first of the task's ``until``.
@@ -119,7 +123,7 @@ class DistilledStudent(lmms):
         )
 
     def _ask(self, groups: Sequence[Sequence[Instance]], asked: Sequence[Request]) -> list[Any]:
-        results = ask(self._student.model, self._student.encoder, asked)
+        results = ask(self._model, self._encoder, asked)
         for group, result in zip(groups, results, strict=True):
             if isinstance(result, SampleError):
                 raise SampleError(f"{_where(group[0])}: {result}")

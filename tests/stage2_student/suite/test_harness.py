@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore")
 with_lmms_eval = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None,
-    reason="lmms-eval is not installed: `make harness` runs this in an environment of its own",
+    reason="lmms-eval is not installed: run `make harness`",
 )
 SUBSETS = {
     "swap_obj": [("a red circle left of a blue square", "a blue square left of a red circle")],

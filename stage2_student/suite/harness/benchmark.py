@@ -6,7 +6,6 @@ the measures are told that no length can change.
 """
 
 import ast
-import json
 import math
 import os
 from collections import defaultdict

@@ -17,9 +17,11 @@ SET     ?=
 CACHE_SET ?=
 # Held-out data to score on.
 EVAL_DATA ?=
+# A folder of published benchmarks, or the small ones of drawn scenes.
+BENCHMARKS ?= shapes
 
 # A misspelt variable would be ignored, and another student trained.
-KNOWN   := PYTHON VENV STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES NPROC SIGNALS CACHE_CONFIG SET CACHE_SET EVAL_DATA CACHE OUTPUT UPGRADE
+KNOWN   := PYTHON VENV STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES NPROC SIGNALS CACHE_CONFIG SET CACHE_SET EVAL_DATA BENCHMARKS CACHE OUTPUT UPGRADE
 UNKNOWN := $(filter-out $(KNOWN),$(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name))))
 $(if $(strip $(UNKNOWN)),$(error there is no variable $(strip $(UNKNOWN)); those that can be set: $(KNOWN)))
 
@@ -66,14 +68,14 @@ export TOKENIZERS_PARALLELISM := false
 # Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
 .SILENT:
 
-.PHONY: help setup teacher-cache distill evaluate report demo demo-teacher experiment experiment-smollm test checks format docs bench bench-compare bench-codec full-size battery matrix harness lock sbom audit clean
+.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-smollm test checks format docs bench bench-compare bench-codec full-size battery matrix harness lock sbom audit clean
 
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
 	echo
 	echo "  Variables: STUDENT=$$STUDENT DATA=$$DATA STORE=$$STORE TEACHER=$$TEACHER IMAGES=$$IMAGES CACHE=$$CACHE"
 	echo "             OUTPUT=$$OUTPUT PHASES=\"dpt dft sft\" CONFIG=student.yaml NPROC=$$NPROC"
-	echo "             SIGNALS=logits,answer_attention CACHE_CONFIG=cache.yaml EVAL_DATA=heldout.json PYTHON=python3"
+	echo "             SIGNALS=logits,answer_attention CACHE_CONFIG=cache.yaml EVAL_DATA=heldout.json BENCHMARKS=folder PYTHON=python3"
 	echo "             SET=\"dft.lr=1e-3 dft.losses.answer_attention=0\" (any options of distill)"
 	echo "             CACHE_SET=\"max_failed_share=0.1\" (any options of teacher-cache)"
 
@@ -89,7 +91,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # Values reach the shell through its environment, so that blanks and quotes in a path are safe.
-export STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES CACHE OUTPUT SIGNALS CACHE_CONFIG EVAL_DATA SET CACHE_SET NPROC DATA_NAME
+export STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES CACHE OUTPUT SIGNALS CACHE_CONFIG EVAL_DATA BENCHMARKS SET CACHE_SET NPROC DATA_NAME
 
 # The options of each stage. A CONFIG with the sections of both has its own; only what somebody gave is put in their place.
 STAGE_ONE = --data "$$DATA" --cache "$$CACHE" --store "$$STORE" $(if $(IMAGES),--images "$$IMAGES") $(if $(TEACHER),--teacher "$$TEACHER") $(if $(SIGNALS),--signals "$$SIGNALS") $(if $(CACHE_CONFIG),--config "$$CACHE_CONFIG") $(if $(strip $(CACHE_SET)),$$(printf -- '--set %s ' $$CACHE_SET)) $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
@@ -103,7 +105,7 @@ NO_OPTIONS = echo "CONFIG=$$CONFIG holds stage one, too: write its options there
 SAYS := STUDENT DATA STORE TEACHER IMAGES CACHE OUTPUT SIGNALS CACHE_CONFIG CACHE_SET
 
 ifneq ($(if $(OPTIONS_ASKED),,$(strip $(CONFIG)$(CACHE_CONFIG)$(SET)$(CACHE_SET))),)
-teacher-cache distill evaluate report: $(STAMP)
+teacher-cache distill evaluate report suite: $(STAMP)
 	unset BOTH_STAGES $(foreach name,$(SAYS),$(if $(filter file undefined,$(origin $(name))),$(name))); said=$$($(BIN)/python -m vlm_distill_cache.for_make); eval "$$said"; OPTIONS_ASKED=1 exec $(MAKE) --no-print-directory $@
 else
 teacher-cache: $(STAMP) ## Stage one: run the teacher once, write the cache
@@ -124,6 +126,9 @@ evaluate: $(STAMP) ## Score the distilled student of OUTPUT again, on EVAL_DATA 
 
 report: $(STAMP) ## Write the HTML report of OUTPUT again
 	$(BIN)/distill report "$$OUTPUT"
+
+suite: $(STAMP) ## Ask the distilled student of OUTPUT published benchmarks: BENCHMARKS, or small ones of drawn scenes
+	exec $(BIN)/distill suite "$$OUTPUT/distilled/final" "$$BENCHMARKS" --output "$$OUTPUT/suite-$$(basename "$$BENCHMARKS")" $(if $(IMAGES),--images "$$IMAGES") $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
 endif
 
 demo: distill ## Both stages with the built-in teacher and data, on the CPU

@@ -1,4 +1,4 @@
-"""Write docs/options.md and docs/commands.md from the code, and the notebook from its script: ``make docs``.
+"""Write docs/options.md, docs/commands.md and docs/benchmarks.md from the code, and the notebook: ``make docs``.
 
 Options come from the configuration dataclasses, their meaning from the ``Attributes:`` of each docstring; command
 pages are what ``--help`` prints, at a fixed width. ``tests/test_docs.py`` fails when a committed page is stale.
@@ -15,6 +15,7 @@ import click
 
 from vlm_distill_cache.commands import group_of
 from vlm_distill_cache.common.config import Word
+from vlm_distill_cache.data.benchmarks.search import LAYOUTS
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage2_student.config import EvaluationConfig, LoraConfig, PhaseConfig, TrainConfig
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
@@ -197,6 +198,61 @@ def commands_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def benchmarks_page() -> str:
+    """docs/benchmarks.md."""
+    lines = [
+        "# Published benchmarks", "", NOTE,
+        "`distill suite STUDENT BENCHMARKS --output FOLDER` asks a model what published benchmarks ask, and counts its answers as",
+        "they do. Nothing is downloaded: `BENCHMARKS` is a folder of files as their authors publish them, in any arrangement.", "",
+        "```",
+        "make suite                                         # the demonstration's student, small benchmarks of drawn scenes",
+        "distill suite RUN/distilled/final benchmarks --output scores --dry-run   # what is there, and what is missing",
+        "distill suite RUN/distilled/final benchmarks --output scores --limit 500",
+        "distill suite org/teacher benchmarks --output scores-teacher --nproc 4 --images /data/coco",
+        "```", "",
+        "## The folder", "",
+        "A file is told by the keys in it, never by its name; a name only says the split or the subset. Of each layout the",
+        "authors' own files are read, and the hub's tables: parquet, JSON lines, CSV, folders of `datasets`. Pictures may stand in",
+        "the table, beside the file, in any folder below, or below `--images`; annotations may name them by path, by name or by",
+        "COCO's number. A picture name that several different files have is not guessed: give each benchmark a folder of its own.",
+        "What no layout knows is listed with what was found in it. An item whose picture is missing is left out and counted,",
+        "with the reason; scores are of the others.", "",
+        "## What is asked", "",
+        "A model is a folder or a name on the hub: a student of ours, an export, a teacher, any model that stage one opens. A",
+        "student reads as it was trained; another model by its own processor and chat template, or with `--cache` as a student of",
+        "that cache would. Answers are generated greedily. Likelihoods are of whole answers, their end included; those about one",
+        "picture share it in one sequence. `--prompts published` (the default) puts behind a question what published evaluations",
+        "put there (\"Answer the question using a single word or phrase.\"); `plain` leaves it out, for students that have never",
+        "seen such an instruction (the default for `shapes`). `--limit N` takes N items of all kinds alike, and whole groups",
+        "(MME's pairs, MMBench's rotations).", "",
+        "## What is kept", "",
+        "| file in the output folder | holds |", "|---|---|",
+        "| `summary.json` | every score with its interval, what is left out and why, files that were not read |",
+        "| `report.html` | the same to look at |",
+        "| `NAME/results.jsonl` | what the model answered, an item a line: text, or `[nats, tokens]` of each given answer |",
+        "| `NAME/measures.json` | each score item by item, for paired comparisons |",
+        "| `NAME/answers.jsonl` | LLaVA's answers file, for scorers elsewhere (GPT judges, evaluation servers) |",
+        "| `NAME/submission/` | what the benchmark's own server or script takes, where all items were answered |", "",
+        "Run the same command again after a kill: at most 64 items a process are asked again, and the numbers are those of a run",
+        "that was never stopped. The folder belongs to one model, one kind of prompts and one limit; results of another model, or",
+        "of changed questions, are refused. Scores are counted anew from the answers each time. Intervals are of 95 %, from",
+        "resampling items (or groups: pictures, pairs) 2,000 times.", "",
+        "## Layouts", "",
+        "Licences are those that the authors state, for annotations and, where it is another, pictures; read them before you",
+        "publish anything but scores.", "",
+        "| benchmark | told by | scores | from | licence |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for layout in sorted(LAYOUTS, key=lambda layout: layout.title.lower()):
+        cells = (layout.title, layout.looks_for, layout.scores, layout.source, layout.licence)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += [
+        "", "`shapes` in place of a folder writes small benchmarks of drawn scenes in these layouts into the output folder",
+        "(SugarCrepe, Winoground, VQAv2, GQA, MMBench, POPE), 40 items of each kind. Their scores say nothing about the published",
+        "ones; they show that all of it works, and compare students of the demonstration.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
 def notebook_page() -> str:
     """The notebook of a script in the percent format, without outputs, as Jupyter writes it."""
     import jupytext
@@ -211,7 +267,12 @@ def notebook_page() -> str:
 
 
 NOTEBOOK = "examples/distil.ipynb"
-PAGES = {"options.md": options_page, "commands.md": commands_page, NOTEBOOK: notebook_page}
+PAGES = {
+    "options.md": options_page,
+    "commands.md": commands_page,
+    "benchmarks.md": benchmarks_page,
+    NOTEBOOK: notebook_page,
+}
 
 
 def main() -> None:

@@ -53,8 +53,10 @@ from vlm_distill_cache.stage2_student.final_folder import (
     trained_folder,
 )
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
-from vlm_distill_cache.stage2_student.scores.results import render_table
+from vlm_distill_cache.stage2_student.scores.results import read_scores, render_table
 from vlm_distill_cache.stage2_student.students.presets import student_names
+from vlm_distill_cache.stage2_student.suite.cli import suite
+from vlm_distill_cache.stage2_student.suite.compare import compare
 from vlm_distill_cache.stage2_student.training.output_folder import refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
 from vlm_distill_cache.stage2_student.training.resolve import given_options, open_caches
@@ -247,7 +249,7 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
     settings, of_recipe = _load(options)
     with stopped_by_sigterm():
         summary = runs.run(settings, processes=nproc, extends=extend, say=tell)
-    answer(**vars(summary), scores=runs.read_scores(summary.output))
+    answer(**vars(summary), scores=read_scores(summary.output))
     lines = summary.table.splitlines()
     # What a new run's scores do not tell was said before it trained.
     say("\n".join(["", *(line for line in lines if not (summary.fresh and line.startswith("note: "))), ""]))
@@ -389,6 +391,9 @@ def report(output: Path) -> None:
     say(f"Report: {output / runs.REPORT}")
 
 
+main.add_command(compare)
+
+
 @main.command()
 @click.argument("student", shell_complete=complete_folder)
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
@@ -515,6 +520,9 @@ def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -
         f"Next: {by_make('make distill STUDENT=', 'distill run --student ')}{quoted(output)}, or "
         f"{by_make('make teacher-cache TEACHER=', 'teacher-cache build --teacher ')}{quoted(output)}"
     )
+
+
+main.add_command(suite)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from vlm_distill_cache.common.config import config_from_dict, config_to_dict, la
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import clean_stale, remove, write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.common.files.rules import check, entries
+from vlm_distill_cache.common.files.rules import check
 from vlm_distill_cache.common.files.signed import find_damage, list_files, read_signed, write_signed
 from vlm_distill_cache.common.hub import public_name
-from vlm_distill_cache.common.locations import is_url, nearest_path, public_location, secret_locations
+from vlm_distill_cache.common.locations import is_url, nearest_path, secret_locations
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.command_line import leave_one_core, quiet_libraries, run_command, said_so_far
 from vlm_distill_cache.common.tools.outlook import Outlook
@@ -58,7 +58,9 @@ from vlm_distill_cache.stage2_student.pruned_folder import (
 )
 from vlm_distill_cache.stage2_student.scores.results import (
     HEADLINE,
+    SCORES,
     EvaluationReport,
+    read_scores,
     render_table,
     table_rows,
 )
@@ -76,7 +78,7 @@ from vlm_distill_cache.stage2_student.training.stamp import BASELINE, COMPARED, 
 if TYPE_CHECKING:
     from vlm_distill_cache.stage2_student.train import AfterStep, TrainResult
 
-TABLE, REPORT, SCORES = "table.txt", "report.html", "evaluation.json"
+TABLE, REPORT = "table.txt", "report.html"
 TEACHER = "teacher"
 ARM = "DISTILL_ARM"  # set in the processes of a run's student: what comes next is the run's to say
 LAUNCHER = "vlm_distill_cache.stage2_student.training.several"
@@ -461,65 +463,37 @@ def evaluate_arm(
     return report
 
 
-def read_scores(output: Path) -> dict[str, Any]:
-    """The scores of a run by model, each as of `EvaluationReport.to_dict`.
-
-    Raises:
-        ConfigError: If they are lost or damaged.
-    """
-    try:
-        stored = check(read_signed(output / SCORES), entries(EVALUATION, most=10), str(output / SCORES))
-    except (FileNotFoundError, CacheFormatError) as error:
-        raise ConfigError(
-            f"{output / SCORES} is missing or damaged ({error}); run the same `distill run` command again: it scores again"
-        ) from error
-    return dict(stored)
-
-
 def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None:
-    """Write the HTML page of a run, logs, scores and attention pictures; and the cards of its students.
+    """Write the HTML page of a run; and the cards of its students.
 
     Raises:
         ConfigError: If the scores are lost or damaged.
-        ModelError: If the distilled student is.
+        ModelError: If a student is.
     """
-    from vlm_distill_cache.stage2_student.scores.report import render_report
-    from vlm_distill_cache.stage2_student.trained_student import draw_overlays, open_student
+    from vlm_distill_cache.stage2_student.scores.page.run_page import RunPage, render_run_page, run_costs, run_facts
+    from vlm_distill_cache.stage2_student.trained_student import describe_size, open_student, show_flips, show_taught
     from vlm_distill_cache.stage2_student.training.log import read_log
 
     stored = read_scores(output)
     evaluations = {name: EvaluationReport.from_dict(stored[name]) for name in (*COMPARED, TEACHER) if name in stored}
     notes = read_stamp(output).get("notes", [])
     write_cards(output, config, cache, evaluations, notes)
-    distilled = open_student(output / DISTILLED / FINAL)
+    students = {name: open_student(output / name / FINAL) for name in COMPARED}
     curves = {name: read_log(output / name) for name in COMPARED}
-    plan, student = cache.plan, public_name(config.student)
-    at = f"@{plan.teacher['revision']}" if plan.teacher.get("revision") else ""
-    facts = {
-        "student": student,
-        "teacher": f"{plan.teacher.get('name')}{at} (not loaded: its signals come from the cache)",
-        "cache": f"{public_location(config.cache)} ({', '.join(sorted(plan.signals))})",
-        "data": str(plan.data.get("name")),
-        "phases": describe_phases(config),
-        "training": f"{len(curves[DISTILLED])} steps in {sum(record['step_s'] for record in curves[DISTILLED]):.0f} s",
-        "seed": str(config.seed),
-    }
-    counted = distilled.provenance["vocabulary"]
-    if counted.get("entries_beyond"):
-        facts["vocabulary"] = (
-            f"{counted['entries_beyond']} of {counted['entries_read']} cached logit entries read are tokens beyond "
-            "the student's rows; they count as tail"
-        )
-    render_report(
-        output / REPORT,
-        title=f"{student}: distilled from a teacher cache",
-        facts=facts,
+    sizes = {name: describe_size(student) for name, student in students.items()}
+    page = RunPage(
+        title=f"{public_name(config.student)}: distilled from a teacher cache",
+        facts=run_facts(config, cache, describe_phases(config), students[DISTILLED].provenance["vocabulary"]),
+        cost=run_costs(sizes, curves, cache),
         curves=curves,
         evaluations=evaluations,
         compared=COMPARED,
-        overlays=draw_overlays(distilled, config, cache),
+        flips=show_flips(students, config, cache, evaluations),
+        taught=show_taught(students, config, cache),
+        provenance=students[DISTILLED].provenance,
         notes=notes,
     )
+    render_run_page(output / REPORT, page)
 
 
 def write_cards(

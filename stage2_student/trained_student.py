@@ -32,6 +32,7 @@ from vlm_distill_cache.common.hub import CARD
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.models.weight_files import read_weights
+from vlm_distill_cache.common.printing import size_words
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.families.models import unify_dtype
@@ -48,9 +49,10 @@ from vlm_distill_cache.stage2_student.final_folder import FOR_OTHERS, PROVENANCE
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.scores.card import has_edited_card, read_scores, write_card
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
-from vlm_distill_cache.stage2_student.scores.held_out import open_items
-from vlm_distill_cache.stage2_student.scores.overlays import Overlay, collect_overlays
+from vlm_distill_cache.stage2_student.scores.flips import Flips, collect_flips
+from vlm_distill_cache.stage2_student.scores.held_out import open_items, scored_items
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
+from vlm_distill_cache.stage2_student.scores.taught import TEACHER, Taught, collect_taught
 from vlm_distill_cache.stage2_student.students.build import load_student
 from vlm_distill_cache.stage2_student.students.encoder import (
     build_encoder,
@@ -294,19 +296,43 @@ def _depth(student: Student) -> int:
     return int(student.model.language_model.config.num_hidden_layers)
 
 
-def draw_overlays(student: Student, config: TrainConfig, cache: TeacherCache) -> list[Overlay]:
-    """Pictures of where teacher and student look; none if the cache holds no answer attention of the same places."""
-    count = config.evaluation.overlays
-    if not count or RowAttentionCodec.signal not in comparable_signals(student, cache):
+def show_taught(students: Mapping[str, Student], config: TrainConfig, cache: TeacherCache) -> list[Taught]:
+    """A few cached samples: what teacher and students say and, where the cache tells, where they look."""
+    count, first = config.evaluation.overlays, next(iter(students.values()))
+    if not count:
         return []
-    return collect_overlays(
-        student.model,
-        student.encoder,
+    looking = all(RowAttentionCodec.signal in comparable_signals(student, cache) for student in students.values())
+    return collect_taught(
+        _models(students),
         cache,
-        open_cached_data(cache, data=config.data, images=config.images),
-        match=match_groups(cache.plan, _depth(student)),
+        _data_of_cache(config, cache),
+        match=match_groups(cache.plan, _depth(first)) if looking else None,
         count=count,
     )
+
+
+def show_flips(
+    students: Mapping[str, Student],
+    config: TrainConfig,
+    cache: TeacherCache,
+    reports: Mapping[str, EvaluationReport],
+) -> list[Flips]:
+    """The items on which two students differ, the one before and the one after; ``reports`` may have the teacher's."""
+    before, after = (reports[name] for name in students)
+    unread = before.unreadable or after.unreadable
+    items = scored_items(config, next(iter(students.values())).encoder, cache, all_readable=not unread)
+    return collect_flips(_models(students), (before, after), items, cache, reports.get(TEACHER, EvaluationReport()))
+
+
+def _models(students: Mapping[str, Student]) -> dict[str, tuple[Any, SampleEncoder]]:
+    return {name: (student.model, student.encoder) for name, student in students.items()}
+
+
+def describe_size(student: Student) -> dict[str, str]:
+    """Parameters and weights of a student, in words."""
+    stored = sum(path.stat().st_size for path in student.path.glob("*.safetensors"))
+    count = sum(parameter.numel() for parameter in student.model.parameters())
+    return {"parameters": f"{count:,}", "weights on disk": size_words(stored)}
 
 
 def export_student(

@@ -30,11 +30,13 @@ SURFACE = {
     "cachectl merge": "--dry-run --json --output --store SOURCES",
     "cachectl repair": "--deep --dry-run --json CACHE",
     "cachectl verify": "--deep --json CACHE",
+    "distill compare": "--json --output OUTPUTS",
     "distill evaluate": "--cache --card --data --images --json --limit --output STUDENT",
     "distill export": "--dtype --json --layout --output --quantise STUDENT",
     "distill import": "--json --output --vision-tower CHECKPOINT",
     "distill push": "--dry-run --json --message --overwrite --public --revision --which REPOSITORY STUDENT",
     "distill report": "--json OUTPUT",
+    "distill suite": "--cache --dry-run --images --json --limit --nproc --only --output --prompts BENCHMARKS STUDENT",
     "distill prune": "--data --images --json --keep --output --samples --teacher --template",
     "distill run": "--cache --config --data --dry-run --extend --images --json --nproc --output --phases --seed --set --sketch "
     "--student --teacher",
@@ -55,7 +57,7 @@ SURFACE = {
     "teacher-cache seal": "--json CACHE",
 }
 TARGETS = {
-    "help", "setup", "teacher-cache", "distill", "evaluate", "report", "demo", "demo-teacher", "experiment",
+    "help", "setup", "teacher-cache", "distill", "evaluate", "report", "suite", "demo", "demo-teacher", "experiment",
     "experiment-smollm",
     "test", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "full-size", "battery", "matrix",
     "harness", "lock", "sbom", "audit", "clean",

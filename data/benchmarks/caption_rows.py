@@ -4,13 +4,14 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
 import PIL.Image
 
-from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.benchmarks.documents import KEY, Document
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable
 from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.images.recognise import base64_picture
@@ -29,9 +30,8 @@ _PROBED = 32  # rows that tell what a document is
 
 
 def probe(document: Document) -> Iterator[Row]:
-    """The first rows, by which a document is told."""
-    for index in range(min(_PROBED, len(document.rows))):
-        yield document.rows[index]
+    """The first rows that can be read, by which a document is told."""
+    return islice(readable(document.rows), _PROBED)
 
 
 def names_picture(document: Document) -> bool:
@@ -235,13 +235,7 @@ def benchmark(
     documents: Sequence[Document],
     notes: Sequence[str] = (),
 ) -> Benchmark:
-    """The benchmark of some documents.
-
-    Raises:
-        DataError: Nothing could be asked and nothing was left out: there are no rows.
-    """
-    if not found.items and not found.left_out and not found.passed_over:
-        raise DataError(f"{documents[0].shown} holds no item")
+    """The benchmark of some documents."""
     return Benchmark(
         name=name,
         layout=layout,

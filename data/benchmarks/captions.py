@@ -33,7 +33,6 @@ from vlm_distill_cache.data.benchmarks.pictures import Pictures
 
 _SUGAR = re.compile(r"(add|replace|swap)_?(obj|at|rel)")
 _SUGAR_PARTS = {"obj": "obj", "at": "att", "rel": "rel"}  # one hub edition writes "atribute"
-_SUGAR_COLUMNS = ("original_file_name", "subset", "category", "split.txt", "config")
 _TESTS = (
     "existence plurals counting_hard counting_small_quant counting_adversarial relations action_replacement actant_swap "
     "coreference_hard coreference_standard foil_it"
@@ -56,7 +55,8 @@ def _sugar(name: str) -> str:
 def _sugar_kind(document: Document, row: Row) -> str:
     if isinstance(row.get("type"), str) and isinstance(row.get("subtype"), str):
         return _sugar(f"{row['type']}_{row['subtype']}")
-    of_row = (_sugar(str(row[key])) for key in _SUGAR_COLUMNS if isinstance(row.get(key), str))
+    words = [value for key, value in row.items() if key not in PICTURES and isinstance(value, str) and " " not in value]
+    of_row = map(_sugar, words)  # whatever its column is called
     return next(filter(None, of_row), "") or kind_in_path(document, _sugar)
 
 
@@ -174,12 +174,16 @@ def _bivlc_item(pictures: Pictures, document: Document, index: int, row: Row) ->
 
 
 def _read_pairs(
-    documents: Sequence[Document], pictures: Pictures, *, name: str, title: str, make: Any, kind: str
+    documents: Sequence[Document], pictures: Pictures, *, name: str, title: str, make: Any, kinds: Sequence[str]
 ) -> Iterator[Benchmark]:
-    """Benchmarks of two pictures with two captions, whose subset stands in a column."""
+    """Benchmarks of two pictures with two captions; the subset is the first of some columns that says something."""
     for named, group in benchmarks_of(name, documents, lambda _: ""):
-        found = gather(group, partial(make, pictures), lambda _, row: str(row.get(kind) or ""))
+        found = gather(group, partial(make, pictures), lambda _, row: _first_of(row, kinds))
         yield benchmark(named, layout=name, title=title, metric=name, found=found, documents=group)
+
+
+def _first_of(row: Row, keys: Sequence[str]) -> str:
+    return next((str(row[key]) for key in keys if row.get(key)), "")
 
 
 def _is_valse(document: Document) -> bool:
@@ -222,7 +226,7 @@ def _valse_item(pictures: Pictures, document: Document, index: int, row: Row) ->
     if votes is not None and votes < 2:
         return None
     captions = (sentence(row, "caption", "positive_caption"), sentence(row, "foil", "foils", "negative_caption"))
-    image = picture_of(document, index, row, pictures, ("image_file", *PICTURES))
+    image = picture_of(document, index, row, pictures)
     return CaptionItem(
         item_id="",
         images=(image,),
@@ -253,23 +257,30 @@ LAYOUTS: tuple[Layout, ...] = (
         name="bivlc",
         title="BiVLC",
         looks_for="rows with image, caption, negative_image, negative_caption (type, subtype)",
-        source="hub: imirandam/BiVLC",
+        source="https://huggingface.co/datasets/imirandam/BiVLC",
         licence=f"MIT; {_COCO}, and generated ones",
+        scores="group, text (I2T) and image (T2I) score and their halves, by P(yes), likelihood and letters; a type",
         recognises=_is_bivlc,
         read=lambda documents, pictures: list(
-            _read_pairs(documents, pictures, name="bivlc", title="BiVLC", make=_bivlc_item, kind="type")
+            _read_pairs(documents, pictures, name="bivlc", title="BiVLC", make=_bivlc_item, kinds=["type"])
         ),
     ),
     Layout(
         name="winoground",
         title="Winoground",
         looks_for="rows with image_0, image_1, caption_0, caption_1 (tag, secondary_tag, collapsed_tag)",
-        source="hub: facebook/winoground (examples.jsonl with a folder of pictures, or parquet)",
+        source="https://huggingface.co/datasets/facebook/winoground (examples.jsonl with its pictures, or parquet)",
         licence="Meta's Winoground licence (research only); pictures: Getty Images",
+        scores="group, text and image score, by P(yes), likelihood and letters; a tag",
         recognises=_is_winoground,
         read=lambda documents, pictures: list(
             _read_pairs(
-                documents, pictures, name="winoground", title="Winoground", make=_winoground_item, kind="collapsed_tag"
+                documents,
+                pictures,
+                name="winoground",
+                title="Winoground",
+                make=_winoground_item,
+                kinds=["collapsed_tag", "tag"],
             )
         ),
     ),
@@ -277,8 +288,10 @@ LAYOUTS: tuple[Layout, ...] = (
         name="sugarcrepe-pp",
         title="SugarCrepe++",
         looks_for="rows with filename, caption, caption2, negative_caption; or positive_caption_1, positive_caption_2",
-        source="GitHub: Sri-Harsha/scpp, folder data; hub: Aman-J/SugarCrepe_pp",
-        licence=f"CC BY 4.0; {_COCO}",
+        source="https://github.com/Sri-Harsha/scpp, folder data; hub: Aman-J/SugarCrepe_pp, Mayfull/sugarcrepepp_vlms",
+        licence=f"CC BY 4.0 by its page, MIT by its LICENSE; {_COCO}",
+        scores="ITT (both right captions above the wrong one) by likelihood and P(yes), the mean over subsets; TOT by P(yes) that "
+        "two captions mean the same; letters",
         recognises=_is_sugarcrepe_pp,
         read=lambda documents, pictures: list(_read_sugarcrepe_pp(documents, pictures)),
     ),
@@ -290,10 +303,12 @@ LAYOUTS: tuple[Layout, ...] = (
             "negative_caption or tested_labels, true_label; original_file_name, positive_caption, negative_caption"
         ),
         source=(
-            "GitHub: RAIVNLab/sugar-crepe, folder data; hub: HuggingFaceM4/SugarCrepe_swap_obj and its six sisters, "
+            "https://github.com/RAIVNLab/sugar-crepe, folder data; hub: HuggingFaceM4/SugarCrepe_swap_obj and its six sisters, "
             "mteb/SUGARCREPE_fmt, Mayfull/sugarcrepe_vlms"
         ),
         licence=f"MIT; {_COCO}",
+        scores="likelihood, the mean over subsets, and a subset; the letter question in both orders, both right, letter bias; "
+        "P(yes)",
         recognises=_is_sugarcrepe,
         read=lambda documents, pictures: list(_read_sugarcrepe(documents, pictures)),
     ),
@@ -301,8 +316,10 @@ LAYOUTS: tuple[Layout, ...] = (
         name="valse",
         title="VALSE",
         looks_for="a dict of id to image_file, caption, foil, mturk, a file an instrument; tables with image, caption, foil",
-        source="GitHub: Heidelberg-NLP/VALSE, folder data; hub: Mayfull/valse_vlms",
+        source="https://github.com/Heidelberg-NLP/VALSE, folder data; hub: Mayfull/valse_vlms",
         licence="MIT; pictures: those of Visual7W, COCO, SWiG, VisDial and FOIL it!",
+        scores="pairwise accuracy by likelihood and P(yes), the mean over instruments; accuracy, p_c and p_f of P(yes) > 1/2; "
+        "letters",
         recognises=_is_valse,
         read=lambda documents, pictures: list(_read_valse(documents, pictures)),
     ),

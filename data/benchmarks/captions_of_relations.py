@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -50,8 +51,7 @@ def _sort_of_options(document: Document) -> str:
 
 
 def _sort_of(options: Sequence[str]) -> str:
-    bare = {tuple(word for word in _words(text) if word not in _PLACES | _AROUND) for text in options}
-    if len(bare) == 1 and all(_place(text) for text in options):
+    if len(set(map(_things, options))) == 1 and all(_place(text) for text in options):
         return "places"
     letters = {"".join(sorted(re.sub(r"\W", "", text.lower()))) for text in options}
     return "order" if len(letters) == 1 and len(options) > 2 else ""
@@ -59,6 +59,11 @@ def _sort_of(options: Sequence[str]) -> str:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[\w'-]+", text.lower())
+
+
+def _things(text: str) -> str:
+    """What a caption of places says something about: its words without those of the place."""
+    return " ".join(word for word in _words(text) if word not in _PLACES | _AROUND)
 
 
 def _place(text: str) -> str:
@@ -138,16 +143,28 @@ def _read_aro_pairs(documents: Sequence[Document], pictures: Pictures) -> Iterat
 def _is_order(document: Document) -> bool:
     if document.has("correct_caption", "hard_text_1"):
         return names_picture(document)
+    if _karpathy(document):
+        return True
     return _is_retrieval_split(document) or (
         names_picture(document) and document.has("caption_options") and _sort_of_options(document) != "places"
     )
 
 
+def _karpathy(document: Document) -> Sequence[Mapping[str, Any]]:
+    """The pictures of ``dataset_coco.json``, each with its split and sentences; none in other files."""
+    images = document.top.get("images") if isinstance(document.top, dict) else None
+    if not isinstance(images, list) or not images:
+        return ()
+    known = all(isinstance(entry, dict) and {"split", "sentences", "filename"} <= set(entry) for entry in images)
+    return images if known else ()
+
+
 def _is_retrieval_split(document: Document) -> bool:
-    """Karpathy's test split as BLIP and ARO read it: a path, and five captions of it."""
+    """Karpathy's test split, as he gives it, or as BLIP and ARO read it: a path, and five captions of it."""
+    if _karpathy(document):
+        return True
     return document.columns == {"image", "caption"} and all(
-        isinstance(row["image"], str) and isinstance(row["caption"], list | tuple) and len(row["caption"]) > 1
-        for row in probe(document)
+        isinstance(row.get("image"), str) and isinstance(row.get("caption"), list | tuple) for row in probe(document)
     )
 
 
@@ -194,14 +211,27 @@ def shuffled_captions(caption: str, seed: str) -> list[str]:
     return found
 
 
+def _raw(texts: Any) -> list[str]:
+    listed = texts if isinstance(texts, list) else []
+    return [str(text["raw"]) for text in listed if isinstance(text, dict) and "raw" in text]
+
+
 def _split_rows(document: Document) -> Document:
-    """A row a caption, with the orders that are made of it."""
+    """A row a caption of the test split, with the orders that are made of it."""
+    if document.rows:
+        captions = [(row.get("image"), row.get("caption")) for row in document.rows]
+    else:
+        captions = [
+            ("/".join(str(entry[key]) for key in ("filepath", "filename") if entry.get(key)), _raw(entry["sentences"]))
+            for entry in _karpathy(document)
+            if entry["split"] == "test"
+        ]
     rows = []
-    for place, row in enumerate(document.rows):
-        for number, caption in enumerate(row["caption"]):
-            right = plain_caption(str(caption))
-            options = [right, *shuffled_captions(right, f"{row['image']} {number}")]
-            rows.append({"id": f"{place}.{number}", "image": row["image"], "caption_options": options})
+    for place, (image, texts) in enumerate(captions):
+        for number, text in enumerate(texts if isinstance(texts, list | tuple) and texts else [None]):
+            right = plain_caption(text) if isinstance(text, str) else ""
+            options = [right, *shuffled_captions(right, f"{image} {number}")]
+            rows.append({"id": f"{place}.{number}", "image": image, "caption_options": options})
     return Document(document.path, document.shown, rows)
 
 
@@ -215,8 +245,11 @@ def _read_orders(documents: Sequence[Document], pictures: Pictures) -> Iterator[
                 "otherwise the files do not say which one is right: take the table with true_caption, false_caption",
             )
             continue
-        first = next(probe(document), {})
-        told = " ".join([*path_parts(document), str(first.get("image", "") if "image" in document.columns else "")])
+        if (images := _karpathy(document)) and all(entry["split"] != "test" for entry in images):
+            yield Unread(document, "none of its pictures is of the test split, which is asked about")
+            continue
+        shown = next(probe(document), None) or next(iter(_karpathy(document)), {})
+        told = " ".join([*path_parts(document), *(str(shown[key]) for key in ("image", "filepath") if key in shown)])
         task = next((name for name in ("flickr", "coco") if name in told.lower()), "")
         split = "-split" if _is_retrieval_split(document) else ""
         by_name.setdefault(f"aro-{task}-order{split}" if task else f"aro-order{split}", []).append(document)
@@ -284,16 +317,6 @@ def _up_kind(options: Sequence[str], family: str) -> str:
     return f"{family or 'objects'}-{'one' if last and last[0] in _PLACES else 'two'}"
 
 
-def _up_group(row: Row, kind: str, options: Sequence[str]) -> str:
-    """What the four pictures of a set share: the objects that their file is named after, else their four captions."""
-    if not kind.startswith("controlled"):
-        return ""
-    path = row.get("image_path")
-    if isinstance(path, str) and (parts := path.rpartition("/")[2].split("_"))[2:]:
-        return f"{kind}/{parts[0]}/{parts[-1].rpartition('.')[0]}"
-    return f"{kind}/{' | '.join(sorted(options))}"
-
-
 def _up_options(row: Row) -> tuple[str, ...]:
     if row.get("caption_options") is not None:
         return sentences(row, "caption_options")
@@ -304,14 +327,10 @@ def _up_item(pictures: Pictures, document: Document, index: int, row: Row) -> Ca
     options = _up_options(row)
     kind = _up_row_kind(document, row)
     item = _ranked(_up_picture(pictures, document, index, row), options)
-    return CaptionItem(
-        item_id="",
-        images=item.images,
-        captions=item.captions,
-        fits=item.fits,
-        group=_up_group(row, kind, options),
-        extra={"place": _controlled_place(item.captions[0])} if kind.startswith("controlled") else {},
-    )
+    if not kind.startswith("controlled"):
+        return item
+    # Four pictures of the same two things are a set.
+    return replace(item, group=f"{kind}/{_things(options[0])}", extra={"place": _controlled_place(options[0])})
 
 
 def _up_row_kind(document: Document, row: Row) -> str:
@@ -401,8 +420,11 @@ LAYOUTS: tuple[Layout, ...] = (
         title="ARO: VG-Relation and VG-Attribution",
         looks_for="rows with image_path (or image), true_caption, false_caption, bbox_x, bbox_y, bbox_w, bbox_h; relation_name "
         "or attributes",
-        source="GitHub: mertyg/vision-language-models-are-bows; hub: mteb/ARO-Visual-Relation, mteb/ARO-Visual-Attribution",
+        source="https://github.com/mertyg/vision-language-models-are-bows; hub: mteb/ARO-Visual-Relation, "
+        "mteb/ARO-Visual-Attribution",
         licence=f"MIT; {_VG}",
+        scores="likelihood, the mean over relations that can be told from their reverse, or over pairs of attributes with 25 "
+        "items; both orders of the letter question; P(yes)",
         recognises=_is_aro_pair,
         read=lambda documents, pictures: list(_read_aro_pairs(documents, pictures)),
     ),
@@ -411,8 +433,9 @@ LAYOUTS: tuple[Layout, ...] = (
         title="What's Up",
         looks_for="rows with image_path (or image_options) and caption_options that differ by a place, the first right; a list "
         "of [number of the picture, right caption, wrong caption]; original_file_name, positive_caption, negative_caption",
-        source="GitHub: amitakamath/whatsup_vlms; hub: ServiceNow/whatsup_all, Mayfull/whats_up_vlms",
+        source="https://github.com/amitakamath/whatsup_vlms; hub: ServiceNow/whatsup_all, Mayfull/whats_up_vlms",
         licence=f"MIT; own pictures; COCO, terms of Flickr; {_VG}",
+        scores="single pictures, pairs of opposite places and sets of four, by likelihood and by P(yes), a subset and in the mean",
         recognises=_is_whats_up,
         read=lambda documents, pictures: list(_read_whats_up(documents, pictures)),
     ),
@@ -421,8 +444,10 @@ LAYOUTS: tuple[Layout, ...] = (
         title="ARO: COCO-Order and Flickr30k-Order",
         looks_for="rows with correct_caption and hard_text_1 ..., or caption_options that are orders of one sentence; a list of "
         "image and five captions (Karpathy's test split)",
-        source="hub: mteb/ARO-COCO-order, mteb/ARO-Flickr-Order; the split: Salesforce's coco_karpathy_test.json",
+        source="https://huggingface.co/datasets/mteb/ARO-COCO-order, "
+        "https://huggingface.co/datasets/mteb/ARO-Flickr-Order; the split: coco_karpathy_test.json or dataset_coco.json",
         licence="MIT; pictures: COCO or Flickr30k, terms of Flickr",
+        scores="likelihood of the right order above all others",
         recognises=_is_order,
         read=lambda documents, pictures: list(_read_orders(documents, pictures)),
     ),

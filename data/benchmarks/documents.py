@@ -6,6 +6,7 @@ are asked about.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -23,6 +24,7 @@ from vlm_distill_cache.data.sources.parquet import LocalParquet, ParquetTable
 from vlm_distill_cache.data.sources.parquet_rows import StoredPicture
 from vlm_distill_cache.data.sources.pictures import open_picture, says_none
 
+OWN_STAMP = "distill-suite.json"  # of a folder of results, which are no benchmarks
 KEY = "__key__"  # of rows that were a dict by id: the id
 _PROBED = 32  # rows whose keys are the columns
 _PART = re.compile(r"-\d{4,5}-of-\d{4,5}(?=\.parquet$)")
@@ -59,7 +61,7 @@ class Document:
     def columns(self) -> frozenset[str]:
         """Keys of the first rows, without those that hold nothing in any of them."""
         found: set[str] = set()
-        for row in islice(iter(self.rows), _PROBED):
+        for row in islice(readable(self.rows), _PROBED):
             found |= {str(key) for key, value in row.items() if value is not None}
         return frozenset(found)
 
@@ -72,7 +74,11 @@ class Document:
         """The place of each row by its ``index``, of CSV and TSV tables; empty for others."""
         if self.path.suffix.lower() not in (".csv", ".tsv") or not self.has("index"):
             return {}
-        return {str(row.get("index")): place for place, row in enumerate(self.rows)}
+        found = {}
+        for place in range(len(self.rows)):
+            with suppress(SampleError):
+                found[str(self.rows[place].get("index"))] = place
+        return found
 
     def picture(self, index: int, column: str, place: int | None = None) -> ImageSource:
         """A picture that stands in a row itself (bytes, base64, a table's); read again when it is asked about.
@@ -83,6 +89,13 @@ class Document:
             place: In a list of pictures; None: the value is the picture.
         """
         return RowPicture(self, index, column, place)
+
+
+def readable(rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The rows in order, without those that cannot be read."""
+    for index in range(len(rows)):
+        with suppress(SampleError):
+            yield rows[index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +247,7 @@ def documents_in(folder: Path) -> Iterator[Sequence[Path]]:
     """What may hold a benchmark below a folder, in order of names: files, and ``save_to_disk`` folders.
 
     Parquet files that are numbered parts of one table come together, and the texts of a folder if one of them has a question
-    with yes or no a line. Links that lead back up are followed once.
+    with yes or no a line. Links that lead back up are followed once, and what `distill suite` wrote is passed over.
 
     Raises:
         DataError: A folder cannot be listed.
@@ -244,7 +257,7 @@ def documents_in(folder: Path) -> Iterator[Sequence[Path]]:
 
 def _documents_in(folder: Path, above: frozenset[Path]) -> Iterator[Sequence[Path]]:
     real = folder.resolve()
-    if real in above:
+    if real in above or (folder / OWN_STAMP).is_file():
         return
     if is_saved_dataset(folder) and not (folder / "dataset_dict.json").exists():
         yield [folder]

@@ -15,7 +15,8 @@ from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.sample import ImageSource
 
-_SHORT_NUMBER = re.compile(r"[\d_-]{1,5}")  # 0001.png is another picture in each folder
+_SHORT_NUMBER = re.compile(r"[\d_-]{1,5}")  # 0001.png is another picture in each folder, but for folders of these names
+_ANY_FOLDER = frozenset("images image img imgs pictures data".split())  # noqa: SIM905
 ENDINGS = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())  # noqa: SIM905
 
 
@@ -35,7 +36,7 @@ class Pictures:
 
     @cached_property
     def _by_name(self) -> Mapping[str, Sequence[Path]]:
-        """All picture files by their last part in lower case, and by that without its ending."""
+        """All picture files by their last part in lower case, and by that without its ending; SEED-Bench's have none."""
         found: dict[str, list[Path]] = defaultdict(list)
         seen: set[str] = set()  # links may lead back
         for root in self._roots:
@@ -51,6 +52,8 @@ class Pictures:
                     if path.suffix.lower() in ENDINGS:
                         found[file.lower()].append(path)
                         found[path.stem.lower()].append(path)
+                    elif "." not in file:
+                        found[file.lower()].append(path)
         return found
 
     def find(self, name: str, *, near: Path | None = None, hints: Iterable[str] = ()) -> ImageSource:
@@ -72,7 +75,8 @@ class Pictures:
                 return ImageFile(root / path, shown=name)
         found = self._by_name.get(path.name.lower(), ())
         longest: list[Path] = []
-        fewest = 1 if len(path.parts) > 1 and _SHORT_NUMBER.fullmatch(path.stem) else 0
+        telling = [place for place, part in enumerate(path.parts[-2::-1], 1) if part.lower() not in _ANY_FOLDER]
+        fewest = telling[0] if telling and _SHORT_NUMBER.fullmatch(path.stem) else 0
         for parts in range(len(path.parts), fewest, -1):  # the longest end of the path that any file has
             end = [part.lower() for part in path.parts[-parts:-1]]
             longest = [file for file in found if [part.lower() for part in file.parts[-parts:-1]] == end]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.common.errors import DataError, DistillError
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.benchmarks import captions, choices, short_answers, yes_no
 from vlm_distill_cache.data.benchmarks.documents import Document, documents_in, open_document
@@ -15,6 +15,10 @@ from vlm_distill_cache.data.benchmarks.pictures import Pictures
 
 # The first that recognises a file reads it: the more keys a layout is told by, the earlier it stands.
 LAYOUTS: tuple[Layout, ...] = (*captions.LAYOUTS, *yes_no.LAYOUTS, *choices.LAYOUTS, *short_answers.LAYOUTS)
+
+# What a file raises that has the keys of a layout, and other things under them: a number for a text, a text for a list.
+_UNREADABLE = (DistillError, KeyError, TypeError, ValueError, AttributeError, IndexError)
+_LOOKED_AT = 50  # files of a folder; a chart or a page of text each has its own in some benchmarks, thousands of them
 
 
 def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
@@ -32,18 +36,33 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
     pictures = Pictures([folder, *images])
     of_layout: dict[str, list[Document]] = defaultdict(list)
     unread: dict[str, str] = {}
+    strangers: dict[str, list[str]] = defaultdict(list)  # files of a folder and an ending, as long as none is known
     for paths in documents_in(folder):
-        shown = str(paths[0].relative_to(folder))
+        one = paths[0].relative_to(folder)
+        shown = str(one.with_name("*.txt") if len(paths) > 1 and one.suffix.lower() == ".txt" else one)
+        alike = str(Path(shown).with_name("*" + paths[0].suffix))
+        if len(strangers[alike]) >= _LOOKED_AT:
+            strangers[alike].append(shown)
+            continue
         try:
             document = open_document(paths, shown)
             layout = next((layout for layout in LAYOUTS if layout.recognises(document)), None)
-        except DataError as error:
-            unread[shown] = str(error)
-            continue
-        if layout is None:
-            unread[shown] = _unknown(document)
+        except _UNREADABLE as error:
+            unread[shown] = _why(error)
         else:
-            of_layout[layout.name].append(document)
+            if layout is not None:
+                of_layout[layout.name].append(document)
+                strangers[alike] = []
+                continue
+            unread[shown] = _unknown(document)
+        strangers[alike].append(shown)
+    for alike, files in strangers.items():
+        if len(files) > _LOOKED_AT:
+            reasons = [unread.pop(file) for file in files[:_LOOKED_AT]]
+            left = len(files) - _LOOKED_AT
+            unread[alike] = (
+                f"{_LOOKED_AT} files one after another make no benchmark, {left} more were not opened: {reasons[0]}"
+            )
     benchmarks: dict[str, Benchmark] = {}
     for layout in LAYOUTS:
         try:
@@ -53,9 +72,15 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
                 else:
                     name = _free(found.name, benchmarks)
                     benchmarks[name] = replace(found, name=name)
-        except DataError as error:
-            unread |= {document.shown: f"{layout.title}: {error}" for document in of_layout[layout.name]}
+        except _UNREADABLE as error:
+            unread |= {document.shown: f"{layout.title}: {_why(error)}" for document in of_layout[layout.name]}
     return Found(benchmarks=benchmarks, unread=unread)
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, DistillError):
+        return str(error)
+    return f"its entries hold other things than this layout has there ({type(error).__name__}: {one_line(str(error))})"
 
 
 def _unknown(document: Document) -> str:

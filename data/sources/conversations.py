@@ -20,6 +20,7 @@ from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.images.recognise import names_picture
 from vlm_distill_cache.data.sample import Turn
 from vlm_distill_cache.data.sources.markers import IMAGE_MARKER, take_markers
+from vlm_distill_cache.data.sources.options import says_nothing, with_options
 from vlm_distill_cache.data.sources.pictures import (
     MODEL_NAMES,
     SYSTEM_KEYS,
@@ -224,7 +225,6 @@ def _asked_messages(entry: Mapping[str, Any], form: str) -> list[Any]:
             raise SampleError(f"{form!r} must be a text and {name!r} not null, got {brief(odd)}")
         refuse_unread_rows(question, form)
         asked[0]["content"] = question = _with_further(entry, form)
-        _refuse_lost_options(entry, question)
     history = _opened(_history(entry["history"])) if not says_none(entry.get("history")) else []
     answered = [answer] if isinstance(answer, Mapping) and _role(answer) else answer
     if name == "answers" or not is_list_of_rows(answered):
@@ -232,7 +232,12 @@ def _asked_messages(entry: Mapping[str, Any], form: str) -> list[Any]:
         refuse_unread_rows(text, name)
         if form not in _PLAIN and names_picture(text):
             raise SampleError(f"{name!r} names a picture ({text[:60]!r}); expected the words that are to be learnt")
+        if isinstance(question, str):
+            number = answer if isinstance(answer, int | float) else text
+            asked[0]["content"], text = with_options(entry, question, number, text)
         return [*history, *asked, {"role": "assistant", "content": text}]
+    if isinstance(question, str):
+        asked[0]["content"] = question = with_options(entry, question, "", "")[0]
     answered = _opened(answered)
     if _role(answered[0]) == "assistant":
         return [*history, *asked, *answered]
@@ -256,6 +261,8 @@ def _with_further(entry: Mapping[str, Any], form: str) -> str:
         value = entry.get(key)
         is_input = form == "instruction" and key in ("input", "context")
         if says_none(value) or (isinstance(value, int | float) and not is_input):  # a passage's number
+            continue
+        if key == _HINT and says_nothing(value):
             continue
         texts = value if isinstance(value, list | tuple) else [value]
         text = "\n".join(as_text(item, key) for item in texts)
@@ -303,22 +310,6 @@ def _role(message: Any) -> str | None:
         return None
     role = message.get("role") if message.get("role") is not None else message.get("from")
     return _ROLES.get(role.lower()) if isinstance(role, str) else None
-
-
-def _refuse_lost_options(entry: Mapping[str, Any], question: str) -> None:
-    """Refuse an answer that chooses among options which are not in the question: it would mean nothing."""
-    for key in ("choices", "options", "candidates"):
-        options = entry.get(key)
-        texts = list(options.values()) if isinstance(options, Mapping) else options
-        if isinstance(texts, list | tuple) and any(str(text).strip() not in question for text in texts):
-            raise SampleError(
-                f"{key!r} holds what can be answered, but the question does not say it; write it into the question"
-            )
-    letters = [key for key in "ABCD" if isinstance(entry.get(key), str) and entry[key].strip() not in question]
-    if len(letters) > 1:
-        raise SampleError(
-            f"{letters} hold what can be answered, but the question does not say it; write it into the question"
-        )
 
 
 def brief_keys(entry: Mapping[str, Any]) -> str:

@@ -9,12 +9,13 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.sample import resolve_ids
+from vlm_distill_cache.data.sample import ImageSource, resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, is_plain
@@ -50,6 +51,22 @@ class CsvDataset(EntryDataset):
     def read(self, index: int) -> Mapping[str, Any]:
         """The entry at ``index``."""
         return self._rows.read(index)
+
+    def find(self, value: Any, index: int) -> ImageSource:
+        """As of every entry; the id of another row stands for its picture, as in MMBench, where several rows share one."""
+        if isinstance(value, str) and value.strip().isdigit() and not (self.image_root / value.strip()).exists():
+            place = self._places.get(value.strip())
+            shared = self.read(place).get("image") if place is not None else None
+            if not isinstance(shared, str) or shared.strip().isdigit():
+                raise SampleError(
+                    f"its image is {value!r}, which is no picture and no row with one; give the picture itself"
+                )
+            value = shared
+        return super().find(value, index)
+
+    @cached_property
+    def _places(self) -> Mapping[str, int]:
+        return {name: place for place, name in enumerate(self.sample_ids)}
 
 
 class CsvRows:
@@ -87,7 +104,7 @@ class CsvRows:
     def scan(self, named: int | None) -> Iterator[tuple[object, object]]:
         """Note where each row begins, and yield its id (the cell at ``named``) and its content."""
         rows = self._parsed(0)
-        begins = next(rows)[0]
+        begins = next(rows, (0, [], ""))[0]  # the header; an empty file has none
         for ends, cells, _ in rows:
             if cells:  # else an empty line
                 self._offsets.append(begins)

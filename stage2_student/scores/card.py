@@ -492,16 +492,21 @@ print(processor.decode(answer, skip_special_tokens=True))"""
 
 def _commands(config: Mapping[str, Any], caches: Iterable[Mapping[str, Any]], verb: str) -> str:
     """The commands of both stages, and the configuration that they take; a run's scores tell that it was one."""
+    lines, settings = reproduce(config, caches, verb)
+    return (
+        "The cache, from the teacher and the data; then the student, from the data and the cache. Words in capitals, and "
+        f"`PATH_TO`, stand for places of your own.\n\n{_fenced(lines, 'sh')}\n\n<details>\n"
+        f"<summary>config.yaml</summary>\n\n{_fenced(settings, 'yaml')}\n\n</details>"
+    )
+
+
+def reproduce(config: Mapping[str, Any], caches: Iterable[Mapping[str, Any]], verb: str) -> tuple[str, str]:
+    """The commands that make a student again, and the ``config.yaml`` that they take, without folders of this machine."""
     left_out = {"output", "cache", *({*PHASE_NAMES} - {*config["phases"]})}
     told = {key: _without_folders(value) for key, value in config.items() if key not in left_out}
     builds = list(dict.fromkeys(str(cache["command"]) for cache in caches if cache.get("command")))
     lines = [*builds, f"distill {verb} --config config.yaml --cache CACHE --output OUTPUT"]
-    settings = yaml.safe_dump(told, sort_keys=False, width=10_000)
-    return (
-        "The cache, from the teacher and the data; then the student, from the data and the cache. Words in capitals, and "
-        f"`PATH_TO`, stand for places of your own.\n\n{_fenced(chr(10).join(lines), 'sh')}\n\n<details>\n"
-        f"<summary>config.yaml</summary>\n\n{_fenced(settings, 'yaml')}\n\n</details>"
-    )
+    return "\n".join(lines), yaml.safe_dump(told, sort_keys=False, width=10_000)
 
 
 def _without_folders(value: Any) -> Any:

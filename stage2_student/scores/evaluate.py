@@ -160,6 +160,16 @@ def score_pairs(
         Float ``[I]`` each: ``likelihood`` by the sum over the caption's tokens, ``likelihood_per_token``
         by their mean (the sum favours the shorter caption).
     """
+    found = {}
+    for name, values in weigh_pairs(model, encoder, pairs, batch_size=batch_size).items():
+        found[name] = preference(values[:, 0], values[:, 1])
+    return found
+
+
+def weigh_pairs(
+    model: Any, encoder: SampleEncoder, pairs: Sequence[CaptionPair], *, batch_size: int
+) -> dict[str, np.ndarray]:
+    """Log-probabilities of both captions, the right one's first: nats, float ``[I, 2]``, by the names of `score_pairs`."""
     sums, means = [], []
     for batch in _batches(pairs, batch_size, "caption pairs"):
         packs = packs_conversations(model)
@@ -172,8 +182,8 @@ def score_pairs(
         sums += [float(caption.sum()) for caption in captions]
         means += [float(caption.mean()) for caption in captions]
     return {
-        "likelihood": preference(np.array(sums[0::2]), np.array(sums[1::2])),
-        "likelihood_per_token": preference(np.array(means[0::2]), np.array(means[1::2])),
+        "likelihood": np.array(sums).reshape(-1, 2),
+        "likelihood_per_token": np.array(means).reshape(-1, 2),
     }
 
 

@@ -61,6 +61,20 @@ def open_items(config: TrainConfig, encoder: SampleEncoder, cache: TeacherCache 
     return opened
 
 
+def scored_items(
+    config: TrainConfig, encoder: SampleEncoder, cache: TeacherCache, *, all_readable: bool
+) -> EvaluationSet:
+    """The items of scores that are there already; ``all_readable`` says that none was left out, so that none is opened.
+
+    Raises:
+        ConfigError, DataError: As `open_items`.
+    """
+    if not all_readable:
+        return _open(config, encoder, cache).items
+    how = config.evaluation
+    return open_evaluation(_data_of(config, cache), how.split, how.limit, images=_images_of(config))
+
+
 def probe_items(config: TrainConfig, cache: TeacherCache) -> list[str]:
     """Open the items before a student is trained, and say what its scores will not tell.
 

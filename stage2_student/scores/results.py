@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
 
+from vlm_distill_cache.common.cache.document_rules import EVALUATION
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.files.rules import check, entries
+from vlm_distill_cache.common.files.signed import read_signed
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.stage2_student.scores.metrics import Score, difference, paired_difference
 
+SCORES = "evaluation.json"
 # Name in the report, heading, factor to the printed unit. Those of the first are kept item by item.
 HEADLINE = (
     ("likelihood", "captions by likelihood, %", 100),
@@ -36,6 +42,9 @@ DETAILS = (
 )
 MEMORISED = "Questions are scored on the training data itself"  # how the note about it begins
 SCORES_MEMORISED = "so these scores include memorisation"  # of all the items, or of some
+Outcome = Literal["both", "won", "lost", "neither"]
+OUTCOMES: tuple[Outcome, ...] = ("both", "won", "lost", "neither")
+Place = tuple[str, int]  # kind, and which of its items
 PAIRED = tuple(name for name, _, _ in HEADLINE)
 
 
@@ -68,13 +77,29 @@ class EvaluationReport:
         return cls(scores=scores, items=stored.get("items", {}), unreadable=stored.get("unreadable", {}))
 
 
+def read_scores(output: Path) -> dict[str, Any]:
+    """The scores of a run by model, each as of `EvaluationReport.to_dict`.
+
+    Raises:
+        ConfigError: If they are lost or damaged.
+    """
+    try:
+        stored = check(read_signed(output / SCORES), entries(EVALUATION, most=10), str(output / SCORES))
+    except (FileNotFoundError, CacheFormatError) as error:
+        raise ConfigError(
+            f"{output / SCORES} is missing or damaged ({error}); run the same `distill run` command again: it scores again"
+        ) from error
+    return dict(stored)
+
+
 class Row(NamedTuple):
-    """One line of the table; without scores it is the heading of those below."""
+    """One line of the table; without scores it is the heading of those below. ``name`` is the score's in the reports."""
 
     heading: str
     factor: int
     scores: tuple[Score | None, ...] = ()
     gain: Score | None = None
+    name: str = ""
 
 
 def table_rows(
@@ -87,7 +112,7 @@ def table_rows(
     known = set().union(*(report.scores for report in reports.values()))
 
     def row(name: str, heading: str, factor: int) -> Row:
-        return Row(heading, factor, tuple(report.scores.get(name) for report in reports.values()))
+        return Row(heading, factor, tuple(report.scores.get(name) for report in reports.values()), name=name)
 
     headlines = [
         row(*entry)._replace(gain=_gain(reports, compared, entry[0])) for entry in HEADLINE if entry[0] in known
@@ -116,12 +141,35 @@ def _says_something(score: Score | None) -> bool:
 
 def _gain(reports: Mapping[str, EvaluationReport], compared: tuple[str, str] | None, name: str) -> Score | None:
     before, after = (reports.get(model) for model in compared or ("", ""))
-    if before is None or after is None or not (name in before.scores and name in after.scores):
+    return None if before is None or after is None else gain_of(after, before, name)
+
+
+def gain_of(after: EvaluationReport, before: EvaluationReport, name: str) -> Score | None:
+    """What one model scores more than another; item by item where both were scored on as many items of each kind."""
+    if not (name in before.scores and name in after.scores):
         return None
     old, new = before.items.get(name, {}), after.items.get(name, {})
     if new and {kind: len(part) for kind, part in old.items()} == {kind: len(part) for kind, part in new.items()}:
         return paired_difference(new, old)
     return difference(after.scores[name], before.scores[name])
+
+
+def outcomes(
+    after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]
+) -> dict[Outcome, list[Place]] | None:
+    """Where the items of two reports stand, by kind and place; won: ``after`` has more.
+
+    Returns:
+        None where the two were not scored on as many items of each kind.
+    """
+    if {kind: len(items) for kind, items in after.items()} != {kind: len(items) for kind, items in before.items()}:
+        return None
+    found: dict[Outcome, list[Place]] = {"both": [], "won": [], "lost": [], "neither": []}
+    for kind, items in after.items():
+        for place, (new, old) in enumerate(zip(items, before[kind], strict=True)):
+            equal: Outcome = "both" if new == 1 else "neither"
+            found["won" if new > old else "lost" if new < old else equal].append((kind, place))
+    return found
 
 
 def format_score(score: Score | None, factor: int, *, sign: str = "") -> tuple[str, str]:

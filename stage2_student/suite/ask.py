@@ -67,6 +67,9 @@ def ask(model: Any, encoder: SampleEncoder, requests: Sequence[Request]) -> list
     found: dict[int, Result | SampleError] = {}
     _weigh(model, encoder, requests, found)
     _generate(model, encoder, requests, found)
+    for place, request in enumerate(requests):
+        if isinstance(request, Weigh) and request.optional and isinstance(found[place], SampleError):
+            found[place] = []
     return [found[place] for place in range(len(requests))]
 
 

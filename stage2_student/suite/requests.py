@@ -27,12 +27,14 @@ class Weigh:
     """How likely given answers to one question are; an empty question makes them captions.
 
     The result is a list ``[nats, tokens]`` for each answer: the sum of log-probabilities of the answer's tokens, the end of
-    the answer included, and their number.
+    the answer included, and their number. An ``optional`` request that cannot be asked (some models take no question
+    without a picture) has an empty list as its result, and the item counts without it.
     """
 
     image: ImageSource | None
     question: str
     answers: tuple[str, ...]
+    optional: bool = False
 
 
 def instructed(question: str, instruction: str) -> str:

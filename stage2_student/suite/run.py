@@ -8,9 +8,11 @@ was answered each time, without the model.
 
 import json
 import logging
+import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,6 +22,7 @@ from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, DataE
 from vlm_distill_cache.common.files.atomic import (
     clean_stale,
     hold_folder,
+    new_directory,
     read_json,
     remove,
     write_bytes_atomic,
@@ -29,21 +32,26 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.processes import run_processes
 from vlm_distill_cache.common.terminal.progress import progress
+from vlm_distill_cache.data.benchmarks.documents import OWN_STAMP
+from vlm_distill_cache.data.benchmarks.drawn import write_drawn
 from vlm_distill_cache.data.benchmarks.items import Benchmark, Item
 from vlm_distill_cache.data.benchmarks.layouts import Found
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
-from vlm_distill_cache.stage2_student.suite.measures import score
+from vlm_distill_cache.stage2_student.suite.answer_file import answer_lines, submissions
+from vlm_distill_cache.stage2_student.suite.measures import Measure, score
 from vlm_distill_cache.stage2_student.suite.metrics.table import METRICS
 from vlm_distill_cache.stage2_student.suite.opened import Model, load_model
-from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result
+from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result, Weigh
 
-STAMP, SUMMARY, RESULTS, MEASURES, ANSWERS = (
-    "suite.json", "summary.json", "results.jsonl", "measures.json", "answers.jsonl",
-)  # fmt: skip
+STAMP, SUMMARY, RESULTS, MEASURES = OWN_STAMP, "summary.json", "results.jsonl", "measures.json"
+ANSWERS, SUBMISSION = "answers.jsonl", "submission"  # for outside scorers
 BLOCKS = "blocks"
+DRAWN = "drawn"  # benchmarks of drawn scenes, written where they are asked for
 BLOCK = 64  # items
 FORMAT = 1
 SHOWN_REASONS = 5
+_NAMES = re.compile(r"""'[^']*'|"[^"]*"|\S*[\d/\\.]\S*""")  # what differs between two items of one fault
+_ASKED = re.compile(r"^sample '(?:request|prompt)': ")  # how an error calls what is asked; the item's id says more
 _log = logging.getLogger(__name__)
 
 
@@ -107,6 +115,12 @@ class Task:
             return []
         return [number for number in range(self.blocks) if not self.block(number).exists()]
 
+    def is_there(self) -> bool:
+        """Whether all results are joined, and are these."""
+        with suppress(ConfigError):
+            return self.is_asked()
+        return False
+
     def is_asked(self) -> bool:
         """Whether all results are joined.
 
@@ -130,7 +144,7 @@ class Task:
 
 
 def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
-    """Read the benchmarks, and say how each is asked.
+    """Read the benchmarks, and say how each is asked: those of ``only``, and others whose results are there.
 
     Raises:
         DataError: There is no benchmark.
@@ -142,7 +156,11 @@ def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
         more = f"\n  and {len(found.unread) - 20} more files" if len(found.unread) > 20 else ""
         raise DataError(
             f"{suite.benchmarks}: no benchmark of a known layout; layouts and what each is told by: docs/benchmarks.md. "
-            + (f"Files that were looked at:{looked}{more}" if found.unread else "No JSON, CSV, TSV or parquet file is there")
+            + (
+                f"Files that were looked at:{looked}{more}"
+                if found.unread
+                else "No JSON, CSV, TSV or parquet file is there"
+            )
         )
     if unknown := [name for name in suite.only if name not in found.benchmarks]:
         raise ConfigError(
@@ -150,7 +168,8 @@ def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
         )
     tasks = []
     for name, benchmark in found.benchmarks.items():
-        if suite.only and name not in suite.only:
+        wanted = not suite.only or name in suite.only
+        if not wanted and not (suite.output / name / RESULTS).exists():
             continue
         instruction = benchmark.instruction if suite.prompts == "published" else ""
         task = Task(
@@ -162,7 +181,9 @@ def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
         )
         asked = [[item.item_id, [_described(request) for request in task.requests(item)]] for item in task.items]
         identity = fingerprint({"model": suite.model.fingerprint, "benchmark": benchmark.fingerprint, "asked": asked})
-        tasks.append(replace(task, identity=identity))
+        task = replace(task, identity=identity)
+        if wanted or task.is_there():
+            tasks.append(task)
     return found, tasks
 
 
@@ -211,6 +232,9 @@ def run_suite(suite: Suite, *, processes: int = 1, say: Callable[[str], None] = 
     with hold_folder(suite.output, busy="another process works there; wait for it, or give another --output"):
         clean_stale(suite.output)
         _stamp(suite)
+        if suite.benchmarks == suite.output / DRAWN and not suite.benchmarks.is_dir():
+            with new_directory(suite.benchmarks) as folder:
+                write_drawn(folder)
         found, tasks = find_tasks(suite)
         missing = sum(len(task.missing()) for task in tasks)
         if missing:
@@ -229,11 +253,38 @@ def run_suite(suite: Suite, *, processes: int = 1, say: Callable[[str], None] = 
     return summary
 
 
+def outlook(suite: Suite) -> dict[str, Any]:
+    """What would be asked, without asking it or writing anything."""
+    found, tasks = find_tasks(suite)
+    said = {}
+    for task in tasks:
+        benchmark = task.benchmark
+        requests = [request for item in task.items for request in task.requests(item)]
+        said[benchmark.name] = {
+            "layout": benchmark.layout,
+            "title": benchmark.title,
+            "metric": benchmark.metric,
+            "files": list(benchmark.files),
+            "items": len(task.items),
+            "of": len(benchmark.items) + len(benchmark.left_out),
+            "left_out": {"items": len(benchmark.left_out), "reasons": _reasons(benchmark.left_out)},
+            "notes": list(benchmark.notes),
+            "to_ask": sum(len(task.items_of(number)) for number in task.missing()),
+            "generated": sum(isinstance(request, Generate) for request in requests),
+            "weighed": sum(len(request.answers) for request in requests if isinstance(request, Weigh)),
+        }
+    return {"student": suite.model.name, "limit": suite.limit, "benchmarks": said, "unread": _unread(found)}
+
+
+def _unread(found: Found) -> dict[str, str]:
+    return {file: one_line(why) for file, why in found.unread.items()}
+
+
 def _stamp(suite: Suite) -> None:
     """Claim the folder for one model and one way of asking."""
     stamp = {
         "format": FORMAT,
-        "student": {"name": suite.model.name, "fingerprint": suite.model.fingerprint},
+        "student": suite.model.fingerprint,
         "prompts": suite.prompts,
         "limit": suite.limit,
     }
@@ -241,7 +292,7 @@ def _stamp(suite: Suite) -> None:
     try:
         stored = read_json(path)
     except FileNotFoundError:
-        if foreign := sorted(entry.name for entry in suite.output.iterdir() if entry.name not in (STAMP, "drawn")):
+        if foreign := sorted(entry.name for entry in suite.output.iterdir() if entry.name != STAMP):
             raise ConfigError(
                 f"{suite.output} holds other things ({foreign[0]}), and no {STAMP}; give a new folder, or that of a suite"
             ) from None
@@ -249,15 +300,10 @@ def _stamp(suite: Suite) -> None:
         return
     except CacheFormatError as error:
         raise ConfigError(f"{error}; give another --output, or delete {suite.output}") from error
-    if stored != stamp:
-        differs = [name for name, value in stamp.items() if not isinstance(stored, dict) or stored.get(name) != value]
-        shown = "; ".join(f"{name}: {_brief(stored, name)} there, {_brief(stamp, name)} now" for name in differs)
+    stored = stored if isinstance(stored, dict) else {}
+    if differs := [name for name, value in stamp.items() if stored.get(name) != value]:
+        shown = "; ".join(f"{name}: {stored.get(name)} there, {stamp[name]} now" for name in differs)
         raise ConfigError(f"{suite.output} holds results of something else ({shown}); give another --output")
-
-
-def _brief(stamp: Any, name: str) -> str:
-    value = stamp.get(name) if isinstance(stamp, dict) else None
-    return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 
 def _ask_all(suite: Suite, tasks: Sequence[Task], *, processes: int) -> None:
@@ -290,9 +336,10 @@ def ask_part(suite: Suite, rank: int, processes: int) -> None:
 def _ask_blocks(model: Model, tasks: Sequence[Task], rank: int, processes: int, *, device: str | None = None) -> None:
     from vlm_distill_cache.stage2_student.suite.ask import ask
 
-    jobs = [(task, number) for task in tasks for number in range(task.blocks)]
-    jobs = [job for place, job in enumerate(jobs) if place % processes == rank]
-    jobs = [(task, number) for task, number in jobs if number in set(task.missing())]
+    blocks = [(task, number) for task in tasks for number in range(task.blocks)]
+    missing = {task.identity: set(task.missing()) for task in tasks}
+    own = blocks[rank::processes]
+    jobs = [(task, number) for task, number in own if number in missing[task.identity]]
     loaded, encoder = load_model(model, device=device)
     total = sum(len(task.items_of(number)) for task, number in jobs)
     with progress("suite", total=total, unit="item", keep=False) as bar:
@@ -301,18 +348,18 @@ def _ask_blocks(model: Model, tasks: Sequence[Task], rank: int, processes: int, 
             items = task.items_of(number)
             requests = [task.requests(item) for item in items]
             results = iter(ask(loaded, encoder, [request for of_item in requests for request in of_item]))
-            lines = [_line(item, list(islice(results, len(of))), of) for item, of in zip(items, requests, strict=True)]
+            lines = [_line(item, list(islice(results, len(of)))) for item, of in zip(items, requests, strict=True)]
             path = task.block(number)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomic(path, {"seconds": time.monotonic() - began, "items": lines})
             bar.update(len(items))
 
 
-def _line(item: Item, results: Sequence[Result | SampleError], requests: Sequence[Request]) -> dict[str, Any]:
+def _line(item: Item, results: Sequence[Result | SampleError]) -> dict[str, Any]:
     """What is kept of an item: its results, or why there are none."""
-    errors = [result for result in results if isinstance(result, SampleError)]
-    if errors:
-        return {"item": item.item_id, "left_out": str(errors[0]).replace(f"sample {'request'!r}: ", "").replace("sample 'prompt': ", "")}
+    error = next((result for result in results if isinstance(result, SampleError)), None)
+    if error is not None:
+        return {"item": item.item_id, "left_out": _ASKED.sub("", str(error))}
     return {"item": item.item_id, "results": list(results)}
 
 
@@ -327,9 +374,84 @@ def _join(task: Task) -> None:
     remove(task.folder / BLOCKS)
 
 
-def _read(task: Task) -> tuple[float, Iterator[Mapping[str, Any]]]:
-    head, *lines = (task.folder / RESULTS).read_text(encoding="utf-8").splitlines()
-    return float(json.loads(head)["seconds"]), map(json.loads, lines)
+def _count(suite: Suite, task: Task) -> dict[str, Any]:
+    """Count one benchmark's results, write its files, and say what the summary holds of it."""
+    benchmark, head, lines = task.benchmark, *_read(task)
+    results = {line["item"]: line["results"] for line in lines if "results" in line}
+    left_out = {**benchmark.left_out, **{line["item"]: line["left_out"] for line in lines if "left_out" in line}}
+    answered = [item for item in task.items if item.item_id in results]
+    given = [results[item.item_id] for item in answered]
+    measures = METRICS[benchmark.metric].measures(answered, given) if answered else []
+    by_name = {measure.name: measure for measure in measures}
+    assert len(by_name) == len(measures), f"{benchmark.metric}: two measures of one name"
+    entry = {
+        "layout": benchmark.layout,
+        "title": benchmark.title,
+        "metric": benchmark.metric,
+        "items": len(answered),
+        "of": len(benchmark.items) + len(benchmark.left_out),
+        "left_out": {"items": len(left_out), "reasons": _reasons(left_out)},
+        "notes": list(benchmark.notes),
+        "fingerprint": benchmark.fingerprint,
+        "seconds": head["seconds"],
+        "measures": [_counted(measure, by_name) for measure in measures],
+    }
+    write_json_atomic(task.folder / MEASURES, {**entry, "measures": [_unit_by_unit(measure) for measure in measures]})
+    requests = [task.requests(item) for item in answered]
+    whole = replace(benchmark, items=answered)
+    lines_out = answer_lines(whole, requests, given, suite.model.name)
+    write_bytes_atomic(task.folder / ANSWERS, "".join(f"{line}\n" for line in lines_out).encode())
+    if len(answered) == len(benchmark.items):  # of a part a server would count the rest as wrong
+        for name, text in submissions(whole, requests, given).items():
+            path = task.folder / SUBMISSION / Path(name).name
+            path.parent.mkdir(exist_ok=True)
+            write_bytes_atomic(path, text.encode())
+    return entry
+
+
+def _counted(measure: Measure, others: Mapping[str, Measure]) -> dict[str, Any]:
+    found = score(measure, others)
+    return {
+        "name": measure.name,
+        "heading": measure.heading or measure.name,
+        "factor": measure.factor,
+        "gains": measure.gains,
+        "value": None if found is None else found.value,
+        "low": None if found is None else found.low,
+        "high": None if found is None else found.high,
+        "units": len(measure.units) if found is None else found.items,
+    }
+
+
+def _unit_by_unit(measure: Measure) -> dict[str, Any]:
+    """All of a measure, so that two models can be compared in pairs."""
+    stored = {name: getattr(measure, name) for name in ("name", "heading", "factor", "gains", "summed")}
+    counts = {"hits": [float(value) for value in measure.hits], "of": [float(value) for value in measure.of]}
+    return {**stored, "units": list(measure.units), **counts, "parts": list(measure.parts)}
+
+
+def _reasons(left_out: Mapping[str, str]) -> list[str]:
+    """Of each kind of reason the first, with its item and how many more there are; kinds differ in more than names."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name, why in left_out.items():
+        kinds[_NAMES.sub("", why)].append(name)
+    shown = []
+    for first, *more in sorted(kinds.values(), key=len, reverse=True)[:SHOWN_REASONS]:
+        alike = f" (and {len(more):,} more alike)" if more else ""
+        shown.append(f"{one_line(first, limit=60)}: {one_line(left_out[first])}{alike}")
+    return shown
+
+
+def _read(task: Task) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    path = task.folder / RESULTS
+    try:
+        head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        names = [line["item"] for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); delete it: its items are then asked again") from error
+    if names != [item.item_id for item in task.items]:
+        raise ConfigError(f"{path} is damaged: it lacks items; delete it: its items are then asked again")
+    return head, lines
 
 
 def _summarise(suite: Suite, found: Found, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -346,5 +468,5 @@ def _summarise(suite: Suite, found: Found, tasks: Sequence[Task]) -> dict[str, A
         "prompts": suite.prompts,
         "limit": suite.limit,
         "benchmarks": entries,
-        "unread": {file: one_line(why) for file, why in found.unread.items()},
+        "unread": _unread(found),
     }

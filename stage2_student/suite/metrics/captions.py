@@ -35,8 +35,10 @@ class Answers:
         sums: Log-probability of each caption given each picture, nats ``[P][C]``.
         means: The same per token.
         yes: Log-odds of "Yes" against "No" for each, ``[P][C]``; empty where it was not asked.
-        letters: For each pair of a right and a wrong caption the letter given when the right one was (A), and when (B).
-        same: Log-odds of "Yes" for each two captions in order (0 and 1, 0 and 2, 1 and 2), without the picture.
+        letters: For each picture and pair of a right and a wrong caption the letter given when the right one was (A), and
+            when it was (B).
+        same: Log-odds of "Yes" for each two captions in order (0 and 1, 0 and 2, 1 and 2), without the picture; empty
+            from a model that answers nothing without one.
     """
 
     sums: Sequence[Sequence[float]]
@@ -91,10 +93,11 @@ class CaptionMetric:
         left = iter(results)
         pictures, captions = len(item.images), len(item.captions)
         weights = [cast("list[list[float]]", next(left)) for _ in range(pictures)]
-        pairs = len(list(_right_and_wrong(item))) if self.letters else 0
+        pairs = sum(1 for _ in _right_and_wrong(item)) if self.letters else 0
         letters = [(parse_letter(str(next(left))), parse_letter(str(next(left)))) for _ in range(pairs)]
         yes = [[_odds(next(left)) for _ in range(captions)] for _ in range(pictures)] if self.yes else []
-        same = [_odds(next(left)) for _ in combinations(range(captions), 2)] if self.same else []
+        asked = [next(left) for _ in combinations(range(captions), 2)] if self.same else []
+        same = [_odds(result) for result in asked] if all(asked) else []
         return Answers(
             sums=[[nats for nats, _ in row] for row in weights],
             means=[[nats / max(tokens, 1) for nats, tokens in row] for row in weights],
@@ -104,10 +107,10 @@ class CaptionMetric:
         )
 
     def _letters_of(self, item: CaptionItem) -> Iterator[Request]:
-        for right, wrong in _right_and_wrong(item):
+        for picture, right, wrong in _right_and_wrong(item):
             for first, second in ((right, wrong), (wrong, right)):
                 text = LETTER_PROMPT.format(a=item.captions[first], b=item.captions[second])
-                yield Generate(image=item.images[0], question=text, max_tokens=LETTER_TOKENS)
+                yield Generate(image=item.images[picture], question=text, max_tokens=LETTER_TOKENS)
 
     def _yes_of(self, item: CaptionItem) -> Iterator[Request]:
         for image in item.images:
@@ -116,15 +119,15 @@ class CaptionMetric:
 
     def _same_of(self, item: CaptionItem) -> Iterator[Request]:
         for one, other in combinations(item.captions, 2):
-            yield Weigh(image=None, question=SAME_PROMPT.format(a=one, b=other), answers=YES_NO)
+            yield Weigh(image=None, question=SAME_PROMPT.format(a=one, b=other), answers=YES_NO, optional=True)
 
 
-def _right_and_wrong(item: CaptionItem) -> Iterator[tuple[int, int]]:
-    """Places of a right and a wrong caption of the first picture, each with each."""
-    fits = item.fits[0]
-    for right in (place for place, fit in enumerate(fits) if fit):
-        for wrong in (place for place, fit in enumerate(fits) if not fit):
-            yield right, wrong
+def _right_and_wrong(item: CaptionItem) -> Iterator[tuple[int, int, int]]:
+    """Of each picture the places of a right and a wrong caption, each with each."""
+    for picture, fits in enumerate(item.fits):
+        for right in (place for place, fit in enumerate(fits) if fit):
+            for wrong in (place for place, fit in enumerate(fits) if not fit):
+                yield picture, right, wrong
 
 
 def _odds(result: Result) -> float:
@@ -250,8 +253,9 @@ def _count_sugarcrepe_pp(items: Sequence[CaptionItem], answers: Sequence[Answers
         for way, how in {"": "likelihood", "_yes": "P(yes)"}.items():
             values = [float(each.by(way)[0][place] > each.by(way)[0][2]) for each in answers]
             table.add(f"{name}_positive{way}", values, f"{name} positive above the negative, by {how}")
-    told = [float(each.same[0] > max(each.same[1:])) for each in answers]
-    table.add("tot_yes", told, "TOT by P(yes) that two captions mean the same")
+    if all(each.same for each in answers):
+        told = [float(each.same[0] > max(each.same[1:])) for each in answers]
+        table.add("tot_yes", told, "TOT by P(yes) that two captions mean the same")
     table.add_letters(answers)
     return table.measures
 
@@ -268,6 +272,7 @@ def _count_matches(items: Sequence[CaptionItem], answers: Sequence[Answers]) -> 
     for place, name in enumerate(("first_image", "second_image", "first_caption", "second_caption")):
         values = [float(_halves(each.yes)[place]) for each in answers]
         table.add(f"{name}_yes", values, f"{name.replace('_', ' ')} finds its match, P(yes)")
+    table.add_letters(answers)
     return table.measures
 
 
@@ -298,7 +303,9 @@ def _count_aro(
     macro = _Table([items[place] for place in chosen])
     macro.add_wins("likelihood", [answers[place] for place in chosen], _WAYS)
     table = _Table([replace(item, kind="") for item in items])
-    table.add_wins("likelihood_items", answers, {"": "likelihood, mean over items", _PER_TOKEN: "the same per token"})
+    table.add_wins(
+        "likelihood_items", answers, {"": "likelihood, all items", _PER_TOKEN: "likelihood per token, all items"}
+    )
     table.add_letters(answers)
     table.add("yes", [_wins(each.yes[0], item.fits[0]) for item, each in zip(items, answers, strict=True)], "P(yes)")
     return [*macro.measures, *table.measures]
@@ -338,8 +345,8 @@ def _count_whats_up(items: Sequence[CaptionItem], answers: Sequence[Answers]) ->
 METRICS: Mapping[str, Metric] = {
     "sugarcrepe": CaptionMetric(count=_count_sugarcrepe, letters=True, yes=True),
     "sugarcrepe-pp": CaptionMetric(count=_count_sugarcrepe_pp, letters=True, yes=True, same=True),
-    "winoground": CaptionMetric(count=_count_matches, yes=True),
-    "bivlc": CaptionMetric(count=_count_matches, yes=True),
+    "winoground": CaptionMetric(count=_count_matches, letters=True, yes=True),
+    "bivlc": CaptionMetric(count=_count_matches, letters=True, yes=True),
     "valse": CaptionMetric(count=_count_valse, letters=True, yes=True),
     "aro-relation": CaptionMetric(
         count=partial(_count_aro, takes=lambda kind, _: kind not in SYMMETRIC), letters=True, yes=True

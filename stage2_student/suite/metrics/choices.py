@@ -1,7 +1,279 @@
-"""How these are counted, as published: the metrics of `data.benchmarks.choices`."""
+"""How questions with options are counted, as published: by the letter that is answered, and by likelihood.
 
-from collections.abc import Mapping
+An item is asked once, or in as many turns as it has options, each of which begins with the next option (MMBench's circular
+evaluation: all turns right). By likelihood: of the letters, after the same question; and of the options' texts, after the
+question without options, their sum and their mean (``per_token``). Whatever has to win wins strictly: a tie is lost.
+Dims: N options, T turns of an item.
+"""
 
-from vlm_distill_cache.stage2_student.suite.requests import Metric
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
 
-METRICS: Mapping[str, Metric] = {}
+from vlm_distill_cache.data.benchmarks.items import ChoiceItem, Item
+from vlm_distill_cache.data.sources.options import LETTERS, ask_options, letter_place, plain_option
+from vlm_distill_cache.stage2_student.suite.measures import Measure, mean_measure
+from vlm_distill_cache.stage2_student.suite.requests import Generate, Metric, Request, Result, Weigh
+
+ANSWER_TOKENS = 16  # of a letter with the option's text behind it
+_WHOLE = re.compile(r"[\s\"'*(\[]*([A-Za-z])[\s\"'*)\].:,]*")
+_LEADING = re.compile(r"[\s\"'*]*(?:[(\[]([A-Z])[)\]]|([A-Z])\s*[).:])")
+_LABELS = re.compile(r"(?<![\w'’.])([A-Z])[).:](?=\s)")  # of a text that repeats the options
+_NAMED = re.compile(r"\b(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\**\s*[(\[]?([A-Z])\b(?!')")
+_BRACKETED = re.compile(r"[(\[]([A-Z])[)\]]")
+_LONE = re.compile(r"(?<![\w'’-])([B-HJ-Z]|[AI](?=\W*\Z))(?![\w'’-])")  # A and I are words, but at the end
+_SEVERAL = re.compile(
+    r"(?<![\w'’])[(\[]?([A-Z])[)\]]?\s*(?:[,/&]|\band\b|\bor\b)\s*(?:and\s+|or\s+)?[(\[]?([A-Z])(?![\w'’])"
+)
+
+
+def parse_option(text: str, options: Sequence[str]) -> int | None:
+    """Read which option an answer names, or None if there is not exactly one.
+
+    Accepts ``B``, ``b``, ``(B)``, ``B. dog``, ``The answer is B.``, ``dog``, and a text in which one letter, or one option's
+    text, stands; refuses ``A cat`` where no option says that (an article), letters beyond the options, and texts that name
+    several.
+
+    Source:
+        As VLMEvalKit's `can_infer` (a letter alone among the words, else the one option whose text is in the answer),
+        without its drawing of lots; but ``A`` is a letter only where it cannot be an article.
+    """
+    letters = LETTERS[: len(options)]
+    if whole := _WHOLE.fullmatch(text):
+        return _only({whole[1].upper()}, letters)
+    if (same := _only_text(text, options, lambda option, answer: option == answer)) is not None:
+        return same
+    if (place := letter_place(text, options)) is not None:  # with the option's text behind it
+        return place
+    leading = _LEADING.match(text)
+    told = {leading[1] or leading[2]} if leading else set()
+    told |= {*_NAMED.findall(text), *_LABELS.findall(text)} | {
+        letter for both in _SEVERAL.findall(text) for letter in both
+    }
+    for found in (told, set(_BRACKETED.findall(text)), set(_LONE.findall(text))):
+        if found := found & set(letters):
+            return _only(found, letters)
+    return _only_text(text, options, _holds)
+
+
+def _only(found: set[str], letters: str) -> int | None:
+    return letters.index(next(iter(found))) if len(found) == 1 and found <= set(letters) else None
+
+
+def _only_text(text: str, options: Sequence[str], fits: Callable[[str, str], bool]) -> int | None:
+    """The one option that fits a text; of several that do, the one that holds all others (``red`` in ``dark red``)."""
+    plain = [plain_option(option) for option in options]
+    found = [place for place, option in enumerate(plain) if fits(option, plain_option(text))]
+    longest = [place for place in found if all(plain[other] in plain[place] for other in found)]
+    return longest[0] if len(longest) == 1 else None
+
+
+def _holds(option: str, answer: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(option)}(?!\w)", answer) is not None
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One asking: the place of the right option, and those that were chosen; None: unparsed, or a tie."""
+
+    right: int
+    count: int
+    said: int | None
+    likely: int | None
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """An item whose answer is known, with what was answered."""
+
+    item: ChoiceItem
+    turns: Sequence[_Turn]
+    options: int | None = None  # the likeliest by its text
+    options_per_token: int | None = None
+
+    @cached_property
+    def kinds(self) -> Sequence[str]:
+        """The subsets that it is of."""
+        return [kind for kind in (self.item.kind, *self.item.extra.get("kinds", ())) if kind]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the question as it was written, and no published rotation of one."""
+        return bool(self.item.extra.get("turn", 0) == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceMetric:
+    """Asks questions with options, and counts; ``circular``: also with the options rotated, unless items are rotations."""
+
+    circular: bool = False
+
+    def requests(self, item: Item, instruction: str) -> tuple[Request, ...]:
+        """Each turn's answer and letters; then, of the question as it was written, the options' texts."""
+        found = cast("ChoiceItem", item)
+        letters = tuple(LETTERS[: len(found.options)])
+        requests: list[Request] = []
+        for turn in range(self._turns(found)):
+            text = _prompt(found, turn, instruction)
+            requests.append(Generate(image=found.image, question=text, max_tokens=ANSWER_TOKENS))
+            requests.append(Weigh(image=found.image, question=text, answers=letters))
+        if found.extra.get("turn", 0) == 0:
+            question = "\n".join(part for part in (found.hint, found.question) if part)
+            requests.append(Weigh(image=found.image, question=question, answers=found.options))
+        return tuple(requests)
+
+    def measures(self, items: Sequence[Item], results: Sequence[Sequence[Result]]) -> list[Measure]:
+        """Count: circular accuracy where there are turns, accuracy, and the same by likelihood; each also by subset."""
+        pairs = zip(cast("Sequence[ChoiceItem]", items), results, strict=True)
+        counted = [self._count(item, result) for item, result in pairs if item.right is not None]
+        first = [each for each in counted if each.is_first]
+        found: list[Measure] = []
+        if self.circular:
+            groups = _complete(counted)
+            found += _by_kind("circular", groups, _all_said, heading="all rotations right")
+        found += _by_kind("accuracy", [[each] for each in first], _first_said)
+        if self.circular:
+            found += _by_kind(
+                "circular_likelihood", groups, _all_likely, heading="all rotations right, by letters' likelihood"
+            )
+        found += _by_kind(
+            "likelihood", [[each] for each in first], _first_likely, heading="accuracy by letters' likelihood"
+        )
+        units = [each.item.item_id for each in first]
+        for name, chosen in (
+            ("option_likelihood", [each.options for each in first]),
+            ("option_likelihood_per_token", [each.options_per_token for each in first]),
+        ):
+            hits = [float(place == each.item.right) for place, each in zip(chosen, first, strict=True)]
+            heading = "accuracy by options' likelihood" + (" per token" if name.endswith("token") else "")
+            found += [mean_measure(name, units, hits, heading=heading)] if units else []
+        return [*found, *_biases(counted), *_unparsed(counted)]
+
+    def _turns(self, item: ChoiceItem) -> int:
+        return len(item.options) if self.circular and not item.group else 1
+
+    def _count(self, item: ChoiceItem, results: Sequence[Result]) -> _Counted:
+        left = iter(results)
+        right, count = cast("int", item.right), len(item.options)
+        turns = []
+        for turn in range(self._turns(item)):
+            options = [*item.options[turn:], *item.options[:turn]]
+            said = parse_option(str(next(left)), options)
+            letters = cast("list[list[float]]", next(left))
+            likely = _likeliest([nats for nats, _ in letters])
+            turns.append(_Turn(right=(right - turn) % count, count=count, said=said, likely=likely))
+        texts = cast("list[list[float]] | None", next(left, None))
+        if texts is None:
+            return _Counted(item, turns)
+        return _Counted(
+            item,
+            turns,
+            _likeliest([nats for nats, _ in texts]),
+            _likeliest([nats / max(tokens, 1) for nats, tokens in texts]),
+        )
+
+
+def _prompt(item: ChoiceItem, turn: int, instruction: str) -> str:
+    """The question in one turn: hint, question, options that begin with the ``turn``-th, instruction."""
+    if turn == 0 and "asked" in item.extra:  # the options stand in the question, as it was published
+        question = str(item.extra["asked"])
+    else:
+        question = ask_options(item.question, [*item.options[turn:], *item.options[:turn]])
+    return "\n".join(part for part in (item.hint, question, instruction) if part)
+
+
+def _likeliest(scores: Sequence[float]) -> int | None:
+    best = max(scores)
+    return scores.index(best) if scores.count(best) == 1 else None
+
+
+def _complete(counted: Sequence[_Counted]) -> list[list[_Counted]]:
+    """Questions with all their turns: an item alone, or the published rotations of one, none of them missing."""
+    groups: dict[str, list[_Counted]] = defaultdict(list)
+    for each in counted:
+        groups[each.item.group or each.item.item_id].append(each)
+    return [
+        sorted(group, key=lambda each: each.item.extra.get("turn", 0))
+        for group in groups.values()
+        if len(group) == group[0].item.extra.get("turns", 1) and any(each.is_first for each in group)
+    ]
+
+
+def _all_said(group: Sequence[_Counted]) -> bool:
+    return all(turn.said == turn.right for each in group for turn in each.turns)
+
+
+def _all_likely(group: Sequence[_Counted]) -> bool:
+    return all(turn.likely == turn.right for each in group for turn in each.turns)
+
+
+def _first_said(group: Sequence[_Counted]) -> bool:
+    return group[0].turns[0].said == group[0].turns[0].right
+
+
+def _first_likely(group: Sequence[_Counted]) -> bool:
+    return group[0].turns[0].likely == group[0].turns[0].right
+
+
+def _by_kind(
+    name: str,
+    groups: Sequence[Sequence[_Counted]],
+    is_right: Callable[[Sequence[_Counted]], bool],
+    *,
+    heading: str = "",
+) -> Iterator[Measure]:
+    """The share of groups that are right, of all and of each subset in the order in which these come."""
+    of_kind: dict[str, list[Sequence[_Counted]]] = {"": list(groups)} if groups else {}
+    for group in groups:
+        for kind in group[0].kinds:
+            of_kind.setdefault(kind, []).append(group)
+    for kind, chosen in of_kind.items():
+        units = [group[0].item.group or group[0].item.item_id for group in chosen]
+        hits = [float(is_right(group)) for group in chosen]
+        yield mean_measure(f"{name}/{kind}" if kind else name, units, hits, heading="" if kind else heading)
+
+
+def _by_question(counted: Sequence[_Counted]) -> Mapping[str, list[_Turn]]:
+    """All turns of each question."""
+    found: dict[str, list[_Turn]] = defaultdict(list)
+    for each in counted:
+        found[each.item.group or each.item.item_id] += each.turns
+    return found
+
+
+def _biases(counted: Sequence[_Counted]) -> Iterator[Measure]:
+    """How much more often each letter is answered than it is right, of the questions that have it; 0 without bias."""
+    turns = _by_question(counted)
+    most = max((turn.count for each in turns.values() for turn in each), default=0)
+    for place in range(most):
+        having = {unit: [turn for turn in each if place < turn.count] for unit, each in turns.items()}
+        having = {unit: each for unit, each in having.items() if each}
+        yield Measure(
+            name=f"letter_bias/{LETTERS[place]}" if place else "letter_bias",
+            units=list(having),
+            hits=[
+                sum(float(turn.said == place) - float(turn.right == place) for turn in each) for each in having.values()
+            ],
+            of=[float(len(each)) for each in having.values()],
+            heading=f"{LETTERS[place]} is answered more often than it is right",
+            gains=None,
+        )
+
+
+def _unparsed(counted: Sequence[_Counted]) -> Iterator[Measure]:
+    turns = _by_question(counted)
+    if turns:
+        yield Measure(
+            name="unparsed",
+            units=list(turns),
+            hits=[float(sum(turn.said is None for turn in each)) for each in turns.values()],
+            of=[float(len(each)) for each in turns.values()],
+            heading="answers without one option",
+            gains=False,
+        )
+
+
+METRICS: Mapping[str, Metric] = {"choices": ChoiceMetric(), "circular": ChoiceMetric(circular=True)}

@@ -118,8 +118,10 @@ def test_a_short_number_is_not_looked_for_in_folders_of_other_names(tmp_path: Pa
     pictures = Pictures([tmp_path])
     assert pictures.find("any/three/0001.png").load().size == (6, 4)
     assert pictures.find("0001.png").load().size == (6, 4)
-    with pytest.raises(SampleError, match=r"no picture 'four/0001\.png' .*in a folder of another name"):
-        pictures.find("four/0001.png")  # each folder has its own
+    assert pictures.find("images/0001.png").load().size == (6, 4)
+    for name in ("four/0001.png", "four/images/0001.png"):  # each folder has its own
+        with pytest.raises(SampleError, match=rf"no picture '{name}' .*in a folder of another name"):
+            pictures.find(name)
 
 
 def test_a_row_that_names_another_has_its_picture_and_texts_of_a_folder_are_one_document(tmp_path: Path):
@@ -179,3 +181,14 @@ def test_a_fingerprint_moves_with_what_is_asked_and_what_is_right_and_not_with_p
     others = [of(question="p"), of(n=2), of(answers=("b",)), of(instruction="Say it.")]
     assert of() == of()
     assert len({of(), *others}) == 5
+
+
+def test_a_folder_of_thousands_of_other_files_is_looked_into_and_not_read_to_its_end(tmp_path: Path):
+    (tmp_path / "annotations").mkdir()
+    for number in range(60):
+        (tmp_path / "annotations" / f"{number:02d}.json").write_text('{"bars": [1]}')
+    (tmp_path / "other.json").write_text('{"x": 1}')
+    unread = find_benchmarks(tmp_path).unread
+    assert set(unread) == {"annotations/*.json", "other.json"}
+    assert "50 files" in unread["annotations/*.json"]
+    assert "10 more were not opened: no known layout; it has bars" in unread["annotations/*.json"]

@@ -1,0 +1,406 @@
+"""From rows that ask with options to items: pictures, rotations, which answer is right; shared by all such layouts."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.benchmarks.documents import KEY, Document
+from vlm_distill_cache.data.benchmarks.inline_options import split_options
+from vlm_distill_cache.data.benchmarks.items import Benchmark, ChoiceItem
+from vlm_distill_cache.data.benchmarks.pictures import Pictures
+from vlm_distill_cache.data.images.recognise import base64_picture
+from vlm_distill_cache.data.sample import ImageSource, number_repeats
+from vlm_distill_cache.data.sources.markers import take_markers
+from vlm_distill_cache.data.sources.options import (
+    INSTRUCTION,
+    Options,
+    letter_place,
+    lists_options,
+    number_place,
+    options_of,
+    says_nothing,
+    text_place,
+)
+from vlm_distill_cache.data.sources.parquet_rows import StoredPicture
+from vlm_distill_cache.data.sources.pictures import brief, named_pictures, refuse_unread, says_none
+
+Row = Mapping[str, Any]
+ROTATED = 1_000_000  # MMBench's rotation k of row i has the index i + k * ROTATED
+SECRET = "its answers are kept secret: nothing is scored, answers.jsonl holds what was answered"
+_INSTRUCTION_CN = "请直接回答选项字母。"  # LLaVA's, where questions are Chinese
+_QUESTIONS = ("question", "query", "problem", "text")
+_ANSWERS = (
+    "answer",
+    "label",
+    "correct_answer",
+    "correct_choice",
+    "correct_option",
+    "answer_index",
+    "answer_idx",
+    "correct_choice_idx",
+    "gt_answer",
+    "ground_truth",
+    "target",
+)
+_IDS = ("index", "question_id", "questionId", "qid", "id", "pid", "sample_id", "idx")
+_CATEGORIES = ("l2-category", "L2-category", "l2_category", "category")
+_PLAIN_WORDS = frozenset("data default questions annotations main problems".split())  # noqa: SIM905
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a row asks, before its answer is understood.
+
+    Attributes:
+        item: Without the right answer.
+        options: As the row has them.
+        answer: As the row has it.
+        shares: The ``index`` of another row whose picture is meant; empty: its own.
+        turn: Of a published rotation: the row that it rotates; else empty.
+        split: What the row says that it is of.
+    """
+
+    item: ChoiceItem
+    options: Options
+    answer: Any
+    shares: str = ""
+    turn: str = ""
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a row stands, and how it may be read."""
+
+    document: Document
+    index: int
+    pictures: Pictures
+
+    @property
+    def near(self) -> Any:
+        """The folder of the annotations."""
+        return self.document.path.parent
+
+
+Ask = Callable[[Source, Row], Asked]
+
+
+def ask_row(
+    source: Source,
+    row: Row,
+    *,
+    question: str | None = None,
+    options: Options | None = None,
+    hint: str | None = None,
+    kinds: Sequence[str] | None = None,
+    answers: Sequence[str] = _ANSWERS,
+    image: ImageSource | None = None,
+    pictured: bool = True,
+) -> Asked:
+    """Read a row of the most usual keys; what a layout knows better is given.
+
+    Args:
+        image: Found already.
+        pictured: Whether a picture is looked for where none is given.
+
+    Raises:
+        SampleError: It cannot be asked; says why.
+    """
+    question = _text_of(row, _QUESTIONS) if question is None else question
+    question, files, count = take_markers(question)
+    if count > 1 or files:
+        raise SampleError(f"it is about {max(count, len(files))} pictures; only questions about one are asked")
+    options = options_of(row) if options is None else options
+    asked = ""
+    inline = split_options(question) if options is None or lists_options(question, options.texts) else None
+    if inline:
+        asked, question = question, inline[0]
+        options = options or Options(inline[1], "its question", sure=True, lettered=True)
+    if options is None or len(options.texts) < 2:
+        raise SampleError(
+            "it has no options: none under choices, options or A, B, ..., and none told by letters in its question"
+        )
+    for text in options.texts:
+        if take_markers(text)[2]:
+            raise SampleError(f"its options are pictures ({text[:60]!r}); only options that are texts are asked")
+    hint = _hint_of(row) if hint is None else hint
+    shares = ""
+    if image is None and pictured:
+        image, shares = _picture(source, row)
+    found = kinds if kinds is not None else [str(row[key]) for key in _CATEGORIES if not says_nothing(row.get(key))]
+    kinds = list(dict.fromkeys(kind.strip() for kind in found))
+    extra: dict[str, Any] = {"kinds": kinds[1:]} if len(kinds) > 1 else {}
+    if asked:
+        extra["asked"] = asked
+    name = next((row[key] for key in (KEY, *_IDS) if row.get(key) is not None), f"row-{source.index + 1}")
+    if isinstance(name, int | str):
+        extra["question_id"] = name
+    item = ChoiceItem(
+        item_id=str(name),
+        kind=kinds[0] if kinds else "",
+        image=image,
+        question=question.strip(),
+        options=options.texts,
+        right=None,
+        hint=hint,
+        extra=extra,
+    )
+    answer = next((row[key] for key in answers if not says_nothing(row.get(key))), None)
+    if isinstance(answer, list | tuple) and len(answer) == 1:
+        answer = answer[0]
+    turn = row.get("g_index")
+    split = row.get("split")
+    return Asked(
+        item=item,
+        options=options,
+        answer=answer,
+        shares=shares,
+        turn="" if turn is None else str(turn),
+        split=split.strip() if isinstance(split, str) else "",
+    )
+
+
+def benchmarks_of(
+    layout: str,
+    title: str,
+    tables: Sequence[tuple[Document, Sequence[Row]]],
+    pictures: Pictures,
+    ask: Ask = ask_row,
+    *,
+    metric: str = "choices",
+    name: str = "",
+    notes: Sequence[str] = (),
+) -> list[Benchmark]:
+    """Benchmarks of rows, one a split where rows name several.
+
+    Args:
+        layout: Its name; a benchmark is called by it and by the first document's file.
+        tables: Documents and their rows.
+        ask: Reads a row.
+        metric: How they are counted; published rotations are counted as such in any case.
+        name: What the benchmark is called instead.
+
+    Raises:
+        DataError: What the answers mean cannot be told, or no row can be asked.
+    """
+    asked: list[Asked] = []
+    left_out: dict[str, str] = {}
+    for document, index, table in ((document, index, rows) for document, rows in tables for index in range(len(rows))):
+        called = f"{document.shown}, row {index + 1}"
+        try:
+            row = table[index]
+            called = f"{next((row[key] for key in (KEY, *_IDS) if row.get(key) is not None), 'row')} ({called})"
+            asked.append(ask(Source(document, index, pictures), row))
+        except SampleError as error:
+            left_out[called] = str(error)
+    names = number_repeats([each.item.item_id for each in asked])
+    asked = [replace(each, item=replace(each.item, item_id=name)) for each, name in zip(asked, names, strict=True)]
+    asked = _with_shared(asked, left_out)
+    asked, turned = _with_turns(asked)
+    asked, more = _with_answers(asked, left_out)
+    by_split: dict[str, list[Asked]] = defaultdict(list)
+    for each in asked:
+        by_split[each.split].append(each)
+    if not by_split:
+        reasons = "; ".join(dict.fromkeys(left_out.values()))
+        raise DataError(f"none of its {sum(len(rows) for _, rows in tables)} questions can be asked: {reasons[:300]}")
+    several = len(by_split) > 1
+    if several and any(split != "train" for split in by_split) and (train := by_split.pop("train", None)):
+        more = [*more, f"{len(train)} questions of the split 'train' are not asked"]
+    found = []
+    for split, each_split in by_split.items():
+        items = [each.item for each in each_split]
+        if all(item.right is None for item in items):
+            more = [*more, SECRET]
+        chinese = sum(bool(_CHINESE.search(item.question)) for item in items) > len(items) / 2
+        found.append(
+            Benchmark(
+                name=f"{name}{split and '-'}{split}"
+                if name
+                else _called(layout, tables[0][0], split if several else ""),
+                layout=layout,
+                title=title,
+                items=items,
+                metric="circular" if turned else metric,
+                instruction=_INSTRUCTION_CN if chinese else INSTRUCTION,
+                left_out=left_out,
+                notes=[*notes, *more],
+                files=[document.shown for document, _ in tables],
+            )
+        )
+    return found
+
+
+def _text_of(row: Row, keys: Sequence[str]) -> str:
+    found = next((row[key] for key in keys if not says_none(row.get(key))), None)
+    if not isinstance(found, str):
+        raise SampleError(f"it has no question: none of {', '.join(keys)} is a text, got {brief(found)}")
+    return found
+
+
+def _hint_of(row: Row) -> str:
+    return next((str(row[key]).strip() for key in ("hint", "context") if not says_nothing(row.get(key))), "")
+
+
+def _picture(source: Source, row: Row) -> tuple[ImageSource | None, str]:
+    """The one picture of a row, or the index of the row that holds it; None where the row says that there is none.
+
+    Raises:
+        SampleError: There are several, or it is not there.
+    """
+    typed = frozenset(
+        key for key, value in row.items() if any(isinstance(each, StoredPicture) for each in _each(value))
+    )
+    values = named_pictures(row, typed)
+    if len(values) > 1:
+        raise SampleError(f"it is about {len(values)} pictures; only questions about one are asked")
+    if not values:
+        number = row.get("image_id")
+        if isinstance(number, int | str) and str(number).isdigit():  # of COCO
+            return source.pictures.numbered(int(number), near=source.near), ""
+        refuse_unread(row)
+        return None, ""
+    (value,) = values
+    key, place = next(
+        (key, None if held is value else place)
+        for key, held in row.items()
+        for place, each in enumerate(_each(held))
+        if each is value
+    )
+    if not isinstance(value, str) or base64_picture(value) is not None:
+        return source.document.picture(source.index, key, place), ""
+    if value.strip().isdigit() and "index" in row:
+        return None, value.strip()
+    try:
+        return source.pictures.find(value, near=source.near), ""
+    except SampleError:
+        if len(typed) != 1:
+            raise
+        return source.document.picture(source.index, next(iter(typed))), ""  # it stands in the row, too
+
+
+def _each(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _with_shared(asked: Sequence[Asked], left_out: dict[str, str]) -> list[Asked]:
+    """Give the picture of another row to those that name its index."""
+    holders = {_index(each): each.item.image for each in asked if not each.shares}
+    found = []
+    for each in asked:
+        image = holders.get(each.shares) if each.shares else each.item.image
+        if each.shares and image is None:
+            left_out[each.item.item_id] = (
+                f"its image is {each.shares!r}, the index of another row, and no row of that index has a picture"
+            )
+            continue
+        found.append(replace(each, item=replace(each.item, image=image)))
+    return found
+
+
+def _with_turns(asked: Sequence[Asked]) -> tuple[list[Asked], bool]:
+    """Put published rotations of one question together, the question first, and say whether there are any.
+
+    A row turns another where it says so (``g_index``), or where its index is the other's and a multiple of `ROTATED` more,
+    and both have the same options.
+    """
+    by_id = {_index(each): each for each in asked}
+
+    def base_of(each: Asked) -> str:
+        """The index of the row that a row turns, or its own; empty if that row is not there."""
+        name = _index(each)
+        if each.turn or not name.isdigit() or int(name) < ROTATED:
+            return each.turn or name
+        first = by_id.get(str(int(name) % ROTATED))
+        same = first is not None and sorted(first.item.options) == sorted(each.item.options)
+        return "" if first is None else _index(first) if same else name
+
+    bases = [base_of(each) for each in asked]
+    if all(base in ("", _index(each)) for base, each in zip(bases, asked, strict=True)):
+        return list(asked), False
+    groups: dict[str, list[Asked]] = {}
+    for base, each in zip(bases, asked, strict=True):
+        groups.setdefault(base or str(int(_index(each)) % ROTATED), []).append(each)
+    found = []
+    for base, group in groups.items():
+        group.sort(key=lambda each: (_index(each) != base, int(_index(each)) if _index(each).isdigit() else 0))
+        start = int(_index(group[0]) != base)
+        for turn, each in enumerate(group, start):
+            extra = {**each.item.extra, "turn": turn, "turns": len(group)}
+            found.append(replace(each, item=replace(each.item, group=base, extra=extra)))
+    return found, True
+
+
+def _index(each: Asked) -> str:
+    return str(each.item.extra.get("question_id"))
+
+
+_Read = Callable[[Asked], int | None]
+# How answers may be meant, the likeliest first.
+_READINGS: Mapping[str, _Read] = {
+    "letters": lambda each: letter_place(each.answer, each.item.options),
+    "numbers": lambda each: number_place(each.answer, each.item.options, first=each.options.first),
+    "texts": lambda each: text_place(each.answer, each.item.options) if _may_be_text(each) else None,
+    "numbers from 1": lambda each: number_place(each.answer, each.item.options, first=1),
+}
+
+
+def _may_be_text(each: Asked) -> bool:
+    if each.options.lettered and letter_place(each.answer, each.item.options) is not None:
+        return False
+    return isinstance(each.answer, str) or each.options.numbers
+
+
+def _with_answers(asked: Sequence[Asked], left_out: dict[str, str]) -> tuple[list[Asked], list[str]]:
+    """Find the right option of each row: answers of one file are all letters, or numbers, or texts.
+
+    Raises:
+        DataError: They may be two of these, and mean something else.
+    """
+    asked = [each if not _is_minus(each.answer) else replace(each, answer=None) for each in asked]
+    answered = [each for each in asked if each.answer is not None]
+    read = {name: [place(each) for each in answered] for name, place in _READINGS.items()}
+    counts = {name: sum(place is not None for place in places) for name, places in read.items()}
+    best = max(counts, key=counts.__getitem__, default="letters")  # the first of equals
+    for name in ("numbers", "texts"):
+        if counts[name] == counts[best] and name != best and read[name] != read[best] and counts[best]:
+            raise DataError(
+                f"its answers may be {best} or {name}, which mean different options; write letters as answers, and options "
+                "that are no letters or numbers"
+            )
+    meant = {id(each): place for each, place in zip(answered, read[best], strict=True)}
+    found = []
+    for each in asked:
+        if each.answer is not None and meant[id(each)] is None:
+            left_out[each.item.item_id] = (
+                f"its answer {str(each.answer)[:60]!r} is none of its {len(each.item.options)} options (the answers of "
+                f"this file are {best})"
+            )
+            continue
+        found.append(replace(each, item=replace(each.item, right=meant.get(id(each)))))
+    first = 1 if best == "numbers from 1" else answered[0].options.first if answered else 0
+    notes = [f"its answers are numbers, counted from {first}"] if answered and best.startswith("numbers") else []
+    return found, notes
+
+
+def _is_minus(answer: Any) -> bool:
+    """Whether an answer is the number that tables of labels write for none."""
+    return isinstance(answer, int) and not isinstance(answer, bool) and answer < 0
+
+
+def _called(layout: str, document: Document, split: str) -> str:
+    """A benchmark's name: its layout, and what the path of its file adds."""
+    path = PurePosixPath(document.shown)
+    stem = re.sub(r"-\d{4,5}-of-\d{4,5}$", "", path.stem if path.suffix else path.name)
+    words: list[str] = []
+    for part in (*path.parts[:-1], stem, split):
+        words += [word for word in re.split(r"[^a-z0-9]+", part.lower()) if word and word not in _PLAIN_WORDS]
+    named = "-".join(dict.fromkeys(words))
+    if layout == "options" or named.replace("-", "").startswith(layout):
+        return named or layout
+    return f"{layout}-{named}" if named else layout

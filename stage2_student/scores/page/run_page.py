@@ -1,0 +1,272 @@
+"""The page of a run: what came out first, then by kind, item by item, beside the teacher, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.hub import public_name
+from vlm_distill_cache.common.locations import public_location
+from vlm_distill_cache.common.printing import size_words
+from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.scores.card import reproduce
+from vlm_distill_cache.stage2_student.scores.flips import Flip, Flips
+from vlm_distill_cache.stage2_student.scores.page.charts import bars, curves
+from vlm_distill_cache.stage2_student.scores.page.elements import (
+    choices,
+    code,
+    facts,
+    legend,
+    picture,
+    sections,
+    table,
+    with_interval,
+    words,
+    write_page,
+)
+from vlm_distill_cache.stage2_student.scores.page.legends import (
+    COST,
+    CURVES,
+    FLIPS,
+    GAIN,
+    INTERVAL,
+    TAUGHT,
+    explain,
+    verdict,
+)
+from vlm_distill_cache.stage2_student.scores.page.score_rows import score_groups, score_table
+from vlm_distill_cache.stage2_student.scores.results import OUTCOMES, EvaluationReport, Row, format_score, table_rows
+from vlm_distill_cache.stage2_student.scores.taught import TEACHER, Look, Taught, Word
+
+_UNASKED = "What the teacher says here is not known: it is not loaded, and these items are not in the cache."
+_TELLS = {"won": ("good", "only the distilled student is right"), "lost": ("bad", "only the baseline is right")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPage:
+    """What the page of a run shows.
+
+    Attributes:
+        facts: What was run, in words.
+        cost: Of each model, by the names of `legends.COST`; what is not known is absent.
+        curves: The logged steps of each student (``read_log``).
+        evaluations: By model, the baseline first.
+        compared: The two models of which the page says what the second gains over the first.
+        provenance: What `PROVENANCE` says of the second: configuration, caches, fingerprints.
+        notes: What the scores do not tell.
+    """
+
+    title: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+    cost: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    evaluations: Mapping[str, EvaluationReport] = field(default_factory=dict)
+    compared: tuple[str, str] | None = None
+    flips: Sequence[Flips] = ()
+    taught: Sequence[Taught] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def render_run_page(path: Path, page: RunPage) -> None:
+    """Write the page of a run."""
+    headlines, details = table_rows(page.evaluations, page.compared)
+    models = list(page.evaluations)
+    scores = {
+        "Headline": _headline(page, headlines, models),
+        "Scores": bars(score_groups(page.evaluations), models)
+        + score_table([*headlines, *details], models)
+        + legend({"interval": INTERVAL, **explain([*headlines, *details])}),
+        "Wins and losses": "".join(map(_flips, page.flips)),
+        "Beside the teacher": _taught(page.taught),
+    }
+    body = sections(
+        {
+            **(scores if models else {"Scores": "<p>No evaluation was run.</p>"}),
+            "Training": curves("curves", page.curves) + legend({"loss": CURVES}),
+            "Provenance": _provenance(page.provenance),
+        }
+    )
+    notes = "".join(f"<p><b>{words(note, 2000)}</b></p>" for note in page.notes)
+    write_page(path, page.title, [f"<h1>{words(page.title)}</h1>", facts(page.facts), notes, *body])
+
+
+def _headline(page: RunPage, headlines: Sequence[Row], models: Sequence[str]) -> str:
+    """A card for each of the scores that matter first, and what they cost."""
+    own = page.compared[1] if page.compared else models[-1]
+    cards = []
+    for row in headlines:
+        scores = dict(zip(models, row.scores, strict=True))
+        value, interval = format_score(scores.get(own), row.factor)
+        others = {
+            name: with_interval(*format_score(score, row.factor)) for name, score in scores.items() if name != own
+        }
+        if TEACHER not in scores and not row.name.startswith(TEACHER):
+            others[TEACHER] = "not scored"
+        if row.gain is not None:
+            gain = with_interval(*format_score(row.gain, row.factor, sign="+"))
+            others["gain"] = f'<b class="{verdict(row.gain)}">{gain}</b>'
+        below = "".join(f"<dt>{words(name, 60)}</dt><dd>{cell}</dd>" for name, cell in others.items())
+        cards.append(
+            f'<div class="card headline"><figcaption>{words(row.heading)}</figcaption>'
+            f'<div class="big">{value}</div><p><small>{interval} {words(own, 60)}</small></p><dl>{below}</dl></div>'
+        )
+    rows = [
+        [name, *(words(page.cost[model].get(name, "-")) for model in page.cost)]
+        for name in COST
+        if any(name in of for of in page.cost.values())
+    ]
+    cost = f"<h3>What it cost</h3>{table(['', *page.cost], rows)}" if rows else ""
+    told = {"interval": INTERVAL, "gain": GAIN, **explain(headlines), **{row[0]: COST[row[0]] for row in rows}}
+    told[TEACHER] = (
+        "Its own scores where whoever built the cache put them there, on the same test set; it is not loaded."
+    )
+    return f'<div class="row">{"".join(cards)}</div>{cost}{legend(told)}'
+
+
+def _flips(flips: Flips) -> str:
+    counts = table(
+        ["both right", "only distilled", "only baseline", "neither"], [[str(flips.counts[key]) for key in OUTCOMES]]
+    )
+    cards = {outcome: "".join(_flip(one) for one in flips.shown if one.outcome == outcome) for outcome in _TELLS}
+    shown = "".join(
+        f'<h3><span class="{mark}">{tells}</span>: {flips.counts[outcome]} items'
+        f'{"" if cards[outcome] else ", none to show"}</h3><div class="row">{cards[outcome]}</div>'
+        for outcome, (mark, tells) in _TELLS.items()
+    )
+    unknown = "" if any(one.teacher for one in flips.shown) else f"<p>{_UNASKED}</p>"
+    return f"<h3>{words(flips.heading)}</h3>{counts}{unknown}{shown}{legend(FLIPS)}"
+
+
+def _flip(flip: Flip) -> str:
+    asked = "".join(f"<dt>{name}</dt><dd>{words(text)}</dd>" for name, text in flip.asked.items())
+    said = "".join(f"<dt>{words(name, 60)}</dt><dd><b>{words(text)}</b></dd>" for name, text in flip.said.items())
+    teacher = f"<dt>{TEACHER}</dt><dd>{words(flip.teacher)}</dd>" if flip.teacher else ""
+    name = words(f"{flip.kind} {flip.item_id}".strip(), 80)
+    return (
+        f'<div class="card" style="width:250px">{picture(flip.picture, f"picture of {flip.item_id}")}'
+        f"<dl>{asked}{said}{teacher}</dl><small>{name}</small></div>"
+    )
+
+
+def _taught(taught: Sequence[Taught]) -> str:
+    if not taught:
+        return ""
+    cards = "".join(_answer(one, f"words-{place}") for place, one in enumerate(taught))
+    return (
+        "<p>Samples of the cache: the answer that was taught, what the students say of their own, and what the teacher held "
+        "for most likely. Step through the words by a click or the arrow keys; the brighter a place, the more a model looks there "
+        f'while it says the word; each map has its own scale.</p><div class="row">{cards}</div>{legend(TAUGHT)}'
+    )
+
+
+def _answer(taught: Taught, group: str) -> str:
+    """One answer, with a button for each word."""
+    teachers = " ".join(word.likely[0][0] for word in taught.words if word.likely)
+    said = {
+        "teacher's own answer" if taught.written else "answer in the data": taught.answer,
+        **({"teacher, word by word": teachers} if teachers else {}),
+        **{name: text or "(nothing)" for name, text in taught.said.items()},
+    }
+    rows = "".join(f"<dt>{words(name, 60)}</dt><dd>{words(text)}</dd>" for name, text in said.items())
+    looks = list(dict.fromkeys(name for word in taught.words for name in word.looks))
+    views = "".join(_view(taught, name) for name in looks)
+    if taught.picture is not None:
+        shown = picture(taught.picture, f"picture of {taught.sample_id}")
+        views = f"<figure><figcaption>picture</figcaption>{shown}</figure>{views}"
+    likely = "".join(f"<div><p>{_likely(word)}</p></div>" for word in taught.words)
+    return (
+        f'<div class="card"><p class="said"><b>{words(taught.question)}</b> <small>({words(taught.sample_id, 80)})</small></p>'
+        f"<dl>{rows}</dl><br>{choices(group, [word.text for word in taught.words], taught.chosen)}"
+        f'<div class="row">{views}</div><div><div class="panes">{likely}</div></div></div></div>'
+    )
+
+
+def _likely(word: Word) -> str:
+    shown = ", ".join(f"{words(token, 40)} {100 * share:.1f} %" for token, share in word.likely)
+    return f"next, by the teacher: {shown}" if shown else ""
+
+
+def _view(taught: Taught, name: str) -> str:
+    """One model's maps of all words over the picture, of which that of the chosen word is seen."""
+    assert taught.picture is not None
+    heats, told = [], []
+    for word in taught.words:
+        look = word.looks[name]
+        heats.append(picture(look.heat, f"where {name} looks at {word.text}"))
+        told.append(f"<div>{words(name, 60)}: {_mass(look)}</div>")
+    return (
+        f'<figure><figcaption class="panes">{"".join(told)}</figcaption><div class="view">'
+        f'{picture(taught.picture, f"picture of {taught.sample_id}")}<div class="panes">{"".join(heats)}</div></div></figure>'
+    )
+
+
+def _mass(look: Look) -> str:
+    alike = "" if look.cosine is None else f", cosine {look.cosine:.2f}"
+    return f"{100 * look.image_mass:.0f} % on the picture{alike}"
+
+
+def _provenance(provenance: Mapping[str, Any]) -> str:
+    """Caches, fingerprints, versions and the commands that make it again, as the student keeps them."""
+    if not provenance:
+        return ""
+    origin = provenance.get("origin", {})
+    parts = [
+        "<p>What the distilled student keeps of where it comes from (PROVENANCE, beside its weights). Names and licences are "
+        "what the makers of cache and data state.</p>",
+        facts({"fingerprint of the training": provenance["fingerprint"]}),
+    ]
+    for cache in origin.get("caches", []):
+        known = {name.replace("_", " "): value for name, value in cache.items() if value not in (None, "", [])}
+        known.pop("command", None)
+        shown = {
+            name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in known.items()
+        }
+        parts += [f"<h3>Cache {words(shown.pop('place', ''), 120)}</h3>", facts(shown)]
+    if versions := origin.get("versions"):
+        parts += ["<h3>Versions</h3>", facts(versions)]
+    lines, settings = reproduce(provenance["config"], origin.get("caches", []), "run")
+    parts.append(
+        "<h3>Make it again</h3><p>The cache, then the student. Words in capitals and PATH_TO stand for places of your own.</p>"
+        f"{code(lines)}<details><summary>config.yaml</summary>{code(settings)}</details>"
+    )
+    return "".join(parts)
+
+
+def run_facts(config: TrainConfig, cache: TeacherCache, phases: str, vocabulary: Mapping[str, Any]) -> dict[str, str]:
+    """What was run, in words; ``vocabulary`` is what the student counted of it."""
+    plan = cache.plan
+    at = f"@{plan.teacher['revision']}" if plan.teacher.get("revision") else ""
+    told = {
+        "student": public_name(config.student),
+        "teacher": f"{plan.teacher.get('name')}{at} (not loaded: its signals come from the cache)",
+        "cache": f"{public_location(config.cache)} ({', '.join(sorted(plan.signals))})",
+        "data": str(plan.data.get("name")),
+        "phases": phases,
+        "seed": str(config.seed),
+    }
+    if vocabulary.get("entries_beyond"):
+        told["vocabulary"] = (
+            f"{vocabulary['entries_beyond']} of {vocabulary['entries_read']} cached logit entries read are tokens beyond "
+            "the student's rows; they count as tail"
+        )
+    return told
+
+
+def run_costs(
+    sizes: Mapping[str, Mapping[str, str]], logs: Mapping[str, Sequence[Mapping[str, Any]]], cache: TeacherCache
+) -> dict[str, dict[str, str]]:
+    """What each model cost, by the names of `legends.COST`; ``sizes`` are parameters and weights of the students."""
+    totals = cache.manifest.totals
+    costs = {
+        name: {
+            **sizes[name],
+            "training steps": str(len(log)),
+            "training time": f"{sum(record['step_s'] for record in log):.0f} s",
+        }
+        for name, log in logs.items()
+    }
+    return {**costs, TEACHER: {"cache": f"{totals['samples']:,} samples, {size_words(totals['bytes'])}"}}

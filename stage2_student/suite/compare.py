@@ -1,0 +1,323 @@
+"""``distill compare``: runs and suites side by side on one page, each against the first, without a model or a cache."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.common.terminal.command_line import FOLDER, say
+from vlm_distill_cache.common.terminal.general import JSON, answer
+from vlm_distill_cache.common.terminal.result_files import ResultFile, marked
+from vlm_distill_cache.stage2_student.final_folder import FINAL, read_provenance
+from vlm_distill_cache.stage2_student.scores.metrics import Score
+from vlm_distill_cache.stage2_student.scores.page.charts import bars, curves
+from vlm_distill_cache.stage2_student.scores.page.elements import (
+    MARK,
+    code,
+    facts,
+    legend,
+    sections,
+    table,
+    with_interval,
+    words,
+    write_page,
+)
+from vlm_distill_cache.stage2_student.scores.page.legends import (
+    CURVES,
+    FLIPS,
+    GAIN,
+    INTERVAL,
+    PAIRED,
+    explain,
+    verdict,
+)
+from vlm_distill_cache.stage2_student.scores.page.score_rows import score_groups, score_table
+from vlm_distill_cache.stage2_student.scores.results import (
+    HEADLINE,
+    OUTCOMES,
+    EvaluationReport,
+    format_score,
+    gain_of,
+    outcomes,
+    read_scores,
+    render_table,
+    table_rows,
+)
+from vlm_distill_cache.stage2_student.suite.page import SUMMARY, SuiteOutput, gains_of, suite_parts
+from vlm_distill_cache.stage2_student.training.output_folder import STAMP
+from vlm_distill_cache.stage2_student.training.stamp import BASELINE, DISTILLED, read_stamp
+
+_AGREEMENT = "teacher/top1"
+_BUILT_IN = re.compile(r"(shapes|easy-vqa)\b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOutput:
+    """What `distill run` left in a folder.
+
+    Attributes:
+        scores: Of the distilled student.
+        baseline: Of the other one.
+        items: What tells the held-out items of this run from those of another.
+    """
+
+    path: Path
+    stamp: Mapping[str, Any]
+    scores: EvaluationReport
+    baseline: EvaluationReport
+    provenance: Mapping[str, Any]
+    items: Mapping[str, Any]
+
+
+def read_run(output: Path) -> RunOutput:
+    """Read what a run left.
+
+    Raises:
+        ConfigError: It is not finished, or damaged.
+    """
+    stamp, again = read_stamp(output), "run the same `distill run` command again"
+    if "config" not in stamp or not stamp.get("finished"):
+        raise ConfigError(f"{output}: the run there is not finished; {again}")
+    stored = read_scores(output)
+    if lacking := {BASELINE, DISTILLED} - stored.keys():
+        raise ConfigError(f"{output}: it has no scores of {', '.join(sorted(lacking))}; {again}")
+    try:
+        provenance = read_provenance(output / DISTILLED / FINAL)
+    except (FileNotFoundError, CacheFormatError) as error:
+        raise ConfigError(f"{output}: the distilled student is lost or damaged ({error}); {again}") from error
+    return RunOutput(
+        path=output,
+        stamp=stamp,
+        scores=EvaluationReport.from_dict(stored[DISTILLED]),
+        baseline=EvaluationReport.from_dict(stored[BASELINE]),
+        provenance=provenance,
+        items=_items(stamp, provenance),
+    )
+
+
+def _items(stamp: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Which held-out items a run was scored on: the options that choose them, and the data where they name none."""
+    how, config = stamp["evaluation"], stamp["config"]
+    caches = provenance.get("origin", {}).get("caches", [])
+    data = how.get("data") or config.get("data") or next((cache.get("data_name") for cache in caches), None)
+    if found := _BUILT_IN.match(str(data)):  # whose held-out items depend on the seed alone
+        seed = re.search(r"\bseed=(\d+)", str(data))
+        data = f"{found[1]}, seed {int(seed[1]) if seed else 0}"
+    chosen = {"data": data, "images": how.get("images") or config.get("images"), "files": how.get("items")}
+    return chosen | {name: how.get(name) for name in ("split", "limit")}
+
+
+def run_gains(runs: Mapping[str, RunOutput]) -> dict[str, dict[str, Score]]:
+    """What each run's student scores more than the first run's, by run and score, where both answered the same items."""
+    (_, first), *others = runs.items()
+    found: dict[str, dict[str, Score]] = {}
+    for name, run in others:
+        gains = {}
+        for key, _, _ in HEADLINE:
+            same = run.items == first.items if key != _AGREEMENT else _agreement(run) == _agreement(first)
+            if same and (gain := gain_of(run.scores, first.scores, key)) is not None:
+                gains[key] = gain
+        found[name] = gains
+    return found
+
+
+def _agreement(run: RunOutput) -> list[Any]:
+    """What tells the cached samples on which the agreement is measured from those of another run."""
+    return [run.stamp["run"].get("cache"), run.stamp["evaluation"].get("agreement_samples")]
+
+
+def other_items(runs: Mapping[str, RunOutput]) -> list[str]:
+    """Of runs that were scored on other items than the first: in what they differ, a sentence each."""
+    (first_name, first), *others = runs.items()
+    notes = []
+    for name, run in others:
+        differs = [
+            f"{key} {run.items[key]} there, {first.items[key]} here"
+            for key in first.items
+            if run.items[key] != first.items[key]
+        ]
+        if differs:
+            notes.append(f"{name} was scored on other items than {first_name} ({'; '.join(differs)}): no gain is told")
+    return notes
+
+
+def own_gain(run: RunOutput, key: str) -> Score | None:
+    """What a run's student scores more than the run's own baseline."""
+    return gain_of(run.scores, run.baseline, key)
+
+
+def run_parts(runs: Mapping[str, RunOutput]) -> dict[str, str]:
+    """The sections of a page about runs, by heading."""
+    from vlm_distill_cache.stage2_student.training.log import read_log  # torch
+
+    reports = {name: run.scores for name, run in runs.items()}
+    headlines, details = table_rows(reports)
+    gains, names = run_gains(runs), list(runs)
+    first = names[0]
+    rows = []
+    for row in headlines:
+        rows.append([words(row.heading), *(with_interval(*format_score(score, row.factor)) for score in row.scores)])
+        own = [own_gain(run, row.name) for run in runs.values()]
+        rows.append(["  gain over its own baseline", *(_gain(gain, row.factor) for gain in own)])
+        if len(runs) > 1:
+            against = [_gain(gains[name].get(row.name), row.factor) for name in names[1:]]
+            rows.append([f"  gain over {words(first, 60)}", "", *against])
+    told = {"interval": INTERVAL, "gain over its own baseline": GAIN, f"gain over {first}": PAIRED}
+    logs = {name: read_log(run.path / DISTILLED) for name, run in runs.items()}
+    return {
+        "Headline": table(["", *names], rows) + legend({**told, **explain(headlines)}),
+        "Scores": bars(score_groups(reports), names)
+        + score_table([*headlines, *details], names)
+        + legend({"interval": INTERVAL, **explain([*headlines, *details])}),
+        "Wins and losses": _wins(runs),
+        "Options in which they differ": _differences(runs),
+        "Training": curves("curves", logs) + legend({"loss": CURVES}),
+        "Provenance": "".join(f"<h3>{words(name, 60)}</h3>{_provenance(run)}" for name, run in runs.items()),
+    }
+
+
+def _gain(gain: Score | None, factor: int) -> str:
+    if gain is None:
+        return "-"
+    return f'<span class="{verdict(gain)}">{with_interval(*format_score(gain, factor, sign="+"))}</span>'
+
+
+def _wins(runs: Mapping[str, RunOutput]) -> str:
+    """How many items each student answers better than the first run's."""
+    (first_name, first), *others = runs.items()
+    rows = []
+    for name, run in others:
+        for key, heading, _ in HEADLINE[:2]:
+            placed = outcomes(run.scores.items.get(key, {}), first.scores.items.get(key, {}))
+            if placed is not None and run.items == first.items and any(placed.values()):
+                counts = [f"{len(placed[outcome]):,}" for outcome in OUTCOMES]
+                rows.append([words(f"{name}: {heading}", 120), *counts])
+    if not rows:
+        return ""
+    head = ["", "both right", "only this one", f"only {first_name}", "neither"]
+    told = {"both right": FLIPS["both"], "neither": FLIPS["neither"]}
+    return table(head, rows) + legend(told)
+
+
+def _differences(runs: Mapping[str, RunOutput]) -> str:
+    flat = {name: _flat(run.stamp["config"]) | {"cache": run.stamp["run"].get("cache")} for name, run in runs.items()}
+    keys = dict.fromkeys(key for of in flat.values() for key in of)
+    rows = []
+    for key in keys:
+        values = [json.dumps(of.get(key)) for of in flat.values()]
+        if len(set(values)) > 1 and key != "output":
+            rows.append([words(key, 80), *(words(value, 120) for value in values)])
+    return table(["option", *runs], rows, kind="words") if rows else ""
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+    return found
+
+
+def _provenance(run: RunOutput) -> str:
+    origin = run.provenance.get("origin", {})
+    caches = origin.get("caches", [])
+    told = {"fingerprint of the training": run.provenance["fingerprint"]}
+    told |= {f"cache {cache.get('place', '')}": f"manifest {cache.get('hash')}" for cache in caches}
+    commands = [str(cache["command"]) for cache in caches if cache.get("command")]
+    return facts(told) + code("\n".join([*commands, "distill run --config config.yaml --cache CACHE --output OUTPUT"]))
+
+
+def name_outputs(folders: Sequence[Path]) -> dict[str, Path]:
+    """A name for each folder: its own, with as many of those around it as tell it from the others.
+
+    Raises:
+        ConfigError: One is given twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    if twice := [str(folder) for folder, count in Counter(resolved).items() if count > 1]:
+        raise ConfigError(f"{twice[0]} is given twice; give each folder once")
+    for depth in range(1, max(len(folder.parts) for folder in resolved) + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in resolved]
+        if len(set(names)) == len(names):
+            return dict(zip(names, folders, strict=True))
+    raise AssertionError("different paths have different parts")
+
+
+@click.command()
+@click.argument("outputs", nargs=-1, required=True, type=FOLDER, metavar="OUTPUT...")
+@click.option(
+    "--output",
+    "page",
+    default="compare.html",
+    show_default=True,
+    type=ResultFile(marked(MARK.encode())),
+    help="HTML page to write.",
+)
+@JSON
+def compare(outputs: tuple[Path, ...], page: Path) -> None:
+    """Put runs, and suites of published benchmarks, side by side on one page.
+
+    Each OUTPUT is a folder that `distill run` or `distill suite` wrote; all are compared with the first of their sort. Gains
+    are told where both were asked the same items.
+    """
+    runs: dict[str, RunOutput] = {}
+    suites: dict[str, SuiteOutput] = {}
+    for name, folder in name_outputs(outputs).items():
+        if (folder / SUMMARY).is_file():
+            suites[name] = SuiteOutput(folder)
+            _ = suites[name].summary
+        elif (folder / STAMP).is_file():
+            runs[name] = read_run(folder)
+        else:
+            raise ConfigError(
+                f"{folder}: neither {STAMP}, as `distill run` writes it, nor {SUMMARY}, as `distill suite` does, is there; give "
+                "such folders"
+            )
+    notes = other_items(runs) if runs else []
+    parts = run_parts(runs) if runs else {}
+    parts |= suite_parts(suites) if suites else {}
+    title = f"{', '.join([*runs, *suites])} side by side"
+    warned = "".join(f"<p><b>{words(note, 2000)}</b></p>" for note in notes)
+    write_page(page, one_line(title), [f"<h1>{words(title)}</h1>", warned, *sections(parts)])
+    answer(page=page, notes=notes, **_document(runs, suites))
+    if runs:
+        say(render_table({name: run.scores for name, run in runs.items()}))
+    for note in notes:
+        say(f"note: {note}")
+    for name, output in suites.items():
+        for benchmark, entry in output.summary["benchmarks"].items():
+            for measure in entry["measures"][:1]:
+                value = "-" if measure["value"] is None else f"{measure['factor'] * measure['value']:.1f}"
+                say(f"{one_line(name)}: {one_line(benchmark)}: {one_line(measure['heading'])} {value}")
+    say(f"Page: {page}")
+
+
+def _document(runs: Mapping[str, RunOutput], suites: Mapping[str, SuiteOutput]) -> dict[str, Any]:
+    """What programs read: scores of all, and gains over the first of each sort."""
+    found: dict[str, Any] = {"runs": {}, "suites": {}}
+    gains = run_gains(runs) if runs else {}
+    for name, run in runs.items():
+        own = {key: gain for key, _, _ in HEADLINE if (gain := own_gain(run, key)) is not None}
+        found["runs"][name] = {
+            "scores": {key: score.to_dict() for key, score in run.scores.scores.items()},
+            "gain_over_baseline": {key: gain.to_dict() for key, gain in own.items()},
+            "gain_over_first": {key: gain.to_dict() for key, gain in gains.get(name, {}).items()},
+        }
+    for name, output in suites.items():
+        found["suites"][name] = {
+            benchmark: {"measures": entry["measures"], "gain_over_first": {}}
+            for benchmark, entry in output.summary["benchmarks"].items()
+        }
+    for benchmark in next(iter(suites.values())).summary["benchmarks"] if suites else ():
+        for name, gained in gains_of(suites, benchmark).items():
+            told = {measure: gain.to_dict() for measure, gain in gained.items() if gain is not None}
+            found["suites"][name][benchmark]["gain_over_first"] = told
+    return found

@@ -1,0 +1,391 @@
+"""The page of published benchmarks: what a suite's folder holds, of one model or of several side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.common.files.atomic import read_bounded, read_json
+from vlm_distill_cache.common.files.rules import FLAG, Rule, check, entries, items, maybe, number, record, text, whole
+from vlm_distill_cache.stage2_student.scores.metrics import Score
+from vlm_distill_cache.stage2_student.scores.page.charts import Group, bars
+from vlm_distill_cache.stage2_student.scores.page.elements import (
+    facts,
+    legend,
+    sections,
+    table,
+    with_interval,
+    words,
+    write_page,
+)
+from vlm_distill_cache.stage2_student.scores.page.legends import INTERVAL, PAIRED, verdict
+from vlm_distill_cache.stage2_student.scores.results import format_score
+from vlm_distill_cache.stage2_student.suite.legends import explain_measures
+from vlm_distill_cache.stage2_student.suite.measures import Measure, gain
+
+SUMMARY, MEASURES, RESULTS, PAGE = "summary.json", "measures.json", "results.jsonl", "report.html"
+_AGAIN = "run the same `distill suite` command again: it counts again what was answered"
+_SHOWN = 6  # units of each outcome
+_MOST_BYTES = 1 << 30
+_NUMBER, _COUNT, _WORDS = number(-1e12, 1e12), whole(0, 1 << 40), text(1 << 16)
+_MEASURE = record(
+    {
+        "name": _WORDS,
+        "heading": _WORDS,
+        "factor": _COUNT,
+        "gains": maybe(FLAG),
+        "units": _COUNT,
+        **dict.fromkeys(("value", "low", "high"), maybe(_NUMBER)),
+    },
+    free=True,
+)
+_BENCHMARK = record(
+    {
+        **dict.fromkeys(("layout", "title", "metric", "fingerprint"), _WORDS),
+        "items": _COUNT,
+        "notes": items(_WORDS, most=1000),
+        "seconds": _NUMBER,
+        "left_out": record({"items": _COUNT, "reasons": items(_WORDS, most=1000)}, free=True),
+        "measures": items(_MEASURE, most=100_000),
+    },
+    free=True,
+)
+_SUMMARY = record(
+    {
+        "format": whole(1, 1),
+        "student": record({"name": _WORDS}, free=True),
+        "benchmarks": entries(_BENCHMARK, most=10_000),
+        "unread": entries(_WORDS, most=1 << 20),
+    },
+    {"prompts": _WORDS, "limit": maybe(_COUNT)},
+    free=True,
+)
+# A look at each number would take a minute for the largest benchmarks.
+_COUNTS = Rule("a list of numbers", lambda value: isinstance(value, list) and {*map(type, value)} <= {int, float})
+_UNIT_NAMES = Rule("a list of texts", lambda value: isinstance(value, list) and {*map(type, value)} <= {str})
+_UNITS = record(
+    {
+        "measures": items(
+            record(
+                {
+                    "name": _WORDS,
+                    "heading": _WORDS,
+                    "factor": _COUNT,
+                    "gains": maybe(FLAG),
+                    "summed": FLAG,
+                    "units": _UNIT_NAMES,
+                    "hits": _COUNTS,
+                    "of": _COUNTS,
+                    "parts": items(_WORDS, most=100_000),
+                },
+                free=True,
+            ),
+            most=100_000,
+        )
+    },
+    free=True,
+)
+
+
+@dataclass(frozen=True)
+class SuiteOutput:
+    """What `distill suite` left in a folder."""
+
+    path: Path
+
+    @cached_property
+    def summary(self) -> Mapping[str, Any]:
+        """What ``summary.json`` says.
+
+        Raises:
+            ConfigError: It is missing or damaged.
+        """
+        path = self.path / SUMMARY
+        found = _read(path, _SUMMARY)
+        if strange := [name for name in found["benchmarks"] if name in (".", "..") or Path(name).name != name]:
+            raise ConfigError(f"{path}: {strange[0]!r} is no name of a benchmark; {_AGAIN}")
+        return found
+
+    def measures(self, benchmark: str) -> dict[str, Measure]:
+        """The measures of a benchmark unit by unit, by name.
+
+        Raises:
+            ConfigError: They are missing or damaged.
+        """
+        path = self.path / benchmark / MEASURES
+        known = {part.name for part in dataclasses.fields(Measure)}
+        stored = _read(path, _UNITS)["measures"]
+        measures = [Measure(**{key: value for key, value in one.items() if key in known}) for one in stored]
+        found = {measure.name: measure for measure in measures}
+        for one in measures:
+            counts = {len(one.units), len(set(one.units)), len(one.hits), len(one.of)}
+            if len(counts) > 1 or any(part not in found or found[part].parts for part in one.parts):
+                raise ConfigError(f"{path}: {one.name}: units, hits, of and parts do not belong together; {_AGAIN}")
+        return found
+
+    def answers(self, benchmark: str, units: Sequence[str]) -> dict[str, str]:
+        """What was generated about some items, by id, several answers behind each other; empty where none was."""
+        wanted, found = set(units), {}
+        try:
+            lines = read_bounded(self.path / benchmark / RESULTS, max_bytes=_MOST_BYTES).splitlines()
+        except (FileNotFoundError, CacheFormatError):
+            return {}
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                if entry.get("item") in wanted:
+                    said = [text for text in entry.get("results", ()) if isinstance(text, str)]
+                    found[entry["item"]] = " / ".join(text or "(nothing)" for text in said)
+            except (ValueError, AttributeError, TypeError):  # a line that somebody has damaged shows nothing
+                continue
+        return {item: said for item, said in found.items() if said}
+
+
+def _read(path: Path, rule: Rule) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = check(read_json(path, max_bytes=_MOST_BYTES), rule, str(path), remedy=_AGAIN)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is missing; {_AGAIN}") from error
+    except CacheFormatError as error:
+        raise ConfigError(str(error)) from error
+    return found
+
+
+def write_suite_page(output: Path) -> Path:
+    """Write the page of a suite's folder beside its ``summary.json``.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ConfigError: ``summary.json`` is missing or damaged.
+    """
+    found = SuiteOutput(output)
+    name = found.summary["student"]["name"]
+    title = f"{name} on published benchmarks"
+    write_page(output / PAGE, title, [f"<h1>{words(title)}</h1>", *sections(suite_parts({name: found}))])
+    return output / PAGE
+
+
+def suite_parts(outputs: Mapping[str, SuiteOutput]) -> dict[str, str]:
+    """The sections of a page, by heading; of several models each is compared with the first."""
+    names = dict.fromkeys(name for output in outputs.values() for name in output.summary["benchmarks"])
+    gains = {benchmark: gains_of(outputs, benchmark) for benchmark in names}
+    found = [_benchmark(outputs, benchmark, gains[benchmark]) for benchmark in names]
+    return {
+        "Benchmarks": _headlines(outputs, list(names), gains) + legend(_told(outputs)),
+        "Scores by benchmark": "".join(found),
+        "Wins and losses by benchmark": "".join(_wins(outputs, benchmark) for benchmark in names),
+        "Files that were not read": _unread(outputs),
+        "Models": "".join(f"<h3>{words(name)}</h3>{facts(_facts(output))}" for name, output in outputs.items()),
+    }
+
+
+def gains_of(outputs: Mapping[str, SuiteOutput], benchmark: str) -> dict[str, dict[str, Score | None]]:
+    """What each model but the first scores more than the first, by model and measure, on the units that both have."""
+    (_, first), *others = outputs.items()
+    if not others or benchmark not in first.summary["benchmarks"]:
+        return {}
+    before = first.measures(benchmark)
+    found = {}
+    for name, output in others:
+        if benchmark in output.summary["benchmarks"]:
+            after = output.measures(benchmark)
+            found[name] = {
+                measure: gain(after[measure], before[measure], (after, before))
+                for measure in after
+                if measure in before
+            }
+    return found
+
+
+def _entry(output: SuiteOutput, benchmark: str) -> Mapping[str, Any]:
+    entry: Mapping[str, Any] = output.summary["benchmarks"].get(benchmark, {})
+    return entry
+
+
+def _told(outputs: Mapping[str, SuiteOutput]) -> dict[str, str]:
+    return {
+        "items": "Items that were asked and counted; those that were not stand below, with the reason.",
+        "score": "The measure that the benchmark is known by, as its authors count it; the unit is percent where the interval "
+        "goes up to 100.",
+        "interval": INTERVAL,
+        **({"gain": PAIRED} if len(outputs) > 1 else {}),
+    }
+
+
+def _headlines(
+    outputs: Mapping[str, SuiteOutput],
+    names: Sequence[str],
+    gains: Mapping[str, Mapping[str, Mapping[str, Score | None]]],
+) -> str:
+    """A line a benchmark: its first measure."""
+    rows = []
+    for benchmark in names:
+        found = [_entry(output, benchmark) for output in outputs.values()]
+        known = [entry for entry in found if entry.get("measures")]
+        measure = known[0]["measures"][0] if known else {"heading": "nothing that could be scored", "name": ""}
+        counts = " / ".join(dict.fromkeys(f"{entry['items']:,}" for entry in found if entry))
+        cells = _cells(outputs, benchmark, measure["name"], gains[benchmark])
+        rows.append([words(benchmark, 60), counts, words(measure["heading"], 80), *cells])
+    return table(["benchmark", "items", "score", *_heads(outputs)], rows)
+
+
+def _heads(outputs: Mapping[str, SuiteOutput]) -> list[str]:
+    first = next(iter(outputs))
+    return [head for name in outputs for head in ([name] if name == first else [name, f"{name}, gain"])]
+
+
+def _cells(
+    outputs: Mapping[str, SuiteOutput], benchmark: str, measure: str, gains: Mapping[str, Mapping[str, Score | None]]
+) -> Iterator[str]:
+    """Values of one measure, and gains beside all but the first model's."""
+    for place, (name, output) in enumerate(outputs.items()):
+        stored = _measure(output, benchmark, measure)
+        factor = stored["factor"] if stored else 100
+        yield with_interval(*format_score(_score(stored), factor))
+        if place:
+            found = gains.get(name, {}).get(measure)
+            shown = "-" if found is None else with_interval(*format_score(found, factor, sign="+"))
+            mark = (
+                verdict(found, more_is_better=bool(stored["gains"]))
+                if found and stored and stored["gains"] is not None
+                else ""
+            )
+            yield f'<span class="{mark}">{shown}</span>'
+
+
+def _measure(output: SuiteOutput, benchmark: str, name: str) -> Mapping[str, Any] | None:
+    return next((one for one in _entry(output, benchmark).get("measures", ()) if one["name"] == name), None)
+
+
+def _score(stored: Mapping[str, Any] | None) -> Score | None:
+    if stored is None or None in (ends := (stored["value"], stored["low"], stored["high"])):
+        return None
+    return Score(value=ends[0], low=ends[1], high=ends[2], items=stored["units"])
+
+
+def _benchmark(
+    outputs: Mapping[str, SuiteOutput], benchmark: str, gains: Mapping[str, Mapping[str, Score | None]]
+) -> str:
+    """One benchmark: what is to be known, bars, all measures as a table, their legend."""
+    of_models = [_entry(output, benchmark) for output in outputs.values()]
+    entry = next(filter(None, of_models))
+    measures = {one["name"]: one for of in of_models for one in of.get("measures", ())}
+    notes = dict.fromkeys(note for of in of_models for note in of.get("notes", ()))
+    for model, of in zip(outputs, of_models, strict=True):
+        if of and (left := of["left_out"])["items"]:
+            whose = f" by {model}" if len(outputs) > 1 else ""
+            notes[f"{left['items']:,} items are not scored{whose}: {'; '.join(left['reasons'][:3])}"] = None
+        if not of:
+            notes[f"{model} was not asked"] = None
+    if len({of["fingerprint"] for of in of_models if of}) > 1:
+        notes["Items or right answers differ between the models: gains are over those of equal ids."] = None
+    rows = [
+        [words(("  " if "/" in name else "") + one["heading"], 80), *_cells(outputs, benchmark, name, gains)]
+        for name, one in measures.items()
+    ]
+    shown = table(["", *_heads(outputs)], rows) if rows else "<p>Nothing could be scored.</p>"
+    return (
+        f"<h3>{words(entry['title'])} <small>({words(benchmark, 60)}, counted as {words(entry['metric'], 60)})</small></h3>"
+        + "".join(f"<p>{words(note, 1000)}</p>" for note in notes)
+        + bars(_groups(outputs, benchmark, measures), list(outputs))
+        + f"<details><summary>All measures as a table</summary>{shown}</details>"
+        + legend(explain_measures(measures.values()))
+    )
+
+
+def _groups(
+    outputs: Mapping[str, SuiteOutput], benchmark: str, measures: Mapping[str, Mapping[str, Any]]
+) -> list[Group]:
+    """Measures without subsets together, the others each with its own; units are not mixed."""
+    bases: dict[str, list[str]] = {}
+    for name in measures:
+        bases.setdefault(name.partition("/")[0], []).append(name)
+    groups: dict[tuple[str, int], list[tuple[str, Sequence[Score | None]]]] = {}
+    for base, names in bases.items():
+        for name in names:
+            one = measures[name]
+            scores = [_score(_measure(output, benchmark, name)) for output in outputs.values()]
+            heading = measures.get(base, one)["heading"] if len(names) > 1 else ""
+            row = "all" if name == base and len(names) > 1 else one["heading"]
+            groups.setdefault((heading, one["factor"]), []).append((row, scores))
+    return [Group(heading, factor, rows) for (heading, factor), rows in groups.items()]
+
+
+def _wins(outputs: Mapping[str, SuiteOutput], benchmark: str) -> str:
+    """Units on which each model and the first differ in the first measure, with what both generated."""
+    (first_name, first), *others = outputs.items()
+    parts = []
+    for name, output in others:
+        if not (_entry(first, benchmark).get("measures") and _entry(output, benchmark).get("measures")):
+            continue
+        headline = _entry(first, benchmark)["measures"][0]
+        before, after = (
+            _ratios(first.measures(benchmark), headline["name"]),
+            _ratios(output.measures(benchmark), headline["name"]),
+        )
+        shared = [unit for unit in before if unit in after]
+        won = [unit for unit in shared if after[unit] > before[unit]]
+        lost = [unit for unit in shared if after[unit] < before[unit]]
+        counts = [len(shared) - len(won) - len(lost), len(won), len(lost)]
+        heads = ["alike", f"{name} better", f"{first_name} better"]
+        parts.append(f"<h3>{words(benchmark, 60)}: {words(headline['heading'], 80)}</h3>")
+        parts.append(table(heads, [[f"{count:,}" for count in counts]]))
+        chosen = [*won[:_SHOWN], *lost[:_SHOWN]]
+        said = [of.answers(benchmark, chosen) for of in (first, output)]
+        rows = [
+            [words(unit, 120), f"{before[unit]:.3g}", f"{after[unit]:.3g}", *(words(of.get(unit, "-")) for of in said)]
+            for unit in chosen
+        ]
+        if rows:
+            head = ["unit", first_name, name, f"{first_name} said", f"{name} said"]
+            parts.append(f"<details><summary>Some of them</summary>{table(head, rows, kind='words')}</details>")
+    return "".join(parts)
+
+
+def _ratios(measures: Mapping[str, Measure], name: str) -> dict[str, float]:
+    """What each unit adds to a measure; of one made of parts, those of all."""
+    whole = measures[name]
+    parts = [measures[part] for part in whole.parts] or [whole]
+    return {
+        unit: hits / of
+        for part in parts
+        for unit, hits, of in zip(part.units, part.hits, part.of, strict=True)
+        if of > 0
+    }
+
+
+def _unread(outputs: Mapping[str, SuiteOutput]) -> str:
+    files = {file: why for output in outputs.values() for file, why in output.summary["unread"].items()}
+    return (
+        table(["file", "why"], [[words(file), words(why, 1000)] for file, why in files.items()], kind="words")
+        if files
+        else ""
+    )
+
+
+def _facts(output: SuiteOutput) -> dict[str, object]:
+    """Who was asked and how."""
+    summary = output.summary
+    student = {key: value for key, value in summary["student"].items() if isinstance(value, str | int | float)}
+    asked = sum(entry["items"] for entry in summary["benchmarks"].values())
+    seconds = sum(entry["seconds"] for entry in summary["benchmarks"].values())
+    limit = summary.get("limit")
+    prints = {f"fingerprint of {name}": entry["fingerprint"] for name, entry in summary["benchmarks"].items()}
+    again = ["distill suite", str(student.get("place", "STUDENT")), "BENCHMARKS --output OUTPUT"]
+    again += [f"--prompts {summary['prompts']}"] if summary.get("prompts") else []
+    again += [f"--limit {limit}"] if limit else []
+    return {
+        **student,
+        "prompts": summary.get("prompts", "-"),
+        "items": f"{asked:,} asked in {seconds:,.0f} s{'' if limit is None else f', at most {limit:,} of each benchmark'}",
+        **prints,
+        "make it again": " ".join(again),
+    }

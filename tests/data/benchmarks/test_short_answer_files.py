@@ -1,0 +1,236 @@
+"""Benchmarks of short answers are read from the files that their authors publish, and from those of the hub."""
+
+from pathlib import Path
+from typing import cast
+
+import answers_files as files
+import pytest
+
+from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
+from vlm_distill_cache.data.benchmarks.search import find_benchmarks
+
+
+def read(folder: Path) -> dict[str, Benchmark]:
+    found = find_benchmarks(folder)
+    assert not found.unread
+    return dict(found.benchmarks)
+
+
+def items(benchmark: Benchmark) -> list[OpenItem]:
+    assert not benchmark.left_out
+    return cast("list[OpenItem]", list(benchmark.items))
+
+
+def shade(item: OpenItem) -> int:
+    assert item.image is not None
+    return cast("tuple[int, ...]", item.image.load().getpixel((0, 0)))[0]
+
+
+def test_vqav2_joins_questions_with_their_answers_and_pictures(tmp_path: Path):
+    files.write_vqav2(tmp_path / "a")
+    files.write_vqav2(tmp_path / "b", "test-dev2015", annotated=False)
+    found = read(tmp_path)
+    assert set(found) == {"vqav2-val2014", "vqav2-testdev2015"}
+    one, two, three = items(found["vqav2-val2014"])
+    assert (one.item_id, one.question, one.answers) == ("42000", "What colour is the roof?", tuple(files.TEN))
+    assert [item.kind for item in (one, two, three)] == ["other", "yes/no", "number"]
+    assert one.extra["subsets"] == ["what colour is the"]
+    assert [shade(item) for item in (one, two, three)] == [42, 42, 73]
+    secret = found["vqav2-testdev2015"]
+    assert [item.answers for item in items(secret)] == [(), (), ()]
+    assert "kept secret" in secret.notes[0]
+    assert secret.instruction == "Answer the question using a single word or phrase."
+
+
+def test_okvqa_is_told_from_vqav2_and_a_picture_belongs_to_the_nearest(tmp_path: Path):
+    files.write_vqav2(tmp_path / "vqav2")
+    files.write_okvqa(tmp_path / "okvqa")
+    found = read(tmp_path)
+    assert set(found) == {"vqav2-val2014", "okvqa-val2014"}
+    one, two = items(found["okvqa-val2014"])
+    assert one.answers == ("mason",) * 6 + ("builder",) * 4
+    assert [item.extra["subsets"] for item in (one, two)] == [["Crafts"], ["Weather"]]
+    assert [shade(one), shade(two)] == [142, 173]
+
+
+def test_answers_without_questions_and_answers_that_contradict_are_said(tmp_path: Path):
+    files.write_vqav2(tmp_path)
+    (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").rename(tmp_path / "questions.txt")
+    found = find_benchmarks(tmp_path)
+    (why,) = found.unread.values()
+    assert "question_id and image_id" in why
+    (tmp_path / "questions.txt").rename(tmp_path / "questions.json")
+    annotations = tmp_path / "v2_mscoco_val2014_annotations.json"
+    (tmp_path / "again.json").write_text(annotations.read_text())  # a copy is no contradiction
+    assert set(read(tmp_path)) == {"vqav2-val2014"}
+    (tmp_path / "again.json").write_text(annotations.read_text().replace("maroon", "crimson"))
+    found = find_benchmarks(tmp_path)
+    assert not found.benchmarks
+    assert any("again.json" in why and "differently" in why for why in found.unread.values())
+
+
+def test_tables_of_the_hub_hold_their_pictures(tmp_path: Path):
+    vqa = {"question_type": "is the", "multiple_choice_answer": "yes", "answers": files.ten(), "image_id": 7}
+    vqa |= {"answer_type": "yes/no", "question_id": 7000, "question": "Is the door open?", "image": files.picture(1)}
+    hidden = {**vqa, "question_type": None, "multiple_choice_answer": None, "answers": None, "answer_type": None}
+    ok = {"question_id": "a1", "image": files.picture(2), "question": "Which trade?", "answers": files.TEN}
+    ok |= {"question_type": "nine", "answer_type": "other"}
+    text = [{**row, "image": files.picture(3)} for row in files.textvqa_rows()]
+    blank = [{**row, "image": files.picture(3)} for row in files.textvqa_rows(secret=True)]
+    blind = {"question_id": "VizWiz_val_00000000.jpg", "image": files.picture(4), "question": "What is it?"}
+    blind |= {"answers": ["unanswerable"] * 10, "category": "unanswerable"}
+    wiz = {"id": 0, "image": files.picture(5), "filename": "VizWiz_train_00000001.jpg", "question": "What is it?"}
+    wiz |= {"answers": files.TEN, "answers_original": files.ten(), "answer_type": "other", "answerable": 1}
+    doc = [{**row, "image": files.picture(6)} for row in files.docvqa_rows()]
+    info = {"questionId": "9", "question": "How many?", "answers": ["12"], "answer_type": ["non-extractive"]}
+    info |= {"image": files.picture(7), "image_url": "", "operation/reasoning": ["counting"], "data_split": "val"}
+    chart = [
+        {"image": files.picture(8), "query": "Which?", "label": ["[Wheat, Rye]"], "human_or_machine": n} for n in (0, 1)
+    ]
+    typed = [
+        {"type": f"{kind}_test", "question": "Which?", "answer": "Rye", "image": files.picture(9)}
+        for kind in ("human", "augmented")
+    ]
+    tables = {
+        "vqa/data/validation": [vqa],
+        "vqa/data/testdev": [hidden],
+        "ok/val2014": [ok],
+        "text/validation": text,
+        "text/test": blank,
+        "blind/val": [blind],
+        "wiz/train": [wiz],
+        "doc/validation": doc,
+        "info/validation": [info],
+        "chart/test": chart,
+        "typed/test": typed,
+    }
+    for name, rows in tables.items():
+        files.table(tmp_path / f"{name}-00000-of-00001.parquet", rows)
+    found = read(tmp_path)
+    assert {name: (benchmark.metric, len(benchmark.items)) for name, benchmark in found.items()} == {
+        "vqav2-val": ("vqa_accuracy", 1),
+        "vqav2-testdev": ("vqa_accuracy", 1),
+        "okvqa-val2014": ("vqa_accuracy", 1),
+        "textvqa-val": ("textvqa_accuracy", 2),
+        "textvqa-test": ("textvqa_accuracy", 2),
+        "vizwiz-val": ("vizwiz_accuracy", 1),
+        "vizwiz-train": ("vizwiz_accuracy", 1),
+        "docvqa-val": ("anls", 2),
+        "infographicvqa-val": ("anls", 1),
+        "chartqa-test": ("relaxed_accuracy", 2),
+        "chartqa-test.2": ("relaxed_accuracy", 2),
+    }
+    first = {name: items(benchmark)[0] for name, benchmark in found.items()}
+    shades = {name.partition("-")[0]: shade(item) for name, item in sorted(first.items())}
+    assert shades == {"vqav2": 1, "okvqa": 2, "textvqa": 3, "vizwiz": 4, "docvqa": 6, "infographicvqa": 7, "chartqa": 9}
+    assert first["vqav2-val"].answers == first["okvqa-val2014"].answers == tuple(files.TEN)
+    assert first["okvqa-val2014"].extra["subsets"] == ["Science and Technology"]
+    assert first["vqav2-testdev"].answers == first["textvqa-test"].answers == ()
+    assert first["vizwiz-val"].extra == {"answerable": 0}
+    assert first["vizwiz-train"].extra == {"answerable": 1}
+    assert first["chartqa-test"].answers == ("[Wheat, Rye]",)
+    assert [item.kind for item in items(found["chartqa-test"])] == ["human", "augmented"]
+    assert [item.kind for item in items(found["chartqa-test.2"])] == ["human", "augmented"]
+
+
+def test_gqa_reads_questions_by_id_choices_and_tables_of_pictures(tmp_path: Path):
+    files.write_gqa(tmp_path / "authors")
+    rows = [{"id": item_id, **files.gqa_question(item_id)} for item_id in ("101", "104")]
+    rows = [{**row, "entailed": str(row["entailed"])} for row in rows]
+    files.table(tmp_path / "hub" / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet", rows)
+    images = [{"id": name, "image": files.picture(shade)} for name, shade in (("n77", 200), ("2388", 201))]
+    files.table(tmp_path / "hub" / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", images)
+    authors, hub = read(tmp_path / "authors")["gqa-val-all"], read(tmp_path / "hub")["gqa-testdev"]
+    assert [shade(item) for item in items(authors)] == [1, 1, 1, 2]
+    assert [shade(item) for item in items(hub)] == [200, 201]
+    first = items(authors)[0]
+    assert (first.item_id, first.question, first.answers) == ("101", "Is the gate wooden?", ("yes",))
+    assert first.extra["subsets"] == ["binary", "verify", "attribute"]
+    assert first.extra["valid"] == ["yes", "no", "wood", "tree"]
+    assert items(hub)[0].extra["entailed"] == ["101", "102", "103"]
+    assert any("1 of 5 questions" in note for note in authors.notes)  # 999
+
+
+def test_the_authors_json_of_text_blind_documents_and_charts(tmp_path: Path):
+    for name in ("textvqa", "vizwiz", "docvqa", "chartqa"):
+        getattr(files, f"write_{name}")(tmp_path / name)
+    found = read(tmp_path)
+    assert set(found) == {"textvqa-val", "vizwiz-val", "vizwiz-test", "docvqa-val", "chartqa-test"}
+    assert [(item.item_id, shade(item)) for item in items(found["textvqa-val"])] == [("34600", 1), ("34601", 2)]
+    assert items(found["textvqa-val"])[1].answers == ("baker's",) * 4 + ("baker",) * 6
+    wiz = items(found["vizwiz-val"])
+    assert [(item.kind, item.extra["answerable"]) for item in wiz] == [("unanswerable", 0), ("other", 1), ("other", 1)]
+    assert wiz[0].item_id == "VizWiz_val_00000000.jpg"
+    assert wiz[0].answers == ("unanswerable",) * 8 + ("tin",) * 2
+    assert items(found["vizwiz-test"])[0].answers == ()
+    documents = items(found["docvqa-val"])
+    assert documents[0].answers == ("M. Adler", "Adler")
+    assert documents[0].extra["subsets"] == ["handwritten", "form"]
+    assert [shade(item) for item in documents] == [1, 2]
+    charts = items(found["chartqa-test"])
+    assert sorted((item.item_id, item.kind, item.answers, shade(item)) for item in charts) == [
+        ("augmented-0", "augmented", ("Wheat",), 1),
+        ("augmented-1", "augmented", ("Wheat",), 2),
+        ("human-0", "human", ("50",), 1),
+        ("human-1", "human", ("50",), 2),
+    ]
+
+
+def test_evalkits_tables_list_answers_in_a_text_and_share_pictures(tmp_path: Path):
+    rows = [
+        {"index": 0, "image": files.picture(5), "question": "When is it open?", "answer": ["9 am"] * 10},
+        {"index": 1, "image": 0, "question": "Whose shop is it?", "answer": ["baker's"] * 4 + ["baker"] * 6},
+    ]
+    files.tsv(tmp_path / "TextVQA_VAL.tsv", rows)
+    chart = {
+        "index": 0,
+        "image": files.picture(5),
+        "question": "Years?",
+        "answer": "[2015, 2016]",
+        "split": "test_human",
+    }
+    files.tsv(tmp_path / "ChartQA_TEST.tsv", [chart])
+    found = read(tmp_path)
+    assert [shade(item) for item in items(found["textvqa-val"])] == [5, 5]
+    assert items(found["textvqa-val"])[1].answers == ("baker's",) * 4 + ("baker",) * 6
+    (only,) = items(found["chartqa-test"])
+    assert (only.answers, only.kind) == (("[2015, 2016]",), "human")
+
+
+@pytest.mark.parametrize("name", ["vqav2", "okvqa", "textvqa", "vizwiz", "gqa", "docvqa", "chartqa"])
+def test_an_item_without_its_picture_or_question_is_left_out_with_the_reason(tmp_path: Path, name: str):
+    getattr(files, f"write_{name}")(tmp_path)
+    pictures = sorted(
+        path for path in tmp_path.rglob("*") if path.suffix in (".jpg", ".png") and "test_" not in path.name
+    )
+    pictures[0].unlink()
+    found = find_benchmarks(tmp_path)
+    left = {item: why for benchmark in found.benchmarks.values() for item, why in benchmark.left_out.items()}
+    assert left
+    assert all("no picture" in why and "--images" in why for why in left.values())
+    assert all(benchmark.items for benchmark in found.benchmarks.values())
+
+
+def test_answers_of_one_person_are_not_counted_as_those_of_ten(tmp_path: Path):
+    rows = files.textvqa_rows()
+    rows[0]["answers"], rows[1]["answers"] = ["nine"], ["nine"] * 3
+    files.write(tmp_path / "val.json", {"data": rows})
+    for name in ("00aa11", "00bb22"):
+        files.put(tmp_path / f"{name}.jpg", 1)
+    (found,) = find_benchmarks(tmp_path).benchmarks.values()
+    assert [item.item_id for item in found.items] == ["34601"]
+    assert "one answer" in found.left_out["34600"]
+    assert any("1 of 1 questions have fewer than 10 answers" in note for note in found.notes)
+
+
+def test_entries_that_hold_other_things_are_said_and_nothing_breaks_off(tmp_path: Path):
+    files.write_docvqa(tmp_path)
+    files.write(
+        tmp_path / "gqa.json", {"1": {"imageId": 5, "question": "Q?", "answer": None, "types": "a", "entailed": 5}}
+    )
+    files.write(tmp_path / "text.json", {"data": [7, {"question": "Q?"}]})
+    (tmp_path / "empty.csv").write_text("")
+    found = find_benchmarks(tmp_path)
+    assert set(found.benchmarks) == {"docvqa-val"}
+    assert set(found.unread) == {"gqa.json", "text.json", "empty.csv"}
+    assert "its entries hold other things" in found.unread["gqa.json"]

@@ -1,0 +1,234 @@
+"""Yes-or-no benchmarks say the same in each published form; what cannot be asked is told, and never read as something else."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yes_no_files as files
+from yes_no_files import HALLUSION, MME, NLVR, NLVR2, POPE, seen
+
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem, YesNoItem
+from vlm_distill_cache.data.benchmarks.layouts import Found
+from vlm_distill_cache.data.benchmarks.search import find_benchmarks
+
+
+def only(folder: Path) -> Benchmark:
+    found = find_benchmarks(folder)
+    assert len(found.benchmarks) == 1, found
+    (benchmark,) = found.benchmarks.values()
+    assert not benchmark.left_out
+    return benchmark
+
+
+def items_of(benchmark: Benchmark) -> list[YesNoItem]:
+    items = [item for item in benchmark.items if isinstance(item, YesNoItem)]
+    assert len(items) == len(benchmark.items) == len({item.item_id for item in items})
+    return items
+
+
+@pytest.mark.parametrize("form", ["github", "hub", "hub-splits", "tsv"])
+def test_pope_is_the_same_in_each_form(tmp_path: Path, form: str):
+    files.write_pope(tmp_path, form)
+    benchmark = only(tmp_path)
+    items = items_of(benchmark)
+    asked = {(split, item.question, item.right, seen(item.image)) for item in items for split in item.kind.split(",")}
+    assert asked == {(split, text, right, shown) for split, rows in POPE.items() for _, shown, text, right in rows}
+    assert len(items) == (5 if form == "tsv" else 6)
+    assert (benchmark.name, benchmark.metric) == ("pope", "pope")
+    if form != "tsv":
+        pictured = {(item.group.removesuffix(".jpg"), seen(item.image)) for item in items}
+        assert pictured == {("COCO_val2014_000000000010", 10), ("COCO_val2014_000000000020", 20)}
+
+
+def test_editions_of_pope_are_benchmarks_of_their_own_and_a_missing_picture_or_label_is_told(tmp_path: Path):
+    files.write_pope(tmp_path, "github")
+    rows = [
+        {"question_id": 1, "image": "none.jpg", "text": "Is there a bus in the image?", "label": "yes"},
+        {
+            "question_id": 2,
+            "image": "COCO_val2014_000000000010.jpg",
+            "text": "Is there a car in the image?",
+            "label": "no",
+        },
+    ]
+    files.lines(tmp_path / "coco/aokvqa_pope_seem_random.json", rows)
+    files.lines(tmp_path / "odd/gqa_pope_random.json", [rows[1]] * 40 + [{**rows[1], "label": "maybe"}])
+    found = find_benchmarks(tmp_path).benchmarks
+    assert {name: len(benchmark.items) for name, benchmark in found.items()} == {
+        "pope-coco": 6,
+        "pope-aokvqa-seem": 1,
+        "pope-gqa": 40,
+    }
+    (why,) = found["pope-aokvqa-seem"].left_out.values()
+    assert "no picture 'none.jpg'" in why
+    (why,) = found["pope-gqa"].left_out.values()
+    assert "row 41: 'label' must be yes or no, got 'maybe'" in why
+
+
+def test_a_row_that_cannot_be_read_is_left_out_alone(tmp_path: Path):
+    files.write_pope(tmp_path, "tsv")
+    text = (tmp_path / "POPE.tsv").read_text()
+    header, rest = text.split("\n", 1)
+    (tmp_path / "POPE.tsv").write_text(f"{header}\na\tb\n{rest}")
+    (benchmark,) = find_benchmarks(tmp_path).benchmarks.values()
+    assert len(items_of(benchmark)) == 5
+    assert {seen(item.image) for item in items_of(benchmark)} == {10, 20}
+    (why,) = benchmark.left_out.values()
+    assert "POPE.tsv: row 1 cannot be read: the row has 2 cells, its header 5" in why
+
+
+@pytest.mark.parametrize("form", ["folders", "eval-tool", "hub", "tsv"])
+def test_mme_is_the_same_in_each_form(tmp_path: Path, form: str):
+    files.write_mme(tmp_path, form)
+    found = find_benchmarks(tmp_path)
+    benchmark = found.benchmarks["mme"]
+    items = items_of(benchmark)
+    asked = {(item.kind, item.question, item.right, seen(item.image)) for item in items}
+    assert asked == {(task, text, right, number) for task, rows in MME.items() for _, number, text, right in rows}
+    assert len({item.group for item in items}) == 3
+    assert not benchmark.left_out
+    assert any("not there: OCR, " in note for note in benchmark.notes)
+    templates = {name: why for name, why in found.unread.items() if "Your_Results" in name}
+    assert bool(templates) == (form == "folders")
+    assert all("asks again what" in why for why in templates.values())
+    assert any("LaVIN" in name for name in found.unread) == (form in ("folders", "eval-tool"))  # a model's answers
+
+
+def test_several_forms_of_mme_are_benchmarks_of_their_own(tmp_path: Path):
+    files.write_mme(tmp_path, "folders")
+    files.write_mme(tmp_path / "hub", "hub")
+    assert set(find_benchmarks(tmp_path).benchmarks) == {"mme-benchmark-release-version", "mme-test"}
+
+
+def test_a_picture_of_mme_is_never_that_of_another_task(tmp_path: Path):
+    files.write_mme(tmp_path, "folders")
+    (tmp_path / "MME_Benchmark_release_version/code_reasoning/0001.png").unlink()
+    (tmp_path / "MME_Benchmark_release_version/existence/000000000139.txt").write_text(
+        "Is it?\tYes\nIs it so?\tPerhaps\nIs\n"
+    )
+    benchmark = find_benchmarks(tmp_path).benchmarks["mme"]
+    assert [item.kind for item in benchmark.items] == ["artwork", "artwork", "existence"]
+    assert any("1 of 2 pictures have other than two questions" in note for note in benchmark.notes)
+    why = "\n".join(benchmark.left_out.values())
+    assert "no picture 'code_reasoning/images/0001'" in why
+    assert "line 2: 'answer' must be yes or no, got 'Perhaps'" in why
+    assert "line 3: expected a question, a tab, and Yes or No, got 'Is'" in why
+
+
+@pytest.mark.parametrize("form", ["github", "hub", "tsv"])
+def test_hallusionbench_is_the_same_in_each_form(tmp_path: Path, form: str):
+    files.write_hallusion(tmp_path, form)
+    items = items_of(only(tmp_path))
+    keys = ("category", "subcategory", "set_id", "figure_id", "question_id")
+    asked = {(*(item.extra[key] for key in keys), item.question, item.right, seen(item.image)) for item in items}
+    expected = {(*row[:2], *row[3:]) for row in HALLUSION if row[8] or form != "tsv"}
+    assert asked == expected
+    assert {item.kind for item in items} == {"VD", "VS"}
+
+
+def test_a_figure_of_hallusionbench_is_never_that_of_another_folder(tmp_path: Path):
+    files.write_hallusion(tmp_path, "github")
+    (tmp_path / "hallusion_bench/VD/ocr/0_1.png").unlink()
+    benchmark = find_benchmarks(tmp_path).benchmarks["hallusionbench"]
+    (why,) = benchmark.left_out.values()
+    assert "in a folder VD/ocr" in why
+    assert [item.item_id for item in benchmark.items].count("VD_ocr_0_1_0") == 0
+
+
+@pytest.mark.parametrize("name", ["dev/dev.json", "test/mine.jsonl"])
+def test_all_six_pictures_of_nlvr_are_asked_about(tmp_path: Path, name: str):
+    files.write_nlvr(tmp_path, name)
+    benchmark = only(tmp_path)
+    items = items_of(benchmark)
+    assert benchmark.name == "nlvr-dev"
+    assert [seen(item.image) for item in items] == [60 * place + 10 * order for place in range(2) for order in range(6)]
+    assert [item.right for item in items] == [right for *_, right in NLVR for _ in range(6)]
+    assert {item.group for item in items} == {"5"}
+    assert NLVR[0][2] in items[0].question
+
+
+@pytest.mark.parametrize("form", ["github", "blip", "lxmert", "hub", "hub-sentence"])
+def test_the_two_pictures_of_nlvr2_are_joined_in_their_order(tmp_path: Path, form: str):
+    files.write_nlvr2(tmp_path, form)
+    benchmark = only(tmp_path)
+    shown = []
+    for item in items_of(benchmark):
+        assert item.image is not None
+        width = item.image.load().width
+        shown.append((seen(item.image), seen(item.image, (width - 1, 0)), item.right))
+        assert item.image.load().getpixel((width // 2, 0)) == (255, 255, 255)
+    assert shown == [(*numbers, right) for _, _, right, numbers in NLVR2]
+    groups = ["", "", ""] if form == "blip" else ["dev-7-1", "dev-7-1", "dev-8-0"]
+    assert [item.group for item in benchmark.items] == groups
+    assert any("side by side" in note for note in benchmark.notes)
+    assert any("no consistency" in note for note in benchmark.notes) == (form == "blip")
+
+
+def test_question_files_are_asked_as_they_stand_and_answers_files_are_no_questions(tmp_path: Path):
+    files.write_questions(tmp_path)
+    found = find_benchmarks(tmp_path)
+    benchmark = found.benchmarks["llava-mine"]
+    assert all(isinstance(item, OpenItem) and seen(item.image) == 10 for item in benchmark.items)
+    assert [item.item_id for item in benchmark.items] == ["scene/1.png", "scene/1.png#2"]
+    assert {item.extra["question_id"] for item in benchmark.items} == {"scene/1.png"}
+    assert "no picture 'gone/2.png'" in benchmark.left_out["7"]
+    assert "a model's answers, not questions" in found.unread["answers.jsonl"]
+    files.lines(tmp_path / "plain.jsonl", [{"question_id": 1, "text": "Why?", "category": "a"}])
+    files.lines(tmp_path / "null.jsonl", [{"question_id": 1, "text": "Why?", "category": "a", "image": None}])
+    found = find_benchmarks(tmp_path)
+    assert "no 'image'" in found.unread["plain.jsonl"]
+    (item,) = found.benchmarks["llava-null"].items
+    assert isinstance(item, OpenItem)
+    assert (item.image, item.question, item.kind) == (None, "Why?", "a")
+
+
+def _rows(folder: Path, text: str) -> Found:
+    (folder / "rows.json").write_text(text)
+    return find_benchmarks(folder)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "a.png", "question": "Is it red?", "answer": "yes", "category": "colours"},
+        {"image": "a.png", "text": "A cat.", "label": "cat"},
+        {"image": "a.png", "sentence": "A cat.", "label": "entailment", "identifier": "5-0"},
+        {"question_id": 1, "text": "Is it red?"},
+    ],
+)
+def test_rows_that_only_resemble_a_layout_are_not_read_as_it(tmp_path: Path, row: dict[str, object]):
+    names = _rows(tmp_path, json.dumps([row] * 3)).benchmarks
+    assert not [name for name in names if name.startswith(("pope", "mme", "hallusion", "nlvr", "llava"))]
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda folder: files.write_pope(folder, "hub"), "data/test-00000-of-00001-ab12.parquet"),
+        (lambda folder: files.write_nlvr2(folder, "hub"), "data/balanced_dev-00000-of-00001.parquet"),
+    ],
+)
+def test_saved_datasets_are_read_as_their_parquet_files(tmp_path: Path, write: Callable[[Path], None], name: str):
+    datasets = pytest.importorskip("datasets")
+    write(tmp_path / "files")
+    expected = only(tmp_path / "files")
+    loaded = datasets.Dataset.from_parquet(str(tmp_path / "files" / name), cache_dir=str(tmp_path / "cache"))
+    pictured = [column for column in loaded.column_names if "image" in column and column != "image_source"]
+    for column in pictured:
+        loaded = loaded.cast_column(column, datasets.Image())
+    loaded.save_to_disk(tmp_path / "saved/dev")
+    items = items_of(only(tmp_path / "saved"))
+    assert [(item.item_id, item.question, item.right, seen(item.image)) for item in items] == [
+        (item.item_id, item.question, item.right, seen(item.image)) for item in items_of(expected)
+    ]
+
+
+def test_a_damaged_picture_of_two_is_named(tmp_path: Path):
+    files.write_nlvr2(tmp_path, "github")
+    (tmp_path / "images/dev/dev-7-0-img1.png").write_bytes(b"nothing")
+    item = items_of(only(tmp_path))[0]
+    assert item.image is not None
+    with pytest.raises(SampleError, match=r"dev-7-0-img1\.png"):
+        item.image.load()

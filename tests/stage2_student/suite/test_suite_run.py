@@ -1,0 +1,216 @@
+"""A suite: the same results whatever stops or divides it, of one model alone, with all that is missing said."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from vlm_distill_cache.commands import group_of
+from vlm_distill_cache.common.errors import ConfigError, DataError
+from vlm_distill_cache.common.files.atomic import read_json
+from vlm_distill_cache.common.hub import HubFolder
+from vlm_distill_cache.data.benchmarks import drawn
+from vlm_distill_cache.data.benchmarks.items import Item
+from vlm_distill_cache.data.shapes.dataset import shapes_evaluation
+from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
+from vlm_distill_cache.stage2_student.suite import ask as asking
+from vlm_distill_cache.stage2_student.suite import run as running
+from vlm_distill_cache.stage2_student.suite.opened import find_model, load_model
+from vlm_distill_cache.stage2_student.suite.run import RESULTS, Suite, find_tasks, run_suite, take
+from vlm_distill_cache.stage2_student.suite.table import render_suite
+
+ITEMS = 2
+LIKELIHOODS = "likelihood"
+
+
+@pytest.fixture(scope="module")
+def benchmarks(tmp_path_factory):
+    """Two drawn benchmarks, and a file that is none."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    drawn.write_drawn(folder, items=ITEMS)
+    for name in ("vqav2", "gqa", "mmbench", "pope"):
+        shutil.rmtree(folder / name)
+    (folder / "prices.json").write_text('[{"price": 3, "currency": "EUR"}]')
+    return folder
+
+
+@pytest.fixture
+def suite(benchmarks, tiny_llava, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "BLOCK", 3)
+    model = find_model(HubFolder(tiny_llava, "tiny", ""), None)
+    return Suite(model=model, benchmarks=benchmarks, output=tmp_path / "out")
+
+
+def results(output: Path) -> dict[str, list]:
+    """The lines of items by benchmark; the heads hold seconds."""
+    return {path.parent.name: path.read_text().splitlines()[1:] for path in sorted(output.glob(f"*/{RESULTS}"))}
+
+
+def test_a_suite_that_was_killed_or_divided_ends_as_one_that_was_not(suite, tmp_path, monkeypatch):
+    whole = run_suite(suite)
+    asked = []
+    ask = asking.ask
+
+    def dies(model, encoder, requests):
+        asked.append(len(requests))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return ask(model, encoder, requests)
+
+    killed = replace(suite, output=tmp_path / "killed")
+    monkeypatch.setattr(asking, "ask", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(killed)
+    blocks = sum(task.blocks for task in find_tasks(suite)[1])
+    assert not results(killed.output)
+    resumed = run_suite(killed)
+    assert len(asked) == blocks + 1  # the block that was being asked, and none twice
+    assert results(killed.output) == results(suite.output)
+
+    def one_after_the_other(target, jobs, **_):
+        for _, arguments in reversed(jobs):
+            target(*arguments)
+
+    divided = replace(suite, output=tmp_path / "divided")
+    monkeypatch.setattr(running, "run_processes", one_after_the_other)
+    shared = run_suite(divided, processes=3)
+    assert results(divided.output) == results(suite.output)
+    for other in (resumed, shared):
+        for name, entry in whole["benchmarks"].items():
+            assert other["benchmarks"][name] | {"seconds": 0} == entry | {"seconds": 0}
+    assert not list(tmp_path.rglob("blocks"))
+
+    asked.clear()
+    assert run_suite(suite)["benchmarks"] == whole["benchmarks"]
+    assert not asked  # all is there: no model is opened
+
+
+def test_the_numbers_are_those_of_an_evaluation_of_the_same_pairs(suite):
+    entry = run_suite(suite)["benchmarks"]["sugarcrepe"]
+    model, encoder = load_model(suite.model)
+    report = evaluate_model(model, encoder, shapes_evaluation("test", ITEMS, seed=drawn._SEED), resamples=10)
+    scores = {measure["name"]: measure["value"] for measure in entry["measures"]}
+    assert scores[LIKELIHOODS] == pytest.approx(report.scores["likelihood"].value)
+    stored = read_json(suite.output / "sugarcrepe" / "measures.json")
+    counted = next(measure for measure in stored["measures"] if measure["name"] == f"{LIKELIHOODS}/swap_obj")
+    assert counted["hits"] == report.items["likelihood"]["swap_obj"]
+
+
+def test_results_of_something_else_are_refused(suite, tmp_path):
+    run_suite(replace(suite, only=("winoground",)))
+    others = {
+        "student": {"model": replace(suite.model, fingerprint="another")},
+        "prompts": {"prompts": "plain"},
+        "limit": {"limit": 5},
+    }
+    for word, change in others.items():
+        with pytest.raises(ConfigError, match=rf"results of something else \({word}: .* give another --output"):
+            run_suite(replace(suite, **change))
+    folder = tmp_path / "changed"
+    shutil.copytree(suite.benchmarks, folder)
+    examples = folder / "winoground" / "examples.jsonl"
+    examples.write_text(examples.read_text().replace('"caption_0": "a', '"caption_0": "one', 1))
+    with pytest.raises(ConfigError, match=r"answers to other questions .* delete .*winoground"):
+        run_suite(replace(suite, benchmarks=folder))
+    path = suite.output / "winoground" / RESULTS
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ConfigError, match="lacks items; delete it"):
+        run_suite(suite)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"damaged .* delete it"):
+        run_suite(suite)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match=r"holds other things \(thesis.tex\)"):
+        run_suite(replace(suite, output=foreign))
+
+
+def test_what_is_missing_is_said(suite, tmp_path):
+    folder = tmp_path / "holes"
+    shutil.copytree(suite.benchmarks, folder)
+    lost = json.loads((folder / "sugarcrepe" / "swap_obj.json").read_text())["0"]["filename"]
+    damaged = json.loads((folder / "sugarcrepe" / "add_att.json").read_text())["1"]["filename"]
+    (folder / "sugarcrepe" / "val2017" / lost).unlink()
+    (folder / "sugarcrepe" / "val2017" / damaged).write_bytes(b"no picture")
+    summary = run_suite(replace(suite, benchmarks=folder))
+    entry = summary["benchmarks"]["sugarcrepe"]
+    assert entry["items"] + entry["left_out"]["items"] == entry["of"] == 7 * ITEMS
+    assert entry["left_out"]["items"] >= 2
+    reasons = " ".join(entry["left_out"]["reasons"])
+    assert lost in reasons
+    assert damaged in reasons
+    assert summary["unread"].keys() == {"prices.json"}
+    shown = render_suite(summary)
+    assert f"sugarcrepe: {entry['left_out']['items']} of {7 * ITEMS} items are not scored" in shown
+    assert "not read: prices.json: no known layout; it has currency, price" in shown
+    assert read_json(suite.output / "summary.json") == summary
+
+    for picture in folder.rglob("*.png"):
+        picture.unlink()
+    with pytest.raises(DataError, match="nothing could be scored"):
+        run_suite(replace(suite, benchmarks=folder, output=tmp_path / "none"))
+    shutil.rmtree(folder / "sugarcrepe")
+    shutil.rmtree(folder / "winoground")
+    with pytest.raises(DataError, match=r"no benchmark of a known layout(.|\n)*prices.json: .*currency, price"):
+        run_suite(replace(suite, benchmarks=folder, output=tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"no benchmark 'winogrande'.* there are .*winoground"):
+        run_suite(replace(suite, only=("winogrande",), output=tmp_path / "none"))
+
+
+def test_results_are_no_benchmarks_the_next_time(suite, tmp_path):
+    folder = tmp_path / "here"
+    shutil.copytree(suite.benchmarks, folder)
+    inside = replace(suite, benchmarks=folder, output=folder / "scores", only=("winoground",))
+    assert run_suite(inside)["unread"] == run_suite(inside)["unread"]
+    assert find_tasks(inside)[0].unread.keys() == {"prices.json"}
+
+
+def test_a_limit_takes_all_kinds_alike_and_whole_groups():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        kinds = generator.integers(0, 4, 60)
+        groups = generator.integers(0, 12, 60)
+        items = [
+            Item(item_id=str(place), kind=f"k{kind}", group=f"{kind}-{group}" if kind else "")
+            for place, (kind, group) in enumerate(zip(kinds, groups, strict=True))
+        ]
+        limit = int(generator.integers(20, 61))
+        taken = take(items, limit)
+        assert len(taken) <= limit
+        assert [item.item_id for item in taken] == sorted((item.item_id for item in taken), key=int)
+        ids = {item.item_id for item in taken}
+        for item in items:
+            if item.group:
+                mates = {other.item_id for other in items if other.group == item.group}
+                assert mates <= ids or not mates & ids
+        largest = max(sum(item.group == other.group for other in items) for item in items if item.group)
+        assert len(taken) == len(items) or len(taken) > limit - largest
+    alone = [Item(item_id=str(place), kind="ab"[place >= 90]) for place in range(100)]
+    assert [item.kind for item in take(alone, 10)].count("b") == 5
+    assert take(alone, 100) == take(alone, None) == alone
+
+
+def test_the_command_answers_with_the_summary_and_a_dry_run_writes_nothing(suite):
+    main = group_of("stage2_student")
+    words = ["suite", str(suite.model.folder), str(suite.benchmarks), "--output", str(suite.output), "--json"]
+    planned = CliRunner().invoke(main, [*words, "--dry-run", "--limit", "4"])
+    assert planned.exit_code == 0, planned.output
+    assert not suite.output.exists()
+    document = json.loads(planned.stdout)
+    assert {name: entry["to_ask"] for name, entry in document["benchmarks"].items()} == {
+        "winoground": 2,
+        "sugarcrepe": 4,
+    }
+    done = CliRunner().invoke(main, [*words, "--only", "winoground"])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document.items() >= read_json(suite.output / "summary.json").items()
+    assert document["benchmarks"].keys() == {"winoground"}
+    assert Path(document["page"]).is_file()
+    lines = [json.loads(line) for line in (suite.output / "winoground" / "answers.jsonl").read_text().splitlines()]
+    assert all(line["model_id"] == suite.model.name for line in lines)

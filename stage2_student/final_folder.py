@@ -113,6 +113,21 @@ def read_final(folder: Path) -> dict[str, Any]:
     return found
 
 
+def read_openable(folder: Path) -> dict[str, Any]:
+    """As `read_final`, of a folder that holds a model which is read here.
+
+    Raises:
+        ModelError: Also if it is an export for other programs.
+    """
+    provenance = read_final(folder)
+    layout = provenance.get("export", {}).get("layout")
+    if layout in FOR_OTHERS:
+        raise ModelError(
+            f"{folder}: an export in layout {layout}, which other programs read; give the student that it was made of"
+        )
+    return provenance
+
+
 def without_provenance(folder: Path) -> str:
     """What a folder is that does not say what it was trained from, and what can be done with it."""
     if (folder / "adapter_config.json").is_file():

@@ -45,7 +45,7 @@ from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.exports.layouts import LAYOUTS
 from vlm_distill_cache.stage2_student.exports.source import Quantise, Source
-from vlm_distill_cache.stage2_student.final_folder import FOR_OTHERS, PROVENANCE, read_final
+from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_openable
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.scores.card import has_edited_card, read_scores, write_card
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
@@ -95,14 +95,9 @@ def open_student(folder: Path, *, device: str | None = None) -> Student:
         device: None: an accelerator if there is one.
 
     Raises:
-        ModelError: If the folder is no trained student of ours, or is damaged.
+        ModelError: If the folder is no trained student of ours, is damaged, or an export for other programs.
     """
-    provenance = read_final(folder)
-    layout = provenance.get("export", {}).get("layout")
-    if layout in FOR_OTHERS:
-        raise ModelError(
-            f"{folder}: an export in layout {layout}, which other programs read; give the student that it was made of"
-        )
+    provenance = read_openable(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     image_encoder: AnyImageEncoder | None = None
     model: Any

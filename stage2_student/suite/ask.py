@@ -9,7 +9,9 @@ Dims: A supervised rows of a sequence, R requests.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import PIL.Image
@@ -19,7 +21,8 @@ from vlm_distill_cache.common.errors import ModelError, SampleError
 from vlm_distill_cache.data.sample import ImageSource, Sample, Turn
 from vlm_distill_cache.data.text.collate import joinable
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder, build_prompt
-from vlm_distill_cache.data.text.generation import generate_answers, pad_token_id
+from vlm_distill_cache.data.text.generation import device_of, generate_answers, pad_token_id
+from vlm_distill_cache.stage2_student.batches.prefetch import Prefetcher
 from vlm_distill_cache.stage2_student.scores.evaluate import answer_log_probs
 from vlm_distill_cache.stage2_student.students.model import generation_inputs_of, packs_conversations
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result, Weigh
@@ -27,6 +30,8 @@ from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, R
 MOST_SEQUENCES = 64  # in a batch, of
 MOST_TOKENS = 16_384  # in all, padding included: about 24 pictures of 576 visual tokens
 MOST_PACKED = 16  # conversations behind one picture; the mask grows with the square of their tokens
+ON_CPU, ON_ACCELERATOR = 1, 8  # threads that read pictures and texts
+AHEAD = 8  # sequences that each keeps ready
 LEAST = -1e9  # nats, in place of minus infinity, which JSON does not have
 
 Unit = TypeVar("Unit")
@@ -79,10 +84,13 @@ def _weigh(
     """Put the sum of log-probabilities of each given answer, and its tokens, into ``found``."""
     weighed: dict[tuple[int, int], list[float]] = {}
     packs = packs_conversations(model) and not encoder.template.drops_question
+    pictures = list(_by_picture(requests))
 
     def encode() -> Iterator[_Sequence]:
-        for image, given in _by_picture(requests):
-            yield from _encode_given(encoder, image, given, packs=packs, failed=found)
+        load = partial(_encode_given, encoder, pictures, packs=packs)
+        for sequences, errors in _ahead(model, load, len(pictures)):
+            found.update(errors)
+            yield from sequences
 
     for batch in _batches(encode(), lambda unit: len(unit.encoded)):
         places = {id(unit.encoded): unit for unit in batch}
@@ -116,13 +124,17 @@ def _by_picture(requests: Sequence[Request]) -> Iterator[tuple[ImageSource | Non
 
 def _encode_given(
     encoder: SampleEncoder,
-    image: ImageSource | None,
-    given: Sequence[_Given],
+    pictures: Sequence[tuple[ImageSource | None, Sequence[_Given]]],
+    number: int,
     *,
     packs: bool,
-    failed: dict[int, Result | SampleError],
-) -> Iterator[_Sequence]:
-    """One packed sequence; or one for each answer, where the model or the texts do not allow that."""
+) -> tuple[list[_Sequence], dict[int, SampleError]]:
+    """One packed sequence of a picture; or one for each answer, where the model or the texts do not allow that.
+
+    Returns:
+        The sequences, and the error of each request that has one.
+    """
+    image, given = pictures[number]
     images = () if image is None else (_Once(image),)
 
     def encoded(part: Sequence[_Given]) -> _Sequence:
@@ -131,17 +143,16 @@ def _encode_given(
         return _Sequence(encoded=encoder(sample), given=part)
 
     if packs and len(given) > 1:
-        try:
-            yield encoded(given)
-        except SampleError:  # too long together, or one of them alone: the next lines tell
-            pass
-        else:
-            return
+        with suppress(SampleError):  # too long together, or one of them alone: what follows tells
+            return [encoded(given)], {}
+    sequences: list[_Sequence] = []
+    errors: dict[int, SampleError] = {}
     for one in given:
         try:
-            yield encoded([one])
+            sequences.append(encoded([one]))
         except SampleError as error:
-            failed.setdefault(one.request, error)
+            errors.setdefault(one.request, error)
+    return sequences, errors
 
 
 class _Once:
@@ -173,7 +184,16 @@ def _generate(
         if isinstance(request, Generate):
             limits[request.max_tokens].append(place)
     for limit, places in limits.items():
-        for batch in _batches(_prompts(encoder, requests, places, found), lambda unit: len(unit[1])):
+
+        def encode(places: Sequence[int] = places) -> Iterator[tuple[int, EncodedSample]]:
+            load = partial(_encode_prompt, encoder, [requests[place] for place in places])
+            for place, prompt in zip(places, _ahead(model, load, len(places)), strict=True):
+                if isinstance(prompt, SampleError):
+                    found[place] = prompt
+                else:
+                    yield place, prompt
+
+        for batch in _batches(encode(), lambda unit: len(unit[1])):
             owners = {id(prompt): place for place, prompt in batch}
             for group in joinable([prompt for _, prompt in batch]):
                 made = generate_answers(model, encoder, group, max_new_tokens=limit, inputs=generation_inputs_of(model))
@@ -182,18 +202,18 @@ def _generate(
                 found.update((owners[id(prompt)], text) for prompt, text in zip(group, made.texts, strict=True))
 
 
-def _prompts(
-    encoder: SampleEncoder,
-    requests: Sequence[Request],
-    places: Iterable[int],
-    failed: dict[int, Result | SampleError],
-) -> Iterator[tuple[int, EncodedSample]]:
-    for place in places:
-        request = requests[place]
-        try:
-            yield place, build_prompt(encoder, request.image, request.question)
-        except SampleError as error:
-            failed[place] = error
+def _encode_prompt(encoder: SampleEncoder, requests: Sequence[Request], number: int) -> EncodedSample | SampleError:
+    try:
+        return build_prompt(encoder, requests[number].image, requests[number].question)
+    except SampleError as error:
+        return error
+
+
+def _ahead(model: Any, load: Callable[[int], Unit], count: int) -> Iterator[Unit]:
+    """``load(0)``, ``load(1)``, ... made by threads while the model computes: on an accelerator it waits for pictures."""
+    workers = ON_CPU if device_of(model).type == "cpu" else ON_ACCELERATOR
+    with Prefetcher(load, 0, count, num_workers=workers, depth=AHEAD) as loaded:
+        yield from loaded
 
 
 def _batches(units: Iterable[Unit], length: Callable[[Unit], int]) -> Iterator[list[Unit]]:

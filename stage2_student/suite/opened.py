@@ -15,7 +15,7 @@ from vlm_distill_cache.common.files.signed import list_files
 from vlm_distill_cache.common.hub import HubFolder
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.text.encoding import SampleEncoder
-from vlm_distill_cache.stage2_student.final_folder import FINAL, IS_READ, PROVENANCE, read_final
+from vlm_distill_cache.stage2_student.final_folder import FINAL, IS_READ, PROVENANCE, read_openable
 
 LONGEST = 32_768  # tokens of a sequence, where a model does not say how many positions it knows
 
@@ -59,7 +59,7 @@ def find_model(folder: HubFolder, cache: str | None) -> Model:
     if (path / PROVENANCE).exists():
         if cache is not None:
             raise ConfigError(f"--cache: {path} says itself how it reads ({PROVENANCE}); leave the option out")
-        provenance = read_final(path)
+        provenance = read_openable(path)
         said = {"trained_from": sorted(provenance["caches"]), "student": provenance["fingerprint"]}
         identity = [provenance["fingerprint"], provenance.get("files"), provenance.get("export")]
         return Model(folder=path, cache=None, name=name, fingerprint=fingerprint(identity), trained=True, said=said)

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -171,6 +171,7 @@ def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
         wanted = not suite.only or name in suite.only
         if not wanted and not (suite.output / name / RESULTS).exists():
             continue
+        _refuse_repeats(benchmark)
         instruction = benchmark.instruction if suite.prompts == "published" else ""
         task = Task(
             benchmark=benchmark,
@@ -185,6 +186,17 @@ def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
         if wanted or task.is_there():
             tasks.append(task)
     return found, tasks
+
+
+def _refuse_repeats(benchmark: Benchmark) -> None:
+    """Results are kept by item, so that two of one name would count as one."""
+    repeated = [name for name, count in Counter(item.item_id for item in benchmark.items).items() if count > 1]
+    if repeated:
+        shown = ", ".join(one_line(name, limit=60) for name in repeated[:3])
+        raise DataError(
+            f"{', '.join(benchmark.files)}: {len(repeated)} items of {benchmark.name} have an id that another one has, too "
+            f"({shown}); are two copies of a file below the folder? Take one away"
+        )
 
 
 def take(items: Sequence[Item], limit: int | None) -> list[Item]:
@@ -225,7 +237,7 @@ def run_suite(suite: Suite, *, processes: int = 1, say: Callable[[str], None] = 
 
     Raises:
         ConfigError: The folder holds results of another model, or of other questions; or another process works there.
-        DataError: There is no benchmark, or none of which an item could be asked.
+        DataError: There is no benchmark, or none of which an item could be asked; or two items have one id.
         ModelError: The model cannot be opened, or gives no numbers.
     """
     suite.output.mkdir(parents=True, exist_ok=True)
@@ -243,13 +255,10 @@ def run_suite(suite: Suite, *, processes: int = 1, say: Callable[[str], None] = 
             _ask_all(suite, tasks, processes=min(processes, missing))
         summary = _summarise(suite, found, tasks)
         write_json_atomic(suite.output / SUMMARY, summary)
-    if not any(entry["measures"] for entry in summary["benchmarks"].values()):
+    if not any(entry["items"] for entry in summary["benchmarks"].values()):
         reasons = [why for entry in summary["benchmarks"].values() for why in entry["left_out"]["reasons"]]
-        raise DataError(
-            f"{suite.benchmarks}: nothing could be scored; "
-            + ("; ".join(reasons[:SHOWN_REASONS]) or "the answers of all items are kept secret")
-            + (f" (answers for outside scorers: {suite.output}/*/{ANSWERS})" if not reasons else "")
-        )
+        shown = "; ".join(reasons[:SHOWN_REASONS]) or "the files hold no items"
+        raise DataError(f"{suite.benchmarks}: no item of {len(tasks)} benchmarks could be asked: {shown}")
     return summary
 
 
@@ -445,7 +454,7 @@ def _reasons(left_out: Mapping[str, str]) -> list[str]:
 def _read(task: Task) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
     path = task.folder / RESULTS
     try:
-        head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        head, *lines = map(json.loads, path.read_text(encoding="utf-8").rstrip("\n").split("\n"))
         names = [line["item"] for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); delete it: its items are then asked again") from error

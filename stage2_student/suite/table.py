@@ -16,7 +16,9 @@ def render_suite(summary: Mapping[str, Any]) -> str:
     benchmarks: Mapping[str, Mapping[str, Any]] = summary["benchmarks"]
     heads = [["", "items", "score", one_line(summary["student"]["name"], limit=40), "95 %"]]
     for name, entry in benchmarks.items():
-        measures = entry["measures"][:1] or [{"heading": "nothing that could be scored"}]
+        measures = entry["measures"][:1] or [
+            {"heading": "no score: " + ("answers are kept secret" if entry["items"] else "no item was asked")}
+        ]
         heads += [[one_line(name, limit=40), f"{entry['items']:,}", *_cells(measures[0])]]
     details: list[list[str]] = []
     for name, entry in benchmarks.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 MODEL = "distill"  # lmms-eval --model
 TASKS = Path(__file__).parent / "tasks"  # lmms-eval --include_path
+OPTIONAL = "optional"  # in the metadata of requests: what cannot be asked is answered by an empty text
 NO_GREEDY = "no_greedy"  # in the metadata of requests: nobody asks whether the continuation is the greedy answer
 
 

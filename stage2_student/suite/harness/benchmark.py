@@ -27,10 +27,10 @@ from vlm_distill_cache.data.benchmarks.items import Benchmark, Item
 from vlm_distill_cache.data.benchmarks.layouts import Found
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
 from vlm_distill_cache.data.sample import ImageSource
-from vlm_distill_cache.stage2_student.suite.harness import NO_GREEDY
+from vlm_distill_cache.stage2_student.suite.harness import NO_GREEDY, OPTIONAL
 from vlm_distill_cache.stage2_student.suite.measures import Measure, score
 from vlm_distill_cache.stage2_student.suite.metrics.table import METRICS
-from vlm_distill_cache.stage2_student.suite.requests import Generate, Result
+from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result
 
 FOLDER = "VLM_DISTILL_BENCHMARKS"  # environment: the folder of benchmarks
 IMAGES = "VLM_DISTILL_IMAGES"  # environment: further folders of pictures, written as PATH is
@@ -161,19 +161,20 @@ class BenchmarkTask(Task):
         shows: dict[int, Callable[[Any], list[PIL.Image.Image]]] = {}
         made: list[Instance] = []
 
-        def add(kind: Any, question: str, what: Any, image: ImageSource | None) -> None:
-            show = shows.setdefault(id(image), partial(_show, image))  # the same one, so that a model may pack
-            arguments = (question, what, show, doc_id, self.task_name, SPLIT)
-            made.append(Instance(request_type=kind, arguments=arguments, idx=len(made), **more))
+        def add(kind: Any, request: Request, what: Any, **said: Any) -> None:
+            show = shows.setdefault(id(request.image), partial(_show, request.image))  # the same one: a model may pack
+            arguments = (request.question, what, show, doc_id, self.task_name, SPLIT)
+            metadata = {**more.get("metadata", {}), **said}
+            made.append(Instance(request_type=kind, arguments=arguments, idx=len(made), metadata=metadata))
 
         for request in self.asked[doc_id]:
             if isinstance(request, Generate):
                 options = {"max_new_tokens": request.max_tokens, "do_sample": False, "temperature": 0.0, "num_beams": 1}
                 options |= self.config.generation_kwargs  # --gen_kwargs
-                add("generate_until", request.question, options, request.image)
+                add("generate_until", request, options)
             else:
                 for answer in request.answers:
-                    add("loglikelihood", request.question, answer, request.image)
+                    add("loglikelihood", request, answer, **{OPTIONAL: request.optional})
         return made
 
     def process_results(self, doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, _Told]:
@@ -190,7 +191,9 @@ class BenchmarkTask(Task):
                 text, _ = next(back)
                 told.append(str(text[0] if isinstance(text, list) else text).strip())
             else:
-                told.append([self._weighed(*next(back)) for _ in request.answers])
+                found = [next(back) for _ in request.answers]
+                lost = request.optional and any(result == "" for result, _ in found)
+                told.append([] if lost else [self._weighed(*each) for each in found])
         return dict.fromkeys(self.told, _Told(place, told))
 
     def aggregation(self) -> dict[str, Callable[[Sequence[_Told]], float]]:

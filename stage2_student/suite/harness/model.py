@@ -15,7 +15,7 @@ from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.text.generation import device_of
 from vlm_distill_cache.stage2_student.final_folder import trained_folder
 from vlm_distill_cache.stage2_student.suite.ask import MOST_SEQUENCES, ask
-from vlm_distill_cache.stage2_student.suite.harness import NO_GREEDY
+from vlm_distill_cache.stage2_student.suite.harness import NO_GREEDY, OPTIONAL
 from vlm_distill_cache.stage2_student.suite.opened import find_model, load_model
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Weigh
 
@@ -102,11 +102,15 @@ class DistilledStudent(lmms):
                     image=self._picture(group[0], pictures),
                     question=_text(group[0].args[0]),
                     answers=tuple(self._continuation(request) for request in group),
+                    optional=bool(group[0].metadata.get(OPTIONAL)),
                 )
                 for group in part
             ]
             for group, weigh, weighed in zip(part, asked, self._ask(part, asked), strict=True):
                 greedy = None
+                if not weighed:
+                    told += [("", {})] * len(group)
+                    continue
                 if not group[0].metadata.get(NO_GREEDY):
                     most = int(max(tokens for _, tokens in weighed))
                     made = Generate(image=weigh.image, question=weigh.question, max_tokens=most)

@@ -29,7 +29,7 @@ def timeless(lines):
 def scored(request, tiny_cache, tmp_path_factory):
     """A training that is scored on the way, a copy of its folder after each step, and how it is made."""
     folder, make = tmp_path_factory.mktemp(request.param), RUNS[request.param]
-    copies = Copies(folder / "run")
+    copies = Copies(folder / request.param)
     result = train(make(tiny_cache[0], copies.output, evaluation=HOW), after_step=copies)
     return result, copies, lambda output, **changes: make(tiny_cache[0], output, **changes)
 
@@ -96,7 +96,7 @@ def test_a_killed_training_ends_with_the_same_scores_and_the_same_best(scored, t
 
 def test_in_two_processes_the_scores_are_those_of_one(scored, in_two_processes):
     result, copies, _ = scored
-    two = in_two_processes[copies.output.parent.name.rstrip("0")]
+    two = in_two_processes[copies.output.name]
     for one, other in zip(result.scores, read_evaluations(two), strict=True):
         assert (one["step"], one["phase"], one["scored"]) == (other["step"], other["phase"], other["scored"])
         for name in ("teacher/kl", "attention/cosine"):

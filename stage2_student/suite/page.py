@@ -288,7 +288,7 @@ def _benchmark(
     if len({of["fingerprint"] for of in of_models if of}) > 1:
         notes["Items or right answers differ between the models: gains are over those of equal ids."] = None
     rows = [
-        [words(("  " if "/" in name else "") + one["heading"], 80), *_cells(outputs, benchmark, name, gains)]
+        [words(("  " if "/" in name else "") + _heading(one), 80), *_cells(outputs, benchmark, name, gains)]
         for name, one in measures.items()
     ]
     shown = table(["", *_heads(outputs)], rows) if rows else "<p>Nothing could be scored.</p>"
@@ -297,8 +297,14 @@ def _benchmark(
         + "".join(f"<p>{words(note, 1000)}</p>" for note in notes)
         + bars(_groups(outputs, benchmark, measures), list(outputs))
         + f"<details><summary>All measures as a table</summary>{shown}</details>"
-        + legend(explain_measures(measures.values()))
+        + legend(explain_measures(measures.values(), entry["metric"]))
     )
+
+
+def _heading(measure: Mapping[str, Any]) -> str:
+    """What a row is called; a subset without a heading of its own by its name alone."""
+    heading, name = str(measure["heading"]), str(measure["name"])
+    return name.partition("/")[2] or name if heading == name else heading
 
 
 def _groups(
@@ -313,7 +319,7 @@ def _groups(
             continue
         heading = f"{measures[first]['heading']}, by subset" if subset else "all items"
         scores = [_score(_measure(output, benchmark, name)) for output in outputs.values()]
-        groups.setdefault((heading, one["factor"]), []).append((one["heading"], scores))
+        groups.setdefault((heading, one["factor"]), []).append((_heading(one), scores))
     return [Group(heading, factor, rows) for (heading, factor), rows in groups.items()]
 
 

@@ -213,8 +213,7 @@ def _entry(output: SuiteOutput, benchmark: str) -> Mapping[str, Any]:
 def _told(outputs: Mapping[str, SuiteOutput]) -> dict[str, str]:
     return {
         "items": "Items that were asked and counted; those that were not stand below, with the reason.",
-        "score": "The measure that the benchmark is known by, as its authors count it; the unit is percent where the interval "
-        "goes up to 100.",
+        "score": "The measure that the benchmark is known by, as its authors count it, in percent where its name says nothing else.",
         "interval": INTERVAL,
         **({"gain": PAIRED} if len(outputs) > 1 else {}),
     }
@@ -355,15 +354,14 @@ def _wins(outputs: Mapping[str, SuiteOutput], benchmark: str) -> str:
 
 
 def _ratios(measures: Mapping[str, Measure], name: str) -> dict[str, float]:
-    """What each unit adds to a measure; of one made of parts, those of all."""
+    """What each unit adds to a measure; of one made of parts, the mean over those that the unit is in."""
     whole = measures[name]
-    parts = [measures[part] for part in whole.parts] or [whole]
-    return {
-        unit: hits / of
-        for part in parts
-        for unit, hits, of in zip(part.units, part.hits, part.of, strict=True)
-        if of > 0
-    }
+    found: dict[str, list[float]] = {}
+    for part in [measures[part] for part in whole.parts] or [whole]:
+        for unit, hits, of in zip(part.units, part.hits, part.of, strict=True):
+            if of > 0:
+                found.setdefault(unit, []).append(hits / of)
+    return {unit: sum(values) / len(values) for unit, values in found.items()}
 
 
 def _unread(outputs: Mapping[str, SuiteOutput]) -> str:

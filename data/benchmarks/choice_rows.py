@@ -31,6 +31,7 @@ from vlm_distill_cache.data.sources.pictures import brief, named_pictures, refus
 Row = Mapping[str, Any]
 ROTATED = 1_000_000  # MMBench's rotation k of row i has the index i + k * ROTATED
 SECRET = "its answers are kept secret: nothing is scored, answers.jsonl holds what was answered"
+_NO_PICTURE = "none of its rows has a picture: its questions are asked as texts alone"
 _INSTRUCTION_CN = "请直接回答选项字母。"  # LLaVA's, where questions are Chinese
 _QUESTIONS = ("question", "query", "problem", "text")
 _ANSWERS = (
@@ -201,10 +202,11 @@ def benchmarks_of(
     """
     asked: list[Asked] = []
     left_out: _LeftOut = defaultdict(dict)
-    for document, index, table in ((document, index, rows) for document, rows in tables for index in range(len(rows))):
+    read = [replace(document, rows=rows) for document, rows in tables]  # pictures in rows are read again from there
+    for document, index in ((each, index) for each in read for index in range(len(each.rows))):
         split, called = "", f"{document.shown}, row {index + 1}"
         try:
-            row = table[index]
+            row = document.rows[index]
             split = split_of(row)
             called = f"{next((row[key] for key in (KEY, *_IDS) if row.get(key) is not None), 'row')} ({called})"
             asked.append(replace(ask(Source(document, index, pictures), row), split=split))
@@ -240,7 +242,11 @@ def benchmarks_of(
             metric="circular" if turned else metric,
             instruction=_INSTRUCTION_CN if sum(map(_is_chinese, items)) > len(items) / 2 else INSTRUCTION,
             left_out=left_out[split],
-            notes=[*notes, *([SECRET] if all(item.right is None for item in items) else [])],
+            notes=[
+                *notes,
+                *([SECRET] if all(item.right is None for item in items) else []),
+                *([_NO_PICTURE] if all(item.image is None for item in items) else []),
+            ],
             files=[document.shown for document, _ in tables],
         )
         for split, items in by_split.items()

@@ -1,5 +1,6 @@
 """From a folder to the benchmarks in it: every file is looked at, and what none of the layouts knows is said."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.layouts import Found, Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 
+_NO_NAME = re.compile(r"[^\w.+-]+")
 # The first that recognises a file reads it: the more keys a layout is told by, the earlier it stands.
 LAYOUTS: tuple[Layout, ...] = (*captions.LAYOUTS, *yes_no.LAYOUTS, *choices.LAYOUTS, *short_answers.LAYOUTS)
 
@@ -90,6 +92,8 @@ def _unknown(document: Document) -> str:
 
 
 def _free(name: str, taken: dict[str, Benchmark]) -> str:
+    """A name that no other benchmark has, and that a folder may have: it may come from a file."""
+    name = _NO_NAME.sub("-", name).strip("-.") or "benchmark"
     free, number = name, 2
     while free in taken:
         free, number = f"{name}.{number}", number + 1

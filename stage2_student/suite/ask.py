@@ -28,7 +28,7 @@ from vlm_distill_cache.stage2_student.students.model import generation_inputs_of
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result, Weigh
 
 MOST_SEQUENCES = 64  # in a batch, of
-MOST_TOKENS = 16_384  # in all, padding included: about 24 pictures of 576 visual tokens
+MOST_TOKENS = 8_192  # in all, padding included: 12 pictures of 576 visual tokens; 4 GiB of keys and values of a 7B
 MOST_PACKED = 16  # conversations behind one picture; the mask grows with the square of their tokens
 ON_CPU, ON_ACCELERATOR = 1, 8  # threads that read pictures and texts
 AHEAD = 8  # sequences that each keeps ready

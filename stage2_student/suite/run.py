@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, DataError, SampleError
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, DataError, ModelError, SampleError
 from vlm_distill_cache.common.files.atomic import (
     clean_stale,
     hold_folder,
@@ -344,7 +344,9 @@ def ask_part(suite: Suite, rank: int, processes: int) -> None:
 
 
 def _ask_blocks(model: Model, tasks: Sequence[Task], rank: int, processes: int, *, device: str | None = None) -> None:
-    from vlm_distill_cache.stage2_student.suite.ask import ask
+    import torch
+
+    from vlm_distill_cache.stage2_student.suite.ask import MOST_TOKENS, ask
 
     blocks = [(task, number) for task in tasks for number in range(task.blocks)]
     missing = {task.identity: set(task.missing()) for task in tasks}
@@ -357,7 +359,13 @@ def _ask_blocks(model: Model, tasks: Sequence[Task], rank: int, processes: int, 
             began = time.monotonic()
             items = task.items_of(number)
             requests = [task.requests(item) for item in items]
-            results = iter(ask(loaded, encoder, [request for of_item in requests for request in of_item]))
+            try:
+                results = iter(ask(loaded, encoder, [request for of_item in requests for request in of_item]))
+            except torch.OutOfMemoryError as error:
+                raise ModelError(
+                    f"{model.name}: the accelerator has no memory left for a batch of {MOST_TOKENS:,} tokens; end what else runs "
+                    "there, take fewer processes (--nproc), or run it on the CPU (CUDA_VISIBLE_DEVICES= in front of the command)"
+                ) from error
             lines = [_line(item, list(islice(results, len(of)))) for item, of in zip(items, requests, strict=True)]
             path = task.block(number)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -232,6 +232,18 @@ def test_answers_of_one_file_are_all_letters_or_numbers_or_texts(
     assert (note is None and not benchmark.notes) or note in str(benchmark.notes)
 
 
+def test_pictures_inside_a_listed_row_are_read_and_rows_without_any_are_said(tmp_path: Path):
+    row = {"question": "Which?", "choices": ["cat", "dog"], "answer": "B"}
+    rows = [{**row, "image": text_png("red")}, {**row, "image": [text_png("blue")]}]
+    (tmp_path / "own.json").write_text(json.dumps({"info": {}, "data": rows}))
+    (tmp_path / "texts.json").write_text(json.dumps([row]))
+    own, texts = find_benchmarks(tmp_path).benchmarks.values()
+    assert [told(item)[2:] for item in items_of(own)] == [(1, RED), (1, BLUE)]
+    assert not own.notes
+    assert [told(item)[2:] for item in items_of(texts)] == [(1, None)]
+    assert any("as texts alone" in note for note in texts.notes)
+
+
 def test_a_table_with_rotations_of_any_name_is_counted_in_a_circle(tmp_path: Path):
     row = {"question": "Which?", "category": "own", "image": text_png("red")}
     rows = [

@@ -213,7 +213,7 @@ def _entry(output: SuiteOutput, benchmark: str) -> Mapping[str, Any]:
 def _told(outputs: Mapping[str, SuiteOutput]) -> dict[str, str]:
     return {
         "items": "Items that were asked and counted; those that were not stand below, with the reason.",
-        "score": "The measure that the benchmark is known by, as its authors count it, in percent where its name says nothing else.",
+        "score": "The measure that the benchmark is known by, as its authors count it; percent where nothing else is said.",
         "interval": INTERVAL,
         **({"gain": PAIRED} if len(outputs) > 1 else {}),
     }

@@ -204,7 +204,12 @@ def _wins(runs: Mapping[str, RunOutput]) -> str:
     if not rows:
         return ""
     head = ["", "both right", "only this one", f"only {first_name}", "neither"]
-    told = {"both right": FLIPS["both"], "neither": FLIPS["neither"]}
+    told = {
+        "both right": FLIPS["both"],
+        "only this one": f"Items that this run's student answers better than that of {first_name}.",
+        f"only {first_name}": f"Items that the student of {first_name} answers better.",
+        "neither": FLIPS["neither"],
+    }
     return table(head, rows) + legend(told)
 
 

@@ -143,6 +143,29 @@ def test_the_page_of_a_suite_tells_all_that_its_summary_does(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("metric", "name", "says", "not_this"),
+    [
+        ("pope", "yes", "answered with yes", 'P("Yes")'),
+        ("pope", "p_yes_yes", "answered with yes", "the two fit"),
+        ("sugarcrepe", "yes", "gets a higher P(yes)", "answered with yes"),
+        ("winoground", "text_yes", "each picture prefers", "log-prob"),
+        ("textvqa_accuracy", "accuracy", "three who gave the answer", "caption"),
+        ("vizwiz_accuracy", "unanswerable_recall", "cannot be answered: the share of such questions", "precision"),
+        ("relaxed_accuracy", "accuracy", "5 %", "three"),
+        ("mme", "perception", "acc and acc+", "Mean"),
+        ("hallusionbench", "fAcc", "figures", "Mean"),
+        ("circular", "circular_likelihood", "all rotations", "two fit"),
+        ("circular", "accuracy", "right answers", "rotations"),
+    ],
+)
+def test_a_legend_is_that_of_the_metric(metric, name, says, not_this):
+    told = explain_measures([{"name": name, "heading": "h", "gains": True}], metric)["h"]
+    assert says in told
+    assert not_this not in told
+    assert told.endswith("More is better.")
+
+
+@pytest.mark.parametrize(
     ("name", "change", "said"),
     [
         ("summary.json", lambda stored: stored.pop("benchmarks"), "summary.json"),

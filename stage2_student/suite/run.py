@@ -476,6 +476,7 @@ def _summarise(suite: Suite, found: Found, tasks: Sequence[Task]) -> dict[str, A
     """Count every benchmark and write its files."""
     entries = {}
     for task in tasks:
+        clean_stale(task.folder)
         if not task.is_asked():
             _join(task)
         entries[task.benchmark.name] = _count(suite, task)

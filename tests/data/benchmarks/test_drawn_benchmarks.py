@@ -7,7 +7,7 @@ import pytest
 
 from vlm_distill_cache.common.files.signed import list_files
 from vlm_distill_cache.data.benchmarks.drawn import _swapped_scenes, write_drawn
-from vlm_distill_cache.data.benchmarks.search import LAYOUTS, find_benchmarks
+from vlm_distill_cache.data.benchmarks.search import LAYOUTS, _free, find_benchmarks
 from vlm_distill_cache.data.shapes.text import RELATIONS, relation_holds
 
 ITEMS = 6
@@ -41,6 +41,13 @@ def test_each_layout_reads_its_own_with_all_pictures(folder):
         for item in benchmark.items:
             for picture in getattr(item, "images", None) or (item.image,):
                 assert picture.load().size == (72, 72)
+
+
+def test_names_of_benchmarks_are_names_of_folders():
+    taken = {}
+    for given, name in (("../../etc/x y", "etc-x-y"), ("..", "benchmark"), ("a/b", "a-b"), ("a b", "a-b.2")):
+        assert _free(given, taken) == name
+        taken[name] = None
 
 
 def test_the_same_bytes_are_written_each_time(folder, tmp_path):

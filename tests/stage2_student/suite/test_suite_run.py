@@ -162,6 +162,16 @@ def test_what_is_missing_is_said(suite, tmp_path):
         run_suite(replace(suite, only=("winogrande",), output=tmp_path / "none"))
 
 
+def test_items_of_one_id_are_refused(suite, monkeypatch):
+    """No layout gives any; one that did would lose answers in silence."""
+    found = find_tasks(suite)[0]
+    benchmark = found.benchmarks["winoground"]
+    twice = replace(benchmark, items=[*benchmark.items, benchmark.items[0]])
+    monkeypatch.setattr(running, "find_benchmarks", lambda *_, **__: replace(found, benchmarks={"winoground": twice}))
+    with pytest.raises(DataError, match=r"examples.jsonl: 1 items of winoground have an id .* Take one away"):
+        run_suite(suite)
+
+
 def test_results_are_no_benchmarks_the_next_time(suite, tmp_path):
     folder = tmp_path / "here"
     shutil.copytree(suite.benchmarks, folder)

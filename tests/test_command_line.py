@@ -60,7 +60,7 @@ TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "suite", "demo", "demo-teacher", "experiment",
     "experiment-smollm",
     "test", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "full-size", "battery", "matrix",
-    "lock", "sbom", "audit", "clean",
+    "harness", "lock", "sbom", "audit", "clean",
 }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def test_make_installs_nothing_without_a_hash_but_the_project_itself(tmp_path: P
     """All recipes that install, in a folder where none has run."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    command = ["make", "-n", "setup", "experiment-smollm", "bench-codec", "sbom", "audit", "lock"]
+    command = ["make", "-n", "setup", "experiment-smollm", "bench-codec", "harness", "sbom", "audit", "lock"]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     installs = re.findall(r"pip install [^&|\n]*", shown)
     own = [line for line in installs if line.endswith("--no-deps --no-build-isolation -e .")]

@@ -5,6 +5,8 @@ What is chosen stands in the environment: processes that this one starts choose 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import json
 import logging
@@ -162,10 +164,18 @@ def end_document() -> str | None:
         os.dup2(_chosen.stdout, 1)
         os.close(_chosen.stdout)
         _chosen.stdout = None
+        atexit.register(_end_stdout)
     if document is None or enter_launch().rank:  # of several processes one answers
         return None
     # ASCII, so that no text in it controls a terminal.
     return json.dumps(document, indent=2, allow_nan=False).replace("\x7f", "\\u007f")
+
+
+def _end_stdout() -> None:
+    """What libraries print when the process ends goes to standard error, too; called before what they registered."""
+    with contextlib.suppress(OSError, ValueError):  # closed by whoever reads
+        sys.stdout.flush()
+        os.dup2(2, 1)
 
 
 def _plain(value: Any) -> Any:

@@ -31,6 +31,7 @@ from vlm_distill_cache.data.sources.pictures import brief, named_pictures, refus
 Row = Mapping[str, Any]
 ROTATED = 1_000_000  # MMBench's rotation k of row i has the index i + k * ROTATED
 SECRET = "its answers are kept secret: nothing is scored, answers.jsonl holds what was answered"
+_NO_PICTURE = "none of its rows has a picture: its questions are asked as texts alone"
 _INSTRUCTION_CN = "请直接回答选项字母。"  # LLaVA's, where questions are Chinese
 _QUESTIONS = ("question", "query", "problem", "text")
 _ANSWERS = (
@@ -49,6 +50,7 @@ _ANSWERS = (
 _IDS = ("index", "question_id", "questionId", "qid", "id", "pid", "sample_id", "idx")
 _CATEGORIES = ("l2-category", "L2-category", "l2_category", "category")
 _PLAIN_WORDS = frozenset("data default questions annotations main problems".split())  # noqa: SIM905
+_SPLITS = frozenset("train validation val dev test testmini".split())  # noqa: SIM905
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -182,6 +184,7 @@ def benchmarks_of(
     name: str = "",
     notes: Sequence[str] = (),
     split_of: Callable[[Row], str] = _split_of,
+    answers: str = "",
 ) -> list[Benchmark]:
     """Benchmarks of rows, one a split where rows name several.
 
@@ -192,16 +195,18 @@ def benchmarks_of(
         metric: How they are counted; published rotations are counted as such in any case.
         name: What the benchmark is called instead.
         split_of: Tells a row's split.
+        answers: How answers are meant where they may be several things: ``letters`` or ``numbers``; empty: that is refused.
 
     Raises:
         DataError: What the answers mean cannot be told, or no row can be asked.
     """
     asked: list[Asked] = []
     left_out: _LeftOut = defaultdict(dict)
-    for document, index, table in ((document, index, rows) for document, rows in tables for index in range(len(rows))):
+    read = [replace(document, rows=rows) for document, rows in tables]  # pictures in rows are read again from there
+    for document, index in ((each, index) for each in read for index in range(len(each.rows))):
         split, called = "", f"{document.shown}, row {index + 1}"
         try:
-            row = table[index]
+            row = document.rows[index]
             split = split_of(row)
             called = f"{next((row[key] for key in (KEY, *_IDS) if row.get(key) is not None), 'row')} ({called})"
             asked.append(replace(ask(Source(document, index, pictures), row), split=split))
@@ -211,8 +216,8 @@ def benchmarks_of(
     asked = [replace(each, item=replace(each.item, item_id=name)) for each, name in zip(asked, names, strict=True)]
     asked = _with_shared(asked, left_out)
     asked, turned = _with_turns(asked)
-    asked, first = _with_answers(asked, left_out)
-    if first is not None and (first or layout == "options"):  # other layouts' authors count from 0
+    asked, first = _with_answers(asked, left_out, answers)
+    if first is not None and (first or not answers):
         notes = [*notes, f"its answers are numbers, counted from {first}"]
     by_split: dict[str, list[ChoiceItem]] = defaultdict(list)
     for each in asked:
@@ -237,7 +242,11 @@ def benchmarks_of(
             metric="circular" if turned else metric,
             instruction=_INSTRUCTION_CN if sum(map(_is_chinese, items)) > len(items) / 2 else INSTRUCTION,
             left_out=left_out[split],
-            notes=[*notes, *([SECRET] if all(item.right is None for item in items) else [])],
+            notes=[
+                *notes,
+                *([SECRET] if all(item.right is None for item in items) else []),
+                *([_NO_PICTURE] if all(item.image is None for item in items) else []),
+            ],
             files=[document.shown for document, _ in tables],
         )
         for split, items in by_split.items()
@@ -368,7 +377,7 @@ def _may_be_text(each: Asked) -> bool:
     return isinstance(each.answer, str) or each.options.numbers
 
 
-def _with_answers(asked: Sequence[Asked], left_out: _LeftOut) -> tuple[list[Asked], int | None]:
+def _with_answers(asked: Sequence[Asked], left_out: _LeftOut, known: str) -> tuple[list[Asked], int | None]:
     """Find the right option of each row: answers of one file are all letters, or numbers (counted from what), or texts.
 
     Raises:
@@ -378,8 +387,8 @@ def _with_answers(asked: Sequence[Asked], left_out: _LeftOut) -> tuple[list[Aske
     answered = [each for each in asked if each.answer is not None]
     read = {name: [place(each) for each in answered] for name, place in _READINGS.items()}
     counts = {name: sum(place is not None for place in places) for name, places in read.items()}
-    best = max(counts, key=counts.__getitem__, default="letters")  # the first of equals
-    for name in ("numbers", "texts"):
+    best = max(counts, key=lambda name: (counts[name], name == known))  # the first of equals
+    for name in ("numbers", "texts") if best != known else ():
         if counts[name] == counts[best] and name != best and read[name] != read[best] and counts[best]:
             raise DataError(
                 f"its answers may be {best} or {name}, which mean different options; write letters as answers, and options "
@@ -412,6 +421,6 @@ def _called(layout: str, document: Document, split: str) -> str:
     for part in (*path.parts[:-1], stem, split):
         words += [word for word in re.split(r"[^a-z0-9]+", part.lower()) if word and word not in _PLAIN_WORDS]
     named = "-".join(dict.fromkeys(words))
-    if layout == "options" or named.replace("-", "").startswith(layout):
-        return named or layout
+    if (layout == "options" and not _SPLITS.issuperset(words)) or named.replace("-", "").startswith(layout):
+        return named
     return f"{layout}-{named}" if named else layout

@@ -77,7 +77,15 @@ def _is_seedbench(document: Document) -> bool:
 
 
 def _is_ai2d(document: Document) -> bool:
-    return bool(_diagrams(document)) or _ids_of(document) is not None
+    return bool(_diagrams(document)) or _ids_of(document) is not None or _is_ai2d_table(document)
+
+
+def _is_ai2d_table(document: Document) -> bool:
+    """Whether a table is lmms-lab's: four columns, stored pictures, and answers that are numbers as texts."""
+    rows = _first(document.rows)
+    numbers = all(isinstance(row.get("answer"), str) and row["answer"].isdigit() for row in rows)
+    listed = all(isinstance(row.get("options"), list) and not isinstance(row.get("image"), str) for row in rows)
+    return bool(rows) and _keys(document) == {"question", "options", "answer", "image"} and numbers and listed
 
 
 def _is_scienceqa(document: Document) -> bool:
@@ -98,7 +106,7 @@ def _is_options(document: Document) -> bool:
 
 
 def _each_table(
-    layout: str, title: str, ask: Ask = ask_row, metric: str = "choices"
+    layout: str, title: str, ask: Ask = ask_row, *, metric: str = "choices", answers: str = "letters"
 ) -> Callable[..., Sequence[Benchmark | Unread]]:
     """A reader whose documents are benchmarks of their own."""
 
@@ -106,7 +114,8 @@ def _each_table(
         found: list[Benchmark | Unread] = []
         for document in documents:
             try:
-                found += benchmarks_of(layout, title, [(document, _listed(document))], pictures, ask, metric=metric)
+                tables = [(document, _listed(document))]
+                found += benchmarks_of(layout, title, tables, pictures, ask, metric=metric, answers=answers)
             except DataError as error:
                 found.append(Unread(document, str(error)))
         return found
@@ -134,7 +143,8 @@ def _read_seedbench(documents: Sequence[Document], pictures: Pictures) -> Sequen
             return ask_row(source, row, kinds=kinds, image=_seedbench_picture(source, row))
 
         try:
-            found += benchmarks_of("seedbench", "SEED-Bench", [(document, _listed(document))], pictures, ask)
+            tables = [(document, _listed(document))]
+            found += benchmarks_of("seedbench", "SEED-Bench", tables, pictures, ask, answers="letters")
         except DataError as error:
             found.append(Unread(document, str(error)))
     return found
@@ -192,9 +202,11 @@ def _ids_of(document: Document) -> set[str] | None:
 
 def _read_ai2d(documents: Sequence[Document], pictures: Pictures) -> Sequence[Benchmark | Unread]:
     lists = [(document, ids) for document in documents if (ids := _ids_of(document)) is not None]
-    diagrams = [document for document in documents if _ids_of(document) is None]
+    hub = [document for document in documents if _is_ai2d_table(document)]
+    found = list(_each_table("ai2d", "AI2D", answers="numbers")(hub, pictures))
+    diagrams = [document for document in documents if _diagrams(document)]
     if not diagrams:
-        return [Unread(document, "a list of test diagrams without the questions") for document, _ in lists]
+        return [*found, *(Unread(document, "a list of test diagrams without the questions") for document, _ in lists)]
     tested = set().union(*(ids for _, ids in lists))
     tables = []
     for document in diagrams:
@@ -207,7 +219,10 @@ def _read_ai2d(documents: Sequence[Document], pictures: Pictures) -> Sequence[Be
         tables.append((document, rows))
     notes = [] if lists else ["all diagrams are asked about; ai2d_test_ids.csv beside them would tell the test part"]
     name = "ai2d-test" if lists else "ai2d"
-    return benchmarks_of("ai2d", "AI2D", tables, pictures, _ask_ai2d, name=name, notes=notes)
+    return [
+        *found,
+        *benchmarks_of("ai2d", "AI2D", tables, pictures, _ask_ai2d, name=name, notes=notes, answers="numbers"),
+    ]
 
 
 def _ask_ai2d(source: Source, row: Row) -> Asked:
@@ -259,7 +274,9 @@ def _read_scienceqa(documents: Sequence[Document], pictures: Pictures) -> Sequen
     for document in tables:
         try:
             tables_of = [(document, document.rows)]
-            found += benchmarks_of("scienceqa", "ScienceQA", tables_of, pictures, ask, split_of=split_of)
+            found += benchmarks_of(
+                "scienceqa", "ScienceQA", tables_of, pictures, ask, split_of=split_of, answers="numbers"
+            )
         except DataError as error:
             found.append(Unread(document, str(error)))
     return found
@@ -368,8 +385,9 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="ai2d",
         title="AI2D",
-        looks_for="imageName and questions by their text, each with answerTexts and correctAnswer; ai2d_test_ids.csv",
-        source="https://allenai.org/data/diagrams",
+        looks_for="imageName and questions by their text, each with answerTexts and correctAnswer; ai2d_test_ids.csv; or a table "
+        "of question, options, answer (a number from 0, as a text) and image alone",
+        source="https://allenai.org/data/diagrams; https://huggingface.co/datasets/lmms-lab/ai2d",
         licence="CC BY-SA 4.0",
         scores=_SCORES,
         recognises=_is_ai2d,
@@ -400,10 +418,10 @@ LAYOUTS: tuple[Layout, ...] = (
         title="Questions with options",
         looks_for="question with options (A, B, ...; choices, options: a list, by letter, or such a list as a text; option_a, ...; "
         "or inside the question), answer: a letter, a number or the option's text",
-        source="your own; AI2D (https://huggingface.co/datasets/lmms-lab/ai2d) and most tables of VLMEvalKit, MMMU, BLINK",
+        source="your own; most tables of VLMEvalKit (https://github.com/open-compass/VLMEvalKit), MMMU, BLINK, A-OKVQA",
         licence="of each",
         scores=f"{_SCORES}; circular accuracy where the table has rotations",
         recognises=_is_options,
-        read=_each_table("options", "Questions with options"),
+        read=_each_table("options", "Questions with options", answers=""),
     ),
 )

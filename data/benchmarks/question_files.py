@@ -66,7 +66,7 @@ QUESTIONS = Layout(
     name="llava-questions",
     title="LLaVA's question file",
     looks_for="rows of question_id, image and text, without answers or labels",
-    source="https://github.com/haotian-liu/LLaVA, its Evaluation.md (eval.zip); "
+    source="https://github.com/haotian-liu/LLaVA, its page on evaluation (eval.zip); "
     "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
     licence="that of the benchmark that it asks",
     scores="nothing: answers are written for outside scorers",

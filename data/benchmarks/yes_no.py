@@ -177,8 +177,9 @@ def _gather_mme(gathered: Gathered, document: Document, template: bool, pictures
 def _row_with_picture(document: Document, index: int, row: Row) -> Any:
     """What a table calls the row that holds the picture of another one, or of itself."""
     value = row.get("image")
-    refers = isinstance(value, str) and len(value) <= LONGEST_INDEX and value.strip() in document.by_index
-    return value.strip() if refers else row.get("index", index + 1)
+    if isinstance(value, str) and len(value) <= LONGEST_INDEX and value.strip() in document.by_index:
+        return value.strip()
+    return row.get("index", index + 1)
 
 
 def _mme_item(

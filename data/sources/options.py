@@ -207,6 +207,8 @@ def _listed(value: Any, key: str) -> Options | None:
     if isinstance(value, Mapping):
         lettered = {"A", "B"} <= value.keys()
         value, first = _of_object(value, key)
+    if not isinstance(value, str | int | float | list | tuple | None):
+        raise SampleError(f"{key!r} holds what can be answered, but no texts: {brief(value)}")
     if not isinstance(value, list | tuple) or not value:
         return None
     texts = [_of_item(item, place, key) for place, item in enumerate(value)]
@@ -255,7 +257,8 @@ def _columns(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], bo
     for letters, least, sure in ((LETTERS, "A", True), (LETTERS.lower(), "ab", False)):
         named = [letter for letter in letters if letter in entry]
         filled = [letter for letter in named if _is_filled(entry[letter])]
-        if len(filled) > 1 and (sure or {*least} <= {*filled}) and least[0] in named:
+        texts = sure or all(isinstance(entry[letter], str) for letter in filled)  # a and b may be anything
+        if len(filled) > 1 and texts and (sure or {*least} <= {*filled}) and least[0] in named:
             yield f"{filled}", {letter.upper(): entry[letter] for letter in named}, sure
     columns: dict[str, dict[str, Any]] = {}
     for key, value in entry.items():

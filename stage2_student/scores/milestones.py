@@ -23,12 +23,14 @@ from vlm_distill_cache.common.files.atomic import parse_json, read_bounded, writ
 from vlm_distill_cache.common.files.rules import FLAG, check, record, text, whole
 from vlm_distill_cache.common.files.signed import refuse_out_of_reach
 from vlm_distill_cache.stage2_student.final_folder import BEST, look_at_final
-from vlm_distill_cache.stage2_student.scores.results import HEADLINE, EvaluationReport
+from vlm_distill_cache.stage2_student.scores.results import DETAILS, HEADLINE, EvaluationReport
 from vlm_distill_cache.stage2_student.training.checkpoint import Position, kept_random_numbers
 from vlm_distill_cache.stage2_student.training.log import TrainingLog
 
 EVALUATIONS = "evaluation.jsonl"
 _LOWER_IS_BETTER = ("teacher/kl",)
+# Without the scores of kinds, whose names are a data set's: services allow few characters.
+_DRAWN = [name for name, _, _ in (*HEADLINE, *DETAILS) if name and not name.endswith("/")]
 _LINE = record({"step": whole(1, 1 << 60), "phase": text(100), "best": FLAG}, free=True)
 _MOST_BYTES = 1 << 30
 _log = logging.getLogger(__name__)
@@ -162,7 +164,8 @@ class Milestones:
             file.write(json.dumps(self.lines[-1]) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        log.draw("eval", {name: float(score.value) for name, score in report.scores.items()}, step=step)
+        drawn = {name: float(report.scores[name].value) for name in _DRAWN if name in report.scores}
+        log.draw("eval", drawn, step=step)
         shown = [
             (heading, factor, report.scores[name].value) for name, heading, factor in HEADLINE if name in report.scores
         ]

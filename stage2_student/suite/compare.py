@@ -21,7 +21,6 @@ from vlm_distill_cache.stage2_student.final_folder import FINAL, read_provenance
 from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.page.charts import bars, curves
 from vlm_distill_cache.stage2_student.scores.page.elements import (
-    MARK,
     code,
     facts,
     legend,
@@ -56,6 +55,7 @@ from vlm_distill_cache.stage2_student.suite.page import SUMMARY, SuiteOutput, ga
 from vlm_distill_cache.stage2_student.training.output_folder import STAMP
 from vlm_distill_cache.stage2_student.training.stamp import BASELINE, DISTILLED, read_stamp
 
+_MARK = "<!-- written by distill compare -->"  # a later page may take its place
 _AGREEMENT = "teacher/top1"
 _BUILT_IN = re.compile(r"(shapes|easy-vqa)\b")
 
@@ -204,7 +204,12 @@ def _wins(runs: Mapping[str, RunOutput]) -> str:
     if not rows:
         return ""
     head = ["", "both right", "only this one", f"only {first_name}", "neither"]
-    told = {"both right": FLIPS["both"], "neither": FLIPS["neither"]}
+    told = {
+        "both right": FLIPS["both"],
+        "only this one": f"Items that this run's student answers better than that of {first_name}.",
+        f"only {first_name}": f"Items that the student of {first_name} answers better.",
+        "neither": FLIPS["neither"],
+    }
     return table(head, rows) + legend(told)
 
 
@@ -258,7 +263,7 @@ def name_outputs(folders: Sequence[Path]) -> dict[str, Path]:
     "page",
     default="compare.html",
     show_default=True,
-    type=ResultFile(marked(MARK.encode())),
+    type=ResultFile(marked(_MARK.encode())),
     help="HTML page to write.",
 )
 @JSON
@@ -286,7 +291,7 @@ def compare(outputs: tuple[Path, ...], page: Path) -> None:
     parts |= suite_parts(suites) if suites else {}
     title = f"{', '.join([*runs, *suites])} side by side"
     warned = "".join(f"<p><b>{words(note, 2000)}</b></p>" for note in notes)
-    write_page(page, one_line(title), [f"<h1>{words(title)}</h1>", warned, *sections(parts)])
+    write_page(page, one_line(title), [f"{_MARK}<h1>{words(title)}</h1>", warned, *sections(parts)])
     answer(page=page, notes=notes, **_document(runs, suites))
     if runs:
         say(render_table({name: run.scores for name, run in runs.items()}))

@@ -213,8 +213,7 @@ def _entry(output: SuiteOutput, benchmark: str) -> Mapping[str, Any]:
 def _told(outputs: Mapping[str, SuiteOutput]) -> dict[str, str]:
     return {
         "items": "Items that were asked and counted; those that were not stand below, with the reason.",
-        "score": "The measure that the benchmark is known by, as its authors count it; the unit is percent where the interval "
-        "goes up to 100.",
+        "score": "The measure that the benchmark is known by, as its authors count it; percent where nothing else is said.",
         "interval": INTERVAL,
         **({"gain": PAIRED} if len(outputs) > 1 else {}),
     }
@@ -288,7 +287,7 @@ def _benchmark(
     if len({of["fingerprint"] for of in of_models if of}) > 1:
         notes["Items or right answers differ between the models: gains are over those of equal ids."] = None
     rows = [
-        [words(("  " if "/" in name else "") + one["heading"], 80), *_cells(outputs, benchmark, name, gains)]
+        [words(("  " if "/" in name else "") + _heading(one), 80), *_cells(outputs, benchmark, name, gains)]
         for name, one in measures.items()
     ]
     shown = table(["", *_heads(outputs)], rows) if rows else "<p>Nothing could be scored.</p>"
@@ -297,8 +296,14 @@ def _benchmark(
         + "".join(f"<p>{words(note, 1000)}</p>" for note in notes)
         + bars(_groups(outputs, benchmark, measures), list(outputs))
         + f"<details><summary>All measures as a table</summary>{shown}</details>"
-        + legend(explain_measures(measures.values()))
+        + legend(explain_measures(measures.values(), entry["metric"]))
     )
+
+
+def _heading(measure: Mapping[str, Any]) -> str:
+    """What a row is called; a subset without a heading of its own by its name alone."""
+    heading, name = str(measure["heading"]), str(measure["name"])
+    return name.partition("/")[2] or name if heading == name else heading
 
 
 def _groups(
@@ -313,7 +318,7 @@ def _groups(
             continue
         heading = f"{measures[first]['heading']}, by subset" if subset else "all items"
         scores = [_score(_measure(output, benchmark, name)) for output in outputs.values()]
-        groups.setdefault((heading, one["factor"]), []).append((one["heading"], scores))
+        groups.setdefault((heading, one["factor"]), []).append((_heading(one), scores))
     return [Group(heading, factor, rows) for (heading, factor), rows in groups.items()]
 
 
@@ -349,15 +354,14 @@ def _wins(outputs: Mapping[str, SuiteOutput], benchmark: str) -> str:
 
 
 def _ratios(measures: Mapping[str, Measure], name: str) -> dict[str, float]:
-    """What each unit adds to a measure; of one made of parts, those of all."""
+    """What each unit adds to a measure; of one made of parts, the mean over those that the unit is in."""
     whole = measures[name]
-    parts = [measures[part] for part in whole.parts] or [whole]
-    return {
-        unit: hits / of
-        for part in parts
-        for unit, hits, of in zip(part.units, part.hits, part.of, strict=True)
-        if of > 0
-    }
+    found: dict[str, list[float]] = {}
+    for part in [measures[part] for part in whole.parts] or [whole]:
+        for unit, hits, of in zip(part.units, part.hits, part.of, strict=True):
+            if of > 0:
+                found.setdefault(unit, []).append(hits / of)
+    return {unit: sum(values) / len(values) for unit, values in found.items()}
 
 
 def _unread(outputs: Mapping[str, SuiteOutput]) -> str:

@@ -64,21 +64,24 @@ class Trackers:
         known = _read_known(output) if done else {}
         for name in names:
             if name == "tensorboard":
-                tracker = TensorBoardTracker("tensorboard", output, purge_step=done + 1)
-            else:
-                tracker = _service(name, output, known.get(name))
+                tracker: GeneralTracker = TensorBoardTracker(name, output, purge_step=done + 1)
+                tracker.start()
+                self._open.append(tracker)
+                continue
+            tracker = _service(name, output, known.get(name))
             try:
                 with kept_random_numbers():  # which names of runs are drawn from
                     tracker.start()
-                if name != "tensorboard" and name not in known:  # which services may not let anybody change
+                if name not in known:  # services may not let anybody change what a run was begun with
                     tracker.store_init_configuration(_flat(settings))
             except Exception as error:
+                gone = f" (if its run is gone there: delete {output / KNOWN})" if name in known else ""
                 raise ConfigError(
-                    f"report_to: {name} does not start: {hide_secrets(one_line(str(error)))}; mend that, or leave {name} out "
-                    "(--log-with)"
+                    f"report_to: {name} does not start: {hide_secrets(one_line(str(error)))}; mend that{gone}, or leave {name} "
+                    "out (--log-with)"
                 ) from error
             self._open.append(tracker)
-            known |= {name: _name_there(tracker)} if name != "tensorboard" else {}
+            known[name] = _name_there(tracker)
         if known:
             write_json_atomic(output / KNOWN, known)
 
@@ -118,7 +121,7 @@ def _service(name: Tracker, output: Path, known: str | None) -> GeneralTracker:
         return WandBTracker(os.environ.get("WANDB_PROJECT", PROJECT), name=shown, dir=str(output), **identity)
     if name == "trackio":
         there = known or f"{shown.replace('/', '-')}-{secrets.token_hex(4)}"
-        return TrackioTracker(os.environ.get("TRACKIO_PROJECT", PROJECT), name=there, resume="allow", embed=False)
+        return TrackioTracker(os.environ.get("TRACKIO_PROJECT", PROJECT), name=there, resume="allow")
     return MLflowTracker(PROJECT, run_id=known, run_name=shown)
 
 

@@ -16,7 +16,6 @@ import PIL.Image
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.printing import html_text, one_line
 
-MARK = "<!-- written by vlm-distill-cache -->"
 MOST_PANES = 40  # that one group of radio buttons chooses between
 LIGHT = ("#475569", "#0a7d6c", "#c2410c", "#4f46e5", "#a16207", "#be185d", "#0369a1", "#4d7c0f")
 DARK = ("#a3b1c6", "#2dd4bf", "#fb923c", "#a5b4fc", "#facc15", "#f9a8d4", "#7dd3fc", "#a3e635")
@@ -85,7 +84,7 @@ dl{{grid-template-columns:1fr}}dd{{margin-bottom:6px}}
 def write_page(path: Path, title: str, body: Iterable[str]) -> None:
     """Write a page, whole or not at all; ``body`` is HTML."""
     page = (
-        f'<!doctype html>{MARK}<html lang="en"><head><meta charset="utf-8">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{html_text(title)}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>"

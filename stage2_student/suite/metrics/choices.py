@@ -19,12 +19,13 @@ from vlm_distill_cache.stage2_student.suite.measures import Measure, mean_measur
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Metric, Request, Result, Weigh
 
 ANSWER_TOKENS = 16  # of a letter with the option's text behind it
-_WHOLE = re.compile(r"[\s\"'*(\[]*([A-Za-z])[\s\"'*)\].:,]*")
+_WHOLE = re.compile(r"[\s\"'*(\[]*([A-Za-z])[\s\"'*)\].:,。，]*")
 _LEADING = re.compile(r"[\s\"'*]*(?:[(\[]([A-Z])[)\]]|([A-Z])\s*[).:])")
-_LABELS = re.compile(r"(?<![\w'’.])([A-Z])[).:](?=\s)")  # of a text that repeats the options
+_LABELS = re.compile(r"(?<![A-Za-z0-9_'’.])([A-Z])[).:](?=\s)")  # of a text that repeats the options
 _NAMED = re.compile(r"\b(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\**\s*[(\[]?([A-Z])\b(?!')")
 _BRACKETED = re.compile(r"[(\[]([A-Z])[)\]]")
-_LONE = re.compile(r"(?<![\w'’-])([B-HJ-Z]|[AI](?=\W*\Z))(?![\w'’-])")  # A and I are words, but at the end
+# A and I are words, but at the end; letters stand alone among Chinese, too.
+_LONE = re.compile(r"(?<![A-Za-z0-9_'’-])([B-HJ-Z]|[AI](?=\W*\Z|[\u4e00-\u9fff]))(?![A-Za-z0-9_'’-])")
 _SEVERAL = re.compile(
     r"(?<![\w'’])[(\[]?([A-Z])[)\]]?\s*(?:[,/&]|\band\b|\bor\b)\s*(?:and\s+|or\s+)?[(\[]?([A-Z])(?![\w'’])"
 )

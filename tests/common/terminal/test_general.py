@@ -114,11 +114,12 @@ def test_what_libraries_and_children_print_does_not_reach_the_document():
         "@click.group(cls=CommandGroup)\ndef main(): pass\n"
         "@main.command()\n@JSON\ndef work():\n"
         "    print('python')\n    os.write(1, b'library')\n    os.system('echo child')\n    answer(a=1)\n"
+        "    import atexit\n    atexit.register(print, 'farewell')\n"
         "main(['work', '--json'])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(ran.stdout) == {"a": 1}
-    assert all(word in ran.stderr for word in ("python", "library", "child"))
+    assert all(word in ran.stderr for word in ("python", "library", "child", "farewell"))
 
 
 def test_quiet_says_results_alone_and_verbose_more(caplog):

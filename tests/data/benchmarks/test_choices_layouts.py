@@ -191,13 +191,21 @@ def test_scienceqa_of_the_hub_and_of_llava_is_read_too(tmp_path: Path):
     assert "<image>" not in items_of(llava)[0].extra["asked"]
 
 
+def test_ai2d_of_the_hub_counts_from_zero_whatever_its_options_are(tmp_path: Path):
+    row = {"question": "How many?", "options": ["1", "2", "3"], "answer": "1", "image": stored("red")}
+    write_table(tmp_path / "data" / "test-00000-of-00001.parquet", [row, {**row, "answer": "0"}])
+    benchmark = read(tmp_path)
+    assert (benchmark.name, benchmark.layout) == ("ai2d-test", "ai2d")
+    assert [told(item)[1:] for item in items_of(benchmark)] == [(("1", "2", "3"), place, RED) for place in (1, 0)]
+
+
 CATS = {"question": "Which?", "options": ["cat", "dog", "cow"], "image": "a.png"}
 
 
 @pytest.mark.parametrize(
     ("rows", "right", "note"),
     [
-        ([{**CATS, "answer": "2"}, {**CATS, "answer": "0"}], [2, 0], "counted from 0"),  # AI2D of lmms-lab
+        ([{**CATS, "id": 4, "answer": "2"}, {**CATS, "answer": "0"}], [2, 0], "counted from 0"),
         ([{**CATS, "answer": 3}, {**CATS, "answer": 1}], [2, 0], "counted from 1"),
         ([{**CATS, "answer": "C"}, {**CATS, "answer": "(a)"}], [2, 0], None),
         ([{**CATS, "answer": "cow"}, {**CATS, "answer": "Cat."}], [2, 0], None),
@@ -222,6 +230,18 @@ def test_answers_of_one_file_are_all_letters_or_numbers_or_texts(
     assert [item.right for item in items_of(benchmark)] == right
     assert all(item.image.load().getpixel((0, 0)) == RED for item in items_of(benchmark))  # type: ignore[union-attr]
     assert (note is None and not benchmark.notes) or note in str(benchmark.notes)
+
+
+def test_pictures_inside_a_listed_row_are_read_and_rows_without_any_are_said(tmp_path: Path):
+    row = {"question": "Which?", "choices": ["cat", "dog"], "answer": "B"}
+    rows = [{**row, "image": text_png("red")}, {**row, "image": [text_png("blue")]}]
+    (tmp_path / "own.json").write_text(json.dumps({"info": {}, "data": rows}))
+    (tmp_path / "texts.json").write_text(json.dumps([row]))
+    own, texts = find_benchmarks(tmp_path).benchmarks.values()
+    assert [told(item)[2:] for item in items_of(own)] == [(1, RED), (1, BLUE)]
+    assert not own.notes
+    assert [told(item)[2:] for item in items_of(texts)] == [(1, None)]
+    assert any("as texts alone" in note for note in texts.notes)
 
 
 def test_a_table_with_rotations_of_any_name_is_counted_in_a_circle(tmp_path: Path):

@@ -57,6 +57,7 @@ def test_options_under_any_key_reach_the_prompt(options, answer):
         ({"choices": ["cat", "dog"], "answer": "It barks."}, "Who?\nA. cat\nB. dog", "It barks."),
         ({"option_1": "cat", "option_2": "dog", "answer": "It barks."}, "Who?", "It barks."),
         ({"options": [], "choices": "[]", "answer": "A"}, "Who?", "A"),
+        ({"a": 3, "b": 4, "answer": "1"}, "Who?", "1"),
         # Options that the question only mentions are no letters that can be answered.
         (
             {"question": "A cat or a dog?", "A": "cat", "B": "dog", "answer": "B"},
@@ -96,6 +97,7 @@ def test_an_answer_is_a_letter_where_it_chooses_one(entry, question, answer):
         ({"choices": ["B", "A"], "answer": "A"}, "option A by its letter or number .* option B by its text"),
         ({"choices": ["a.png", "b.png"], "answer": "A"}, "'choices' holds pictures to choose from"),
         ({"choices": ["cat", ["dog"]], "answer": "A"}, "option 2 is no text: list"),
+        ({"choices": b"\x89PNG", "answer": "A"}, "'choices' holds what can be answered, but no texts"),
         (
             {"options": {"temperature": 1, "top_p": 2}, "answer": "A"},
             "'options' holds what can be answered, but not by letter",

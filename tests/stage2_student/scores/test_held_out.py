@@ -20,7 +20,7 @@ from vlm_distill_cache.stage2_student import run as run_module
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.run import load_run_config, run
 from vlm_distill_cache.stage2_student.scores import held_out
-from vlm_distill_cache.stage2_student.scores.held_out import probe_items, scoring_notes
+from vlm_distill_cache.stage2_student.scores.held_out import probe_items, scoring_notes, split_on_the_way
 from vlm_distill_cache.stage2_student.trained_student import open_as_trained
 
 
@@ -170,6 +170,14 @@ def test_other_held_out_data_needs_no_note(tiny_cache, tmp_path):
     assert probe_items(config, open_cache(tiny_cache[0])) == []
     config = make_config(tiny_cache[0], tmp_path / "run", DATA, f"evaluation.data={held_out}")
     assert probe_items(config, open_cache(tiny_cache[0])) == []
+
+
+def test_on_the_way_items_are_of_the_validation_split_where_the_data_have_one(tiny_cache, tmp_path):
+    cache = open_cache(tiny_cache[0])
+    drawn = make_config(tiny_cache[0], tmp_path / "run", DATA)
+    assert split_on_the_way(drawn, cache) == "validation"
+    own = make_config(tiny_cache[0], tmp_path / "run", DATA, f"evaluation.data={write_data(tmp_path, ['red'])}")
+    assert split_on_the_way(own, cache) == "test"  # all of the file, as for the trained student
 
 
 def test_a_copy_of_the_training_data_is_recognised(tmp_path):

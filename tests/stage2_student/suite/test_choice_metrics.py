@@ -30,6 +30,9 @@ ANIMALS = ("cat", "dog", "red car", "car")
         ("I would say it must be A", 0),
         ("I see that B is right here", 1),
         ("It is a dog.", 1),
+        ("答案是B。", 1),
+        ("选A", 0),
+        ("应选C选项，因为它是红色的", 2),
         ("red car", 2),
         ("It is the red car.", 2),  # which holds "car", too
         ("Car", 3),

@@ -119,6 +119,14 @@ def test_gains_between_suites_are_those_of_their_measures(tmp_path):
     assert f"<td>{won}</td><td>0</td><td>1</td><td>a on {won}</td><td>b on {won}</td>" in page
 
 
+def test_a_page_takes_the_place_of_an_earlier_one_and_of_nothing_else(tmp_path):
+    write_suite(tmp_path / "a", seed=0)
+    assert compare(tmp_path, tmp_path / "a") == compare(tmp_path, tmp_path / "a")
+    page = write_suite_page(tmp_path / "a")
+    page.rename(tmp_path / "page.html")
+    assert "no earlier result of this command" in compare(tmp_path, tmp_path / "a", code=2)
+
+
 def test_the_page_of_a_suite_tells_all_that_its_summary_does(tmp_path):
     measures = write_suite(tmp_path / "a", seed=0)
     text = write_suite_page(tmp_path / "a").read_text()
@@ -140,6 +148,29 @@ def test_the_page_of_a_suite_tells_all_that_its_summary_does(tmp_path):
     explained = explain_measures(entry["measures"])
     assert {measure.heading or name for name, measure in measures.items() if "/" not in name} <= explained.keys()
     assert "gain</th>" not in text
+
+
+@pytest.mark.parametrize(
+    ("metric", "name", "says", "not_this"),
+    [
+        ("pope", "yes", "answered with yes", 'P("Yes")'),
+        ("pope", "p_yes_yes", "answered with yes", "the two fit"),
+        ("sugarcrepe", "yes", "gets a higher P(yes)", "answered with yes"),
+        ("winoground", "text_yes", "each picture prefers", "log-prob"),
+        ("textvqa_accuracy", "accuracy", "three who gave the answer", "caption"),
+        ("vizwiz_accuracy", "unanswerable_recall", "cannot be answered: the share of such questions", "precision"),
+        ("relaxed_accuracy", "accuracy", "5 %", "three"),
+        ("mme", "perception", "acc and acc+", "Mean"),
+        ("hallusionbench", "fAcc", "figures", "Mean"),
+        ("circular", "circular_likelihood", "all rotations", "two fit"),
+        ("circular", "accuracy", "right answers", "rotations"),
+    ],
+)
+def test_a_legend_is_that_of_the_metric(metric, name, says, not_this):
+    told = explain_measures([{"name": name, "heading": "h", "gains": True}], metric)["h"]
+    assert says in told
+    assert not_this not in told
+    assert told.endswith("More is better.")
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,10 @@ def test_a_service_that_does_not_start_is_refused_before_the_first_step(services
     services["mlflow"].search_experiments = lambda **_: 1 / 0
     with pytest.raises(ConfigError, match=r"report_to: mlflow does not start: division by zero; .*leave mlflow out"):
         train_steps(tmp_path, 1, 1, ("mlflow",))
+    train_steps(tmp_path, 1, 2, ("wandb",))
+    services["wandb"].init = lambda **_: 1 / 0
+    with pytest.raises(ConfigError, match=r"if its run is gone there: delete .*trackers\.json"):
+        train_steps(tmp_path, 3, 3, ("wandb",))
 
 
 def test_a_tracker_that_is_not_installed_is_refused_with_the_command(services, monkeypatch, tmp_path):

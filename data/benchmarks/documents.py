@@ -31,8 +31,9 @@ _PART = re.compile(r"-\d{4,5}-of-\d{4,5}(?=\.parquet$)")
 _DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of `datasets`
 _YES_OR_NO = re.compile(r"\t\s*(?:yes|no)\s*(?:\t|$)", re.IGNORECASE | re.MULTILINE)
 _LONGEST_LINE = 4096
-_LONGEST_INDEX = 64
+LONGEST_INDEX = 64
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_PACKED = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # said, as nothing in them is read
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +117,7 @@ class RowPicture:
         """Read the row and decode the picture to RGB; `SampleError` if that cannot be done."""
         value = self.document.rows[self.index].get(self.column)
         if (
-            isinstance(value, str) and len(value) <= _LONGEST_INDEX
+            isinstance(value, str) and len(value) <= LONGEST_INDEX
         ):  # VLMEvalKit's tables name the row that has the picture
             row = self.document.by_index.get(value.strip(), self.index)
             value = self.document.rows[row].get(self.column)
@@ -168,6 +169,8 @@ def open_document(paths: Sequence[Path], shown: str) -> Document:
     """
     path = paths[0]
     ending = path.suffix.lower()
+    if ending in _PACKED:
+        raise DataError(f"{shown} is packed; unpack it, unless that was done (unzip, tar -xf, gunzip)")
     try:
         if path.is_dir():
             return Document(path, shown, _TableRows(_arrow(path)))
@@ -272,7 +275,7 @@ def _documents_in(folder: Path, above: frozenset[Path]) -> Iterator[Sequence[Pat
             yield from _documents_in(path, above | {real})
         elif path.suffix.lower() == ".parquet":
             tables.setdefault(_PART.sub("", path.name), []).append(path)
-        elif path.suffix.lower() in ENDINGS and path.name not in _DESCRIPTIONS:
+        elif path.suffix.lower() in (*ENDINGS, *_PACKED) and path.name not in _DESCRIPTIONS:
             yield [path]
     yield from tables.values()
     texts = [path for path in inside if path.suffix.lower() == ".txt" and path.is_file()]

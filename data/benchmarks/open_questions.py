@@ -17,7 +17,7 @@ from vlm_distill_cache.data.sources.pictures import says_none
 
 TEN = 10  # people who answered each question of the VQA challenge, and of those that took its form
 IN_A_WORD = "Answer the question using a single word or phrase."
-SECRET = "its answers are kept secret: nothing is scored, answers.jsonl is what the authors' server counts"
+SECRET = "its answers are kept secret: nothing is scored, and submission/ holds what the authors' server takes"
 _SPLIT = re.compile(
     r"(?<![a-z])(train|validation|val|testdev|test-dev|test_dev|test|dev|challenge|submission)(20\d\d)?(?![a-z])"
 )

@@ -93,7 +93,8 @@ def _read_nlvr(documents: Sequence[Document], pictures: Pictures) -> list[Benchm
 
 def _split_of(document: Document, pictures: Pictures) -> str:
     """The split by which a document's pictures are called: the one that it is named after, else the one that is there."""
-    there = {split for row in probe(document) for split in _SPLITS if _has_picture(split, row, document, pictures)}
+    kinds = (*_SPLITS, "")  # or none of them stands before the identifier
+    there = {split for row in probe(document) for split in kinds if _has_picture(split, row, document, pictures)}
     for part in reversed(PurePosixPath(document.shown.lower()).parts):
         named = set(re.split(r"[^a-z]+", part)) & set(_SPLITS)
         if len(named) == 1 and (not there or named <= there):
@@ -103,7 +104,7 @@ def _split_of(document: Document, pictures: Pictures) -> str:
 
 def _has_picture(split: str, row: Row, document: Document, pictures: Pictures) -> bool:
     try:
-        pictures.find(f"{split}-{row.get('identifier')}-0.png", near=document.path.parent)
+        pictures.find(f"{split}-{row.get('identifier')}-0.png".lstrip("-"), near=document.path.parent)
     except SampleError:
         return False
     return True
@@ -118,7 +119,7 @@ def _nlvr_item(document: Document, row: Row, own: str, pictures: Pictures, item_
     return YesNoItem(
         item_id=item_id,
         group=example.partition("-")[0],
-        image=pictures.find(f"{own}.png", near=document.path.parent),
+        image=pictures.find(f"{own}.png".removeprefix("nlvr-"), near=document.path.parent),
         question=_asked("image", text_of(row, "sentence")),
         right=right_of(row, "label"),
         extra={"question_id": item_id, "prediction_id": f"{own}.png"},

@@ -211,7 +211,7 @@ def _picture(entries: Entries, index: int, pictures: Pictures, split: str) -> Im
 def _benchmark(found: Found, documents: Sequence[Document], *, name: str, title: str) -> Benchmark:
     return found.benchmark(
         name=name,
-        layout="vqa",
+        layout="vqav2",
         title=title,
         metric="vqa_accuracy",
         instruction=IN_A_WORD,
@@ -220,7 +220,7 @@ def _benchmark(found: Found, documents: Sequence[Document], *, name: str, title:
 
 
 VQA = Layout(
-    name="vqa",
+    name="vqav2",
     title="VQAv2, OK-VQA",
     looks_for="a JSON of questions (image_id, question, question_id) and one of annotations (question_id, image_id, answers) for "
     "them; or rows of a table with question, question_id, answers, question_type, answer_type",

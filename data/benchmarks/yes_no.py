@@ -4,12 +4,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.benchmarks import question_files, statements
-from vlm_distill_cache.data.benchmarks.documents import Document
+from vlm_distill_cache.data.benchmarks.documents import LONGEST_INDEX, Document
 from vlm_distill_cache.data.benchmarks.items import Benchmark, YesNoItem
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import ENDINGS, Pictures
@@ -29,6 +29,7 @@ from vlm_distill_cache.data.benchmarks.question_rows import (
     says_yes_or_no,
     scalars,
     text_of,
+    verdict,
 )
 from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.sample import ImageSource
@@ -97,7 +98,7 @@ def _pope_item(document: Document, index: int, row: Row, kind: str, pictures: Pi
 
 def _is_mme(document: Document) -> bool:
     if _is_texts(document):
-        return document.has("question", "answer") and not document.has("prediction")
+        return _are_texts_of_mme(document)
     if not document.has("question", "answer", "category"):
         return False
     rows = probe(document)
@@ -106,6 +107,18 @@ def _is_mme(document: Document) -> bool:
 
 def _is_texts(document: Document) -> bool:
     return document.path.suffix.lower() == ".txt"
+
+
+def _are_texts_of_mme(document: Document) -> bool:
+    """Whether texts ask about the pictures that they are called as, or are called as MME's tasks, or their folder is."""
+    if not document.has("question", "answer") or document.has("prediction"):
+        return False
+    if all(verdict(row.get("answer")) is None for row in probe(document)):
+        return False
+    called = {PurePosixPath(str(row["file"])).stem for row in probe(document)}
+    if not {_task_folder(document).name.lower(), *map(str.lower, called)}.isdisjoint(_TASK_OF):
+        return True
+    return any(_picture_beside(document, name) for name in called)
 
 
 def _names_pictures(document: Document) -> bool:
@@ -164,7 +177,7 @@ def _gather_mme(gathered: Gathered, document: Document, template: bool, pictures
 def _row_with_picture(document: Document, index: int, row: Row) -> Any:
     """What a table calls the row that holds the picture of another one, or of itself."""
     value = row.get("image")
-    if isinstance(value, str) and value.strip() in document.by_index:
+    if isinstance(value, str) and len(value) <= LONGEST_INDEX and value.strip() in document.by_index:
         return value.strip()
     return row.get("index", index + 1)
 
@@ -179,6 +192,7 @@ def _mme_item(
     else:
         image = _picture_of_task(document, task, name, pictures)
     right, question = right_of(row, "answer"), text_of(row, "question")
+    name = image.path.name if isinstance(image, ImageFile) else name
     return YesNoItem(
         item_id=item_id,
         kind=task,
@@ -187,8 +201,8 @@ def _mme_item(
         question=question,
         right=right,
         extra={
-            "question_id": id_of(row, group),
-            "image": image.path.name if isinstance(image, ImageFile) else name,
+            "question_id": id_of(row, f"{task}/{name}"),  # as the hub and LLaVA's file have it
+            "image": name,
             "question": question,
             "answer": "Yes" if right else "No",
         },
@@ -197,16 +211,22 @@ def _mme_item(
 
 def _picture_of_task(document: Document, task: str, name: str, pictures: Pictures) -> ImageSource:
     """The picture beside a text, in ``images`` beside its folder, or in a folder of its task somewhere else."""
+    if path := _picture_beside(document, name):
+        return ImageFile(path, shown=f"{task}/{path.name}")
+    try:
+        return pictures.find(f"{task}/{name}", near=document.path.parent)
+    except SampleError:
+        return pictures.find(f"{task}/images/{name}", near=document.path.parent)
+
+
+def _picture_beside(document: Document, name: str) -> Path | None:
     folder = document.path.parent
     for place in (folder, folder / "images", folder.parent / "images"):
         for ending in ("", *sorted(ENDINGS), *(ending.upper() for ending in sorted(ENDINGS))):
             path = place / f"{name}{ending}"
             if path.suffix.lower() in ENDINGS and path.is_file():
-                return ImageFile(path, shown=f"{task}/{path.name}")
-    try:
-        return pictures.find(f"{task}/{name}", near=folder)
-    except SampleError:
-        return pictures.find(f"{task}/images/{name}", near=folder)
+                return path
+    return None
 
 
 def _is_hallusion(document: Document) -> bool:

@@ -28,7 +28,7 @@ SHAPES = "shapes"
 @click.argument("benchmarks", shell_complete=complete_folder)
 @click.option("--output", required=True, type=NewFolder(), help="Folder for answers, scores and the page; resumed.")
 @click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many items of each benchmark.")
-@click.option("--only", help="Names of the benchmarks to ask, with commas between; default: all.")
+@click.option("--only", help="Names of benchmarks or layouts to ask, with commas between; default: all.")
 @click.option("--images", type=FOLDER, multiple=True, help="A further folder of pictures; repeatable.")
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, one a GPU.")
 @click.option(

@@ -62,7 +62,7 @@ class Suite:
     Attributes:
         benchmarks: Folder of their files.
         images: Further folders of pictures.
-        only: Names of benchmarks; empty: all.
+        only: Names of benchmarks or of layouts; empty: all.
         limit: Most items of each benchmark, taken from all of its kinds; None: all.
         prompts: ``published``: with the instructions of published evaluations; ``plain``: without.
     """
@@ -162,13 +162,14 @@ def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
                 else "No JSON, CSV, TSV or parquet file is there"
             )
         )
-    if unknown := [name for name in suite.only if name not in found.benchmarks]:
+    known = {*found.benchmarks, *(benchmark.layout for benchmark in found.benchmarks.values())}
+    if unknown := [name for name in suite.only if name not in known]:
         raise ConfigError(
             f"--only: no benchmark {unknown[0]!r} in {suite.benchmarks}; there are {', '.join(found.benchmarks)}"
         )
     tasks = []
     for name, benchmark in found.benchmarks.items():
-        wanted = not suite.only or name in suite.only
+        wanted = not suite.only or bool({name, benchmark.layout} & {*suite.only})
         if not wanted and not (suite.output / name / RESULTS).exists():
             continue
         _refuse_repeats(benchmark)

@@ -198,14 +198,19 @@ class ShortAnswers:
         if not counted:
             return []
         subsets: dict[str, list[tuple[str, float]]] = defaultdict(list)
+        order: dict[str, int] = {}  # answer types stand before question types
         for item, value in counted:
-            for subset in dict.fromkeys((item.kind, *item.extra.get("subsets", ()))):
+            for place, subset in enumerate(dict.fromkeys((item.kind, *item.extra.get("subsets", ())))):
                 if subset:
                     subsets[subset].append((item.item_id, value))
+                    order[subset] = min(place, order.get(subset, place))
         scores = [(item.item_id, value) for item, value in counted]
         return [
             _mean(self.name, scores, self.heading),
-            *(_mean(f"{self.name}/{_word(subset)}", subsets[subset], subset) for subset in sorted(subsets)),
+            *(
+                _mean(f"{self.name}/{_word(subset)}", subsets[subset], subset)
+                for subset in sorted(subsets, key=lambda each: (order[each], each))
+            ),
             *self.further(answered),
         ]
 

@@ -183,12 +183,14 @@ def test_a_fingerprint_moves_with_what_is_asked_and_what_is_right_and_not_with_p
     assert len({of(), *others}) == 5
 
 
-def test_a_folder_of_thousands_of_other_files_is_looked_into_and_not_read_to_its_end(tmp_path: Path):
+def test_thousands_of_other_files_are_not_read_to_the_end_and_packed_ones_are_said(tmp_path: Path):
     (tmp_path / "annotations").mkdir()
     for number in range(60):
         (tmp_path / "annotations" / f"{number:02d}.json").write_text('{"bars": [1]}')
     (tmp_path / "other.json").write_text('{"x": 1}')
+    (tmp_path / "images.zip").write_bytes(b"PK")
     unread = find_benchmarks(tmp_path).unread
-    assert set(unread) == {"annotations/*.json", "other.json"}
+    assert set(unread) == {"annotations/*.json", "other.json", "images.zip"}
+    assert "unpack it" in unread["images.zip"]
     assert "50 files" in unread["annotations/*.json"]
     assert "10 more were not opened: no known layout; it has bars" in unread["annotations/*.json"]

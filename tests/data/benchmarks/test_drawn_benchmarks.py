@@ -14,7 +14,7 @@ ITEMS = 6
 COUNTS = {
     "sugarcrepe": 7 * ITEMS,
     "winoground": ITEMS,
-    "vqa": 7 * ITEMS,
+    "vqav2": 7 * ITEMS,
     "gqa": 6 * ITEMS,
     "mmbench": None,
     "pope": None,

@@ -137,12 +137,12 @@ def test_a_figure_of_hallusionbench_is_never_that_of_another_folder(tmp_path: Pa
     assert [item.item_id for item in benchmark.items].count("VD_ocr_0_1_0") == 0
 
 
-@pytest.mark.parametrize("name", ["dev/dev.json", "test/mine.jsonl"])
-def test_all_six_pictures_of_nlvr_are_asked_about(tmp_path: Path, name: str):
-    files.write_nlvr(tmp_path, name)
+@pytest.mark.parametrize(("name", "split"), [("dev/dev.json", "dev-"), ("test/mine.jsonl", "dev-"), ("mine.json", "")])
+def test_all_six_pictures_of_nlvr_are_asked_about(tmp_path: Path, name: str, split: str):
+    files.write_nlvr(tmp_path, name, split)
     benchmark = only(tmp_path)
     items = items_of(benchmark)
-    assert benchmark.name == "nlvr-dev"
+    assert benchmark.name == ("nlvr-dev" if split else "nlvr-mine")
     assert [seen(item.image) for item in items] == [60 * place + 10 * order for place in range(2) for order in range(6)]
     assert [item.right for item in items] == [right for *_, right in NLVR for _ in range(6)]
     assert {item.group for item in items} == {"5"}
@@ -182,6 +182,18 @@ def test_question_files_are_asked_as_they_stand_and_answers_files_are_no_questio
     (item,) = found.benchmarks["llava-null"].items
     assert isinstance(item, OpenItem)
     assert (item.image, item.question, item.kind) == (None, "Why?", "a")
+
+
+def test_texts_with_yes_and_no_that_are_not_about_pictures_are_not_mmes(tmp_path: Path):
+    (tmp_path / "labels.txt").write_text("a.png\tYes\nb.png\tNo\n")
+    files.put(tmp_path / "a.png", 10)
+    found = find_benchmarks(tmp_path)
+    assert not found.benchmarks
+    assert "no known layout" in found.unread["labels.txt"]
+    (tmp_path / "a.txt").write_text("Is it red?\tYes\nIs it blue?\tNo\n")  # MME's form with tasks of one's own
+    (tmp_path / "labels.txt").unlink()
+    (benchmark,) = find_benchmarks(tmp_path).benchmarks.values()
+    assert [(item.kind, seen(item.image)) for item in items_of(benchmark)] == [(tmp_path.name, 10)] * 2
 
 
 def _rows(folder: Path, text: str) -> Found:

@@ -240,7 +240,7 @@ def write_hallusion(folder: Path, form: str) -> None:
         )
 
 
-def write_nlvr(folder: Path, name: str = "dev/dev.json") -> None:
+def write_nlvr(folder: Path, name: str = "dev/dev.json", split: str = "dev-") -> None:
     lines(
         folder / name,
         [
@@ -257,7 +257,7 @@ def write_nlvr(folder: Path, name: str = "dev/dev.json") -> None:
     )
     for place, (number, directory, _, _) in enumerate(NLVR):
         for order in range(6):
-            put(folder / f"dev/images/{directory}/dev-{number}-{order}.png", 60 * place + 10 * order)
+            put(folder / f"dev/images/{directory}/{split}{number}-{order}.png", 60 * place + 10 * order)
 
 
 def write_nlvr2(folder: Path, form: str) -> None:

@@ -57,7 +57,10 @@ def test_popes_own_files_have_a_line_a_question_in_its_order(tmp_path: Path):
 
 def test_mmes_results_have_four_cells_and_two_lines_a_picture(tmp_path: Path):
     files.write_mme(tmp_path, "folders")
-    written = submissions(*read(tmp_path))
+    benchmark, requests, results = read(tmp_path)
+    ids = {json.loads(line)["question_id"] for line in answer_lines(benchmark, requests, results, "m")}
+    assert ids == {f"{task}/{rows[0][0]}" for task, rows in files.MME.items()}
+    written = submissions(benchmark, requests, results)
     assert set(written) == {f"{task}.txt" for task in files.MME}
     for task, rows in files.MME.items():
         cells = [line.split("\t") for line in written[f"{task}.txt"].splitlines()]

@@ -46,7 +46,7 @@ def answer_lines(
             request, text = found
             line = {
                 "question_id": _published_id(item, benchmark.layout),
-                "prompt": request.question,
+                "prompt": _prompt(request, benchmark.layout),
                 "text": text,
                 "answer_id": xxhash.xxh3_128_hexdigest(
                     json.dumps([model_id, benchmark.name, item.item_id, text]).encode()
@@ -55,6 +55,12 @@ def answer_lines(
                 "metadata": {},
             }
             yield json.dumps(line, ensure_ascii=False)
+
+
+def _prompt(request: Generate, layout: str) -> str:
+    """What was asked; LLaVA's scorer of ScienceQA tells questions with a picture by the mark that its model's script writes."""
+    marked = layout.startswith("scienceqa") and request.image is not None
+    return f"<image>\n{request.question}" if marked else request.question
 
 
 def _published_id(item: Item, layout: str = "") -> Any:

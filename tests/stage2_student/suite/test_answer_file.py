@@ -8,6 +8,7 @@ import yes_no_files as files
 
 from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
+from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.stage2_student.suite.answer_file import answer_lines, submissions
 from vlm_distill_cache.stage2_student.suite.metrics.table import METRICS
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result, Weigh
@@ -107,6 +108,24 @@ def test_an_item_asked_in_several_ways_has_one_line_of_the_question_as_published
     ]
     (line,) = answer_lines(benchmark, asked, [[[[0.0, 1.0]] * 2, "A", "B"]], "m")
     assert (json.loads(line)["prompt"], json.loads(line)["text"]) == ("1", "A")
+
+
+def test_the_prompt_of_scienceqa_has_the_mark_of_its_picture(tmp_path: Path):
+    item = OpenItem(item_id="7", image=None, question="Which?")
+    asked = [[Generate(image=image, question="Which?")] for image in (ImageFile(tmp_path / "1.png"), None)]
+    prompts = {
+        layout: [
+            json.loads(line)["prompt"]
+            for line in answer_lines(
+                Benchmark(name="b", layout=layout, title="B", items=[item, item], metric="any"),
+                asked,
+                [["A"], ["A"]],
+                "m",
+            )
+        ]
+        for layout in ("scienceqa", "gqa")
+    }
+    assert prompts == {"scienceqa": ["<image>\nWhich?", "Which?"], "gqa": ["Which?", "Which?"]}
 
 
 def test_ids_of_a_table_without_types_are_numbers_where_its_scorers_have_numbers():

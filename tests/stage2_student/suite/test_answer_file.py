@@ -8,9 +8,10 @@ import yes_no_files as files
 
 from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
+from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.stage2_student.suite.answer_file import answer_lines, submissions
 from vlm_distill_cache.stage2_student.suite.metrics.table import METRICS
-from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result
+from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result, Weigh
 
 
 def answered(benchmark: Benchmark) -> tuple[list[tuple[Request, ...]], list[list[Result]]]:
@@ -97,6 +98,34 @@ def test_servers_get_their_list_of_ids_and_answers(layout: str, expected: list[d
     benchmark = Benchmark(name="b", layout=layout, title="B", items=[item], metric="any")
     written = submissions(benchmark, [[Generate(image=None, question="Which?")]], [["red"]])
     assert json.loads(written["submission.json"]) == expected
+
+
+def test_an_item_asked_in_several_ways_has_one_line_of_the_question_as_published():
+    item = OpenItem(item_id="7", image=None, question="Which?")
+    benchmark = Benchmark(name="b", layout="mmbench", title="B", items=[item], metric="any")
+    asked = [
+        [Weigh(image=None, question="Which?", answers=("A", "B")), *(Generate(image=None, question=q) for q in "12")]
+    ]
+    (line,) = answer_lines(benchmark, asked, [[[[0.0, 1.0]] * 2, "A", "B"]], "m")
+    assert (json.loads(line)["prompt"], json.loads(line)["text"]) == ("1", "A")
+
+
+def test_the_prompt_of_scienceqa_has_the_mark_of_its_picture(tmp_path: Path):
+    item = OpenItem(item_id="7", image=None, question="Which?")
+    asked = [[Generate(image=image, question="Which?")] for image in (ImageFile(tmp_path / "1.png"), None)]
+    prompts = {
+        layout: [
+            json.loads(line)["prompt"]
+            for line in answer_lines(
+                Benchmark(name="b", layout=layout, title="B", items=[item, item], metric="any"),
+                asked,
+                [["A"], ["A"]],
+                "m",
+            )
+        ]
+        for layout in ("scienceqa", "gqa")
+    }
+    assert prompts == {"scienceqa": ["<image>\nWhich?", "Which?"], "gqa": ["Which?", "Which?"]}
 
 
 def test_ids_of_a_table_without_types_are_numbers_where_its_scorers_have_numbers():

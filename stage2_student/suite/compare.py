@@ -64,7 +64,7 @@ from vlm_distill_cache.stage2_student.training.stamp import BASELINE, DISTILLED,
 
 _MARK = "<!-- written by distill compare -->"  # a later page may take its place
 LOG = "log.jsonl"
-_MOST_NOTES = 8  # above the first section
+_MOST_NOTES = 4  # above the first section
 _AGREEMENT = "teacher/top1"
 _BUILT_IN = re.compile(r"(shapes|easy-vqa)\b")
 
@@ -302,8 +302,7 @@ def compare(outputs: tuple[Path, ...], page: Path) -> None:
     """Put runs, and suites of published benchmarks, side by side on one page.
 
     Each OUTPUT is a folder that `distill run` or `distill suite` wrote; all are compared with the first of their sort. Gains
-    are told where both were asked the same items; of suites, over the items that both were asked, if no text and no right
-    answer of these differs.
+    are told where both were asked the same items.
     """
     runs: dict[str, RunOutput] = {}
     suites: dict[str, SuiteOutput] = {}

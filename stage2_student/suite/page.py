@@ -32,6 +32,7 @@ from vlm_distill_cache.stage2_student.suite.measures import Measure, gain
 
 SUMMARY, MEASURES, RESULTS, PAGE = "summary.json", "measures.json", "results.jsonl", "report.html"
 _AGAIN = "run the same `distill suite` command again: it counts again what was answered"
+_NO_GAIN = "A dash: none is defined, since the two were asked different items or have different subsets."
 _SHOWN = 6  # units of each outcome
 _MOST_BYTES = 1 << 30
 _LARGEST = 1e12
@@ -43,6 +44,7 @@ _MEASURE = record(
         "factor": _COUNT,
         "gains": maybe(FLAG),
         "units": _COUNT,
+        "mean_of": _COUNT,
         **dict.fromkeys(("value", "low", "high"), maybe(_NUMBER)),
     },
     free=True,
@@ -185,7 +187,8 @@ def _read(path: Path, rule: Rule) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"{path} is missing; {_AGAIN}") from error
     except CacheFormatError as error:
-        raise ConfigError(str(error)) from error
+        said = str(error)
+        raise ConfigError(said if said.endswith(_AGAIN) else f"{said}; {_AGAIN}") from error
     return found
 
 
@@ -257,13 +260,13 @@ def _sameness(first: SuiteOutput, output: SuiteOutput, benchmark: str) -> tuple[
     if changed := sorted(item for item in shared if ours[item] != theirs[item]):
         return False, (
             f"{len(changed):,} of {len(shared):,} items that have the same id differ in their texts or right answers "
-            f"({changed[0]})"
+            f"(the first: {changed[0]})"
         )
     notes = []
     if ours.keys() != theirs.keys():
         counts = f"{len(theirs):,} and {len(ours):,}"
         notes.append(f"gains are over the {len(shared):,} items that both were asked, of {counts}")
-    if here["instruction"] != there["instruction"]:
+    if here["instruction"] != there["instruction"] and first.summary["prompts"] == output.summary["prompts"]:
         asked = (repr(of["instruction"]) if of["instruction"] else "nothing" for of in (there, here))
         notes.append("behind each question stood {}, not {}".format(*asked))
     return True, "; ".join(notes)
@@ -279,7 +282,11 @@ def notes_of(outputs: Mapping[str, SuiteOutput], compared: Comparisons) -> list[
         for name, output in others
         if output.summary["prompts"] != prompts
     ]
-    return notes + [beside.note for of in compared.values() for beside in of.values() if beside.note]
+    known = first.summary["benchmarks"].keys()
+    apart = [name for name, output in others if not known & output.summary["benchmarks"].keys()]
+    notes += [f"{name} and {first_name} have no benchmark in common: no gain is told" for name in apart]
+    noted = [beside for of in compared.values() for beside in of.values() if beside.note]
+    return notes + [beside.note for beside in sorted(noted, key=lambda beside: bool(beside.gains))]
 
 
 def suite_parts(outputs: Mapping[str, SuiteOutput], compared: Comparisons) -> dict[str, str]:
@@ -303,10 +310,11 @@ def _entry(output: SuiteOutput, benchmark: str) -> Mapping[str, Any]:
 
 def _told(outputs: Mapping[str, SuiteOutput]) -> dict[str, str]:
     return {
-        "items": "Items that were asked and counted; those that were not stand below, with the reason.",
+        "items": "Items that were asked and counted, of each model where they differ; those that were not stand below, with the "
+        "reason.",
         "score": "The measure that the benchmark is known by, as its authors count it; percent where nothing else is said.",
         "interval": INTERVAL,
-        **({"gain": PAIRED} if len(outputs) > 1 else {}),
+        **({"gain": f"{PAIRED} {_NO_GAIN}"} if len(outputs) > 1 else {}),
     }
 
 
@@ -321,9 +329,10 @@ def _headlines(
         found = [_entry(output, benchmark) for output in outputs.values()]
         known = [entry for entry in found if entry.get("measures")]
         measure = known[0]["measures"][0] if known else {"heading": "nothing that could be scored", "name": ""}
-        counts = " / ".join(dict.fromkeys(f"{entry['items']:,}" for entry in found if entry))
+        counts = [f"{entry['items']:,}" if entry else "-" for entry in found]
+        shown = counts[0] if len({*counts}) == 1 else " / ".join(counts)
         cells = _cells(outputs, benchmark, measure["name"], compared.get(benchmark, {}))
-        rows.append([words(benchmark, 60), counts, words(measure["heading"], 80), *cells])
+        rows.append([words(benchmark, 60), shown, words(_of_all(outputs, benchmark, measure), 120), *cells])
     return table(["benchmark", "items", "score", *_heads(outputs)], rows)
 
 
@@ -375,7 +384,10 @@ def _benchmark(outputs: Mapping[str, SuiteOutput], benchmark: str, compared: Map
             notes[f"{model} was not asked"] = None
     notes |= dict.fromkeys(beside.note for beside in compared.values() if beside.note)
     rows = [
-        [words(("  " if "/" in name else "") + _heading(one), 80), *_cells(outputs, benchmark, name, compared)]
+        [
+            words(("  " if "/" in name else "") + _of_all(outputs, benchmark, one), 120),
+            *_cells(outputs, benchmark, name, compared),
+        ]
         for name, one in measures.items()
     ]
     shown = table(["", *_heads(outputs)], rows) if rows else "<p>Nothing could be scored.</p>"
@@ -394,6 +406,12 @@ def _heading(measure: Mapping[str, Any]) -> str:
     return name.partition("/")[2] or name if heading == name else heading
 
 
+def _of_all(outputs: Mapping[str, SuiteOutput], benchmark: str, measure: Mapping[str, Any]) -> str:
+    """What a row of all models is called: what one has summed over more subsets than another has a heading of its own."""
+    found = [_measure(output, benchmark, measure["name"]) for output in outputs.values()]
+    return " / ".join(dict.fromkeys(_heading(one) for one in found if one)) or str(measure["heading"])
+
+
 def _groups(
     outputs: Mapping[str, SuiteOutput], benchmark: str, measures: Mapping[str, Mapping[str, Any]]
 ) -> list[Group]:
@@ -404,9 +422,10 @@ def _groups(
         base, _, subset = name.partition("/")
         if subset and base != first:
             continue
-        heading = f"{measures[first]['heading']}, by subset" if subset else "all items"
+        whole = "all items" if one["factor"] == 100 else "all items, not in percent"
+        heading = f"{measures[first]['heading']}, by subset" if subset else whole
         scores = [_score(_measure(output, benchmark, name)) for output in outputs.values()]
-        groups.setdefault((heading, one["factor"]), []).append((_heading(one), scores))
+        groups.setdefault((heading, one["factor"]), []).append((_of_all(outputs, benchmark, one), scores))
     return [Group(heading, factor, rows) for (heading, factor), rows in groups.items()]
 
 

@@ -437,6 +437,7 @@ def _counted(measure: Measure, others: Mapping[str, Measure]) -> dict[str, Any]:
         "heading": measure.heading or measure.name,
         "factor": measure.factor,
         "gains": measure.gains,
+        "mean_of": 0 if measure.summed else len(measure.parts),
         "value": None if found is None else found.value,
         "low": None if found is None else found.low,
         "high": None if found is None else found.high,

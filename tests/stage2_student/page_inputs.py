@@ -51,7 +51,7 @@ def write_suite(
         found = score(measure, by_name)
         ends = {key: None if found is None else getattr(found, key) for key in ("value", "low", "high")}
         head = {"name": measure.name, "heading": measure.heading or measure.name, "factor": 100, "gains": measure.gains}
-        counted.append({**head, **ends, "units": units})
+        counted.append({**head, **ends, "units": units, "mean_of": len(measure.parts)})
     entry = {
         "layout": "sugarcrepe", "title": f"SugarCrepe{text}", "metric": "captions", "items": units,
         "left_out": {"items": 2, "reasons": [f"no picture{text}"]}, "notes": [f"a note{text}"], "fingerprint": "f",

@@ -50,8 +50,8 @@ th{{border-top:0}}th:first-child,td:first-child{{text-align:left;white-space:pre
 min-width:9em}}
 td:first-child,th:first-child{{position:sticky;left:0;background:var(--card)}}td small{{white-space:nowrap}}
 table.words td{{text-align:left;overflow-wrap:anywhere;min-width:6em}}
-dl{{display:grid;grid-template-columns:minmax(7em,max-content) 1fr;gap:2px 16px;margin:0}}
-dd{{margin:0;overflow-wrap:anywhere}}
+dl{{display:grid;grid-template-columns:fit-content(45%) 1fr;gap:2px 16px;margin:0}}
+dt,dd{{margin:0;overflow-wrap:anywhere}}
 pre{{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px;white-space:pre-wrap;
 overflow-wrap:anywhere;font-size:13px}}
 details{{margin:8px 0 14px}}summary{{cursor:pointer}}details>dl{{margin-top:8px}}

@@ -243,6 +243,7 @@ def test_the_page_of_a_suite_tells_all_that_its_summary_does(tmp_path):
     explained = explain_measures(entry["measures"])
     assert {measure.heading or name for name, measure in measures.items() if "/" not in name} <= explained.keys()
     assert "gain</th>" not in text
+    assert "Counted in each of 2 subsets, of which this is the unweighted mean." in text
 
 
 @pytest.mark.parametrize(
@@ -259,6 +260,9 @@ def test_the_page_of_a_suite_tells_all_that_its_summary_does(tmp_path):
         ("hallusionbench", "fAcc", "figures", "Mean"),
         ("circular", "circular_likelihood", "all rotations", "two fit"),
         ("circular", "accuracy", "right answers", "rotations"),
+        ("choices", "likelihood", "letter is the likeliest", "sum of"),
+        ("whats-up", "pairs_yes", "both are right", "belong together"),
+        ("hallusionbench", "p_yes_aAcc", "above P", "neither yes nor no"),
     ],
 )
 def test_a_legend_is_that_of_the_metric(metric, name, says, not_this):

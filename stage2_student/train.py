@@ -158,6 +158,7 @@ def train(
             if position.step % config.checkpoint_every == 0 or position.step == phase.steps:
                 log.flush(durably=True)
                 save(config, run.fingerprint, position, accelerator, parts, optimizer)
+                scored.saved(position)
             if after_step is not None:
                 after_step(position, student)
         end_phase(accelerator, model, parts)

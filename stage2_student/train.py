@@ -164,8 +164,8 @@ def train(
         end_phase(accelerator, model, parts)
         position = replace(position, phase=index + 1, step=0, samples=0)
 
-    log.close()
     final = export(config, run, position, accelerator, log.records)
+    log.close()  # last: a service may wait long for what it could not send
     return TrainResult(log=log.records, model=student, preparation=run, final=final, scores=scored.lines)
 
 

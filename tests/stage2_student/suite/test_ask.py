@@ -15,8 +15,8 @@ from vlm_distill_cache.data.text.encoding import build_prompt
 from vlm_distill_cache.stage2_student.students.library import open_library_student
 from vlm_distill_cache.stage2_student.students.model import packs_conversations
 from vlm_distill_cache.stage2_student.suite import ask as asking
-from vlm_distill_cache.stage2_student.suite.ask import LEAST, ask
-from vlm_distill_cache.stage2_student.suite.requests import Generate, Weigh
+from vlm_distill_cache.stage2_student.suite.ask import ask
+from vlm_distill_cache.stage2_student.suite.requests import LEAST, Generate, Weigh
 
 CAPTIONS = ("a red circle", "two", "a blue square left of it")
 

@@ -30,7 +30,9 @@ KEY = "__key__"  # of rows that were a dict by id: the id
 _PROBED = 32  # rows whose keys are the columns
 _PART = re.compile(r"-\d{4,5}-of-\d{4,5}(?=\.parquet$)")
 _DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of `datasets`
-_YES_OR_NO = re.compile(r"\t\s*(?:yes|no)\s*(?:\t|$)", re.IGNORECASE | re.MULTILINE)
+_YES_OR_NO = re.compile(
+    r"(?:\t\s*|[?.] +)(?:yes|no)\s*(?:\t|$)", re.IGNORECASE | re.MULTILINE
+)  # blanks: refused in words
 _LONGEST_LINE = 4096
 LONGEST_INDEX = 64
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -46,7 +48,8 @@ class Document:
         shown: What errors call it: the path relative to the folder that was searched.
         top: The JSON as it stands; None of what is no JSON.
         rows: Its entries in order, read when they are asked for: a list of objects, the values of an object of objects
-            (their key under `KEY`), lines, rows of a table. Empty for other JSON.
+            (their key under `KEY`), one object with texts and no lists of objects, lines, rows of a table. Empty for other
+            JSON.
         split: Of a table, where its folder or file names one.
 
     Rows of texts have ``file`` and ``line``, and of lines of two to four cells ``image`` (a name, or the file's without its
@@ -239,7 +242,14 @@ def _rows_of(top: Any) -> Sequence[Mapping[str, Any]]:
         return top
     if isinstance(top, dict) and top and all(isinstance(row, dict) for row in top.values()):
         return [{KEY: key, **row} for key, row in top.items()]
-    return ()
+    return [top] if _is_row(top) else ()
+
+
+def _is_row(top: Any) -> bool:
+    """Whether JSON is one row: a file of lines that has one."""
+    if not isinstance(top, dict) or not any(isinstance(value, str) for value in top.values()):
+        return False
+    return not any(isinstance(value, list) and value and isinstance(value[0], dict) for value in top.values())
 
 
 def _arrow(path: Path) -> ArrowTable:

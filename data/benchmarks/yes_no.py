@@ -102,9 +102,14 @@ def _read_pope(documents: Sequence[Document], pictures: Pictures) -> list[Benchm
 
 def _pope_item(document: Document, index: int, row: Row, kind: str, pictures: Pictures, item_id: str) -> YesNoItem:
     question = text_of(row, "text", "question")
-    if not set(_splits_told(row)) <= {*POPE_SPLITS, kind}:
+    if not set(_splits_told(row)) <= set(POPE_SPLITS):
         raise SampleError(f"'category' must be of {', '.join(POPE_SPLITS)}, got {str(row.get('category'))[:60]!r}")
-    shown = row.get("image_source") or row.get("image_path") or file_named(document, row.get("image"))
+    image = row.get("image")
+    shown = (
+        row.get("image_source")
+        or row.get("image_path")
+        or (image if isinstance(image, int) else file_named(document, image))
+    )
     return YesNoItem(
         item_id=item_id,
         kind=kind,

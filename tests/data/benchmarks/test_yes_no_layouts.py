@@ -260,6 +260,7 @@ BOX = {"identifier": "5-0", "sentence": "It is red.", "label": "true"}
     ("layout", "row", "bad"),
     [
         ("pope", {"image": "a.png", "text": "Is it red?", "label": "yes"}, {"label": None}),
+        ("pope", {"image": "a.png", "question": "Is it?", "answer": "yes", "category": "random"}, {"category": "all"}),
         (
             "mme",
             {"image": "a.png", "question": "Is it red?", "answer": "yes", "category": "count"},

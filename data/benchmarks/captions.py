@@ -46,6 +46,7 @@ _OTHER_NAMES = {
     "coref": "coreference_standard",
     "coref_hard": "coreference_hard",
     "relation": "relations",
+    "action_replace": "action_replacement",
 }
 
 

@@ -216,6 +216,8 @@ def benchmarks_page() -> str:
         "authors' own files are read, and the hub's tables: parquet, JSON lines, CSV, folders of `datasets`. Pictures may stand in",
         "the table, beside the file, in any folder below, or below `--images`; annotations may name them by path, by name or by",
         "COCO's number. A picture name that several different files have is not guessed: give each benchmark a folder of its own.",
+        "A bare number (`139.jpg`) names another picture in each benchmark: it is taken from the benchmark's own folder, from",
+        "folders called after pictures that several share (`vg`, `coco`, `val2017`, `images`), or from below `--images`.",
         "What no layout knows is listed with what was found in it. An item whose picture is missing is left out and counted,",
         "with the reason; scores are of the others.", "",
         "## What is asked", "",

@@ -61,9 +61,8 @@ _NOT_SUGARCREPE = frozenset("caption2 foil answer correct chosen rejected conver
 
 
 def _sugar_kind(document: Document, row: Row) -> str:
-    if isinstance(row.get("type"), str) and isinstance(row.get("subtype"), str):
-        return _sugar(f"{row['type']}_{row['subtype']}")
-    return next(filter(None, map(_sugar, names_in(row))), "") or kind_in_path(document, _sugar)
+    named = [f"{row.get('type')}_{row.get('subtype')}", *names_in(row)]
+    return next(filter(None, map(_sugar, named)), "") or kind_in_path(document, _sugar)
 
 
 def _is_copy(document: Document, *keys: str) -> bool:

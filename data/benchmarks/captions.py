@@ -230,6 +230,7 @@ def _votes(row: Row) -> int | None:
     if votes is None:
         return None
     count = votes.get("caption") if isinstance(votes, Mapping) else None
+    count = int(count) if isinstance(count, str) and count.isdecimal() else count
     if not isinstance(count, int | float):
         raise SampleError(f"'mturk' must hold the number of votes for 'caption', got {str(votes)[:60]}")
     return int(count)

@@ -91,8 +91,9 @@ class Pictures:
         found: Sequence[Path] = self._by_name.get(path.name.lower(), ())
         longest: list[Path] = []
         telling = [place for place, part in enumerate(path.parts[-2::-1], 1) if part.lower() not in _ANY_FOLDER]
-        if not telling and _COMMON.fullmatch(path.stem):
-            own = [file for file in found if self._is_own(file.parent, near)]
+        if _COMMON.fullmatch(path.stem):
+            told = [file for file in found if telling and _ends_alike(file, path, telling[0] + 1)]
+            own = told or [file for file in found if self._is_own(file.parent, near)]
             if found and not own:
                 raise SampleError(
                     f"no picture {name!r} in the benchmark's own folder ({found[0]} may be of another one: many have such a "
@@ -101,8 +102,7 @@ class Pictures:
             found = own
         fewest = telling[0] if telling and _SHORT_NUMBER.fullmatch(path.stem) else 0
         for parts in range(len(path.parts), fewest, -1):  # the longest end of the path that any file has
-            end = [part.lower() for part in path.parts[-parts:-1]]
-            longest = [file for file in found if [part.lower() for part in file.parts[-parts:-1]] == end]
+            longest = [file for file in found if _ends_alike(file, path, parts)]
             if longest:
                 break
         hinted = [file for file in longest if any(hint.lower() in str(file).lower() for hint in hints)]
@@ -168,6 +168,11 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a name that is too long, or holds a null byte
         return False
+
+
+def _ends_alike(file: Path, path: PurePosixPath, parts: int) -> bool:
+    """Whether the last folders of two paths are the same, in any case; ``parts`` counts the file."""
+    return [part.lower() for part in file.parts[-parts:-1]] == [part.lower() for part in path.parts[-parts:-1]]
 
 
 def _nearest(files: Sequence[Path], near: Path | None) -> Sequence[Path]:

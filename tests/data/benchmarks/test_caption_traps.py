@@ -25,8 +25,10 @@ def test_a_bare_number_is_a_picture_of_its_own_benchmark(tmp_path: Path):
     def found(*images: Path) -> int:
         return seen(Pictures([tmp_path / "all", *images]).find("139.jpg", near=annotations))
 
-    with pytest.raises(SampleError, match=r"own folder .*other/images/139\.jpg.*--images"):
-        found()
+    for name in ("139.jpg", "val/1390000.jpg", "b.jpg", "images/image_7.png"):
+        files.put(tmp_path / "all" / "other" / "images" / Path(name).name, 1)
+        with pytest.raises(SampleError, match=rf"own folder .*other/images/{Path(name).name}.*--images"):
+            Pictures([tmp_path / "all"]).find(name, near=annotations)
     assert found(tmp_path / "outside") == 2
     assert found(tmp_path / "all" / "other") == 1
     files.put(tmp_path / "all" / "visual_genome" / "VG_100K" / "139.jpg", 3)

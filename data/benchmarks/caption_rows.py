@@ -1,6 +1,5 @@
 """What readers of caption benchmarks share: a row's picture and sentences, files that are one benchmark, items and refusals."""
 
-import ast
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.benchmarks.question_rows import file_named
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.pictures import says_none
+from vlm_distill_cache.data.sources.printed import printed
 
 Row = Mapping[str, Any]
 # Where a row holds or names the one picture that it is about, in order.
@@ -50,13 +50,8 @@ def has_coco_picture(document: Document) -> bool:
 
 
 def listed(value: Any) -> Any:
-    """The list that a cell of CSV writes out, ``['red', 'open']``; other values as they stand."""
-    if not isinstance(value, str) or not value.strip().startswith("["):
-        return value
-    try:
-        found = ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return value
+    """The texts that a cell of CSV writes out as a list, ``['red', 'open']``; other values as they stand."""
+    found = printed(value) if isinstance(value, str) else None
     return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else value
 
 

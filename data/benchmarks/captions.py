@@ -46,6 +46,7 @@ _OTHER_NAMES = {
     "coref": "coreference_standard",
     "coref_hard": "coreference_hard",
     "relation": "relations",
+    "action_replace": "action_replacement",
 }
 
 
@@ -60,9 +61,8 @@ _NOT_SUGARCREPE = frozenset("caption2 foil answer correct chosen rejected conver
 
 
 def _sugar_kind(document: Document, row: Row) -> str:
-    if isinstance(row.get("type"), str) and isinstance(row.get("subtype"), str):
-        return _sugar(f"{row['type']}_{row['subtype']}")
-    return next(filter(None, map(_sugar, names_in(row))), "") or kind_in_path(document, _sugar)
+    named = [f"{row.get('type')}_{row.get('subtype')}", *names_in(row)]
+    return next(filter(None, map(_sugar, named)), "") or kind_in_path(document, _sugar)
 
 
 def _is_copy(document: Document, *keys: str) -> bool:
@@ -230,6 +230,7 @@ def _votes(row: Row) -> int | None:
     if votes is None:
         return None
     count = votes.get("caption") if isinstance(votes, Mapping) else None
+    count = int(count) if isinstance(count, str) and count.isdecimal() else count
     if not isinstance(count, int | float):
         raise SampleError(f"'mturk' must hold the number of votes for 'caption', got {str(votes)[:60]}")
     return int(count)

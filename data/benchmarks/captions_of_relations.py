@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
@@ -77,12 +78,22 @@ def _place(text: str) -> str:
     return next((word for word in reversed(_words(text)) if word in _PLACES), "")
 
 
+def _around_place(options: Sequence[str]) -> tuple[list[str], list[str], list[list[str]]]:
+    """The words that all options begin with, those that they end with, and what each says in between: where something is."""
+    words = [_words(text) for text in options]
+    start = _shared(words)
+    end = _shared([each[start:][::-1] for each in words])
+    return words[0][:start], words[0][len(words[0]) - end :], [each[start : len(each) - end] for each in words]
+
+
+def _shared(lists: Sequence[Sequence[str]]) -> int:
+    """How many words from the first on are the same in all."""
+    return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*lists, strict=False)))
+
+
 def _controlled_places(options: Sequence[str]) -> list[str]:
-    """Which of What's Up's six places each option says; words that all have (a left shoe) are of the things."""
-    found = [Counter(word for word in _words(text) if word in _CONTROLLED) for text in options]
-    return [
-        next((word for word in counts if any(other[word] < counts[word] for other in found)), "") for counts in found
-    ]
+    """Which of What's Up's six places each option says; a left shoe is a thing."""
+    return [next((word for word in between if word in _CONTROLLED), "") for between in _around_place(options)[2]]
 
 
 # --- ARO: relations and attributes ---
@@ -338,7 +349,7 @@ def _listed(document: Document) -> Sequence[Sequence[Any]]:
         return ()
     first = top[:32]
     known = [entry for entry in first if _is_entry(entry) and _sort_of(entry[1:]) == "places"]
-    return top if 2 * len(known) > len(first) else ()
+    return top if known and 2 * len(known) >= len(first) else ()
 
 
 def _is_entry(entry: Any) -> bool:
@@ -376,8 +387,7 @@ def _up_kind(options: Sequence[str], family: str) -> str:
     if "-" in family:
         return family
     # What is said of one thing ends with its place; of two, with the other one.
-    ends = {tuple(_words(text)[-1:]) for text in options}
-    return f"{family or 'objects'}-{'one' if len(ends) > 1 else 'two'}"
+    return f"{family or 'objects'}-{'two' if _around_place(options)[1] else 'one'}"
 
 
 def _up_options(row: Row) -> tuple[str, ...]:
@@ -400,10 +410,9 @@ def _up_item(pictures: Pictures, document: Document, index: int, row: Row) -> Ca
             f"{options[0][:60]!r}; as published the first of 'caption_options' is right"
         )
     # Four pictures of the same two things are a set.
-    things = [word for word in _words(options[0]) if word not in _AROUND]
-    if place in things:
-        things.remove(place)
-    return replace(item, group=f"{kind}/{' '.join(things)}", extra={"place": place})
+    before, after, _ = _around_place(options)
+    things = " ".join(word for word in (*before, *after) if word not in _AROUND)
+    return replace(item, group=f"{kind}/{things}", extra={"place": place})
 
 
 def _up_row_kind(document: Document, row: Row) -> str:

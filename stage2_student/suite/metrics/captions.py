@@ -25,7 +25,7 @@ YES_NO = ("Yes", "No")
 _LEAST_OF_ATTRIBUTE = 25  # items of a pair of attributes that ARO counts
 _OPPOSITES = (("left", "right"), ("on", "under"), ("front", "behind"))  # What's Up's pairs of pictures
 _PER_TOKEN = "_per_token"
-TIE = 1e-4  # nats; the same text at two places of a batch differs by up to 2e-5
+TIE = 1e-4  # nats; the same text at two places of a sequence differs by up to 2e-5 in float32
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,16 @@ Options stand in columns (``A`` to ``Z``, ``choice_a``, ``option1``) or in a lis
 such a list. An answer is a letter, a number counted from 0, or the option's text.
 """
 
-import ast
-import json
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.images.recognise import names_picture
 from vlm_distill_cache.data.sources.pictures import brief, normal_key, says_none
+from vlm_distill_cache.data.sources.printed import printed
 
 LETTERS = string.ascii_uppercase
 INSTRUCTION = "Answer with the option's letter from the given choices directly."  # LLaVA's, for letters as answers
@@ -202,7 +200,7 @@ def _listed(value: Any, key: str) -> Options | None:
     """Options under one key; None if what stands there is no list of them."""
     sure = key in _LISTS and not isinstance(value, str)
     if isinstance(value, str):
-        value = _parsed(value)
+        value = printed(value, where=repr(key))
     first, lettered = 0, False
     if isinstance(value, Mapping):
         lettered = {"A", "B"} <= value.keys()
@@ -215,15 +213,6 @@ def _listed(value: Any, key: str) -> Options | None:
     while texts and says_none(texts[-1]):
         texts.pop()
     return replace(_options(texts, repr(key), sure=sure), first=first, lettered=lettered) if texts else None
-
-
-def _parsed(text: str) -> Any:
-    """The list that a text holds, as JSON or as Python prints it; None if it holds none."""
-    if text.lstrip()[:1] in ("[", "{"):
-        for parse in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-                return parse(text)
-    return None
 
 
 def _of_object(value: Mapping[str, Any], key: str) -> tuple[list[Any], int]:

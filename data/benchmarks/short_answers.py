@@ -121,7 +121,7 @@ def _read_vizwiz(documents: Sequence[Document], pictures: Pictures) -> list[Benc
                     row,
                     "filename",
                     "question_id",
-                    default=picture if isinstance(picture, str) and len(picture) < 200 else index,
+                    default=picture if isinstance(picture, str) and len(picture) < 200 else row.get("index", index),
                 ),
                 row.get("question"),
                 row.get("answers", row.get("answer")),
@@ -288,7 +288,8 @@ def _read_docvqa(documents: Sequence[Document], pictures: Pictures) -> list[Benc
                 else []
             )
             names = [str(row[key]) for key in ("image_local_name",) if row.get(key)] or page
-            kinds = [answers_of(row.get(key)) for key in ("question_types", "answer_type", "operation/reasoning")]
+            said = (row.get(key) for key in ("question_types", "answer_type", "operation/reasoning"))
+            kinds = [answers_of((printed(value) if isinstance(value, str) else None) or value) for value in said]
             found.add(
                 row_id(row, "questionId", "question_id", "index", default=index),
                 row.get("question"),

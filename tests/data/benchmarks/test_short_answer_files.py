@@ -140,9 +140,14 @@ def test_gqa_reads_questions_by_id_choices_and_tables_of_pictures(tmp_path: Path
     rows = [{"id": item_id, **files.gqa_question(item_id)} for item_id in ("101", "104")]
     rows = [{**row, "entailed": str(row["entailed"])} for row in rows]
     files.table(tmp_path / "hub" / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet", rows)
+    pd = pytest.importorskip("pandas")
+    (tmp_path / "csv").mkdir()
+    pd.DataFrame(rows).to_csv(tmp_path / "csv" / "testdev.csv", index=False)
     images = [{"id": name, "image": files.picture(shade)} for name, shade in (("n77", 200), ("2388", 201))]
     files.table(tmp_path / "hub" / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", images)
     authors, hub = read(tmp_path / "authors")["gqa-val-all"], read(tmp_path / "hub")["gqa-testdev"]
+    written = find_benchmarks(tmp_path / "csv", images=[tmp_path / "authors"]).benchmarks["gqa-testdev"]
+    assert [item.extra for item in items(written)] == [item.extra for item in items(hub)]
     assert [shade(item) for item in items(authors)] == [1, 1, 1, 2]
     assert [shade(item) for item in items(hub)] == [200, 201]
     first = items(authors)[0]

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable
+from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable, without_part
 from vlm_distill_cache.data.benchmarks.items import Benchmark, ChoiceItem
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.images.recognise import base64_picture
@@ -465,9 +465,8 @@ def _is_minus(answer: Any) -> bool:
 def _called(layout: str, document: Document, split: str) -> str:
     """A benchmark's name: its layout, and what the path of its file adds."""
     path = PurePosixPath(document.shown)
-    stem = re.sub(r"-\d{4,5}-of-\d{4,5}$", "", path.stem if path.suffix else path.name)
     words: list[str] = []
-    for part in (*path.parts[:-1], stem, split):
+    for part in (*path.parts[:-1], without_part(path.name), split):
         words += [word for word in re.split(r"[^a-z0-9]+", part.lower()) if word and word not in _PLAIN_WORDS]
     named = "-".join(dict.fromkeys(words))
     if (layout == "options" and not _SPLITS.issuperset(words)) or named.replace("-", "").startswith(layout):

@@ -4,11 +4,8 @@ Options stand in columns (``A`` to ``Z``, ``choice_a``, ``option1``) or in a lis
 such a list, or one a line or between ``|``. An answer is a letter, a number counted from 0, or the option's text.
 """
 
-import ast
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +13,7 @@ from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.images.recognise import names_picture
 from vlm_distill_cache.data.sources.inline_options import LETTERS, split_options
 from vlm_distill_cache.data.sources.pictures import brief, normal_key, says_none
+from vlm_distill_cache.data.sources.printed import printed
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."  # LLaVA's, for letters as answers
 
@@ -233,18 +231,9 @@ def _listed(value: Any, key: str) -> Options | None:
     return replace(found, first=first or found.first, lettered=lettered or found.lettered)
 
 
-def _parsed(text: str) -> Any:
-    """The list that a text holds, as JSON or as Python prints it; None if it holds none."""
-    if text.lstrip()[:1] in ("[", "{"):
-        for parse in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-                return parse(text)
-    return None
-
-
 def _of_text(text: str, key: str) -> Any:
     """The options that a text holds: a list, each behind its letter, one a line, or between ``|``; None if it holds none."""
-    if (found := _parsed(text)) is not None or normal_key(key) in ("choice", "option"):
+    if (found := printed(text, where=repr(key))) is not None or normal_key(key) in ("choice", "option"):
         return found
     lower = text.lstrip().startswith("(a)")
     inline = split_options(re.sub(r"\([a-z]\)", lambda found: found[0].upper(), text) if lower else text)

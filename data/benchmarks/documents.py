@@ -83,7 +83,7 @@ class Document:
         found = {}
         for place in range(len(self.rows)):
             with suppress(SampleError):
-                found[str(self.rows[place].get("index"))] = place
+                found[str(self.rows[place].get("index")).removesuffix(".0")] = place  # pandas wrote a float
         return found
 
     def picture(self, index: int, column: str, place: int | None = None) -> ImageSource:

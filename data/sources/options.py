@@ -243,7 +243,7 @@ def _of_text(text: str, key: str) -> Any:
         parts = [part.strip() for part in text.strip().split(sign)]
         if len(parts) > 1 and all(parts):
             return parts
-    if says_nothing(text):
+    if says_nothing(text) or text.strip().lower() in ("n/a", "none", "null", "-"):
         return None
     raise SampleError(
         f"{key!r} holds what can be answered, but {text[:60]!r} is no list; give a list of texts, each option behind its "
@@ -276,10 +276,10 @@ def _labelled(labels: Sequence[Any], key: str) -> tuple[int, bool]:
     """What the first option is counted as by labels that stand beside the options, and whether these are letters.
 
     Raises:
-        SampleError: They are letters or numbers that could be answered, and not A, B, ..., 0, 1, ... or 1, 2, ... in order.
+        SampleError: They could be answered, and are not A, B, ..., 0, 1, ... or 1, 2, ... in order.
     """
     names = [str(label).strip(" ().").upper() for label in labels]
-    if not any(re.fullmatch(r"[A-Z]|\d{1,2}", name) for name in names):
+    if all(len(name) > 7 or re.fullmatch(r"\d{3,}", name) for name in names):  # of a data base
         return 0, False
     if names == list(LETTERS[: len(names)]):
         return 0, True
@@ -291,7 +291,7 @@ def _labelled(labels: Sequence[Any], key: str) -> tuple[int, bool]:
     )
     raise SampleError(
         f"{key!r} holds options out of order: option {place + 1} is labelled {name!r}, expected A, B, ..., or 1, 2, ...; "
-        "sort them"
+        "sort them, or call them so"
     )
 
 

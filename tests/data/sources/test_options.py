@@ -62,6 +62,7 @@ def test_options_under_any_key_reach_the_prompt(options, answer):
         ({"choices": ["cat", "dog"], "answer": "It barks."}, "Who?\nA. cat\nB. dog", "It barks."),
         ({"option_1": "cat", "option_2": "dog", "answer": "It barks."}, "Who?", "It barks."),
         ({"options": [], "choices": "[]", "answer": "A"}, "Who?", "A"),
+        ({"options": "N/A", "answer": "3"}, "Who?", "3"),
         ({"a": 3, "b": 4, "answer": "1"}, "Who?", "1"),
         # An answer that is one of them in words, and options as their labels count them.
         ({"choice_a": "cat", "choice_b": "dog", "answer": "Dog"}, "Who?\nA. cat\nB. dog", "Dog"),
@@ -115,6 +116,7 @@ def test_an_answer_is_a_letter_where_it_chooses_one(entry, question, answer):
         ),
         ({"choices": {"text": ["x", "y"], "label": ["B", "A"]}, "answer": "A"}, "labelled 'B'"),
         ({"choices": {"text": ["x", "y"], "label": ["2", "3"]}, "answer": "2"}, "labelled '2'"),
+        ({"choices": [{"id": "k1", "text": "x"}, {"id": "k2", "text": "y"}], "answer": "k2"}, "labelled 'K1'"),
         ({"choices": {"text": ["x", "y"], "label": ["A"]}, "answer": "A"}, "2 options and 1 labels"),
         ({"choices": "x, y", "answer": "A"}, "'x, y' is no list; give a list"),
         ({"choices": [{"label": "B", "text": "x"}, {"label": "A", "text": "y"}], "answer": "A"}, "labelled 'B'"),

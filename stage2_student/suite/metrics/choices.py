@@ -37,15 +37,17 @@ _NAMED = re.compile(
 )
 _BRACKETED = re.compile(r"[(\[]([A-Z])[)\]]")
 _LONE = re.compile(
-    _CLEAR.format(r"(?:[B-HJ-Z]|[AI](?=\W*\Z|[\u4e00-\u9fff])|A(?=\s*[,;]|\s+is\s+(?:the|correct|right|best)\b))")
+    _CLEAR.format(
+        r"(?:[B-HJ-Z]|[AI](?=\W*\Z|[\u4e00-\u9fff])|A(?=\s*[,;]|\s+(?:and|or|nor|is\s+(?:the|correct|right|best))\b))"
+    )
 )
 _ABBREVIATED = re.compile(r"(?<![A-Za-z.])(?:[A-Z]\.){2,}[A-Z]?(?![A-Za-z])")  # U.S.A.
-_NOT = r"(?:\b(?:not|never|neither|nor|cannot)\b|n['’]t\b|不是|并非|不选|不为|没有)"
+_NOT = r"(?:\b(?:not|never|neither|nor|cannot|except)\b|n['’]t\b|不是|并非|不选|不为|没有)"
 _DENIED = re.compile(
     rf"{_NOT}\s*(?:(?:be|the|option|choice|answer)\s+)*{_LETTERS}"
     rf"|{_LETTER}\s*(?:\b(?:is|are)(?:\s+not\b|n['’]t\b|\s+(?:wrong|incorrect|false)\b)|不|是?错)"
 )
-_DENYING = re.compile(rf"{_NOT}\s*(?:(?:an?|the|any)\s+)?\Z|不\Z")
+_DENYING = re.compile(rf"{_NOT}\s*(?:(?:an?|the|any)\s+)?\Z|\bno\s+\Z|不\Z")
 
 
 def parse_option(text: str, options: Sequence[str]) -> int | None:
@@ -110,7 +112,7 @@ def _holds(option: str, answer: str) -> bool:
     if len(option) == 1 and not option.isascii():  # a Chinese character, which may be part of any word: at either end
         ends = option not in "是否" and answer.rstrip("。.!").endswith((f"是{option}", f":{option}"))
         return ends or _starts(option, answer)
-    number = r"(?<![-−])(?<!\d[.,:/])", r"(?![.,:/]?\d)"
+    number = r"(?<![-−])(?<!\d[.,:/])", r"(?![.,:/-]?\d)"
     before = r"(?<![A-Za-z0-9_])" if option[0].isascii() else ""
     behind = r"(?![A-Za-z0-9_])" if option[-1].isascii() else ""
     before += number[0] if option[0].isdigit() else ""

@@ -68,7 +68,7 @@ CHINESE = ("狗", "猫", "一只鸟", "不知道")
             ANIMALS,
             None,
         ),
-        (("It is not a dog.", "A dog or a cat"), ANIMALS, None),
+        (("It is not a dog.", "A dog or a cat", "no dog", "It could be A or maybe D", "all except B"), ANIMALS, None),
         # What is called the answer comes before other letters, in any case and width.
         (("Answer: b", "the answer is b", "option b", "Ｂ", "The answer is (b)", "It is B, not A"), ANIMALS, 1),
         (("A. cat is wrong. The answer is B.", "A. cat\nB. dog\nC. red car\nD. car\nAnswer: B"), ANIMALS, 1),
@@ -79,7 +79,7 @@ CHINESE = ("狗", "猫", "一只鸟", "不知道")
         (("The answer is A and B", "A and B"), ("x", "y", "z", "A and B"), 3),
         (("Yes. The man is B.",), ("Yes", "No"), None),
         # Numbers are whole ones.
-        (("2.5", "-2", "1,200", "10:30", "3/4"), NUMBERS, None),
+        (("2.5", "-2", "1,200", "10:30", "3/4", "3-4"), NUMBERS, None),
         (("2", "It is 2.", "There are 2 cats", "(2)"), NUMBERS, 1),
         # Chinese has no blanks between words.
         (("答案是狗", "答案是狗。", "狗", "A选项"), CHINESE, 0),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def locked() -> dict[str, tuple[str, list[str]]]:
-    """Version and hashes by name; fails on a line that is neither."""
+    """Version and hashes by name; fails on a line that is neither. Of versions for several Pythons, this one's counts."""
     found: dict[str, tuple[str, list[str]]] = {}
     text = re.sub(r"^#.*\n", "", (ROOT / "constraints.txt").read_text(), flags=re.M).replace("\\\n", " ")
     for line in text.splitlines():
@@ -20,8 +20,11 @@ def locked() -> dict[str, tuple[str, list[str]]]:
         requirement = Requirement(pinned)
         (pin,) = requirement.specifier
         assert pin.operator == "=="
-        assert canonicalize_name(requirement.name) not in found
-        found[canonicalize_name(requirement.name)] = (pin.version, [word.strip() for word in hashes])
+        name = canonicalize_name(requirement.name)
+        if requirement.marker and "python" in str(requirement.marker) and not requirement.marker.evaluate():
+            continue
+        assert name not in found
+        found[name] = (pin.version, [word.strip() for word in hashes])
     return found
 
 

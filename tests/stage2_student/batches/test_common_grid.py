@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vlm_distill_cache.common.attention.boxes import area_pool, content_mask, show_twice, tile_boxes
 from vlm_distill_cache.common.attention.tiles import Tile, grid_tile, pooled_tiles
 from vlm_distill_cache.stage2_student.batches.grid import meet, meet_cells
-from vlm_distill_cache.stage2_student.scores.overlays import seen_once
+from vlm_distill_cache.stage2_student.scores.taught import seen_once
 
 PADDED = (0.0, -0.5, 1.0, 1.5)
 

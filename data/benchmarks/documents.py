@@ -23,6 +23,7 @@ from vlm_distill_cache.data.sources.json_text import decode, parse
 from vlm_distill_cache.data.sources.parquet import LocalParquet, ParquetTable
 from vlm_distill_cache.data.sources.parquet_rows import StoredPicture
 from vlm_distill_cache.data.sources.pictures import open_picture, says_none
+from vlm_distill_cache.data.sources.table import by_name
 
 OWN_STAMP = "distill-suite.json"  # of a folder of results, which are no benchmarks
 KEY = "__key__"  # of rows that were a dict by id: the id
@@ -85,6 +86,14 @@ class Document:
             with suppress(SampleError):
                 found[str(self.rows[place].get("index")).removesuffix(".0")] = place  # pandas wrote a float
         return found
+
+    def named(self, row: Mapping[str, Any], column: str) -> Any:
+        """A row's value, by its name where a table of `datasets` has names for numbers; `SampleError` if it has none for it."""
+        value = row.get(column)
+        try:
+            return by_name(value, getattr(getattr(self.rows, "table", None), "features", {}).get(column))
+        except ValueError as error:
+            raise SampleError(f"{column!r} holds {str(value)[:60]}, which has no name: {error}") from error
 
     def picture(self, index: int, column: str, place: int | None = None) -> ImageSource:
         """A picture that stands in a row itself (bytes, base64, a table's); read again when it is asked about.

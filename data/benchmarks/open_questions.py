@@ -17,11 +17,12 @@ from vlm_distill_cache.data.sources.printed import printed
 
 TEN = 10  # people who answered each question of the VQA challenge, and of those that took its form
 IN_A_WORD = "Answer the question using a single word or phrase."
-SECRET = "its answers are kept secret: nothing is scored, and submission/ holds what the authors' server takes"
+SECRET = "its answers are kept secret: nothing is scored, and submission/ holds what the authors' server takes, if its ids are told"
 NO_ANSWERS = (
     "its files hold no answers, so that nothing is scored; splits for training and validation are published with theirs"
 )
 _KEPT_SECRET = re.compile(r"(?<![a-z])(test|challenge|submission)")
+_CANONICAL = re.compile(r"0|[1-9]\d{0,17}")
 _SPLIT = re.compile(
     r"(?<![a-z])(train|validation|val|testdev|test-dev|test_dev|test|dev|challenge|submission)(20\d\d)?(?![a-z])"
 )
@@ -242,5 +243,13 @@ def named(benchmark: str, split: str) -> str:
 
 
 def row_id(row: Mapping[str, Any], *keys: str, default: Any) -> Any:
-    """The first of these keys that has a value; the key of the object that the entry stood in; else the default."""
-    return next((row[key] for key in (*keys, KEY) if not says_none(row.get(key))), default)
+    """The first of these keys that has a value; the key of the object that the entry stood in; else the default.
+
+    A published id that is a number is one, also where its table has texts; `int` for no other, so that no place in a table
+    (VLMEvalKit's ``index``) is sent to a server as an id.
+    """
+    key = next((key for key in (*keys, KEY) if not says_none(row.get(key))), None)
+    value = default if key is None else row[key]
+    if key in (None, "index"):
+        return str(value)
+    return int(value) if isinstance(value, str) and _CANONICAL.fullmatch(value) else value

@@ -121,7 +121,7 @@ def _read_vizwiz(documents: Sequence[Document], pictures: Pictures) -> list[Benc
                     row,
                     "filename",
                     "question_id",
-                    default=picture if isinstance(picture, str) and len(picture) < 200 else index,
+                    default=picture if isinstance(picture, str) and len(picture) < 200 else row.get("index", index),
                 ),
                 row.get("question"),
                 row.get("answers", row.get("answer")),
@@ -240,6 +240,10 @@ def _is_balanced(row: Mapping[str, Any]) -> bool:
 
 def _gqa_extra(row: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
     extra: dict[str, Any] = {}
+    row = {
+        **row,
+        **{key: printed(row[key]) for key in ("types", "groups") if isinstance(row.get(key), str)},
+    }  # of CSV files
     told = row.get("types")
     types: Mapping[str, Any] = told if isinstance(told, Mapping) else {}
     structural, semantic, detailed = (str(types.get(key) or "") for key in ("structural", "semantic", "detailed"))
@@ -288,7 +292,8 @@ def _read_docvqa(documents: Sequence[Document], pictures: Pictures) -> list[Benc
                 else []
             )
             names = [str(row[key]) for key in ("image_local_name",) if row.get(key)] or page
-            kinds = [answers_of(row.get(key)) for key in ("question_types", "answer_type", "operation/reasoning")]
+            said = (row.get(key) for key in ("question_types", "answer_type", "operation/reasoning"))
+            kinds = [answers_of((printed(value) if isinstance(value, str) else None) or value) for value in said]
             found.add(
                 row_id(row, "questionId", "question_id", "index", default=index),
                 row.get("question"),
@@ -384,8 +389,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="textvqa",
         title="TextVQA",
-        looks_for="entries with question, image_id, answers and image_classes or flickr_300k_url: the JSON's list under data, or "
-        "rows of a table with image; TextVQA_VAL.tsv",
+        looks_for="entries with question_id, question, image_id, answers and image_classes or flickr_300k_url, no captions: the "
+        "JSON's list under data, or rows of a table with image; TextVQA_VAL.tsv",
         source="https://textvqa.org/dataset (TextVQA_0.5.1_val.json, train_val_images.zip); hub: lmms-lab/textvqa",
         licence="CC BY 4.0; pictures of Open Images: CC BY 2.0",
         scores="VQA accuracy over ten answers, normalised as TextVQA's server does",
@@ -396,7 +401,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="vizwiz",
         title="VizWiz-VQA",
-        looks_for="entries with image, question, answers, answerable; or whose picture is called VizWiz_...; VizWiz.tsv",
+        looks_for="entries with image, question, answers, answerable; or whose picture is called VizWiz_...; no captions, no "
+        "grounding; VizWiz.tsv",
         source="https://vizwiz.org/tasks-and-datasets/vqa (Annotations.zip, val.zip, test.zip); hub: lmms-lab/VizWiz-VQA",
         licence="CC BY 4.0",
         scores="VQA accuracy over ten answers, by answer type; as vqaEval.py; precision, recall and F1 of saying that a "
@@ -419,8 +425,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="docvqa",
         title="DocVQA, InfographicVQA",
-        looks_for="entries with questionId, question, answers and docId, ucsf_document_id, image_local_name or data_split: the "
-        "JSON's list under data, or rows of a table with image; DocVQA_VAL.tsv, InfoVQA_VAL.tsv",
+        looks_for="entries with questionId, question, answers, one picture (image, image_local_name, ucsf_document_id) and docId, "
+        "ocr_output_file or data_split: the JSON's list under data, or rows of a table; DocVQA_VAL.tsv, InfoVQA_VAL.tsv",
         source="https://rrc.cvc.uab.es/?ch=17 (val_v1.0_withQT.json, spdocvqa_images.tar.gz); hub: lmms-lab/DocVQA",
         licence="for research, after registration; pages of the UCSF Industry Documents Library",
         scores="ANLS (threshold 0.5, best over answers), by question type",
@@ -430,8 +436,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="chartqa",
         title="ChartQA",
-        looks_for="entries with imgname (or image), query, label; or rows of a table with image, question, answer and a type or "
-        "split that says human or augmented; ChartQA_TEST.tsv",
+        looks_for="entries with imgname, query, label; or with image, query and label (or question and answer), and "
+        "human_or_machine, or a type or split that is human or augmented; ChartQA_TEST.tsv",
         source="https://github.com/vis-nlp/ChartQA (ChartQA Dataset/test); hub: HuggingFaceM4/ChartQA, lmms-lab/ChartQA",
         licence="GPL-3.0",
         scores="relaxed accuracy (5 %), of people's and of a model's questions",

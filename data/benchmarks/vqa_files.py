@@ -54,9 +54,8 @@ Annotations = Mapping[tuple[str, str], Mapping[str, Any]]  # by question and pic
 
 def _listed(document: Document, under: str, keys: Sequence[str]) -> Sequence[Mapping[str, Any]]:
     found = document.top.get(under) if isinstance(document.top, dict) else None
-    if not isinstance(found, list) or not found or not isinstance(found[0], dict) or not set(keys) <= found[0].keys():
-        return ()
-    return [entry for entry in found if isinstance(entry, dict)]
+    entries = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    return entries if any(set(keys) <= entry.keys() for entry in entries[:32]) else ()
 
 
 def _questions(document: Document) -> Sequence[Mapping[str, Any]]:
@@ -136,7 +135,7 @@ def _of_files(document: Document, answered: Sequence[Document], pictures: Pictur
     annotations = {_key(entry): entry for each in answered for entry in _annotations(each)}
     split = split_of(document, _subtype(document), *map(_subtype, answered))
     told = {key: value for each in answered for key, value in _knowledge_of(each).items()}
-    is_ok = bool(told) or any("raw_answer" in str(_annotations(each)[0]["answers"])[:2000] for each in answered)
+    is_ok = bool(told) or any("raw_answer" in str(_annotations(each)[:3])[:4000] for each in answered)
     is_ok = is_ok or _says_ok(document)
     entries = Entries(document, _questions(document), frozenset(_questions(document)[0]))
     found = Found(pictures, TEN)

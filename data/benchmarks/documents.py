@@ -87,7 +87,7 @@ class Document:
         found = {}
         for place in range(len(self.rows)):
             with suppress(SampleError):
-                found[str(self.rows[place].get("index"))] = place
+                found[str(self.rows[place].get("index")).removesuffix(".0")] = place  # pandas wrote a float
         return found
 
     def named(self, row: Mapping[str, Any], column: str) -> Any:

@@ -84,7 +84,8 @@ def read_run(output: Path) -> RunOutput:
     Raises:
         ConfigError: It is not finished, or damaged.
     """
-    stamp, again = read_stamp(output), "run the same `distill run` command again"
+    stamp = read_stamp(output, remedy="give the folder that `distill run` wrote")
+    again = "run the same `distill run` command again"
     if "config" not in stamp or not stamp.get("finished"):
         raise ConfigError(f"{output}: the run there is not finished; {again}")
     stored = read_scores(output)

@@ -9,6 +9,7 @@ import io
 import struct
 import zlib
 
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import xxhash
@@ -17,6 +18,7 @@ from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.pixels.rgb import MAX_PIXELS, to_rgb
 
 HASH_BYTES = 16
+STORED = "stored orientation"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 # What Pillow's decoders raise on damaged files, by experience; none of it may end a run.
@@ -42,6 +44,8 @@ _DECODE_ERRORS = (
 
 def decode_image(data: bytes, *, name: str) -> PIL.Image.Image:
     """Decode an encoded image to upright RGB; of an animation, the first frame.
+
+    How it lies in the file, EXIF's number from 1 to 8, stands in its ``info`` under `STORED`.
 
     Args:
         data: The file's bytes.
@@ -71,7 +75,10 @@ def _decode(data: bytes, name: str) -> PIL.Image.Image:
         stored = image.tile[0][3] if image.format == "PNG" and image.tile else None
         image.load()
         _scale_transparency(image, stored)
-        return to_rgb(PIL.ImageOps.exif_transpose(image))
+        turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+        upright = to_rgb(PIL.ImageOps.exif_transpose(image))
+        upright.info[STORED] = turned
+        return upright
 
 
 def _without_texts(data: bytes) -> bytes:

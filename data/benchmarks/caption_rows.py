@@ -11,12 +11,14 @@ from typing import Any
 import PIL.Image
 
 from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.pixels import STORED
 from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable
 from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
-from vlm_distill_cache.data.images.recognise import base64_picture
+from vlm_distill_cache.data.benchmarks.question_rows import file_named
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.pictures import says_none
+from vlm_distill_cache.data.sources.printed import printed
 
 Row = Mapping[str, Any]
 # Where a row holds or names the one picture that it is about, in order.
@@ -25,6 +27,7 @@ _PICTURES = (
     "image_name 0.webp jpg png"
 )
 PICTURES = tuple(_PICTURES.split())
+COCO_PICTURES = (*PICTURES, "image_id")  # of benchmarks whose numbers are COCO's
 _IDS = ("id", KEY, "key", "index", "idx", "question_id")
 _PROBED = 32  # rows that tell what a document is
 
@@ -39,6 +42,44 @@ def names_picture(document: Document) -> bool:
     return not document.columns.isdisjoint(PICTURES)
 
 
+def has_coco_picture(document: Document) -> bool:
+    """Whether its rows hold or name a picture, or have COCO's number of one."""
+    return names_picture(document) or (
+        document.has("image_id") and all(str(row.get("image_id")).isdecimal() for row in probe(document))
+    )
+
+
+def listed(value: Any) -> Any:
+    """The texts that a cell of CSV writes out as a list, ``['red', 'open']``; other values as they stand."""
+    found = printed(value) if isinstance(value, str) else None
+    return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else value
+
+
+def names_in(row: Row) -> list[str]:
+    """What a row says in at most three words that are no caption, whatever its columns are called."""
+    return [
+        value
+        for key, value in row.items()
+        if isinstance(value, str) and key not in PICTURES and "caption" not in key and 0 < len(value.split()) <= 3
+    ]
+
+
+def by_subset(document: Document, told: Callable[[str], str]) -> Document:
+    """The rows of a file that holds all subsets by name, ``{"swap_obj": {"0": {...}}}``; other documents as they are."""
+    parts = document.top if isinstance(document.top, dict) else {}
+    if not parts or not all(told(name) and isinstance(part, dict | list) and part for name, part in parts.items()):
+        return document
+    entries = [
+        (name, key, entry)
+        for name, part in parts.items()
+        for key, entry in (part.items() if isinstance(part, dict) else enumerate(part))
+    ]
+    if not all(isinstance(entry, dict) for _, _, entry in entries):
+        return document
+    rows = [{KEY: str(key), **entry, "subset": name} for name, key, entry in entries]
+    return Document(document.path, document.shown, rows)
+
+
 def sentence(row: Row, *keys: str) -> str:
     """The text under the first of some keys that has one; a list of a single text is that text.
 
@@ -46,7 +87,7 @@ def sentence(row: Row, *keys: str) -> str:
         SampleError: There is none.
     """
     for key in keys:
-        value = row.get(key)
+        value = listed(row.get(key))
         if isinstance(value, list | tuple) and len(value) == 1:
             value = value[0]
         if isinstance(value, str) and value.strip():
@@ -61,7 +102,7 @@ def sentences(row: Row, key: str) -> tuple[str, ...]:
     Raises:
         SampleError: There is none, or something else among them.
     """
-    value = row.get(key)
+    value = listed(row.get(key))
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list | tuple) or not found or not all(isinstance(x, str) and x.strip() for x in found):
         raise SampleError(f"{key!r} must be sentences, got {str(value)[:80]}")
@@ -87,33 +128,34 @@ def picture_of(
             if len(value) != 1:
                 raise SampleError(f"{column!r} holds {len(value)} pictures, where one is asked about")
             value, place = value[0], 0
-        name = _file_named(value)
+        if isinstance(value, int) or (column == "image_id" and str(value).isdecimal()):
+            if "image_id" in columns:
+                return pictures.numbered(int(str(value)), near=document.path.parent)
+            value = str(value)
+        name = file_named(document, value)
         if name is None:
             return document.picture(index, column, place)
         return pictures.find(name, near=document.path.parent)
     raise SampleError(f"it has no picture under {', '.join(map(repr, columns))}; its keys are {', '.join(sorted(row))}")
 
 
-def _file_named(value: Any) -> str | None:
-    """The file that a value names; None: the value holds the picture itself."""
-    if isinstance(value, Mapping) and says_none(value.get("bytes")) and isinstance(value.get("path"), str):
-        value = value["path"]
-    if isinstance(value, str) and not value.startswith("data:") and base64_picture(value) is None:
-        return value
-    return None
+# From a picture as it is seen back to how it lies in its file, by EXIF's number.
+_BACK = dict(enumerate((0, 3, 1, 5, 2, 6, 4), 2))
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A part of a picture; one that has the part's size already is the part.
+    """A part of a picture, in the file's own pixels, as ARO cuts it; one that has the part's size already is the part.
+
+    What reaches out of the picture is black there.
 
     Attributes:
         source: The whole picture.
-        box: Left, top, width and height, pixels.
+        box: Left, top, width and height, pixels; width and height positive.
     """
 
     source: ImageSource
-    box: tuple[int, int, int, int]
+    box: tuple[float, float, float, float]
 
     @property
     def name(self) -> str:
@@ -121,17 +163,22 @@ class Crop:
         return self.source.name
 
     def load(self) -> PIL.Image.Image:
-        """Decode and cut; `SampleError` where the part reaches out of the picture by more than a pixel."""
+        """Decode and cut; `SampleError` where the part and the picture have no pixel in common."""
         image = self.source.load()
-        left, top, width, height = self.box
-        if image.size == (width, height):
+        left, top, right, bottom = (
+            round(value) for value in (*self.box[:2], self.box[0] + self.box[2], self.box[1] + self.box[3])
+        )
+        if image.size == (right - left, bottom - top):
             return image
-        if min(left, top) < 0 or left + width > image.width + 1 or top + height > image.height + 1:
+        back = _BACK.get(image.info.get(STORED, 1))
+        if back is not None:
+            image = image.transpose(PIL.Image.Transpose(back))
+        if max(left, 0) >= min(right, image.width) or max(top, 0) >= min(bottom, image.height):
             raise SampleError(
                 f"image {self.name} has {image.width} x {image.height} pixels, but the part of it that is asked about is "
-                f"{width} x {height} at {left}, {top}; put the picture there in its original size"
+                f"{right - left} x {bottom - top} at {left}, {top}; put the picture there in its original size"
             )
-        return image.crop((left, top, left + width, top + height))
+        return image.crop((left, top, right, bottom))
 
 
 def path_parts(document: Document) -> Iterator[str]:
@@ -178,8 +225,23 @@ def gather(documents: Sequence[Document], make: Make, kind_of: Callable[[Documen
             if item is None:
                 found.passed_over += 1
                 continue
+            if same := _right_and_wrong_alike(item):
+                found.left_out[_unused(name, taken)] = (
+                    f"{document.shown}, row {index + 1}: {same[:60]!r} is a right caption and a wrong one, so that none can win"
+                )
+                continue
             found.items.append(replace(item, item_id=_unused(name, taken), kind=kind))
     return found
+
+
+def _right_and_wrong_alike(item: CaptionItem) -> str:
+    """A caption that stands among the right and among the wrong ones of a picture; nothing if there is none."""
+    for fits in item.fits:
+        right = {caption for caption, fit in zip(item.captions, fits, strict=True) if fit}
+        wrong = {caption for caption, fit in zip(item.captions, fits, strict=True) if not fit}
+        if both := right & wrong:
+            return min(both)
+    return ""
 
 
 def _unused(name: str, taken: set[str]) -> str:

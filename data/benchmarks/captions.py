@@ -13,13 +13,16 @@ from typing import Any
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.benchmarks import captions_of_relations
 from vlm_distill_cache.data.benchmarks.caption_rows import (
-    PICTURES,
+    COCO_PICTURES,
     Make,
     Row,
     benchmark,
     benchmarks_of,
+    by_subset,
     gather,
+    has_coco_picture,
     kind_in_path,
+    names_in,
     names_picture,
     picture_of,
     probe,
@@ -43,6 +46,7 @@ _OTHER_NAMES = {
     "coref": "coreference_standard",
     "coref_hard": "coreference_hard",
     "relation": "relations",
+    "action_replace": "action_replacement",
 }
 
 
@@ -52,12 +56,13 @@ def _sugar(name: str) -> str:
     return f"{found[1]}_{_SUGAR_PARTS[found[2]]}" if found else ""
 
 
+# Of rows that hold more than a picture with a right and a wrong caption.
+_NOT_SUGARCREPE = frozenset("caption2 foil answer correct chosen rejected conversations messages".split())  # noqa: SIM905
+
+
 def _sugar_kind(document: Document, row: Row) -> str:
-    if isinstance(row.get("type"), str) and isinstance(row.get("subtype"), str):
-        return _sugar(f"{row['type']}_{row['subtype']}")
-    words = [value for key, value in row.items() if key not in PICTURES and isinstance(value, str) and " " not in value]
-    of_row = map(_sugar, words)  # whatever its column is called
-    return next(filter(None, of_row), "") or kind_in_path(document, _sugar)
+    named = [f"{row.get('type')}_{row.get('subtype')}", *names_in(row)]
+    return next(filter(None, map(_sugar, named)), "") or kind_in_path(document, _sugar)
 
 
 def _is_copy(document: Document, *keys: str) -> bool:
@@ -66,33 +71,37 @@ def _is_copy(document: Document, *keys: str) -> bool:
 
 
 def _is_sugarcrepe(document: Document) -> bool:
-    columns = document.columns
-    if not names_picture(document) or columns & {"caption2", "negative_image", "foil", "answer", "correct"}:
+    document = by_subset(document, _sugar)
+    if not has_coco_picture(document) or document.columns & _NOT_SUGARCREPE:
         return False
     if _is_copy(document, "positive_caption", "negative_caption"):
         return any(_sugar(str(row.get("original_file_name"))) for row in probe(document))
     return document.has("caption", "negative_caption") or document.has("tested_labels", "true_label")
 
 
-def _tested(row: Row) -> tuple[str, str]:
-    """The right and the wrong one of two labels; a true label that is a number is the first, as the publisher writes it."""
-    found, right = sentences(row, "tested_labels"), row.get("true_label")
+def _tested(document: Document, row: Row) -> tuple[str, str]:
+    """The right and the wrong one of two labels."""
+    found = sentences({"tested_labels": document.named(row, "tested_labels")}, "tested_labels")
+    right = document.named(row, "true_label")
     if len(found) != 2:
         raise SampleError(f"'tested_labels' holds {len(found)} captions, expected 2")
-    if isinstance(right, str):
-        if right.strip() not in found:
-            raise SampleError(f"'true_label' {right[:60]!r} is none of 'tested_labels'")
-        place = found.index(right.strip())
-        return found[place], found[1 - place]
-    return found[0], found[1]
+    if not isinstance(right, str):
+        raise SampleError(
+            f"'true_label' is {right!r}, and the table does not say which caption that is; take the table as published, which "
+            "has names for its labels (reading them needs: pip install 'vlm-distill-cache[hf]')"
+        )
+    if right.strip() not in found:
+        raise SampleError(f"'true_label' {right[:60]!r} is none of 'tested_labels'")
+    place = found.index(right.strip())
+    return found[place], found[1 - place]
 
 
 def _sugarcrepe_item(pictures: Pictures, document: Document, index: int, row: Row) -> CaptionItem:
     if "tested_labels" in row:
-        captions = _tested(row)
+        captions = _tested(document, row)
     else:
         captions = (sentence(row, "caption", "positive_caption"), sentence(row, "negative_caption"))
-    image = picture_of(document, index, row, pictures)
+    image = picture_of(document, index, row, pictures, COCO_PICTURES)
     return CaptionItem(item_id="", images=(image,), captions=captions, fits=((True, False),))
 
 
@@ -106,7 +115,8 @@ def _of_subsets(
     documents: Sequence[Document], make: Make, name: str, *, title: str, metric: str
 ) -> Iterator[Benchmark]:
     """Benchmarks whose files are SugarCrepe's subsets."""
-    for named, group in benchmarks_of(name, documents, lambda document: kind_in_path(document, _sugar)):
+    opened = [by_subset(document, _sugar) for document in documents]
+    for named, group in benchmarks_of(name, opened, lambda document: kind_in_path(document, _sugar)):
         found = gather(group, make, _sugar_kind)
         notes = [] if any(item.kind for item in found.items) or not found.items else [_NO_SUBSETS]
         yield benchmark(named, layout=name, title=title, metric=metric, found=found, documents=group, notes=notes)
@@ -119,7 +129,8 @@ _NO_SUBSETS = (
 
 
 def _is_sugarcrepe_pp(document: Document) -> bool:
-    if not names_picture(document):
+    document = by_subset(document, _sugar)
+    if not has_coco_picture(document):
         return False
     return document.has("caption", "caption2", "negative_caption") or document.has(
         "positive_caption_1", "positive_caption_2", "negative_caption"
@@ -132,7 +143,7 @@ def _sugarcrepe_pp_item(pictures: Pictures, document: Document, index: int, row:
         sentence(row, "caption2", "positive_caption_2"),
         sentence(row, "negative_caption"),
     )
-    image = picture_of(document, index, row, pictures)
+    image = picture_of(document, index, row, pictures, COCO_PICTURES)
     return CaptionItem(item_id="", images=(image,), captions=captions, fits=((True, True, False),))
 
 
@@ -157,7 +168,8 @@ def _winoground_item(pictures: Pictures, document: Document, index: int, row: Ro
 
 
 def _is_bivlc(document: Document) -> bool:
-    return document.has("caption", "negative_caption", "negative_image") and names_picture(document)
+    told = document.has("caption", "negative_caption") and names_picture(document)
+    return told and any("negative_image" in row for row in probe(document))
 
 
 def _bivlc_item(pictures: Pictures, document: Document, index: int, row: Row) -> CaptionItem:
@@ -178,15 +190,17 @@ def _read_pairs(
 ) -> Iterator[Benchmark]:
     """Benchmarks of two pictures with two captions; the subset is the first of some columns that says something."""
     for named, group in benchmarks_of(name, documents, lambda _: ""):
-        found = gather(group, partial(make, pictures), lambda _, row: _first_of(row, kinds))
+        found = gather(group, partial(make, pictures), lambda document, row: _first_of(document, row, kinds))
         yield benchmark(named, layout=name, title=title, metric=name, found=found, documents=group)
 
 
-def _first_of(row: Row, keys: Sequence[str]) -> str:
-    return next((str(row[key]) for key in keys if row.get(key)), "")
+def _first_of(document: Document, row: Row, keys: Sequence[str]) -> str:
+    """What a row says under the first of some keys that its table has; never under one here and another one there."""
+    return next((str(document.named(row, key) or "") for key in keys if document.has(key)), "")
 
 
 def _is_valse(document: Document) -> bool:
+    document = by_subset(document, _instrument)
     if _is_copy(document, "positive_caption", "negative_caption", "linguistic_phenomena"):
         return True
     return document.has("caption") and bool(document.columns & {"foil", "foils"}) and names_picture(document)
@@ -200,9 +214,9 @@ def _instrument(name: str) -> str:
 
 
 def _valse_kind(document: Document, row: Row) -> str:
-    of_path = kind_in_path(document, _instrument)
-    original = str(row.get("original_file_name") or row.get("instrument") or "")
-    return of_path or _instrument(original) or original or str(row.get("linguistic_phenomena") or "")
+    named = [str(row[key]) for key in ("original_file_name", "instrument", "subset") if row.get(key)]
+    told = next(filter(None, map(_instrument, named)), "") or kind_in_path(document, _instrument)
+    return told or str(row.get("original_file_name") or row.get("linguistic_phenomena") or "")
 
 
 def _votes(row: Row) -> int | None:
@@ -216,6 +230,7 @@ def _votes(row: Row) -> int | None:
     if votes is None:
         return None
     count = votes.get("caption") if isinstance(votes, Mapping) else None
+    count = int(count) if isinstance(count, str) and count.isdecimal() else count
     if not isinstance(count, int | float):
         raise SampleError(f"'mturk' must hold the number of votes for 'caption', got {str(votes)[:60]}")
     return int(count)
@@ -237,7 +252,11 @@ def _valse_item(pictures: Pictures, document: Document, index: int, row: Row) ->
 
 
 def _read_valse(documents: Sequence[Document], pictures: Pictures) -> Iterator[Benchmark]:
-    for named, group in benchmarks_of("valse", documents, lambda document: kind_in_path(document, _instrument)):
+    def subset(document: Document) -> str:
+        return kind_in_path(document, _instrument) or _valse_kind(document, next(probe(document), {}))
+
+    opened = [by_subset(document, _instrument) for document in documents]
+    for named, group in benchmarks_of("valse", opened, subset):
         found = gather(group, partial(_valse_item, pictures), _valse_kind)
         notes = []
         if found.passed_over:

@@ -1,11 +1,13 @@
 """Captions that differ by a relation, an attribute, or the order of words: ARO and What's Up."""
 
+import math
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import takewhile
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
@@ -16,6 +18,8 @@ from vlm_distill_cache.data.benchmarks.caption_rows import (
     benchmarks_of,
     gather,
     kind_in_path,
+    listed,
+    names_in,
     names_picture,
     path_parts,
     picture_of,
@@ -28,12 +32,15 @@ from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.sample import ImageSource
+from vlm_distill_cache.data.sources.pictures import says_none
 
 _BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 _PLACES = frozenset("on under above below behind front left right top bottom".split())  # noqa: SIM905
 _CONTROLLED = frozenset("on under front behind left right".split())  # noqa: SIM905
 _AROUND = frozenset("a an the to of in".split())  # noqa: SIM905  what stands beside those words
 _LONGEST_ORDER = 30  # words
+_COUNTED = 25  # items of a pair of attributes
+_CAPTIONS = 5  # of each picture of COCO and Flickr30k
 _ORDERS = ("words shuffled within groups of three", "groups of three words shuffled")
 
 
@@ -71,9 +78,22 @@ def _place(text: str) -> str:
     return next((word for word in reversed(_words(text)) if word in _PLACES), "")
 
 
-def _controlled_place(text: str) -> str:
-    """Which of What's Up's six places a caption of its controlled pictures says."""
-    return next((word for word in reversed(_words(text)) if word in _CONTROLLED), "")
+def _around_place(options: Sequence[str]) -> tuple[list[str], list[str], list[list[str]]]:
+    """The words that all options begin with, those that they end with, and what each says in between: where something is."""
+    words = [_words(text) for text in options]
+    start = _shared(words)
+    end = _shared([each[start:][::-1] for each in words])
+    return words[0][:start], words[0][len(words[0]) - end :], [each[start : len(each) - end] for each in words]
+
+
+def _shared(lists: Sequence[Sequence[str]]) -> int:
+    """How many words from the first on are the same in all."""
+    return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*lists, strict=False)))
+
+
+def _controlled_places(options: Sequence[str]) -> list[str]:
+    """Which of What's Up's six places each option says; a left shoe is a thing."""
+    return [next((word for word in between if word in _CONTROLLED), "") for between in _around_place(options)[2]]
 
 
 # --- ARO: relations and attributes ---
@@ -93,7 +113,7 @@ def _aro_task(document: Document) -> str:
 
 
 def _aro_kind(document: Document, row: Row) -> str:
-    attributes = row.get("attributes")
+    attributes = listed(row.get("attributes"))
     if isinstance(attributes, list | tuple) and len(attributes) == 2:
         return f"{attributes[0]}_{attributes[1]}"
     return str(row.get("relation_name") or "")
@@ -102,11 +122,14 @@ def _aro_kind(document: Document, row: Row) -> str:
 def _aro_item(pictures: Pictures, document: Document, index: int, row: Row) -> CaptionItem:
     image: ImageSource = picture_of(document, index, row, pictures)
     box = [row.get(key) for key in _BOX]
-    if all(isinstance(value, int | float) for value in box):
-        left, top, width, height = (int(value) for value in box if value is not None)
+    if not all(says_none(value) for value in box):
+        try:
+            left, top, width, height = (float(str(value)) for value in box)
+        except ValueError:
+            left = top = width = height = math.nan
+        if not (math.isfinite(left + top + width + height) and width > 0 and height > 0):
+            raise SampleError(f"{', '.join(_BOX)} must be four numbers of pixels, the last two above 0, got {box}")
         image = Crop(image, (left, top, width, height))
-    elif any(value is not None for value in box):
-        raise SampleError(f"{', '.join(_BOX)} must be four numbers of pixels, got {box}")
     captions = (sentence(row, "true_caption"), sentence(row, "false_caption"))
     return CaptionItem(item_id="", images=(image,), captions=captions, fits=((True, False),))
 
@@ -125,6 +148,13 @@ def _read_aro_pairs(documents: Sequence[Document], pictures: Pictures) -> Iterat
                 notes.append(
                     f"rows without {told!r}, so that the score is the mean over items, not over relations or attributes as "
                     "published"
+                )
+            elif (
+                task == "attribution" and max(Counter(item.kind for item in found.items).values(), default=0) < _COUNTED
+            ):
+                notes.append(
+                    f"no pair of attributes has the {_COUNTED} items from which on it counts as published, so that the score is "
+                    "the mean over items"
                 )
             yield benchmark(
                 named,
@@ -164,8 +194,42 @@ def _is_retrieval_split(document: Document) -> bool:
     if _karpathy(document):
         return True
     return document.columns == {"image", "caption"} and all(
-        isinstance(row.get("image"), str) and isinstance(row.get("caption"), list | tuple) for row in probe(document)
+        isinstance(row.get("image"), str)
+        and isinstance(row.get("caption"), list | tuple)
+        and len(row["caption"]) >= _CAPTIONS
+        and re.search("coco|flickr", f"{row['image']} {document.shown}".lower())
+        for row in probe(document)
     )
+
+
+_SAID = (
+    "answer",
+    "label",
+    "correct",
+    "correct_answer",
+    "correct_option",
+    "answer_index",
+    "target",
+    "gt",
+    "ground_truth",
+)
+
+
+def _first_is_right(row: Row) -> tuple[str, ...]:
+    """The options of a row, of which the first is right.
+
+    Raises:
+        SampleError: The row says of another one that it is.
+    """
+    options = sentences(row, "caption_options")
+    for key in _SAID:
+        value = row.get(key)
+        if not says_none(value) and str(value).strip() not in ("0", "A", options[0]):
+            raise SampleError(
+                f"{key!r} is {str(value)[:60]!r}, but as published the first of 'caption_options' is right; put the right one "
+                f"first and take {key!r} away"
+            )
+    return options
 
 
 def _order_item(pictures: Pictures, document: Document, index: int, row: Row) -> CaptionItem:
@@ -173,7 +237,7 @@ def _order_item(pictures: Pictures, document: Document, index: int, row: Row) ->
         wrong = sorted((key for key in row if re.fullmatch(r"hard_text_\d+", key)), key=lambda key: int(key[10:]))
         captions = (sentence(row, "correct_caption"), *(sentence(row, key) for key in wrong if row[key] is not None))
     else:
-        captions = sentences(row, "caption_options")
+        captions = _first_is_right(row)
     return _ranked(picture_of(document, index, row, pictures), captions)
 
 
@@ -248,6 +312,9 @@ def _read_orders(documents: Sequence[Document], pictures: Pictures) -> Iterator[
         if (images := _karpathy(document)) and all(entry["split"] != "test" for entry in images):
             yield Unread(document, "none of its pictures is of the test split, which is asked about")
             continue
+        if _is_retrieval_split(document) and {"val", "train"} & set(re.split("[^a-z]+", document.path.stem.lower())):
+            yield Unread(document, "its name says that it is not the test split, which is asked about")
+            continue
         shown = next(probe(document), None) or next(iter(_karpathy(document)), {})
         told = " ".join([*path_parts(document), *(str(shown[key]) for key in ("image", "filepath") if key in shown)])
         task = next((name for name in ("flickr", "coco") if name in told.lower()), "")
@@ -280,12 +347,15 @@ def _listed(document: Document) -> Sequence[Sequence[Any]]:
     top = document.top
     if not isinstance(top, list) or not top:
         return ()
-    for entry in islice(top, 32):
-        if not isinstance(entry, list) or len(entry) < 3 or not isinstance(entry[0], int | str):
-            return ()
-        if not all(isinstance(text, str) for text in entry[1:]) or _sort_of(entry[1:]) != "places":
-            return ()
-    return top
+    first = top[:32]
+    known = [entry for entry in first if _is_entry(entry) and _sort_of(entry[1:]) == "places"]
+    return top if known and 2 * len(known) >= len(first) else ()
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, list) or len(entry) < 3 or not isinstance(entry[0], int | str):
+        return False
+    return all(isinstance(text, str) and text for text in entry[1:])
 
 
 def _is_whats_up(document: Document) -> bool:
@@ -301,25 +371,28 @@ def _is_whats_up(document: Document) -> bool:
 
 
 def _up_family(name: str) -> str:
-    """Which pictures a name says: ``controlled``, ``coco``, ``gqa``; nothing from others."""
+    """What a name says of the subset: ``controlled``, ``coco-two``, ``gqa``; nothing from others."""
     words = re.split(r"[^a-z0-9]+", name.lower())
     if "controlled" in words:
         return "controlled"
-    return "coco" if "coco" in words else "gqa" if {"vg", "gqa"} & set(words) else ""
+    family = "coco" if "coco" in words else "gqa" if {"vg", "gqa"} & set(words) else ""
+    things = next((word for word in words if word in ("one", "two")), "")
+    return f"{family}-{things}".strip("-") if family else ""
 
 
 def _up_kind(options: Sequence[str], family: str) -> str:
-    """``controlled-a``, ``coco-two``: the subset as published, told by the captions, and whose pictures they are."""
+    """``controlled-a``, ``coco-two``: the subset as published, told by the captions, and what names say of it."""
     if len(options) > 2 or family == "controlled":
-        places = {_place(text) for text in options}
-        return f"controlled-{'a' if places & {'on', 'under'} else 'b'}"
-    last = _words(options[0])[-1:]
-    return f"{family or 'objects'}-{'one' if last and last[0] in _PLACES else 'two'}"
+        return f"controlled-{'a' if {'on', 'under'} & set(_controlled_places(options)) else 'b'}"
+    if "-" in family:
+        return family
+    # What is said of one thing ends with its place; of two, with the other one.
+    return f"{family or 'objects'}-{'two' if _around_place(options)[1] else 'one'}"
 
 
 def _up_options(row: Row) -> tuple[str, ...]:
     if row.get("caption_options") is not None:
-        return sentences(row, "caption_options")
+        return _first_is_right(row)
     return (*sentences(row, "positive_caption")[:1], *sentences(row, "negative_caption"))
 
 
@@ -329,13 +402,23 @@ def _up_item(pictures: Pictures, document: Document, index: int, row: Row) -> Ca
     item = _ranked(_up_picture(pictures, document, index, row), options)
     if not kind.startswith("controlled"):
         return item
+    place = _controlled_places(options)[0]
+    shown = re.findall(r"(?<=_)(on|under|behind|front|left|right)(?=_)", str(row.get("image_path")).replace("-", "_"))
+    if len(shown) == 1 and place != shown[0]:
+        raise SampleError(
+            f"the picture {str(row['image_path'])[-60:]!r} is called after another place than the right caption says, "
+            f"{options[0][:60]!r}; as published the first of 'caption_options' is right"
+        )
     # Four pictures of the same two things are a set.
-    return replace(item, group=f"{kind}/{_things(options[0])}", extra={"place": _controlled_place(options[0])})
+    before, after, _ = _around_place(options)
+    things = " ".join(word for word in (*before, *after) if word not in _AROUND)
+    return replace(item, group=f"{kind}/{things}", extra={"place": place})
 
 
 def _up_row_kind(document: Document, row: Row) -> str:
-    family = _up_family(str(row.get("original_file_name") or "")) or kind_in_path(document, _up_family)
-    return _up_kind(_up_options(row), str(row.get("family") or family))
+    """The subset: by the file's name, or the word of the row that says most."""
+    told, of_path = max([*map(_up_family, names_in(row)), ""], key=len), kind_in_path(document, _up_family)
+    return _up_kind(_up_options(row), of_path if of_path.startswith(told) else told)
 
 
 def _up_picture(pictures: Pictures, document: Document, index: int, row: Row) -> ImageSource:
@@ -367,14 +450,13 @@ def _first_found(pictures: Pictures, names: Sequence[str], near: Any) -> ImageSo
 def _up_rows(document: Document, pictures: Pictures) -> Document | Unread:
     """A list of lists as rows; whose numbers they are is told by the file's name, else by which pictures are there."""
     entries = _listed(document)
-    family = kind_in_path(document, _up_family)
+    family = kind_in_path(document, _up_family).partition("-")[0]
     if not family:
         near = document.path.parent
+        numbers = [str(entry[0]) for entry in entries if _is_entry(entry)]
         there = {
-            "coco": [
-                _first_found(pictures, [f"{p}{str(e[0]).zfill(12)}" for p in _COCO_PREFIXES], near) for e in entries
-            ],
-            "gqa": [_first_found(pictures, [str(e[0])], near) for e in entries],
+            "coco": [_first_found(pictures, [f"{p}{n.zfill(12)}" for p in _COCO_PREFIXES], near) for n in numbers],
+            "gqa": [_first_found(pictures, [number], near) for number in numbers],
         }
         fitting = [name for name, found in there.items() if any(image is not None for image in found)]
         if len(fitting) != 1:
@@ -386,6 +468,8 @@ def _up_rows(document: Document, pictures: Pictures) -> Document | Unread:
         family = fitting[0]
     rows = [
         {"id": f"{place}", "number": entry[0], "caption_options": entry[1:], "family": family}
+        if _is_entry(entry)
+        else {"id": f"{place}", "caption_options": entry}
         for place, entry in enumerate(entries)
     ]
     return Document(document.path, document.shown, rows)

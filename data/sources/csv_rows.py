@@ -4,9 +4,7 @@ Only ids and offsets stay in memory. An empty cell says nothing. A cell that hol
 pandas writes it, is that list or object where a key is known to hold such.
 """
 
-import ast
 import csv
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -20,6 +18,7 @@ from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, is_plain
 from vlm_distill_cache.data.sources.pictures import image_folder
+from vlm_distill_cache.data.sources.printed import printed
 from vlm_distill_cache.data.sources.rows import repeated_columns
 
 SUFFIXES = (".csv", ".tsv")
@@ -29,6 +28,7 @@ _IDS = ("id", "sample_id", "question_id", "index")
 _LISTS = frozenset(
     "messages conversations conversation texts images image answers choices options file_names".split()  # noqa: SIM905
 )
+_MEANT = ("answers", "choices", "options")  # a text there that begins as a list of texts is one
 
 
 class CsvDataset(EntryDataset):
@@ -217,10 +217,5 @@ class CsvRows:
 def _value(name: str, cell: str) -> Any:
     if not cell.strip():
         return None
-    if name in _LISTS and cell.lstrip()[:1] in ("[", "{"):
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                return parse(cell)
-            except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-                continue
-    return cell
+    found = printed(cell, where=repr(name) if name in _MEANT else "") if name in _LISTS else None
+    return cell if found is None else found

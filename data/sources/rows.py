@@ -1,7 +1,5 @@
 """Lists of messages and rounds, in whatever way a file writes them: as dicts of lists, or as texts of JSON or Python."""
 
-import ast
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +8,7 @@ from typing import Any, TypeGuard
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sources.pictures import MODEL_NAMES, USER_NAMES
+from vlm_distill_cache.data.sources.printed import printed
 
 MAX_COLUMNS = 10_000
 MESSAGE_KEYS = frozenset({"role", "from", "content", "value"})
@@ -48,6 +47,9 @@ def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 
     A text is a list of messages where the whole of it is one, as JSON or as Python prints it. What is no such list, or
     has lists of different lengths, stays as it is.
+
+    Raises:
+        SampleError: Answers are a list of texts that cannot be read.
     """
     made: dict[str, Any] = {}
     for key in (*_ALWAYS_LISTS, *_ROUNDS, *_MESSAGES):
@@ -106,7 +108,7 @@ def refuse_unread_rows(text: str, key: str) -> None:
 
 def parts_of(text: str) -> list[Any] | None:
     """The parts of a message whose content is a list of them, written as a text; None if the text is a plain one."""
-    if "type" not in text or (found := _parsed(text)) is None or not is_list_of_rows(found):
+    if "type" not in text or (found := printed(text)) is None or not is_list_of_rows(found):
         return None
     typed = all(isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in found)
     return list(found) if typed and any({"text", "image", "image_url"} & part.keys() for part in found) else None
@@ -117,7 +119,7 @@ def _listed(text: str, key: str) -> Any:
     mostly_text = key in _MESSAGES
     if mostly_text and not ("role" in text or "from" in text):
         return None
-    found = _parsed(text)
+    found = printed(text, where=repr(key) if key == "answers" else "")
     if key in _ALWAYS_LISTS:
         return found
     rows = [found] if isinstance(found, Mapping) and mostly_text else found
@@ -135,13 +137,3 @@ def _is_message(row: Mapping[str, Any]) -> bool:
 
 def _is_round(row: Mapping[str, Any]) -> bool:
     return bool(ROUND.keys() & row.keys())
-
-
-def _parsed(text: str) -> Any:
-    """A list or an object that the whole of a text is, as JSON or as Python prints it; None if it is neither."""
-    if not text.lstrip().startswith(("[", "{")):
-        return None
-    for parse in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            return parse(text)
-    return None

@@ -95,6 +95,15 @@ class TableDataset(EntryDataset):
         return [None] * len(self)
 
 
+def by_name(value: Any, feature: Any) -> Any:
+    """A label by its name, or those in a list, where a column holds labels; else the value as it stands.
+
+    Raises:
+        ValueError: A label has no name.
+    """
+    return _names(value, feature) if "ClassLabel" in _kinds_in(feature) else value
+
+
 def _kinds_in(feature: Any) -> set[str]:
     """Names of the types in a column, those in lists of it included; not those in texts' parts."""
     inner = getattr(feature, "feature", None)

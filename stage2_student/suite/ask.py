@@ -9,7 +9,7 @@ Dims: A supervised rows of a sequence, R requests.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import PIL.Image
 import torch
 
-from vlm_distill_cache.common.errors import ModelError, SampleError
+from vlm_distill_cache.common.errors import DistillError, ModelError, SampleError
 from vlm_distill_cache.data.sample import ImageSource, Sample, Turn
 from vlm_distill_cache.data.text.collate import joinable
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder, build_prompt
@@ -25,14 +25,13 @@ from vlm_distill_cache.data.text.generation import device_of, generate_answers, 
 from vlm_distill_cache.stage2_student.batches.prefetch import Prefetcher
 from vlm_distill_cache.stage2_student.scores.evaluate import answer_log_probs
 from vlm_distill_cache.stage2_student.students.model import generation_inputs_of, packs_conversations
-from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result, Weigh
+from vlm_distill_cache.stage2_student.suite.requests import LEAST, Generate, Request, Result, Weigh
 
 MOST_SEQUENCES = 64  # in a batch, of
 MOST_TOKENS = 8_192  # in all, padding included: 12 pictures of 576 visual tokens; 4 GiB of keys and values of a 7B
 MOST_PACKED = 16  # conversations behind one picture; the mask grows with the square of their tokens
 ON_CPU, ON_ACCELERATOR = 1, 8  # threads that read pictures and texts
 AHEAD = 8  # sequences that each keeps ready
-LEAST = -1e9  # nats, in place of minus infinity, which JSON does not have
 
 Unit = TypeVar("Unit")
 
@@ -140,7 +139,8 @@ def _encode_given(
     def encoded(part: Sequence[_Given]) -> _Sequence:
         turns = tuple(one.turn for one in part)
         sample = Sample(sample_id="request", images=images, turns=turns, independent_turns=len(turns) > 1)
-        return _Sequence(encoded=encoder(sample), given=part)
+        with _one_item():
+            return _Sequence(encoded=encoder(sample), given=part)
 
     if packs and len(given) > 1:
         with suppress(SampleError):  # too long together, or one of them alone: what follows tells
@@ -202,9 +202,21 @@ def _generate(
                 found.update((owners[id(prompt)], text) for prompt, text in zip(group, made.texts, strict=True))
 
 
+@contextmanager
+def _one_item() -> Iterator[None]:
+    """Make what a picture or text raises that no processor can use (one without a width, say) an error of its item alone."""
+    try:
+        yield
+    except DistillError:
+        raise
+    except (ValueError, ArithmeticError, IndexError, OSError) as error:
+        raise SampleError(f"it cannot be shown to the model ({type(error).__name__}: {error})") from error
+
+
 def _encode_prompt(encoder: SampleEncoder, requests: Sequence[Request], number: int) -> EncodedSample | SampleError:
     try:
-        return build_prompt(encoder, requests[number].image, requests[number].question)
+        with _one_item():
+            return build_prompt(encoder, requests[number].image, requests[number].question)
     except SampleError as error:
         return error
 

@@ -12,6 +12,8 @@ from vlm_distill_cache.data.benchmarks.items import Item
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.stage2_student.suite.measures import Measure
 
+LEAST = -1e9  # nats, in place of minus infinity, which JSON does not have
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:

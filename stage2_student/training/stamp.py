@@ -31,8 +31,10 @@ _RULE = record(
 _log = logging.getLogger(__name__)
 
 
-def read_stamp(output: Path) -> dict[str, Any]:
+def read_stamp(output: Path, *, remedy: str = "give another --output") -> dict[str, Any]:
     """What a folder belongs to; empty for a new one, and where that is lost but the students can still say it.
+
+    ``remedy`` is what to do where it is not the folder of a run.
 
     Raises:
         ConfigError: If it is not the folder of a run, or nothing there can tell.
@@ -41,11 +43,11 @@ def read_stamp(output: Path) -> dict[str, Any]:
     try:
         found = load_stamp(output)
     except FileNotFoundError:
-        problem = f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; give another --output"
+        problem = f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; {remedy}"
         if not holds_anything(output):
             return {}
     except CacheFormatError as error:
-        problem = f"{error}; give another --output, or delete {output} to begin again"
+        problem = f"{error}; {remedy}, or delete {output} to begin again"
     else:
         return found
     if not any((output / name / CONFIG).is_file() for name in COMPARED):

@@ -2,7 +2,7 @@
 
 A caption's score is its log-probability given the picture, end of caption included: their sum, or (``per_token``) their mean,
 which does not favour short captions. P(yes) is that of "Yes" against "No" as the answer to VQAScore's question. Whatever has to
-win wins strictly: a tie is lost. Dims: P pictures, C captions of an item.
+win wins by more than `TIE`: a tie is lost, also one that rounding makes look like none. Dims: P pictures, C captions of an item.
 """
 
 import math
@@ -17,7 +17,7 @@ from vlm_distill_cache.data.benchmarks.items import CaptionItem, Item
 from vlm_distill_cache.stage2_student.scores.metrics import LETTER_PROMPT, LETTER_TOKENS, Letter, parse_letter
 from vlm_distill_cache.stage2_student.suite.measures import Measure, mean_measure
 from vlm_distill_cache.stage2_student.suite.metrics.relations_left_out import SYMMETRIC
-from vlm_distill_cache.stage2_student.suite.requests import Generate, Metric, Request, Result, Weigh
+from vlm_distill_cache.stage2_student.suite.requests import LEAST, Generate, Metric, Request, Result, Weigh
 
 YES_PROMPT = 'Does this figure show "{caption}"? Please answer yes or no.'
 SAME_PROMPT = 'Do "{a}" and "{b}" mean the same? Please answer yes or no.'
@@ -25,6 +25,7 @@ YES_NO = ("Yes", "No")
 _LEAST_OF_ATTRIBUTE = 25  # items of a pair of attributes that ARO counts
 _OPPOSITES = (("left", "right"), ("on", "under"), ("front", "behind"))  # What's Up's pairs of pictures
 _PER_TOKEN = "_per_token"
+TIE = 1e-4  # nats; the same text at two places of a sequence differs by up to 2e-5 in float32
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class CaptionMetric:
         same = [_odds(result) for result in asked] if all(asked) else []
         return Answers(
             sums=[[nats for nats, _ in row] for row in weights],
-            means=[[nats / max(tokens, 1) for nats, tokens in row] for row in weights],
+            # What cannot be said at all is no likelier for being long.
+            means=[[nats / max(tokens, 1) if nats > LEAST else nats for nats, tokens in row] for row in weights],
             yes=yes,
             letters=letters,
             same=same,
@@ -135,11 +137,15 @@ def _odds(result: Result) -> float:
     return yes - no
 
 
+def _above(score: float, other: float) -> bool:
+    return score > other + TIE
+
+
 def _wins(scores: Sequence[float], fits: Sequence[bool]) -> float:
     """Whether all right captions score higher than all wrong ones."""
     right = [score for score, fit in zip(scores, fits, strict=True) if fit]
     wrong = [score for score, fit in zip(scores, fits, strict=True) if not fit]
-    return float(min(right) > max(wrong))
+    return float(_above(min(right), max(wrong)))
 
 
 @dataclass
@@ -251,10 +257,10 @@ def _count_sugarcrepe_pp(items: Sequence[CaptionItem], answers: Sequence[Answers
     table.add_wins("itt", answers, ways)
     for place, name in enumerate(("first", "second")):
         for way, how in {"": "likelihood", "_yes": "P(yes)"}.items():
-            values = [float(each.by(way)[0][place] > each.by(way)[0][2]) for each in answers]
+            values = [float(_above(each.by(way)[0][place], each.by(way)[0][2])) for each in answers]
             table.add(f"{name}_positive{way}", values, f"{name} positive above the negative, by {how}")
     if all(each.same for each in answers):
-        told = [float(each.same[0] > max(each.same[1:])) for each in answers]
+        told = [float(_above(each.same[0], max(each.same[1:]))) for each in answers]
         table.add("tot_yes", told, "TOT by P(yes) that two captions mean the same")
     table.add_letters(answers)
     return table.measures
@@ -279,17 +285,23 @@ def _count_matches(items: Sequence[CaptionItem], answers: Sequence[Answers]) -> 
 def _halves(scores: Sequence[Sequence[float]]) -> tuple[bool, bool, bool, bool]:
     """Whether each picture prefers its caption, and each caption its picture; ``scores`` are ``[2][2]``."""
     (same, crossed), (crossed_back, same_back) = scores
-    return same > crossed, same_back > crossed_back, same > crossed_back, same_back > crossed
+    return (
+        _above(same, crossed),
+        _above(same_back, crossed_back),
+        _above(same, crossed_back),
+        _above(same_back, crossed),
+    )
 
 
 def _count_valse(items: Sequence[CaptionItem], answers: Sequence[Answers]) -> list[Measure]:
     table = _Table(items)
     table.add_wins("likelihood", answers, {"": "pairwise, likelihood", _PER_TOKEN: "pairwise, likelihood per token"})
     odds = [each.yes[0] for each in answers]
-    table.add("yes", [float(right > wrong) for right, wrong in odds], "pairwise, P(yes)")
-    table.add("yes_accuracy", [((right > 0) + (wrong <= 0)) / 2 for right, wrong in odds], "accuracy of P(yes) > 1/2")
-    table.add("yes_caption", [float(right > 0) for right, _ in odds], "captions called right")
-    table.add("yes_foil", [float(wrong <= 0) for _, wrong in odds], "foils called wrong")
+    said = [[_above(each, 0) for each in pair] for pair in odds]  # P(yes) > 1/2
+    table.add("yes", [float(_above(right, wrong)) for right, wrong in odds], "pairwise, P(yes)")
+    table.add("yes_accuracy", [(right + (not wrong)) / 2 for right, wrong in said], "accuracy of P(yes) > 1/2")
+    table.add("yes_caption", [float(right) for right, _ in said], "captions called right")
+    table.add("yes_foil", [float(not wrong) for _, wrong in said], "foils called wrong")
     table.add_letters(answers)
     return table.measures
 

@@ -3,6 +3,7 @@
 Picture number N is of one colour, (N, 100, 200), so that a test sees which one was found.
 """
 
+import base64
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,14 @@ def put(path: Path, number: int) -> str:
 def seen(image: Any) -> int:
     """Which picture that is."""
     return int(image.load().getpixel((0, 0))[0])
+
+
+def base64_png(number: int) -> str:
+    return base64.b64encode(png(number)).decode()
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -320,8 +329,8 @@ def coco_order(folder: Path, form: str) -> None:
             write_json(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
 
 
-def whats_up_controlled(folder: Path, subset: str, form: str, *, things: Sequence[str] = ("cup", "book")) -> None:
-    """Sets of four pictures of two things; ``form`` is ``json`` or ``hub``."""
+def whats_up_controlled(folder: Path, subset: str, form: str, *, things: Sequence[str] = ("cup", "book")) -> Path:
+    """Sets of four pictures of two things; ``form`` is ``json`` or ``hub``; returns the file."""
     places = {
         "a": {"left_of": "to the left of", "right_of": "to the right of", "on": "on", "under": "under"},
         "b": {
@@ -344,10 +353,13 @@ def whats_up_controlled(folder: Path, subset: str, form: str, *, things: Sequenc
             else:
                 rows.append({"image_options": picture, "caption_options": options})
     if form == "json":
-        write_json(folder / "data" / f"{name}_dataset.json", rows)
+        path = folder / "data" / f"{name}_dataset.json"
+        write_json(path, rows)
     else:
         split = {"a": "Controlled_Images_A", "b": "Controlled_Images_B"}[subset]
-        write_table(folder / "data" / f"{split}-00000-of-00001.parquet", rows, pictures=["image_options"])
+        path = folder / "data" / f"{split}-00000-of-00001.parquet"
+        write_table(path, rows, pictures=["image_options"])
+    return path
 
 
 def whats_up_lists(folder: Path, file: str) -> None:

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.benchmarks.documents import KEY, documents_in, open_document
+from vlm_distill_cache.data.benchmarks.documents import KEY, documents_in, open_document, without_part
 from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
@@ -194,3 +194,29 @@ def test_thousands_of_other_files_are_not_read_to_the_end_and_packed_ones_are_sa
     assert "unpack it" in unread["images.zip"]
     assert "50 files" in unread["annotations/*.json"]
     assert "10 more were not opened: no known layout; it has bars" in unread["annotations/*.json"]
+
+
+def test_numbered_parts_are_one_table_and_missing_ones_are_said(tmp_path: Path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    hashes = [f"-{number:016x}" for number in range(3)]
+    tables = {
+        "hashed": [f"val-{number:05d}-of-00003{hashes[number]}.parquet" for number in range(3)],
+        "bare": [f"{number:04d}.parquet" for number in range(2)],
+        "gap": ["val-00000-of-00003.parquet", "val-00002-of-00003.parquet"],
+    }
+    for folder, names in tables.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            pq.write_table(pa.Table.from_pylist([{"x": 1}]), tmp_path / folder / name)
+    read = {paths[0].parent.name: open_document(paths, "t") for paths in documents_in(tmp_path)}
+    assert {name: len(document.rows) for name, document in read.items()} == {"hashed": 3, "bare": 2, "gap": 2}
+    assert [read[name].missing for name in ("hashed", "bare")] == ["", ""]
+    assert read["gap"].missing == "1 of the table's 3 parts are missing (number 00001 first)"
+    twice = tmp_path / "hashed" / f"val-00001-of-00003{hashes[0]}.parquet"  # another download of the same table
+    pq.write_table(pa.Table.from_pylist([{"x": 1}]), twice)
+    pq.write_table(pa.Table.from_pylist([{"x": 1}]), tmp_path / "hashed" / "val-00001-of-00003.parquet")
+    assert sorted(len(paths) for paths in documents_in(tmp_path / "hashed")) == [1] * 5
+    assert [without_part(names[0]) for names in tables.values()] == ["val", "", "val"]
+    assert [without_part(name) for name in ("a-1.tsv", "plain")] == ["a-1", "plain"]

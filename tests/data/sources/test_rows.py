@@ -84,7 +84,7 @@ def test_other_json_in_a_text_stays_a_text(text):
 def test_a_list_of_messages_that_cannot_be_read_is_not_learnt_as_it_stands():
     for broken in (
         '[{"role": "user", "content": "q"',
-        "[{'role': 'user', 'content': 'q'}\n {'role': 'user', 'content': 'a'}]",
+        "[{'role': 'user', 'content': 'q'}\n ...\n {'role': 'user', 'content': 'a'}]",
     ):
         for entry in ({"prompt": broken, "completion": A}, {"prompt": Q, "completion": broken}):
             with pytest.raises(SampleError, match="begins as a list of messages does"):

@@ -1,6 +1,7 @@
 """Requests are answered as each would be alone, whatever is packed or batched with it."""
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from test_library_student import PICTURES, encoder_of
@@ -15,10 +16,19 @@ from vlm_distill_cache.data.text.encoding import build_prompt
 from vlm_distill_cache.stage2_student.students.library import open_library_student
 from vlm_distill_cache.stage2_student.students.model import packs_conversations
 from vlm_distill_cache.stage2_student.suite import ask as asking
-from vlm_distill_cache.stage2_student.suite.ask import LEAST, ask
-from vlm_distill_cache.stage2_student.suite.requests import Generate, Weigh
+from vlm_distill_cache.stage2_student.suite.ask import ask
+from vlm_distill_cache.stage2_student.suite.requests import LEAST, Generate, Weigh
 
 CAPTIONS = ("a red circle", "two", "a blue square left of it")
+
+
+class WithoutWidth:
+    """A picture that no processor can resize."""
+
+    name = "none"
+
+    def load(self) -> PIL.Image.Image:
+        return PIL.Image.new("RGB", (0, 9))
 
 
 # Of each way of packing one: all behind the picture, none because the picture sees the question.
@@ -70,9 +80,11 @@ def test_each_result_is_that_of_its_request_alone(student, tmp_path, monkeypatch
         Generate(image=third, question="where ?", max_tokens=3),
         Weigh(image=third, question="", answers=("a circle",)),
         Weigh(image=missing, question="is it red ?", answers=("yes", "no"), optional=True),
+        Weigh(image=WithoutWidth(), question="", answers=("one", "two")),
+        Generate(image=WithoutWidth(), question="what ?"),
     ]
     found = ask(model, encoder, requests)
-    faults = {3: "nowhere.png", 5: "nowhere.png", 7: "answer of turn 1 is empty"}
+    faults = {3: "nowhere.png", 5: "nowhere.png", 7: "answer of turn 1 is empty", 11: "shown", 12: "shown"}
     for place, (request, result) in enumerate(zip(requests, found, strict=True)):
         if isinstance(request, Weigh) and request.optional:
             assert result == []

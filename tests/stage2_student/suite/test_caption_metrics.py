@@ -12,7 +12,7 @@ from vlm_distill_cache.data.images.load import ImageBytes
 from vlm_distill_cache.stage2_student.scores.metrics import score_letters
 from vlm_distill_cache.stage2_student.suite.measures import score
 from vlm_distill_cache.stage2_student.suite.metrics.captions import METRICS
-from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result, Weigh
+from vlm_distill_cache.stage2_student.suite.requests import LEAST, Generate, Request, Result, Weigh
 
 PICTURES = (ImageBytes(b"", "one"), ImageBytes(b"", "other"))
 IS_A, IS_B = ("A",), ("(B)", "B.")
@@ -169,6 +169,28 @@ def test_group_text_and_image_score(metric: str):
         assert found[name] == pytest.approx(np.mean(reference)), name
         assert found[f"{name}/swap"] == pytest.approx(np.mean(reference[::2])), name
     assert 0 < found["group"] < found["text"] < 1
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_what_rounding_tells_apart_is_a_tie_and_a_tie_is_lost(metric: str):
+    """A model that does not look wins nothing, neither by noise nor by the length of what it cannot say at all."""
+    fits = {"winoground": CROSS, "bivlc": CROSS, "sugarcrepe-pp": ((True, True, False),)}.get(metric)
+    more = {"fits": fits, "images": PICTURES[: len(fits)]} if fits else {}
+    items = [item(n, captions=("a", "b", "c")[: len(fits[0]) if fits else 2], **more) for n in range(9)]
+    draw = random.Random(3)
+    for score_of in (lambda: -7 + draw.uniform(-2e-5, 2e-5), lambda: LEAST):
+
+        def blind(request: Request, score_of=score_of) -> Result:
+            return "" if isinstance(request, Generate) else [[score_of(), draw.randint(3, 4)] for _ in request.answers]
+
+        def even(result: Result) -> Result:  # the same number of tokens, so that means tie where sums do
+            return result if isinstance(result, str) else [[nats, 3 if nats > LEAST else n] for nats, n in result]
+
+        results = [[even(blind(request)) for request in METRICS[metric].requests(each, "")] for each in items]
+        found = values(metric, items, results)
+        lost = {name for name in found if not name.startswith(("yes_accuracy", "yes_foil", "unparsed"))}
+        assert {name: found[name] for name in lost} == dict.fromkeys(lost, 0.0)
+        assert found.get("yes_foil", 1.0) == 1.0  # "fits" is not said of it
 
 
 def test_valse_by_hand():

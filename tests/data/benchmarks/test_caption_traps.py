@@ -1,0 +1,201 @@
+"""Files that nearly say something else: what they say is read, or refused in words; never the next best thing."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import captions_files as files
+import numpy as np
+import pytest
+from captions_files import seen
+
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem
+from vlm_distill_cache.data.benchmarks.pictures import Pictures
+from vlm_distill_cache.data.benchmarks.search import find_benchmarks
+
+
+def test_a_bare_number_is_a_picture_of_its_own_benchmark(tmp_path: Path):
+    """Another benchmark's 139.jpg is another picture; shared ones, and those of --images, may lie elsewhere."""
+    annotations = tmp_path / "all" / "up" / "data"
+    annotations.mkdir(parents=True)
+    files.put(tmp_path / "all" / "other" / "images" / "139.jpg", 1)
+    files.put(tmp_path / "outside" / "139.jpg", 2)
+
+    def found(*images: Path) -> int:
+        return seen(Pictures([tmp_path / "all", *images]).find("139.jpg", near=annotations))
+
+    for name in ("139.jpg", "val/1390000.jpg", "b.jpg", "images/image_7.png"):
+        files.put(tmp_path / "all" / "other" / "images" / Path(name).name, 1)
+        with pytest.raises(SampleError, match=rf"own folder .*other/images/{Path(name).name}.*--images"):
+            Pictures([tmp_path / "all"]).find(name, near=annotations)
+    assert found(tmp_path / "outside") == 2
+    assert found(tmp_path / "all" / "other") == 1
+    files.put(tmp_path / "all" / "visual_genome" / "VG_100K" / "139.jpg", 3)
+    assert found() == 3
+    files.put(tmp_path / "all" / "up" / "any" / "139.jpg", 4)
+    assert found() == 4
+
+    files.write_json(
+        tmp_path / "all" / "other" / "rows.json", []
+    )  # a benchmark of its own, below annotations at the top
+    pictures = Pictures([tmp_path / "all"])
+    (tmp_path / "all" / "visual_genome" / "VG_100K" / "139.jpg").unlink()
+    (tmp_path / "all" / "up" / "any" / "139.jpg").unlink()
+    with pytest.raises(SampleError, match="own folder"):
+        pictures.find("139.jpg", near=tmp_path / "all")
+
+
+def only(folder: Path) -> Benchmark:
+    (benchmark,) = find_benchmarks(folder).benchmarks.values()
+    return benchmark
+
+
+def told(benchmark: Benchmark) -> list[tuple[str, tuple[str, ...], int]]:
+    items = [item for item in benchmark.items if isinstance(item, CaptionItem)]
+    return [(item.kind, item.captions, seen(item.images[0])) for item in items]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w") as file:
+        table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def test_a_true_label_is_read_by_its_name_and_a_mere_number_is_refused(tmp_path: Path):
+    """The right caption is the second of the labels in every other row."""
+    rows = [
+        {"image": n, "tested_labels": [f"wrong {n}", f"right {n}"][:: 1 - 2 * (n % 2)], "true_label": f"right {n}"}
+        for n in range(4)
+    ]
+    files.write_table(tmp_path / "a" / "SugarCrepe_swap_obj.parquet", rows, pictures=["image"], labels="true_label")
+    assert told(only(tmp_path / "a")) == [("swap_obj", (f"right {n}", f"wrong {n}"), n) for n in range(4)]
+    for row in rows:
+        row["true_label"] = row["tested_labels"].index(row["true_label"])
+    files.write_table(tmp_path / "b" / "SugarCrepe_swap_obj.parquet", rows, pictures=["image"])
+    refused = only(tmp_path / "b")
+    assert not refused.items
+    assert "'true_label' is 1, and the table does not say which caption" in refused.left_out["swap_obj/0"]
+
+
+def test_numbers_and_lists_that_tables_hold_as_text_are_those(tmp_path: Path):
+    """CSV of ARO, and of What's Up; COCO's numbers; VLMEvalKit's cells that are the index of another row."""
+    files.aro(tmp_path / "aro", "attribution", "json")
+    path = tmp_path / "aro" / "visual_genome_attribution.json"
+    expected = told(only(tmp_path / "aro"))
+    write_csv(path.with_suffix(".tsv"), files.read_json(path))
+    path.unlink()
+    assert told(only(tmp_path / "aro")) == expected
+    rows = files.read_json(files.whats_up_controlled(tmp_path / "up", "a", "json"))
+    expected = told(only(tmp_path / "up"))
+    for row in rows[::2]:  # as pandas writes an array
+        row["caption_options"] = str(np.array(row["caption_options"], dtype=object))
+    write_csv(tmp_path / "up" / "data" / "controlled_images.csv", rows)
+    (tmp_path / "up" / "data" / "controlled_images_dataset.json").unlink()
+    assert told(only(tmp_path / "up")) == expected
+
+    pair = {"caption": "a", "negative_caption": "b"}
+    files.put(tmp_path / "sugar" / "val2017" / "000000000139.jpg", 5)
+    numbers = [{"filename": 139, **pair}, {"image_id": 139, **pair}, {"image_id": "139", **pair}]
+    files.write_json(tmp_path / "sugar" / "data" / "swap_obj.json", numbers)
+    assert told(only(tmp_path / "sugar")) == [("swap_obj", ("a", "b"), 5)] * 3
+    cells = [files.base64_png(7), "10"]
+    indexed = [{"index": 10 + n, "image": cell, **pair, "category": "swap_obj"} for n, cell in enumerate(cells)]
+    (tmp_path / "kit").mkdir()
+    write_csv(tmp_path / "kit" / "SugarCrepe.tsv", indexed)
+    assert told(only(tmp_path / "kit")) == [("swap_obj", ("a", "b"), 7)] * 2
+
+
+def test_rows_tell_their_subset_before_files_and_folders_do(tmp_path: Path):
+    image = {"image_file_name": files.put(tmp_path / "valse" / "a.jpg", 1)}
+    pair = {"positive_caption": ["a"], "negative_caption": ["b"]}
+    kinds = ["existence", "plurals", "counting-hard"]
+    files.write_lines(
+        tmp_path / "valse" / "relations" / "x.jsonl",
+        [{**image, **pair, "original_file_name": k, "linguistic_phenomena": "x"} for k in kinds],
+    )
+    files.write_lines(
+        tmp_path / "sugar" / "x.jsonl",
+        [{"image": "a.jpg", "caption": "a", "negative_caption": "b", "foil": None, "foil_type": "replace relation"}],
+    )
+    files.write_json(
+        tmp_path / "whole" / "x.json",
+        {
+            kind: {"0": {"filename": "a.jpg", "caption": "a", "negative_caption": "b"}}
+            for kind in ("add_att", "swap_obj")
+        },
+    )
+    places = [f"A cup to the {side} of a crop top" for side in ("left", "right")]
+    up = [
+        {"image_path": "a.jpg", "caption_options": places, "subset": name}
+        for name in ("COCO_QA_one_obj", "VG_QA_two_obj")
+    ]
+    files.write_lines(tmp_path / "up" / "x.jsonl", up)
+    lists = [[1, *places], [1, "A car on the left", "A car on the right"], [1, "A cup", "A box"], [1]]
+    files.write_json(tmp_path / "lists" / "coco_qa_two_obj.json", lists)
+    files.put(tmp_path / "lists" / "000000000001.jpg", 1)
+    for folder in ("sugar", "whole", "up"):
+        files.put(tmp_path / folder / "a.jpg", 1)
+    found = {
+        folder: [kind for kind, *_ in told(only(tmp_path / folder))] for folder in ("valse", "sugar", "whole", "up")
+    }
+    assert found == {
+        "valse": kinds,
+        "sugar": ["replace_rel"],
+        "whole": ["add_att", "swap_obj"],
+        "up": ["coco-one", "gqa-two"],
+    }
+    odd = only(tmp_path / "lists")  # asked like the others, but for what is no entry
+    assert [item.item_id for item in odd.items] == ["coco-two/0", "coco-two/1", "coco-two/2"]
+    assert len(odd.left_out) == 1
+
+
+def test_places_in_the_names_of_things_are_no_places(tmp_path: Path):
+    """A left shoe is to the right of things, and one set of four."""
+    files.whats_up_controlled(tmp_path, "a", "json", things=["left shoe", "tank top", "hat on a stand"])
+    items = only(tmp_path).items
+    assert {item.kind for item in items} == {"controlled-a"}
+    assert [item.extra["place"] for item in items] == ["left", "right", "on", "under"] * 3
+    assert len({item.group for item in items}) == 3
+
+
+def test_rows_that_contradict_themselves_are_left_out(tmp_path: Path):
+    options = ["A cup on a table", "A cup under a table"]
+    cup = {"caption_options": options, "image_path": "a.jpg"}
+    named = files.put(tmp_path / "controlled_images" / "cup_under_table.jpeg", 2)
+    files.put(tmp_path / "a.jpg", 1)
+    rows = [
+        cup,
+        {**cup, "answer": 0},
+        {**cup, "answer": options[0]},
+        {**cup, "answer": 1},
+        {**cup, "label": options[1]},
+        {**cup, "image_path": f"controlled_images/{named}"},
+    ]
+    files.write_json(tmp_path / "controlled_images_dataset.json", rows)
+    benchmark = only(tmp_path)
+    assert len(benchmark.items) == 3
+    assert [why.partition(": ")[2][:12] for why in benchmark.left_out.values()] == [
+        "'answer' is ",
+        "'label' is '",
+        "the picture ",
+    ]
+
+
+def test_near_misses_are_refused(tmp_path: Path):
+    """Captions of other data sets, preferences, pictures of BiVLC that are missing, boxes of no size."""
+    image = {"image": files.put(tmp_path / "a.jpg", 1)}
+    pair = {**image, "caption": "a", "negative_caption": "b"}
+    files.write_json(tmp_path / "nocaps.json", [{**image, "caption": ["a cat", "a dog on a mat"]}])
+    files.write_json(tmp_path / "photos.json", [{**image, "caption": ["a dog on a mat"] * 10}])
+    files.write_json(tmp_path / "preferences.json", [{**pair, "question": "q", "chosen": "c", "rejected": "d"}])
+    files.write_json(tmp_path / "bivlc.json", [{**pair, "negative_image": None}])
+    box = {"relation_name": "on", "true_caption": "a on b", "false_caption": "b on a", "bbox_x": 1, "bbox_y": 1}
+    files.write_json(tmp_path / "rel.json", [{**image, **box, "bbox_w": w, "bbox_h": 2} for w in (0, -5, "x", 3)])
+    found = find_benchmarks(tmp_path)
+    assert sorted(found.unread) == ["nocaps.json", "photos.json", "preferences.json"]
+    assert sorted((name, len(each.items), len(each.left_out)) for name, each in found.benchmarks.items()) == [
+        ("aro-relation", 1, 3),
+        ("bivlc", 0, 1),
+    ]

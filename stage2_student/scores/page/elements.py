@@ -43,7 +43,7 @@ nav{{display:flex;flex-wrap:wrap;gap:4px 16px;margin:12px 0}}
 .card{{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:14px;max-width:100%;min-width:0}}
 .big{{font-size:30px;line-height:1.2;font-variant-numeric:tabular-nums;color:var(--ink)}}.headline{{flex:1 1 230px}}
 .scroll{{overflow-x:auto;max-width:100%}}
-table{{border-collapse:collapse;background:var(--card);border:1px solid var(--line)}}
+table{{border-collapse:separate;border-spacing:0;background:var(--card);border:1px solid var(--line)}}
 th,td{{padding:5px 12px;border-top:1px solid var(--line);text-align:right;font-variant-numeric:tabular-nums;
 vertical-align:top}}
 th{{border-top:0}}th:first-child,td:first-child{{text-align:left;white-space:pre-wrap;overflow-wrap:anywhere;

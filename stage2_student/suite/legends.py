@@ -96,7 +96,7 @@ def explain_measures(measures: Iterable[Mapping[str, Any]], metric: str = "") ->
         better = {True: "More is better.", False: "Less is better."}.get(
             measure["gains"], "Neither more nor less is better."
         )
-        if parts := measure.get("mean_of"):
+        if (parts := measure.get("mean_of", 0)) > 1:
             how.append(f"Counted in each of {parts} subsets, of which this is the unweighted mean.")
         found[measure["heading"]] = " ".join(part.strip() for part in (what, *how, better))
     return found

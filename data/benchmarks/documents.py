@@ -315,6 +315,14 @@ def documents_in(folder: Path) -> Iterator[Sequence[Path]]:
     yield from _documents_in(folder, frozenset())
 
 
+def holds_annotations(folder: Path, files: Sequence[str]) -> bool:
+    """Whether some files of a folder may hold a benchmark, unpacked."""
+    known = (*ENDINGS, ".arrow")
+    if any(file.lower().endswith(known) and file not in _DESCRIPTIONS for file in files):
+        return True
+    return any(_asks_yes_or_no(folder / file) for file in files if file.lower().endswith(".txt"))
+
+
 def _documents_in(folder: Path, above: frozenset[Path]) -> Iterator[Sequence[Path]]:
     real = folder.resolve()
     if real in above or (folder / OWN_STAMP).is_file():

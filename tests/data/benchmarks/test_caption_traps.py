@@ -17,33 +17,62 @@ from vlm_distill_cache.data.benchmarks.search import find_benchmarks
 
 def test_a_bare_number_is_a_picture_of_its_own_benchmark(tmp_path: Path):
     """Another benchmark's 139.jpg is another picture; shared ones, and those of --images, may lie elsewhere."""
-    annotations = tmp_path / "all" / "up" / "data"
-    annotations.mkdir(parents=True)
-    files.put(tmp_path / "all" / "other" / "images" / "139.jpg", 1)
+    top = tmp_path / "all"
+    annotations = top / "up" / "data"
+    files.write_json(annotations / "rows.json", [])
     files.put(tmp_path / "outside" / "139.jpg", 2)
 
-    def found(*images: Path) -> int:
-        return seen(Pictures([tmp_path / "all", *images]).find("139.jpg", near=annotations))
+    def found(name: str, *images: Path) -> int:
+        return seen(Pictures([top, *images]).find(name, near=annotations))
 
-    for name in ("139.jpg", "val/1390000.jpg", "b.jpg", "images/image_7.png"):
-        files.put(tmp_path / "all" / "other" / "images" / Path(name).name, 1)
-        with pytest.raises(SampleError, match=rf"own folder .*other/images/{Path(name).name}.*--images"):
-            Pictures([tmp_path / "all"]).find(name, near=annotations)
-    assert found(tmp_path / "outside") == 2
-    assert found(tmp_path / "all" / "other") == 1
-    files.put(tmp_path / "all" / "visual_genome" / "VG_100K" / "139.jpg", 3)
-    assert found() == 3
-    files.put(tmp_path / "all" / "up" / "any" / "139.jpg", 4)
-    assert found() == 4
-
-    files.write_json(
-        tmp_path / "all" / "other" / "rows.json", []
-    )  # a benchmark of its own, below annotations at the top
-    pictures = Pictures([tmp_path / "all"])
-    (tmp_path / "all" / "visual_genome" / "VG_100K" / "139.jpg").unlink()
-    (tmp_path / "all" / "up" / "any" / "139.jpg").unlink()
+    # Beside annotations or in a folder of their own; or called after such a benchmark.
+    files.write_json(top / "coco_order" / "rows.json", [])
+    files.write_json(top / "mmb" / "parts" / "rows.json", [])
+    (top / "mme").mkdir()
+    (top / "mme" / "1.txt").write_text("Is it red?\tYes\n")
+    for name in ("139.jpg", "frame_0001.jpg", "q12.png", "image(1).png", "images/cat.png"):
+        for other in ("coco_order/images", "mmb/images", "mme", "mme_images"):
+            file = top / other / Path(name).name
+            files.put(file, 1)
+            with pytest.raises(SampleError, match=rf"own folder \(.*/{other}/.*--images"):
+                found(name)
+            assert found(name, top / other) == 1
+            file.unlink()
+    assert found("139.jpg", tmp_path / "outside") == 2
+    for folder in ("aro_images", "visual-genome/VG_100K", "media", "up/any"):  # no other benchmark's
+        file = top / folder / "139.jpg"
+        files.put(file, 3)
+        assert found("139.jpg") == 3
+        file.unlink()
+    files.put(top / "139.jpg", 4)
+    assert found("139.jpg") == 4
+    files.write_json(top / "rows.json", [])  # it is of this one
     with pytest.raises(SampleError, match="own folder"):
-        pictures.find("139.jpg", near=tmp_path / "all")
+        found("139.jpg")
+
+
+def test_a_folder_that_tells_pictures_apart_is_never_another_one(tmp_path: Path):
+    """Names, numbered folders and COCO's number under pos/ are no pictures of neg/; archives may be called anything."""
+    names = ["pos/cat.jpg", "neg/cat.jpg", "COCO/000000000139.jpg", "fake/000000000139.jpg", "1/a.png", "2/a.png"]
+    files.write_json(tmp_path / "rows.json", [{"image": name} for name in names])
+    for number, name in enumerate(names[::2], 1):
+        files.put(tmp_path / name, number)
+    files.put(tmp_path / "unpacked" / "page_7.png", 9)
+    pictures = Pictures([tmp_path])
+    assert [seen(pictures.find(name, near=tmp_path)) for name in names[::2]] == [1, 2, 3]
+    for name in names[1::2]:
+        with pytest.raises(SampleError, match=f"no picture '{name}' .*in a folder of another name"):
+            pictures.find(name, near=tmp_path)
+    assert seen(pictures.find("documents/page_7.png", near=tmp_path)) == 9
+
+
+def test_a_number_of_coco_is_no_picture_of_visual_genome(tmp_path: Path):
+    files.put(tmp_path / "vg" / "139.jpg", 1)
+    with pytest.raises(SampleError, match="no picture of the number 139"):
+        Pictures([tmp_path]).numbered(139, near=tmp_path)
+    files.put(tmp_path / "val2014" / "COCO_val2014_000000000139.jpg", 2)
+    files.write_json(tmp_path / "coco" / "rows.json", [])
+    assert seen(Pictures([tmp_path]).numbered(139, near=tmp_path / "coco")) == 2
 
 
 def only(folder: Path) -> Benchmark:

@@ -218,7 +218,7 @@ def test_scienceqa_is_one_benchmark_a_split_and_takes_no_picture_of_another_prob
     ]
     assert [item.hint for item in items_of(test)] == ["Context: It is cold.", ""]
     (why,) = test.left_out.values()
-    assert "no picture test/5/choice_0.png" in why
+    assert "no picture 'test/5/choice_0.png'" in why
     assert test.notes == ["1 questions of the split 'train' are not asked"]
     assert [item.right for item in items_of(found["scienceqa-val"])] == [2]
     assert not found["scienceqa-val"].left_out

@@ -60,6 +60,13 @@ class Document:
     split: str | None = None
 
     @cached_property
+    def files(self) -> Sequence[Path]:
+        """The files that it was opened from: all parts of a table."""
+        if isinstance(self.rows, _TableRows) and self.rows.files:
+            return self.rows.files
+        return [self.path]
+
+    @cached_property
     def columns(self) -> frozenset[str]:
         """Keys of the first rows, without those that hold nothing in any of them."""
         found: set[str] = set()
@@ -142,8 +149,8 @@ class RowPicture:
 class _TableRows(Sequence[Mapping[str, Any]]):
     """The rows of a table of parquet or Arrow files."""
 
-    def __init__(self, table: Any) -> None:
-        self.table = table
+    def __init__(self, table: Any, files: Sequence[Path] = ()) -> None:
+        self.table, self.files = table, files
 
     def __len__(self) -> int:
         return len(self.table)
@@ -182,9 +189,9 @@ def open_document(paths: Sequence[Path], shown: str) -> Document:
         raise DataError(f"{shown} is packed; unpack it, unless that was done (unzip, tar -xf, gunzip)")
     try:
         if path.is_dir():
-            return Document(path, shown, _TableRows(_arrow(path)))
+            return Document(path, shown, _TableRows(_arrow(path), sorted(path.glob("*.arrow"))))
         if ending == ".parquet":
-            return Document(path, shown, _TableRows(ParquetTable([LocalParquet(each) for each in paths])))
+            return Document(path, shown, _TableRows(ParquetTable([LocalParquet(each) for each in paths]), paths))
         if ending in (".csv", ".tsv"):
             return Document(path, shown, _TableRows(_CsvTable(path)))
         if ending == ".txt":

@@ -32,6 +32,11 @@ class Item:
     group: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_answer(self) -> bool:
+        """Whether what is right is known, so that it is scored."""
+        return getattr(self, "right", True) is not None and getattr(self, "answers", True) != ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionItem(Item):

@@ -88,11 +88,10 @@ def _pope_item(document: Document, index: int, row: Row, kind: str, pictures: Pi
     return YesNoItem(
         item_id=item_id,
         kind=kind,
-        group=str(shown or ""),
         image=picture_of(document, index, row, pictures, ("image", "image_path")),
         question=question,
         right=right_of(row, "label" if "label" in row else "answer"),
-        extra={"question_id": id_of(row, item_id), "question": question},
+        extra={"question_id": id_of(row, item_id), "question": question, "picture": str(shown or "")},
     )
 
 

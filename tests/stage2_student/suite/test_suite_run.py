@@ -19,8 +19,9 @@ from vlm_distill_cache.data.shapes.dataset import shapes_evaluation
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.suite import ask as asking
 from vlm_distill_cache.stage2_student.suite import run as running
+from vlm_distill_cache.stage2_student.suite.limits import take
 from vlm_distill_cache.stage2_student.suite.opened import find_model, load_model
-from vlm_distill_cache.stage2_student.suite.run import RESULTS, Suite, find_tasks, run_suite, take
+from vlm_distill_cache.stage2_student.suite.run import RESULTS, Suite, find_tasks, run_suite
 from vlm_distill_cache.stage2_student.suite.table import render_suite
 
 ITEMS = 2

@@ -10,7 +10,7 @@ from typing import Any
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.benchmarks.documents import KEY, Document
 from vlm_distill_cache.data.benchmarks.inline_options import split_options
-from vlm_distill_cache.data.benchmarks.items import Benchmark, ChoiceItem
+from vlm_distill_cache.data.benchmarks.items import Benchmark, ChoiceItem, short_kind
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.images.recognise import base64_picture
 from vlm_distill_cache.data.sample import ImageSource, number_repeats
@@ -136,7 +136,7 @@ def ask_row(
     if image is None and pictured:
         image, shares = _picture(source, row)
     found = kinds if kinds is not None else [str(row[key]) for key in _CATEGORIES if not says_nothing(row.get(key))]
-    kinds = list(dict.fromkeys(kind.strip() for kind in found))
+    kinds = list(dict.fromkeys(short_kind(kind.strip()) for kind in found))
     extra: dict[str, Any] = {"kinds": kinds[1:]} if len(kinds) > 1 else {}
     if asked:
         extra["asked"] = asked

@@ -4,6 +4,7 @@ A layout asks a document for its columns, and for the JSON as it stands; picture
 are asked about.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from typing import Any
 import PIL.Image
 
 from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.csv_rows import CsvRows
 from vlm_distill_cache.data.sources.hf import ArrowTable, is_saved_dataset
@@ -30,7 +32,10 @@ KEY = "__key__"  # of rows that were a dict by id: the id
 _PROBED = 32  # rows whose keys are the columns
 _PART = re.compile(r"-\d{4,5}-of-\d{4,5}(?=\.parquet$)")
 _DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of `datasets`
-_YES_OR_NO = re.compile(r"\t\s*(?:yes|no)\s*(?:\t|$)", re.IGNORECASE | re.MULTILINE)
+_YES_OR_NO = re.compile(
+    r"(?:\t\s*|[?.] +)(?:yes|no)\s*(?:\t|$)", re.IGNORECASE | re.MULTILINE
+)  # blanks: refused in words
+_LONE = re.compile(r"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(u[dD][89a-fA-F]\w\w)|.)")  # group 1, among all escapes
 _LONGEST_LINE = 4096
 LONGEST_INDEX = 64
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -46,7 +51,8 @@ class Document:
         shown: What errors call it: the path relative to the folder that was searched.
         top: The JSON as it stands; None of what is no JSON.
         rows: Its entries in order, read when they are asked for: a list of objects, the values of an object of objects
-            (their key under `KEY`), lines, rows of a table. Empty for other JSON.
+            (their key under `KEY`), one object with texts and no lists of objects, lines, rows of a table. Empty for other
+            JSON.
         split: Of a table, where its folder or file names one.
 
     Rows of texts have ``file`` and ``line``, and of lines of two to four cells ``image`` (a name, or the file's without its
@@ -199,11 +205,16 @@ def open_document(paths: Sequence[Path], shown: str) -> Document:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror or error}") from error
-    text = decode(data, where=shown).removeprefix("\ufeff")
+    text = _LONE.sub(_spelt_out, decode(data, where=shown).removeprefix("\ufeff"))
     if ending != ".json" or _is_lines(text):
         return Document(path, shown, _lines(text, shown))
     top = parse(text, where=shown)
     return Document(path, shown, _rows_of(top), top=top)
+
+
+def _spelt_out(escape: re.Match[str]) -> str:
+    """Half a character (a lone surrogate), which no file can hold, as the text that it is written as."""
+    return f"\\\\{escape[1]}" if escape[1] else escape[0]
 
 
 def _is_lines(text: str) -> bool:
@@ -242,11 +253,47 @@ def _asks_yes_or_no(path: Path) -> bool:
 
 
 def _rows_of(top: Any) -> Sequence[Mapping[str, Any]]:
-    if isinstance(top, list) and top and all(isinstance(row, dict) for row in top):
-        return top
-    if isinstance(top, dict) and top and all(isinstance(row, dict) for row in top.values()):
-        return [{KEY: key, **row} for key, row in top.items()]
-    return ()
+    if isinstance(top, list):
+        return objects(top)
+    # Beside objects of entries, a list is what a file is about, and they describe it: ``info``, ``questions``.
+    if isinstance(top, dict) and not any(isinstance(value, list) and value for value in top.values()):
+        rows = objects([{KEY: key, **row} if isinstance(row, dict) else row for key, row in top.items()])
+        if rows:
+            return rows
+    return [top] if _is_row(top) else ()
+
+
+def _is_row(top: Any) -> bool:
+    """Whether JSON is one row: a file of lines that has one."""
+    if not isinstance(top, dict) or not any(isinstance(value, str) for value in top.values()):
+        return False
+    return not any(isinstance(value, list) and value and isinstance(value[0], dict) for value in top.values())
+
+
+def objects(entries: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
+    """Entries as rows, if most are objects: others are rows that cannot be read, so that they are left out with a reason."""
+    count = sum(isinstance(entry, dict) for entry in entries)
+    if count == len(entries):
+        return entries
+    return _Objects(entries) if 4 * count >= 3 * len(entries) else ()
+
+
+class _Objects(Sequence[Mapping[str, Any]]):
+    """Entries of which some are no objects."""
+
+    def __init__(self, entries: Sequence[Any]) -> None:
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._entries[index]
+        if not isinstance(index, slice) and not isinstance(found, dict):
+            raise SampleError(
+                f"entry {index + 1} is {one_line(json.dumps(found), limit=60)}; an object of names is expected"
+            )
+        return found
 
 
 def _arrow(path: Path) -> ArrowTable:

@@ -17,6 +17,8 @@ from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.sample import ImageSource
 
 _SHORT_NUMBER = re.compile(r"[\d_-]{1,5}")  # 0001.png is another picture in each folder, but for folders of these names
+_COCO = re.compile(r"(?:coco_\w+_)?(\d{12})", re.IGNORECASE)
+_COCO_SPLITS = ("val2014", "train2014", "test2015", "test2014")
 # Names that many benchmarks have: numbers (Visual Genome's, or COCO's without zeros), image_3, test-17, a.
 _COMMON = re.compile(r"((image|img|picture|pic|photo|sample|train|val|test)[_-]?)?[\d_-]{1,7}|\w{1,2}", re.IGNORECASE)
 _ANY_FOLDER = frozenset("images image img imgs pictures data".split())  # noqa: SIM905
@@ -109,6 +111,13 @@ class Pictures:
         chosen = _distinct(_nearest(hinted or longest, near))
         if len(chosen) == 1:
             return ImageFile(chosen[0], shown=name)
+        if not chosen and (number := _COCO.fullmatch(path.stem)):
+            for prefix in (
+                "",
+                *(f"coco_{split}_" for split in _COCO_SPLITS),
+            ):  # a number is one picture in all releases
+                if f"{prefix}{number[1]}" in self._by_name:
+                    return self.find(f"{prefix}{number[1]}", near=near, hints=hints)
         if not chosen:
             elsewhere = f" ({found[0]} is in a folder of another name)" if found else ""
             raise SampleError(
@@ -129,7 +138,7 @@ class Pictures:
         hints = list(hints)
         long = f"{number:012d}"
         names = [f"coco_{hint}_{long}" for hint in hints] + [long, str(number)]
-        names += [f"coco_{split}_{long}" for split in ("val2014", "train2014", "test2015")]
+        names += [f"coco_{split}_{long}" for split in _COCO_SPLITS]
         for name in names:
             if name in self._by_name:
                 return self.find(name, near=near, hints=hints)

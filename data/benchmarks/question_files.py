@@ -9,14 +9,26 @@ from vlm_distill_cache.data.benchmarks.documents import Document
 from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
-from vlm_distill_cache.data.benchmarks.question_rows import Gathered, Row, id_of, picture_of, probe, text_of
+from vlm_distill_cache.data.benchmarks.question_rows import (
+    Gathered,
+    Row,
+    file_named,
+    id_of,
+    picture_of,
+    plain_path,
+    probe,
+    text_of,
+)
 from vlm_distill_cache.data.sources.pictures import says_none
 
 _PICTURE = re.compile(r"\s*<image>\s*")
+_JUDGED = ("gpt_answer", "gpt4_ans")  # a judge's reference beside a question: LLaVA-Bench of the hub and of VLMEvalKit
 _OTHERS = ("answer", "answers", "label", "options", "choices", "conversations", "sentence")
 
 
 def _is_questions(document: Document) -> bool:
+    if document.has("question", "image", "caption") and not document.columns.isdisjoint(_JUDGED):
+        return document.columns.isdisjoint(_OTHERS)
     return document.has("question_id", "text") and document.columns.isdisjoint(_OTHERS)
 
 
@@ -40,8 +52,8 @@ def _read(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark |
         for index, row, where in gathered.rows(document):
             make = partial(_item, document, index, row, pictures)
             gathered.take(str(id_of(row, index + 1)), where, make)
-        stem = re.sub(r"[^a-z0-9.]+", "-", PurePosixPath(document.shown).stem.lower()).strip("-.")
-        folder = re.sub(r"[^a-z0-9.]+", "-", PurePosixPath(document.shown).parent.name.lower()).strip("-.")
+        path = PurePosixPath(plain_path(document))
+        stem, folder = (re.sub(r"[^a-z0-9.]+", "-", part).strip("-.") for part in (path.name, path.parent.name))
         name = stem if stem.startswith("llava") else "-".join(filter(None, ("llava", folder, stem)))
         notes = [
             "no answers are published with these questions: nothing is scored, the answers file is for outside scorers"
@@ -52,20 +64,20 @@ def _read(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark |
 
 def _item(document: Document, index: int, row: Row, pictures: Pictures, item_id: str) -> OpenItem:
     without = says_none(row.get("image"))
+    name = file_named(document, row.get("image"))  # a table's base64 is none
     return OpenItem(
         item_id=item_id,
         kind=str(row.get("category") or ""),
         image=None if without else picture_of(document, index, row, pictures, ("image",)),
-        question=_PICTURE.sub("\n", text_of(row, "text")).strip(),
-        extra={"question_id": id_of(row, item_id)}
-        | ({"image": row["image"]} if isinstance(row.get("image"), str) else {}),
+        question=_PICTURE.sub("\n", text_of(row, "text", "question")).strip(),
+        extra={"question_id": id_of(row, item_id)} | ({"image": name} if name else {}),
     )
 
 
 QUESTIONS = Layout(
     name="llava-questions",
     title="LLaVA's question file",
-    looks_for="rows of question_id, image and text, without answers or labels",
+    looks_for="rows of question_id, image and text, without answers or labels; or of question, image, caption and gpt_answer",
     source="https://github.com/haotian-liu/LLaVA, its page on evaluation (eval.zip); "
     "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
     licence="that of the benchmark that it asks",

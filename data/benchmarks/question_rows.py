@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
@@ -21,6 +21,8 @@ Row = Mapping[str, Any]
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 YES_OR_NO = "Please answer yes or no."
+YES_NO = frozenset(("yes", "no"))
+TRUE_FALSE = frozenset(("true", "false"))
 _SAID = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 _PROBED = 32
 _SCALARS = (str, int, float, bool)
@@ -35,12 +37,21 @@ def probe(document: Document) -> list[Row]:
 
 def verdict(value: Any) -> bool | None:
     """What an annotation says: yes or no, true or false, 1 or 0, in any case; None: something else."""
-    return _SAID.get(str(value).strip().rstrip(".").lower())
+    return _SAID.get(_word(value))
 
 
-def says_yes_or_no(rows: Sequence[Row], key: str) -> bool:
-    """Whether there are rows, and all of them say yes or no under a key."""
-    return bool(rows) and all(verdict(row.get(key)) is not None for row in rows)
+def most(rows: Sequence[Row], is_so: Callable[[Row], bool]) -> bool:
+    """Whether something is so of more than half of some rows: the others are left out one by one, and said."""
+    return 2 * sum(map(is_so, rows)) > len(rows)
+
+
+def says_yes_or_no(rows: Sequence[Row], key: str, words: Container[str] = _SAID) -> bool:
+    """Whether most rows say yes or no under a key, in some of the words (small letters) that mean it."""
+    return most(rows, lambda row: _word(row.get(key)) in words)
+
+
+def _word(value: Any) -> str:
+    return str(value).strip().rstrip(".").lower()
 
 
 def right_of(row: Row, key: str) -> bool:
@@ -78,6 +89,8 @@ def picture_of(document: Document, index: int, row: Row, pictures: Pictures, col
     for column in columns:
         value = row.get(column)
         if not says_none(value):
+            if isinstance(value, int) and not isinstance(value, bool):
+                return pictures.numbered(value, near=document.path.parent)
             name = file_named(document, value)
             return document.picture(index, column) if name is None else pictures.find(name, near=document.path.parent)
     raise SampleError(f"it has no picture under {' or '.join(map(repr, columns))}")
@@ -94,16 +107,19 @@ def scalars(row: Row, *without: str) -> dict[str, Any]:
 
 @dataclass
 class Gathered:
-    """The items of one benchmark, and why others cannot be asked; a second item of an id is numbered."""
+    """The items of one benchmark, and why others cannot be asked; a second item of an id is numbered.
+
+    ``times`` is how often each id was there.
+    """
 
     items: list[Item] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
-    _seen: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    times: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def take(self, item_id: str, where: str, make: Callable[[str], Item]) -> None:
         """Make an item, or keep why it cannot be made."""
-        self._seen[item_id] += 1
-        free = item_id if self._seen[item_id] == 1 else f"{item_id}#{self._seen[item_id]}"
+        self.times[item_id] += 1
+        free = item_id if self.times[item_id] == 1 else f"{item_id}#{self.times[item_id]}"
         try:
             self.items.append(make(free))
         except SampleError as error:

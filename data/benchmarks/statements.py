@@ -12,15 +12,17 @@ import PIL.Image
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.benchmarks.documents import Document
 from vlm_distill_cache.data.benchmarks.items import Benchmark, YesNoItem
-from vlm_distill_cache.data.benchmarks.layouts import Layout
+from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.benchmarks.question_rows import (
+    TRUE_FALSE,
     YES_OR_NO,
     Gathered,
     Row,
     edition,
     file_named,
     id_of,
+    most,
     plain_path,
     probe,
     right_of,
@@ -35,7 +37,7 @@ _PAIR = re.compile(r"[A-Za-z]\w*-\d+-\d+-\d+")  # NLVR2: split, set of pictures,
 _SPLITS = ("train", "dev", "test", "hidden")
 _ORDERS = 6  # pictures of one scene, its boxes in each order
 _SENTENCES = ("sentence", "sent", "statement")
-_SIDES = (("left_image", "right_image"), ("image_left", "image_right"), ("img0", "img1"))
+_SIDES = (("left_image", "right_image"), ("image_left", "image_right"), ("img0", "img1"), ("image0", "image1"))
 _GAP = 0.02  # of the width of two pictures beside one another
 
 
@@ -65,7 +67,7 @@ class SideBySide:
 
 def _identifiers(document: Document, form: re.Pattern[str]) -> bool:
     rows = probe(document)
-    return bool(rows) and all(form.fullmatch(str(row.get("identifier"))) for row in rows)
+    return most(rows, lambda row: form.fullmatch(str(row.get("identifier"))) is not None)
 
 
 def _is_nlvr(document: Document) -> bool:
@@ -76,11 +78,17 @@ def _is_nlvr(document: Document) -> bool:
     )
 
 
-def _read_nlvr(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark]:
-    found = []
+def _read_nlvr(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark | Unread]:
+    found: list[Benchmark | Unread] = []
     for document in documents:
         gathered = Gathered()
-        split = _split_of(document, pictures)
+        splits = _splits_of(document, pictures)
+        if len(splits) > 1:
+            shown = " and ".join(f"'{split}-'".replace("'-'", "no split") for split in splits)
+            why = f"the pictures of its examples are there with {shown} before their numbers: call it after its split (dev.json)"
+            found.append(Unread(document, why))
+            continue
+        split = splits[0] if splits else ""
         for _, row, where in gathered.rows(document):
             for order in range(_ORDERS):
                 own = f"{split or 'nlvr'}-{row.get('identifier')}-{order}"
@@ -91,20 +99,20 @@ def _read_nlvr(documents: Sequence[Document], pictures: Pictures) -> list[Benchm
     return found
 
 
-def _split_of(document: Document, pictures: Pictures) -> str:
-    """The split by which a document's pictures are called: the one that it is named after, else the one that is there."""
+def _splits_of(document: Document, pictures: Pictures) -> list[str]:
+    """The split by which a document's pictures are called: the one that it is named after, else all that are there."""
     kinds = (*_SPLITS, "")  # or none of them stands before the identifier
     there = {split for row in probe(document) for split in kinds if _has_picture(split, row, document, pictures)}
     for part in reversed(PurePosixPath(document.shown.lower()).parts):
         named = set(re.split(r"[^a-z]+", part)) & set(_SPLITS)
         if len(named) == 1 and (not there or named <= there):
-            return named.pop()
-    return there.pop() if len(there) == 1 else ""
+            return [named.pop()]
+    return sorted(there)
 
 
 def _has_picture(split: str, row: Row, document: Document, pictures: Pictures) -> bool:
     try:
-        pictures.find(f"{split}-{row.get('identifier')}-0.png".lstrip("-"), near=document.path.parent)
+        pictures.find(f"{split}-{row.get('identifier')}-0".lstrip("-"), near=document.path.parent)
     except SampleError:
         return False
     return True
@@ -119,7 +127,7 @@ def _nlvr_item(document: Document, row: Row, own: str, pictures: Pictures, item_
     return YesNoItem(
         item_id=item_id,
         group=example.partition("-")[0],
-        image=pictures.find(f"{own}.png".removeprefix("nlvr-"), near=document.path.parent),
+        image=pictures.find(own.removeprefix("nlvr-"), near=document.path.parent),
         question=_asked("image", text_of(row, "sentence")),
         right=right_of(row, "label"),
         extra={"question_id": item_id, "prediction_id": f"{own}.png"},
@@ -138,10 +146,14 @@ def _keys_of(row: Row) -> tuple[str, str]:
 
 def _is_nlvr2(document: Document) -> bool:
     rows = probe(document)
-    if not rows or not says_yes_or_no(rows, _keys_of(rows[0])[1]):
+    stated = not document.columns.isdisjoint(_SENTENCES)
+    label = (
+        "label" if document.has("label") else "answer"
+    )  # answers that are yes or no are to questions of another kind
+    if not (says_yes_or_no(rows, label) if stated else says_yes_or_no(rows, label, TRUE_FALSE)):
         return False
-    if not document.columns.isdisjoint(_SENTENCES):
-        pairs = all(isinstance(row.get("images"), list | tuple) and len(row["images"]) == 2 for row in rows)
+    if stated:
+        pairs = most(rows, lambda row: isinstance(row.get("images"), list | tuple) and len(row["images"]) == 2)
         return pairs or any(document.has(*sides) for sides in _SIDES) or _identifiers(document, _PAIR)
     return document.has("question") and any(document.has(*sides) for sides in _SIDES[:2])
 
@@ -208,7 +220,7 @@ def _two_of(
             "it must have two pictures (left_image and right_image, or images) or an identifier that names them"
         )
     stem = identifier.rpartition("-")[0]
-    left, right = (pictures.find(f"{stem}-img{side}.png", near=document.path.parent) for side in (0, 1))
+    left, right = (pictures.find(f"{stem}-img{side}", near=document.path.parent) for side in (0, 1))
     return left, right
 
 

@@ -2,19 +2,23 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import xxhash
+
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.benchmarks import question_files, statements
 from vlm_distill_cache.data.benchmarks.documents import LONGEST_INDEX, Document
-from vlm_distill_cache.data.benchmarks.items import Benchmark, YesNoItem
+from vlm_distill_cache.data.benchmarks.items import Benchmark, YesNoItem, missing_kinds
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import ENDINGS, Pictures
 from vlm_distill_cache.data.benchmarks.question_rows import (
     SHORT_ANSWER,
+    YES_NO,
     YES_OR_NO,
     Gathered,
     Row,
@@ -22,6 +26,7 @@ from vlm_distill_cache.data.benchmarks.question_rows import (
     editions,
     file_named,
     id_of,
+    most,
     picture_of,
     plain_path,
     probe,
@@ -33,6 +38,7 @@ from vlm_distill_cache.data.benchmarks.question_rows import (
 )
 from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.sample import ImageSource
+from vlm_distill_cache.data.sources.parquet_rows import StoredPicture
 from vlm_distill_cache.data.sources.pictures import says_none
 
 POPE_SPLITS = ("random", "popular", "adversarial")
@@ -41,17 +47,29 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 MME_TASKS = (*PERCEPTION, *COGNITION)
 _TASK_OF = {task.lower(): task for task in MME_TASKS}
 _SPLIT = re.compile(rf"(?<![a-z])({'|'.join(POPE_SPLITS)})(?![a-z])")
+_QUESTION = re.compile(r"[?\uff1f]|^\s*(?:is|are|was|were|do|does|did|can|could|has|have)\b", re.IGNORECASE)
+_COCO = re.compile(r"\d{12}")
 _FIGURE = ("category", "subcategory", "set_id", "figure_id")
 
 
 def _is_pope(document: Document) -> bool:
     rows = probe(document)
     if document.has("text", "label") and not document.columns.isdisjoint(("image", "image_path")):
-        return says_yes_or_no(rows, "label")
-    if not document.has("question", "answer"):
+        return says_yes_or_no(rows, "label", YES_NO) and _ask(rows, "text")
+    if (
+        not document.has("question", "answer")
+        or not says_yes_or_no(rows, "answer", YES_NO)
+        or not _ask(rows, "question")
+    ):
         return False
-    splits = {split for row in rows for split in _splits_told(row)}
-    return (splits.issubset(POPE_SPLITS) if splits else document.has("image_source")) and says_yes_or_no(rows, "answer")
+    if any(map(_splits_told, rows)):
+        return most(rows, lambda row: set(_splits_told(row)) <= set(POPE_SPLITS) and bool(_splits_told(row)))
+    return most(rows, lambda row: bool(_COCO.search(str(row.get("image_source")))))
+
+
+def _ask(rows: Sequence[Row], key: str) -> bool:
+    """Whether the texts under a key are questions; a sentence with its label is other data, and so is an answer."""
+    return most(rows, lambda row: _QUESTION.search(str(row.get(key))) is not None)
 
 
 def _splits_told(row: Row) -> list[str]:
@@ -78,17 +96,26 @@ def _read_pope(documents: Sequence[Document], pictures: Pictures) -> list[Benchm
         notes = [
             "as POPE's own script has it, an answer without no or not is a yes; how many say neither is told beside it"
         ]
+        told = [split for item in gathered.items for split in item.kind.split(",")]
+        notes += missing_kinds("splits", POPE_SPLITS, told)
         found.append(gathered.benchmark(name, POPE, "pope", group, instruction=SHORT_ANSWER, notes=notes))
     return found
 
 
 def _pope_item(document: Document, index: int, row: Row, kind: str, pictures: Pictures, item_id: str) -> YesNoItem:
     question = text_of(row, "text", "question")
-    shown = row.get("image_source") or row.get("image_path") or file_named(document, row.get("image"))
+    if not set(_splits_told(row)) <= set(POPE_SPLITS):
+        raise SampleError(f"'category' must be of {', '.join(POPE_SPLITS)}, got {str(row.get('category'))[:60]!r}")
+    image = row.get("image")
+    shown = (
+        row.get("image_source")
+        or row.get("image_path")
+        or (image if isinstance(image, int) else file_named(document, image))
+    )
     return YesNoItem(
         item_id=item_id,
         kind=kind,
-        image=picture_of(document, index, row, pictures, ("image", "image_path")),
+        image=picture_of(document, index, row, pictures, ("image", "image_path", "image_source")),
         question=question,
         right=right_of(row, "label" if "label" in row else "answer"),
         extra={"question_id": id_of(row, item_id), "question": question, "picture": str(shown or "")},
@@ -101,7 +128,8 @@ def _is_mme(document: Document) -> bool:
     if not document.has("question", "answer", "category"):
         return False
     rows = probe(document)
-    return all(str(row.get("category")).lower() in _TASK_OF for row in rows) and says_yes_or_no(rows, "answer")
+    of_mme = most(rows, lambda row: str(row.get("category")).lower() in _TASK_OF)
+    return of_mme and says_yes_or_no(rows, "answer", YES_NO)
 
 
 def _is_texts(document: Document) -> bool:
@@ -110,14 +138,17 @@ def _is_texts(document: Document) -> bool:
 
 def _are_texts_of_mme(document: Document) -> bool:
     """Whether texts ask about the pictures that they are called as, or are called as MME's tasks, or their folder is."""
-    if not document.has("question", "answer") or document.has("prediction"):
-        return False
-    if all(verdict(row.get("answer")) is None for row in probe(document)):
+    if document.has("prediction") or not any(_ends_in_yes_or_no(row) for row in probe(document)):
         return False
     called = {PurePosixPath(str(row["file"])).stem for row in probe(document)}
     if not {_task_folder(document).name.lower(), *map(str.lower, called)}.isdisjoint(_TASK_OF):
         return True
     return any(_picture_beside(document, name) for name in called)
+
+
+def _ends_in_yes_or_no(row: Row) -> bool:
+    """Whether a line does; after blanks in place of the tab it does, too, and is refused."""
+    return verdict(row.get("answer") or (str(row.get("text")).split() or [""])[-1]) is not None
 
 
 def _names_pictures(document: Document) -> bool:
@@ -127,10 +158,13 @@ def _names_pictures(document: Document) -> bool:
 
 
 def _read_mme(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark | Unread]:
+    tabless = [document for document in documents if _is_texts(document) and not document.has("question", "answer")]
+    documents = [document for document in documents if document not in tabless]
     texts = [document for document in documents if _is_texts(document)]
     templates = [document for document in texts if _names_pictures(document)]
     beside = [document for document in texts if document not in templates]
-    found: list[Benchmark | Unread] = []
+    why = "its lines have no tab between the question and Yes or No, as MME's have; put one in place of the blanks"
+    found: list[Benchmark | Unread] = [Unread(document, why) for document in tabless]
     if beside:
         why = f"it asks again what {beside[0].shown} and others beside the pictures ask"
         found += [Unread(document, why) for document in templates]
@@ -146,9 +180,13 @@ def _read_mme(documents: Sequence[Document], pictures: Pictures) -> list[Benchma
             _gather_mme(gathered, document, document in templates, pictures)
         pairs = Counter(item.group for item in gathered.items)
         odd = sum(count != 2 for count in pairs.values())
-        notes = [f"{odd} of {len(pairs)} pictures have other than two questions, as MME has them"] if odd else []
-        missing = sorted(set(MME_TASKS) - {item.kind for item in gathered.items})
-        notes += [f"tasks of MME that are not there: {', '.join(missing)}"] if missing else []
+        if 2 not in gathered.times.values():
+            why = "none of its pictures has two questions, as each of MME's has; question_id, image_path or image tells the picture"
+            found += [Unread(document, why) for document in group]
+            continue
+        why = "have other than two questions that can be asked, and count nowhere: calculation.py takes pairs alone"
+        notes = [f"{odd} of {len(pairs)} pictures {why}"] if odd else []
+        notes += missing_kinds("tasks", MME_TASKS, [item.kind for item in gathered.items])
         found.append(gathered.benchmark(name, MME, "mme", group, notes=notes))
     return found
 
@@ -166,18 +204,23 @@ def _gather_mme(gathered: Gathered, document: Document, template: bool, pictures
         else:
             task = str(row.get("category"))
             named = row.get("image_path") or row.get("question_id") or file_named(document, row.get("image"))
-            shown = str(named or _row_with_picture(document, index, row))
+            shown = str(named or _picture_told(document, index, row))
         task = _TASK_OF.get(task.lower(), task)
         name = PurePosixPath(shown.replace("\\", "/")).name
         group = f"{task}/{name.rpartition('.')[0] if PurePosixPath(name).suffix.lower() in ENDINGS else name}"
         gathered.take(group, where, partial(_mme_item, document, index, row, task, group, name, pictures))
 
 
-def _row_with_picture(document: Document, index: int, row: Row) -> Any:
-    """What a table calls the row that holds the picture of another one, or of itself."""
+def _picture_told(document: Document, index: int, row: Row) -> Any:
+    """What tells a picture that has no name from others: its bytes, which a table repeats or has in the row named there."""
     value = row.get("image")
     if isinstance(value, str) and len(value) <= LONGEST_INDEX and value.strip() in document.by_index:
-        return value.strip()
+        value = document.rows[document.by_index[value.strip()]].get("image")
+    with suppress(SampleError):
+        told = value.get("bytes") if isinstance(value, Mapping) else value
+        data = told.read() if isinstance(told, StoredPicture) else told.encode() if isinstance(told, str) else told
+        if isinstance(data, bytes) and data:
+            return xxhash.xxh3_64_hexdigest(data)
     return row.get("index", index + 1)
 
 
@@ -185,6 +228,8 @@ def _mme_item(
     document: Document, index: int, row: Row, task: str, group: str, name: str, pictures: Pictures, item_id: str
 ) -> YesNoItem:
     if not _is_texts(document):
+        if task.lower() not in _TASK_OF:
+            raise SampleError(f"'category' must be one of MME's {len(MME_TASKS)} tasks, got {task[:60]!r}")
         image = picture_of(document, index, row, pictures, ("image", "image_path"))
     elif "answer" not in row:
         raise SampleError(f"expected a question, a tab, and Yes or No, got {str(row.get('text'))[:60]!r}")
@@ -215,7 +260,9 @@ def _picture_of_task(document: Document, task: str, name: str, pictures: Picture
     try:
         return pictures.find(f"{task}/{name}", near=document.path.parent)
     except SampleError:
-        return pictures.find(f"{task}/images/{name}", near=document.path.parent)
+        with suppress(SampleError):
+            return pictures.find(f"{task}/images/{name}", near=document.path.parent)
+        raise
 
 
 def _picture_beside(document: Document, name: str) -> Path | None:
@@ -234,14 +281,18 @@ def _is_hallusion(document: Document) -> bool:
     if not document.has("index", "category", "l2-category", "question", "answer"):
         return False
     rows = probe(document)
-    return {str(row.get("category")) for row in rows} <= {"VD", "VS"} and says_yes_or_no(rows, "answer")
+    return most(rows, lambda row: str(row.get("category")) in ("VD", "VS")) and says_yes_or_no(rows, "answer")
 
 
-def _read_hallusion(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark]:
+def _read_hallusion(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark | Unread]:
     groups: dict[tuple[str, str], list[Document]] = defaultdict(list)  # image and non_image are two tables of one
+    found: list[Benchmark | Unread] = []
     for document in documents:
+        if any(row.get("model_prediction") for row in probe(document)):
+            why = "it holds a model's answers (model_prediction); the questions are HallusionBench.json"
+            found.append(Unread(document, why))
+            continue
         groups[str(PurePosixPath(document.shown).parent), document.path.suffix.lower()].append(document)
-    found = []
     for (folder, _), group in groups.items():
         gathered = Gathered()
         for document in group:
@@ -284,7 +335,10 @@ def _hallusion_item(
 
 
 def _figure_of(document: Document, index: int, row: Row, told: Row, pictures: Pictures) -> ImageSource:
-    image = picture_of(document, index, row, pictures, ("image", "filename", "image_path"))
+    named = ("image", "filename", "image_path")
+    if all(says_none(row.get(key)) for key in named):  # their get_image_file_location goes by the numbers
+        row = {"filename": f"{told['category']}/{told['subcategory']}/{told['set_id']}_{told['figure_id']}.png"}
+    image = picture_of(document, index, row, pictures, named)
     if isinstance(image, ImageFile):  # 0_0.png is another figure in each folder, and both VD and VS have a folder ocr
         above = [part.lower() for part in image.path.parts[-3:-1]]
         category, subcategory = str(told["category"]).lower(), str(told["subcategory"]).lower()
@@ -299,8 +353,8 @@ def _figure_of(document: Document, index: int, row: Row, told: Row, pictures: Pi
 POPE = Layout(
     name="pope",
     title="POPE",
-    looks_for="rows of image, text and label (yes or no); or of question, answer (yes or no), image, and category (random, "
-    "popular, adversarial) or image_source",
+    looks_for="rows of image, text (a question) and label (yes or no); or of question, answer (yes or no), image, and category "
+    "(random, popular, adversarial) or image_source (COCO's)",
     source="https://github.com/AoiDragon/POPE, folder output; https://huggingface.co/datasets/lmms-lab/POPE; pictures of COCO "
     "val2014",
     licence="MIT; pictures as COCO says",
@@ -312,7 +366,7 @@ MME = Layout(
     name="mme",
     title="MME",
     looks_for="texts of a question, a tab, and Yes or No a line, called as their pictures, a folder a task; or rows of question, "
-    "answer (yes or no), image, and category (one of MME's 14 tasks)",
+    "answer (yes or no), image, and category (one of MME's 14 tasks), two of each picture",
     source="https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation; https://huggingface.co/datasets/lmms-lab/MME",
     licence="academic research alone; pictures as their sources say",
     scores="perception and cognition: sums over tasks of accuracy and acc+ in percent; each task; acc and acc+",

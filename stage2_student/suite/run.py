@@ -500,7 +500,9 @@ def _count(suite: Suite, task: Task) -> dict[str, Any]:
     whole = replace(benchmark, items=answered)
     lines_out = answer_lines(whole, requests, given, suite.model.name)
     write_bytes_atomic(task.folder / ANSWERS, "".join(f"{line}\n" for line in lines_out).encode())
-    if len(answered) == len(benchmark.items):  # of a part a server would count the rest as wrong
+    remove(task.folder / SUBMISSION)
+    # Of a part a server counts the rest as wrong, and scorers that go by the line take every later answer for another one's.
+    if not left_out and len(answered) == len(benchmark.items):
         for name, text in submissions(whole, requests, given).items():
             path = task.folder / SUBMISSION / Path(name).name
             path.parent.mkdir(exist_ok=True)

@@ -19,19 +19,34 @@ _TOKENS = 16
 _LONG_TOKENS = 1024  # LLaVA's model_vqa.py
 _WORDS = {"yes": True, "true": True, "no": False, "false": False}
 _LETTERS = re.compile(r"[^\W\d_]+")
+_SAYS = re.compile(r"\b(yes|no|true|false)\b")
+_BOTH = re.compile(r"\W*(yes|no|true|false)\W+(?:(?:and|or)\W+)?(yes|no|true|false)\b")
+_CLAUSE = re.compile(r"[.,;:!?\n]")
+_NEGATION = re.compile(r"(?:\bnot|n't|\bcannot|\bnever|\bnor|\bneither)\b")
+_DENIED = re.compile(r"(?:\bnot|n't)(?: (?:(?!only)\w+ly|quite|at all|a|the))? $")  # directly before the word
 _BY_LIKELIHOOD = "p_yes_"
 
 
 def parse_yes_no(text: str) -> bool | None:
     """Read yes or no (true or false) out of an answer; None where it says neither, or both.
 
-    The first word decides ("No, it is true that ..."), else the only one of them that stands anywhere.
+    The first word decides ("No, it is true that ..."), unless its contrary follows ("yes and no"); else what is said anywhere,
+    if it is said alone. A not directly before a word turns it round ("it is not true"); one further off in its clause leaves
+    open what is meant ("I do not know whether that is true").
     """
-    words = [_WORDS[word] for word in _LETTERS.findall(text.lower()) if word in _WORDS]
-    first = _LETTERS.search(text.lower())
+    text = text.lower().replace("\u2019", "'")
+    both, first = _BOTH.match(text), _LETTERS.search(text)
+    if both and _WORDS[both[1]] != _WORDS[both[2]]:
+        return None
     if first and first[0] in _WORDS:
         return _WORDS[first[0]]
-    return words[0] if len(set(words)) == 1 else None
+    said: set[bool | None] = set()
+    for clause in _CLAUSE.split(text):
+        for word in _SAYS.finditer(clause):
+            before = clause[: word.start()]
+            denied, unclear = _DENIED.search(before) is not None, _NEGATION.search(before) is not None
+            said.add(_WORDS[word[0]] != denied if denied or not unclear else None)
+    return said.pop() if len(said) == 1 else None
 
 
 def parse_pope(text: str) -> bool:
@@ -180,10 +195,12 @@ def _binary(answers: Sequence[_Answer], prefix: str, suffix: str) -> list[Measur
 
 
 def _count_mme(answers: Sequence[_Answer], prefix: str) -> list[Measure]:
-    """Sums over tasks of accuracy and acc+ in percent: a picture counts for acc+ where all its questions are right.
+    """Sums over tasks of accuracy and acc+ in percent: a picture counts for acc+ where both its questions are right.
+
+    Pictures of which other than two questions were answered count nowhere: alone, a right answer would be a right pair.
 
     Source:
-        Fu et al. 2023 (arXiv:2306.13394) and their ``calculation.py``.
+        Fu et al. 2023 (arXiv:2306.13394) and their ``calculation.py``, which refuses what is no pair.
     """
     pictures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for answer in answers:
@@ -191,8 +208,11 @@ def _count_mme(answers: Sequence[_Answer], prefix: str) -> list[Measure]:
     accuracy, plus = _Sums(), _Sums()
     scores: dict[str, Measure] = {}
     single: list[Measure] = []
-    for task, groups in pictures.items():
+    for task, asked in pictures.items():
+        groups = {unit: rights for unit, rights in asked.items() if len(rights) == 2}
         units = list(groups)
+        if not units:
+            continue
         means = [sum(rights) / len(rights) for rights in groups.values()]
         whole = [float(min(rights) == 1) for rights in groups.values()]
         both = [mean + all_right for mean, all_right in zip(means, whole, strict=True)]
@@ -210,7 +230,7 @@ def _count_mme(answers: Sequence[_Answer], prefix: str) -> list[Measure]:
         accuracy.measure(f"{prefix}acc", _heading(prefix, "acc")),
         plus.measure(f"{prefix}acc+", _heading(prefix, "acc+")),
     ]
-    return [*(measure for measure in sums_of if measure), *total, *scores.values(), *single]
+    return [*(measure for measure in sums_of if measure), *total, *scores.values(), *single] if scores else []
 
 
 def _sum_of(prefix: str, name: str, tasks: Sequence[str], scores: Mapping[str, Measure]) -> Measure | None:

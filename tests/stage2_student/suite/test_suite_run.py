@@ -163,6 +163,19 @@ def test_what_is_missing_is_said(suite, tmp_path):
         run_suite(replace(suite, only=("winogrande",), output=tmp_path / "none"))
 
 
+def test_a_submission_is_of_all_questions_or_is_not_written(suite, tmp_path):
+    folder = tmp_path / "pope"
+    drawn._pope(folder, 2)
+    whole = replace(suite, benchmarks=folder)
+    run_suite(whole)
+    written = suite.output / "pope" / "submission" / "answers_random.json"
+    assert len(written.read_text().splitlines()) == len((folder / "coco_pope_random.json").read_text().splitlines())
+    next(folder.rglob("*.png")).unlink()
+    holes = replace(whole, output=tmp_path / "holes")
+    assert run_suite(holes)["benchmarks"]["pope"]["left_out"]["items"]
+    assert not list(holes.output.rglob("answers_*.json"))
+
+
 def test_items_of_one_id_are_refused(suite, monkeypatch):
     """No layout gives any; one that did would lose answers in silence."""
     found = find_tasks(suite)[0]

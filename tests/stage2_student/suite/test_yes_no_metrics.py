@@ -41,7 +41,13 @@ def values(measures: dict[str, Measure]) -> dict[str, float | None]:
         ("There is not a dog. Yes", True, False, None),
         ("I see. No.", False, True, None),
         ("None", None, True, False),
-        ("yes or no", True, False, True),
+        ("yes or no", None, False, True),
+        ("Yes\nNo", None, True, True),
+        ("It is not true.", False, False, None),
+        ("The statement isn\u2019t quite true", False, True, None),
+        ("That's not false.", True, False, None),
+        ("I cannot say whether that is true", None, True, None),
+        ("I am not sure, but yes.", True, False, None),
         ("It may be yes or no", None, False, None),
         ("False", False, True, None),
         ("", None, True, None),
@@ -132,6 +138,12 @@ def test_mme_by_hand():
     assert (got["acc"], got["acc+"]) == (pytest.approx((1 + 0.5 + 0.5 + 0) / 4), 0.25)
     assert next(iter(found)) == "perception"
     assert "2 of 10 tasks" in found["perception"].heading
+    lone = [(item("l", True, kind="count", group="count/3"), ["Yes", YES]), *pair("posters", 1, "Yes", "No")[:1]]
+    more = values(measured("mme", [each for each, _ in asked + lone], [given for _, given in asked + lone]))
+    assert {name: value for name, value in more.items() if name != "unparsed"} == {
+        name: value for name, value in got.items() if name != "unparsed"
+    }
+    assert set(measured("mme", [each for each, _ in lone], [given for _, given in lone])) == {"unparsed"}
     assert found["perception"].factor == 100
 
 

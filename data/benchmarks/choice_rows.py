@@ -48,7 +48,7 @@ _ANSWERS = (
     "target",
 )
 _IDS = ("index", "question_id", "questionId", "qid", "id", "pid", "sample_id", "idx")
-_CATEGORIES = ("l2-category", "L2-category", "l2_category", "category")
+_CATEGORIES = (("l2-category", "L2-category", "l2_category"), ("category",))  # a subset's level, as its key is written
 _PLAIN_WORDS = frozenset("data default questions annotations main problems".split())  # noqa: SIM905
 _SPLITS = frozenset("train validation val dev test testmini".split())  # noqa: SIM905
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -135,8 +135,9 @@ def ask_row(
     shares = ""
     if image is None and pictured:
         image, shares = _picture(source, row)
-    found = kinds if kinds is not None else [str(row[key]) for key in _CATEGORIES if not says_nothing(row.get(key))]
-    kinds = list(dict.fromkeys(short_kind(kind.strip()) for kind in found))
+    levels = [[str(row[key]) for key in keys if not says_nothing(row.get(key))] for keys in _CATEGORIES]
+    found = kinds if kinds is not None else [told[0] for told in levels if told]
+    kinds = [short_kind(kind.strip()) for kind in found]
     extra: dict[str, Any] = {"kinds": kinds[1:]} if len(kinds) > 1 else {}
     if asked:
         extra["asked"] = asked

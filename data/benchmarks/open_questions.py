@@ -158,12 +158,9 @@ class Found:
 
     def benchmark(self, *, documents: Iterable[Document], notes: Iterable[str] = (), **more: Any) -> Benchmark:
         """The benchmark of these items."""
-        secret = sum(not item.answers for item in self.items)
         said = list(notes)
-        if secret:
-            said.append(
-                SECRET if secret == len(self.items) else f"{secret} of {len(self.items)} questions have no answers"
-            )
+        if self.items and not any(item.answers for item in self.items):
+            said.append(SECRET)
         if few := sum(0 < len(item.answers) < self.people for item in self.items):
             said.append(
                 f"{few} of {len(self.items)} questions have fewer than {self.people} answers; VQA accuracy leaves one out at a "

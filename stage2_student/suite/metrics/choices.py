@@ -97,8 +97,8 @@ class _Counted:
 
     @cached_property
     def kinds(self) -> Sequence[str]:
-        """The subsets that it is of."""
-        return [kind for kind in (self.item.kind, *self.item.extra.get("kinds", ())) if kind]
+        """The subsets that it is of, one a level; empty: none."""
+        return [self.item.kind, *self.item.extra.get("kinds", ())]
 
     @property
     def is_first(self) -> bool:
@@ -226,15 +226,24 @@ def _by_kind(
     *,
     heading: str = "",
 ) -> Iterator[Measure]:
-    """The share of groups that are right, of all and of each subset in the order in which these come."""
-    of_kind: dict[str, list[Sequence[_Counted]]] = {"": list(groups)} if groups else {}
+    """The share of groups that are right, of all and of each subset in the order in which these come.
+
+    A name that subsets of two levels have (MMBench's category and l2-category) is two subsets, unless they are the same.
+    """
+    of_kind: dict[tuple[str, int], list[Sequence[_Counted]]] = {("", 0): list(groups)} if groups else {}
     for group in groups:
-        for kind in group[0].kinds:
-            of_kind.setdefault(kind, []).append(group)
-    for kind, chosen in of_kind.items():
+        for level, kind in enumerate(group[0].kinds):
+            if kind:
+                of_kind.setdefault((kind, level), []).append(group)
+    known: dict[str, list[list[str]]] = defaultdict(list)
+    for (kind, level), chosen in of_kind.items():
         units = [group[0].item.group or group[0].item.item_id for group in chosen]
+        if units in known[kind]:
+            continue
+        called = f"{kind} ({level + 1})" if known[kind] else kind
+        known[kind].append(units)
         hits = [float(is_right(group)) for group in chosen]
-        yield mean_measure(f"{name}/{kind}" if kind else name, units, hits, heading="" if kind else heading)
+        yield mean_measure(f"{name}/{called}" if kind else name, units, hits, heading=called or heading)
 
 
 def _by_question(counted: Sequence[_Counted]) -> Mapping[str, list[_Turn]]:

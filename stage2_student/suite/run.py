@@ -56,7 +56,8 @@ FORMAT = 1
 SHOWN_REASONS = 5
 _NAMES = re.compile(r"""'[^']*'|"[^"]*"|\S*[\d/\\.]\S*""")  # what differs between two items of one fault
 _ASKED = re.compile(r"^sample '(?:request|prompt)': ")  # how an error calls what is asked; the item's id says more
-_STAGE_ONE = re.compile(r", or cut it at its end \(long_samples=truncate, of stage one\)")  # a remedy that is not here
+# What to do about a text that is too long: settings of a training, which are not asked for here.
+_LONGER = re.compile(r"; (?:raise max_length|shorten the conversation).*", re.DOTALL)
 _log = logging.getLogger(__name__)
 
 
@@ -150,18 +151,18 @@ class Task:
         return found, found == stored
 
     def put_aside(self) -> int:
-        """Take back blocks that were answered about other pictures, so that they are asked again; how many these are."""
+        """Take back blocks that were answered about other pictures, so that they are asked again; how many items these are."""
         kept, as_stored = self.kept()
         if as_stored:
             return 0
-        before = self.missing()
+        stale = {*range(self.blocks)} - {*self.missing()} - kept.keys()
         for number, block in kept.items():
             self.block(number).parent.mkdir(parents=True, exist_ok=True)
             write_json_atomic(self.block(number), block)
-        for number in {*range(self.blocks)} - kept.keys():
+        for number in stale:
             self.block(number).unlink(missing_ok=True)
         (self.folder / RESULTS).unlink(missing_ok=True)
-        return len(self.missing()) - len(before)
+        return sum(len(self.items_of(number)) for number in stale)
 
     def is_asked(self) -> bool:
         """Whether all results are joined.
@@ -272,7 +273,7 @@ def run_suite(suite: Suite, *, processes: int = 1, say: Callable[[str], None] = 
                 home.rename(task.folder)
             if again := task.put_aside():
                 say(
-                    f"{task.benchmark.name}: pictures have changed since they were asked about; {again} blocks are asked again"
+                    f"{task.benchmark.name}: pictures have changed since they were asked about; {again:,} items are asked again"
                 )
         missing = sum(len(task.missing()) for task in tasks)
         if missing:
@@ -432,9 +433,8 @@ def _ask_blocks(model: Model, tasks: Sequence[Task], rank: int, processes: int, 
     with progress("suite", total=total, unit="item", keep=False) as bar:
         for task, number in jobs:
             began = time.monotonic()
-            items = task.items_of(number)
-            shown = watched(items)
-            requests = [task.requests(item) for item in shown]
+            items = watched(task.items_of(number))
+            requests = [task.requests(item) for item in items]
             try:
                 results = iter(ask(loaded, encoder, [request for of_item in requests for request in of_item]))
             except torch.OutOfMemoryError as error:
@@ -443,8 +443,8 @@ def _ask_blocks(model: Model, tasks: Sequence[Task], rank: int, processes: int, 
                     "there, take fewer processes (--nproc), or run it on the CPU (CUDA_VISIBLE_DEVICES= in front of the command)"
                 ) from error
             lines = [
-                {**_line(item, list(islice(results, len(of)))), "pictures": seen(item, asked)}
-                for item, asked, of in zip(items, shown, requests, strict=True)
+                {**_line(item, list(islice(results, len(of)))), "pictures": seen(item)}
+                for item, of in zip(items, requests, strict=True)
             ]
             path = task.block(number)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -456,7 +456,7 @@ def _line(item: Item, results: Sequence[Result | SampleError]) -> dict[str, Any]
     """What is kept of an item: its results, or why there are none."""
     error = next((result for result in results if isinstance(result, SampleError)), None)
     if error is not None:
-        why = _STAGE_ONE.sub("", _ASKED.sub("", str(error)))
+        why = _LONGER.sub("; this model takes no longer ones", _ASKED.sub("", str(error)))
         return {"item": item.item_id, "left_out": why.encode(errors="backslashreplace").decode()}
     return {"item": item.item_id, "results": list(results)}
 

@@ -21,10 +21,16 @@ from vlm_distill_cache.data.sample import ImageSource
 
 
 class Watched:
-    """A picture that remembers what it showed: ``shown`` is a hash of its pixels, empty as long as it was not read."""
+    """A picture that remembers what it showed.
+
+    Attributes:
+        state: Of its files before they were read.
+        shown: Hash of its pixels; empty as long as it was not read.
+    """
 
     def __init__(self, source: ImageSource) -> None:
         self.name = source.name
+        self.state = _state(source)
         self.shown = ""
         self._source = source
 
@@ -60,10 +66,9 @@ def watched(items: Sequence[Item]) -> list[Item]:
     return found
 
 
-def seen(item: Item, asked: Item) -> list[list[str]]:
-    """What is kept of each picture: the state of its files, and a hash of its pixels (empty: not read); ``asked`` is watched."""
-    pairs = zip(pictures_of(item), pictures_of(asked), strict=True)
-    return [[_state(source), cast("Watched", picture).shown] for source, picture in pairs]
+def seen(item: Item) -> list[list[str]]:
+    """What is kept of each picture of a watched item."""
+    return [[picture.state, picture.shown] for picture in cast("tuple[Watched, ...]", pictures_of(item))]
 
 
 def seen_again(kept: Any, item: Item) -> list[list[str]] | None:

@@ -228,20 +228,20 @@ def _by_kind(
 ) -> Iterator[Measure]:
     """The share of groups that are right, of all and of each subset in the order in which these come.
 
-    A name that subsets of two levels have (MMBench's category and l2-category) is two subsets, unless they are the same.
+    A name on two levels (MMBench's category and l2-category) is two subsets, unless they hold the same.
     """
     of_kind: dict[tuple[str, int], list[Sequence[_Counted]]] = {("", 0): list(groups)} if groups else {}
     for group in groups:
         for level, kind in enumerate(group[0].kinds):
             if kind:
                 of_kind.setdefault((kind, level), []).append(group)
-    known: dict[str, list[list[str]]] = defaultdict(list)
+    lowest = dict(sorted(of_kind, reverse=True))
     for (kind, level), chosen in of_kind.items():
-        units = [group[0].item.group or group[0].item.item_id for group in chosen]
-        if units in known[kind]:
+        first = lowest[kind]
+        if level > first and chosen == of_kind[kind, first]:
             continue
-        called = f"{kind} ({level + 1})" if known[kind] else kind
-        known[kind].append(units)
+        called = f"{kind} (level {level + 1})" if level > first else kind
+        units = [group[0].item.group or group[0].item.item_id for group in chosen]
         hits = [float(is_right(group)) for group in chosen]
         yield mean_measure(f"{name}/{called}" if kind else name, units, hits, heading=called or heading)
 

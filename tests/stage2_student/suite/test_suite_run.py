@@ -153,7 +153,7 @@ def test_pictures_that_changed_are_asked_about_again_and_copies_are_not(suite, t
     mended = run_suite(suite, say=said.append)
     assert mended["benchmarks"]["winoground"]["items"] == ITEMS
     assert len(asked) == 1
-    assert "winoground: pictures have changed" in said[0]
+    assert said[0] == f"winoground: pictures have changed since they were asked about; {ITEMS} items are asked again"
     answers = results(suite.output)
 
     for path in pictures:  # other times, the same pictures
@@ -211,10 +211,12 @@ def test_items_without_a_right_answer_and_many_subsets_are_said(suite, tmp_path)
     folder.mkdir()
     row = {"question": "Which?", "options": ["red", "blue"]}
     rows = [{"id": place, **row, "category": f"cat {place}", "answer": "AB"[place % 2]} for place in range(20)]
+    rows += [{"id": "long", **row, "question": "Which? " * 5000, "answer": "A"}]
     (folder / "q.json").write_text(json.dumps([*rows, {"id": "\ud800", **row, "answer": None}]))
     summary = run_suite(replace(suite, benchmarks=folder))
     entry = summary["benchmarks"]["q"]
     assert (entry["items"], entry["scored"], entry["measures"][0]["units"]) == (21, 20, 20)
+    assert entry["left_out"]["reasons"][0].endswith("tokens can hold; this model takes no longer ones")
     assert "1 of 21 items have no right answer in the files: not scored" in entry["notes"]
     shown = render_suite(summary)
     assert "    cat 15 " in shown

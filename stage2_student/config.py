@@ -15,8 +15,8 @@ from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_r
 PhaseName = Literal["dpt", "dft", "sft"]
 Schedule = Literal["cosine", "constant"]
 RateName = Literal["lr", "projector_lr", "tower_lr"]
-Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
-TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
+TRACKERS: tuple[Tracker, ...] = get_args(Tracker)[:-1]
 Split = Literal["validation", "test"]
 BestBy = Literal[
     "auto", "likelihood", "likelihood_per_token", "letters/mean", "questions", "teacher/top1", "teacher/kl"
@@ -495,8 +495,10 @@ class TrainConfig:
         require(not is_url(self.output), "output", self.output, "a folder of this machine, not an address")
         given: object = self.report_to
         if isinstance(given, str):  # in Python, as it was before there could be several
-            object.__setattr__(self, "report_to", tuple(given.replace("none", "").replace(",", " ").split()))
-        known = f"names among {', '.join(TRACKERS)}"
+            object.__setattr__(self, "report_to", tuple(given.replace(",", " ").split()))
+        if self.report_to == ("none",):
+            object.__setattr__(self, "report_to", ())
+        known = f"names among {', '.join(TRACKERS)}, or none alone"
         require(set(self.report_to) <= set(TRACKERS), "report_to", self.report_to, known)
         for name in ("phases", "report_to"):
             require(len(set(names := getattr(self, name))) == len(names), name, names, "without repetition")

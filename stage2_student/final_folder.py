@@ -32,7 +32,8 @@ from vlm_distill_cache.common.hub import HubFolder, model_folder, snapshot_name
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.terminal.command_line import quoted
 
-FINAL, BEST, PROVENANCE = "final", "best", STUDENT  # BEST: kept while a student trains
+FINAL, PROVENANCE = "final", STUDENT
+BEST, BEFORE = "best", "best-before"  # kept while a student trains; the one that it follows, until the next checkpoint
 FOR_OTHERS = ("adapter", "gguf")  # layouts of exports that hold no model which is read here
 _COUNT = whole(0, 1 << 60)
 _ENCODER = {"template": TEMPLATE, "image_token_id": whole(-MAX_TOKEN, MAX_TOKEN), "max_length": whole(1, 1 << 24)}

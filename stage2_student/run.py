@@ -164,7 +164,9 @@ def run(
             for name in COMPARED:
                 clean_stale(output / name)  # of a process killed while it scored
             train_and_score(config, caches, cache, stamp, hashes, processes=processes, extends=extends, say=say)
-    elif not (output / CONFIG).exists():  # as versions before left it
+    elif config.evaluation.every is not None and not (output / DISTILLED / "evaluation.jsonl").exists():
+        say("evaluation.every: this run is finished, so that no step is left to be scored on the way")
+    if not fresh and not (output / CONFIG).exists():  # as versions before left it
         with contextlib.suppress(OSError):  # a finished run may lie on a read-only disk
             save_config(without_secrets(config), output / CONFIG)
     return RunSummary(
@@ -562,7 +564,7 @@ def write_report_again(output: Path) -> None:
     Raises:
         ConfigError: If it holds none.
     """
-    stamp = read_stamp(output)
+    stamp = read_stamp(output, remedy="give the folder that `distill run` wrote")
     if "config" not in stamp:
         raise ConfigError(
             f"{output}: no run there ({STAMP}); give the folder that `distill run` wrote, or run the same command again, "

@@ -158,13 +158,14 @@ def train(
             if position.step % config.checkpoint_every == 0 or position.step == phase.steps:
                 log.flush(durably=True)
                 save(config, run.fingerprint, position, accelerator, parts, optimizer)
+                scored.saved(position)
             if after_step is not None:
                 after_step(position, student)
         end_phase(accelerator, model, parts)
         position = replace(position, phase=index + 1, step=0, samples=0)
 
-    log.close()
     final = export(config, run, position, accelerator, log.records)
+    log.close()  # last: a service may wait long for what it could not send
     return TrainResult(log=log.records, model=student, preparation=run, final=final, scores=scored.lines)
 
 

@@ -4,16 +4,18 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.benchmarks.documents import KEY, Document
-from vlm_distill_cache.data.benchmarks.inline_options import split_options
+from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable, without_part
 from vlm_distill_cache.data.benchmarks.items import Benchmark, ChoiceItem, short_kind
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.images.recognise import base64_picture
 from vlm_distill_cache.data.sample import ImageSource, number_repeats
+from vlm_distill_cache.data.sources.conversations import PASSAGES, as_text
+from vlm_distill_cache.data.sources.inline_options import split_options
 from vlm_distill_cache.data.sources.markers import take_markers
 from vlm_distill_cache.data.sources.options import (
     INSTRUCTION,
@@ -36,6 +38,8 @@ _INSTRUCTION_CN = "请直接回答选项字母。"  # LLaVA's, where questions a
 _QUESTIONS = ("question", "query", "problem", "text")
 _ANSWERS = (
     "answer",
+    "answerKey",
+    "answer_key",
     "label",
     "correct_answer",
     "correct_choice",
@@ -47,7 +51,8 @@ _ANSWERS = (
     "ground_truth",
     "target",
 )
-_IDS = ("index", "question_id", "questionId", "qid", "id", "pid", "sample_id", "idx")
+_FROM_ZERO = ("label", "answer_index", "answer_idx", "correct_choice_idx")  # by these names numbers are counted from 0
+IDS = ("index", "question_id", "questionId", "qid", "id", "pid", "sample_id", "idx")
 _CATEGORIES = (("l2-category", "L2-category", "l2_category"), ("category",))  # a subset's level, as its key is written
 _PLAIN_WORDS = frozenset("data default questions annotations main problems".split())  # noqa: SIM905
 _SPLITS = frozenset("train validation val dev test testmini".split())  # noqa: SIM905
@@ -62,6 +67,7 @@ class Asked:
         item: Without the right answer.
         options: As the row has them.
         answer: As the row has it.
+        named: The key that it stands under; empty: the row has none of these keys.
         shares: The ``index`` of another row whose picture is meant; empty: its own.
         turn: Of a published rotation: the row that it rotates; else empty.
         split: What it is of.
@@ -70,6 +76,7 @@ class Asked:
     item: ChoiceItem
     options: Options
     answer: Any
+    named: str = ""
     shares: str = ""
     turn: str = ""
     split: str = ""
@@ -141,9 +148,9 @@ def ask_row(
     extra: dict[str, Any] = {"kinds": kinds[1:]} if len(kinds) > 1 else {}
     if asked:
         extra["asked"] = asked
-    name = next((row[key] for key in (KEY, *_IDS) if row.get(key) is not None), f"row-{source.index + 1}")
+    name = next((_whole(row[key]) for key in (KEY, *IDS) if row.get(key) is not None), f"row-{source.index + 1}")
     if isinstance(name, int | str):  # a table of texts has numbers as texts
-        is_number = isinstance(name, str) and name.isdigit() and name == str(row.get("index"))
+        is_number = isinstance(name, str) and name.isdigit() and name == _whole(row.get("index"))
         extra["question_id"] = int(name) if is_number else name
     item = ChoiceItem(
         item_id=str(name),
@@ -155,7 +162,10 @@ def ask_row(
         hint=hint,
         extra=extra,
     )
-    answer = next((row[key] for key in answers if not says_nothing(row.get(key))), None)
+    filled = (key for key in answers if not says_nothing(row.get(key)))
+    named = next(filled, next((key for key in answers if key in row), ""))
+    answer = row.get(named)
+    answer = None if says_nothing(answer) else answer
     if isinstance(answer, list | tuple) and len(answer) == 1:
         answer = answer[0]
     turn = row.get("g_index")
@@ -163,9 +173,17 @@ def ask_row(
         item=item,
         options=options,
         answer=answer,
+        named=named,
         shares=shares,
-        turn="" if turn is None else str(turn),
+        turn="" if says_nothing(turn) else str(_whole(turn)),
     )
+
+
+def _whole(value: Any) -> Any:
+    """A whole number that pandas wrote as a float (1000001.0), without its point; anything else as it is."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value.strip()[:-2] if isinstance(value, str) and re.fullmatch(r"\s*\d+\.0\s*", value) else value
 
 
 def _split_of(row: Row) -> str:
@@ -209,15 +227,22 @@ def benchmarks_of(
         try:
             row = document.rows[index]
             split = split_of(row)
-            called = f"{next((row[key] for key in (KEY, *_IDS) if row.get(key) is not None), 'row')} ({called})"
+            called = f"{next((row[key] for key in (KEY, *IDS) if row.get(key) is not None), 'row')} ({called})"
             asked.append(replace(ask(Source(document, index, pictures), row), split=split))
         except SampleError as error:
             left_out[split][called] = str(error)
     names = number_repeats([each.item.item_id for each in asked])
     asked = [replace(each, item=replace(each.item, item_id=name)) for each, name in zip(asked, names, strict=True)]
     asked = _with_shared(asked, left_out)
-    asked, turned = _with_turns(asked)
     asked, first = _with_answers(asked, left_out, answers)
+    asked, turned = _with_turns(asked, left_out)
+    secret = SECRET
+    if asked and not any(each.named for each in asked):
+        keys = dict.fromkeys(str(key) for document in read for row in islice(readable(document.rows), 1) for key in row)
+        secret = (
+            f"no answers: none of {', '.join(_ANSWERS)} in its rows (these have {', '.join(keys)}); as where they are kept secret, "
+            "nothing is scored, and answers.jsonl holds what was answered"
+        )
     if first is not None and (first or not answers):
         notes = [*notes, f"its answers are numbers, counted from {first}"]
     by_split: dict[str, list[ChoiceItem]] = defaultdict(list)
@@ -245,7 +270,7 @@ def benchmarks_of(
             left_out=left_out[split],
             notes=[
                 *notes,
-                *([SECRET] if all(item.right is None for item in items) else []),
+                *([secret] if all(item.right is None for item in items) else []),
                 *([_NO_PICTURE] if all(item.image is None for item in items) else []),
             ],
             files=[document.shown for document, _ in tables],
@@ -266,7 +291,15 @@ def _text_of(row: Row, keys: Sequence[str]) -> str:
 
 
 def _hint_of(row: Row) -> str:
-    return next((str(row[key]).strip() for key in ("hint", "context") if not says_nothing(row.get(key))), "")
+    """What stands in front of the question: its hint, and the passage that it is about."""
+    found = [(key, row[key]) for key in ("hint", *PASSAGES) if not says_nothing(row.get(key))]
+    texts = [
+        as_text(text, key).strip()
+        for key, value in found
+        for text in _each(value)
+        if not isinstance(value, float | int)
+    ]
+    return "\n".join(dict.fromkeys(texts))
 
 
 def _picture(source: Source, row: Row) -> tuple[ImageSource | None, str]:
@@ -296,8 +329,8 @@ def _picture(source: Source, row: Row) -> tuple[ImageSource | None, str]:
     )
     if not isinstance(value, str) or base64_picture(value) is not None:
         return source.document.picture(source.index, key, place), ""
-    if value.strip().isdigit() and "index" in row:
-        return None, value.strip()
+    if str(_whole(value)).strip().isdigit() and "index" in row:
+        return None, str(_whole(value)).strip()
     try:
         return source.pictures.find(value, near=source.near), ""
     except SampleError:
@@ -325,8 +358,10 @@ def _with_shared(asked: Sequence[Asked], left_out: _LeftOut) -> list[Asked]:
     return found
 
 
-def _with_turns(asked: Sequence[Asked]) -> tuple[list[Asked], bool]:
+def _with_turns(asked: Sequence[Asked], left_out: _LeftOut) -> tuple[list[Asked], bool]:
     """Put published rotations of one question together, the question first, and say whether there are any.
+
+    A question has as many rotations as options; one that lacks some is left out, as nothing tells whether all are right.
 
     A row turns another where it says so (``g_index``), or where its index is the other's and a multiple of `ROTATED` more,
     and both have the same options.
@@ -351,8 +386,16 @@ def _with_turns(asked: Sequence[Asked]) -> tuple[list[Asked], bool]:
     found = []
     for base, group in groups.items():
         group.sort(key=lambda each: (_index(each) != base, int(_index(each)) if _index(each).isdigit() else 0))
-        start = int(_index(group[0]) != base)
-        for turn, each in enumerate(group, start):
+        turns = len({each.item.options for each in group})
+        if _index(group[0]) != base or not turns == len(group) == len(group[0].item.options):
+            for each in group:
+                left_out[each.split][each.item.item_id] = (
+                    f"question {base} has {len(group[0].item.options)} options, and so as many rotations; {len(group)} rows of "
+                    f"it can be asked, {turns} of them different"
+                    + ("" if _index(group[0]) == base else f", and none has the index {base}")
+                )
+            continue
+        for turn, each in enumerate(group):
             extra = {**each.item.extra, "turn": turn, "turns": len(group)}
             found.append(replace(each, item=replace(each.item, group=base, extra=extra)))
     return found, True
@@ -395,6 +438,12 @@ def _with_answers(asked: Sequence[Asked], left_out: _LeftOut, known: str) -> tup
                 f"its answers may be {best} or {name}, which mean different options; write letters as answers, and options "
                 "that are no letters or numbers"
             )
+    open_start = not any(each.options.first or each.named in _FROM_ZERO for each in answered) and len(answered) > 1
+    if best == "numbers" != known and open_start and 0 not in read[best] and None not in read["numbers from 1"]:
+        raise DataError(
+            "its answers are numbers, and none is 0: they may be counted from 0 or from 1; write letters as answers, or call "
+            "them answer_index where they are counted from 0"
+        )
     meant = {id(each): place for each, place in zip(answered, read[best], strict=True)}
     found = []
     for each in asked:
@@ -417,9 +466,8 @@ def _is_minus(answer: Any) -> bool:
 def _called(layout: str, document: Document, split: str) -> str:
     """A benchmark's name: its layout, and what the path of its file adds."""
     path = PurePosixPath(document.shown)
-    stem = re.sub(r"-\d{4,5}-of-\d{4,5}$", "", path.stem if path.suffix else path.name)
     words: list[str] = []
-    for part in (*path.parts[:-1], stem, split):
+    for part in (*path.parts[:-1], without_part(path.name), split):
         words += [word for word in re.split(r"[^a-z0-9]+", part.lower()) if word and word not in _PLAIN_WORDS]
     named = "-".join(dict.fromkeys(words))
     if (layout == "options" and not _SPLITS.issuperset(words)) or named.replace("-", "").startswith(layout):

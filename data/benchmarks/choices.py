@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.benchmarks.choice_rows import Ask, Asked, Row, Source, ask_row, benchmarks_of
+from vlm_distill_cache.data.benchmarks.choice_rows import IDS, Ask, Asked, Row, Source, ask_row, benchmarks_of
 from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable
-from vlm_distill_cache.data.benchmarks.inline_options import split_options
 from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.sample import ImageSource
+from vlm_distill_cache.data.sources.inline_options import split_options
 from vlm_distill_cache.data.sources.options import letter_place, options_of, says_nothing
 from vlm_distill_cache.data.sources.pictures import says_none
 
@@ -58,8 +58,7 @@ def _keys(document: Document) -> frozenset[str]:
 
 def _is_mmbench(document: Document) -> bool:
     keys = _keys(document)
-    named = keys & {"l2-category", "L2-category"} and keys & {"hint", "source", "comment"}
-    return bool(named) and {"question", "A", "B"} <= keys and "E" not in keys
+    return bool(keys & {"l2-category", "L2-category"}) and {"question", "A", "B"} <= keys and "E" not in keys
 
 
 def _is_mmstar(document: Document) -> bool:
@@ -81,11 +80,11 @@ def _is_ai2d(document: Document) -> bool:
 
 
 def _is_ai2d_table(document: Document) -> bool:
-    """Whether a table is lmms-lab's: four columns, stored pictures, and answers that are numbers as texts."""
+    """Whether a table is lmms-lab's: four columns (and a name), stored pictures, and answers that are numbers as texts."""
     rows = _first(document.rows)
     numbers = all(isinstance(row.get("answer"), str) and row["answer"].isdigit() for row in rows)
     listed = all(isinstance(row.get("options"), list) and not isinstance(row.get("image"), str) for row in rows)
-    return bool(rows) and _keys(document) == {"question", "options", "answer", "image"} and numbers and listed
+    return bool(rows) and _keys(document) - {*IDS} == {"question", "options", "answer", "image"} and numbers and listed
 
 
 def _is_scienceqa(document: Document) -> bool:
@@ -133,18 +132,24 @@ def _read_seedbench(documents: Sequence[Document], pictures: Pictures) -> Sequen
     for document in documents:
         types = document.top.get("question_type") if isinstance(document.top, dict) else None
         names = {str(number): str(name) for name, number in types.items()} if isinstance(types, dict) else {}
+        notes: list[str] = []
 
-        def ask(source: Source, row: Row, names: Mapping[str, str] = names) -> Asked:
+        def ask(source: Source, row: Row, names: Mapping[str, str] = names, notes: list[str] = notes) -> Asked:
             number = row.get("question_type_id")
             kinds = [names.get(str(number), f"type {number}")] if number is not None else []
             kinds += [str(row["question_image_type"])] if row.get("question_image_type") else []  # of SEED-Bench-2-Plus
             if isinstance(row.get("data_type"), str):
                 kinds.append(row["data_type"])
-            return ask_row(source, row, kinds=kinds, image=_seedbench_picture(source, row))
+            image = _seedbench_picture(source, row)
+            frames = row.get("image")
+            if row.get("data_type") == "video" and isinstance(frames, list) and len(frames) > 1:
+                image = source.document.picture(source.index, "image", len(frames) // 2)
+                notes[:] = ["of each video whose frames stand in its row, the middle one is asked about"]
+            return ask_row(source, row, kinds=kinds, image=image)
 
         try:
             tables = [(document, _listed(document))]
-            found += benchmarks_of("seedbench", "SEED-Bench", tables, pictures, ask, answers="letters")
+            found += benchmarks_of("seedbench", "SEED-Bench", tables, pictures, ask, answers="letters", notes=notes)
         except DataError as error:
             found.append(Unread(document, str(error)))
     return found
@@ -354,7 +359,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="mmbench",
         title="MMBench",
-        looks_for="question, A, B, ..., l2-category (or L2-category) with hint, source or comment; image is base64, stored, "
+        looks_for="question, A, B, ..., l2-category (or L2-category); image is base64, stored, "
         "a file, or another row's index; rotations have an index 1000000 k more, or g_index",
         source="https://github.com/open-compass/MMBench; https://huggingface.co/datasets/lmms-lab/MMBench",
         licence="Apache-2.0; pictures of their sources",
@@ -386,7 +391,7 @@ LAYOUTS: tuple[Layout, ...] = (
         name="ai2d",
         title="AI2D",
         looks_for="imageName and questions by their text, each with answerTexts and correctAnswer; ai2d_test_ids.csv; or a table "
-        "of question, options, answer (a number from 0, as a text) and image alone",
+        "of question, options, answer (a number from 0, as a text) and image alone, or with an id",
         source="https://allenai.org/data/diagrams; https://huggingface.co/datasets/lmms-lab/ai2d",
         licence="CC BY-SA 4.0",
         scores=_SCORES,

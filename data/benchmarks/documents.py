@@ -30,7 +30,10 @@ from vlm_distill_cache.data.sources.table import by_name
 OWN_STAMP = "distill-suite.json"  # of a folder of results, which are no benchmarks
 KEY = "__key__"  # of rows that were a dict by id: the id
 _PROBED = 32  # rows whose keys are the columns
-_PART = re.compile(r"-\d{4,5}-of-\d{4,5}(?=\.parquet$)")
+# Parts of one table: as `datasets` writes them, with a hash before 2023; and in the hub's branch refs/convert/parquet.
+_PART = re.compile(
+    r"(?P<name>.+)-(?P<at>\d{4,5})-of-(?P<of>\d{4,5})(?P<hash>-[0-9a-f]{16})?(?=\.parquet$)|(?P<bare>\d{4})(?=\.parquet$)"
+)
 _DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")  # of `datasets`
 _YES_OR_NO = re.compile(
     r"(?:\t\s*|[?.] +)(?:yes|no)\s*(?:\t|$)", re.IGNORECASE | re.MULTILINE
@@ -54,6 +57,7 @@ class Document:
             (their key under `KEY`), one object with texts and no lists of objects, lines, rows of a table. Empty for other
             JSON.
         split: Of a table, where its folder or file names one.
+        missing: Which numbered parts of a table are not there, in words.
 
     Rows of texts have ``file`` and ``line``, and of lines of two to four cells ``image`` (a name, or the file's without its
     ending), ``question``, ``answer`` and ``prediction``; of others their ``text``.
@@ -64,6 +68,7 @@ class Document:
     rows: Sequence[Mapping[str, Any]]
     top: Any = None
     split: str | None = None
+    missing: str = ""
 
     @cached_property
     def files(self) -> Sequence[Path]:
@@ -92,7 +97,7 @@ class Document:
         found = {}
         for place in range(len(self.rows)):
             with suppress(SampleError):
-                found[str(self.rows[place].get("index"))] = place
+                found[str(self.rows[place].get("index")).removesuffix(".0")] = place  # pandas wrote a float
         return found
 
     def named(self, row: Mapping[str, Any], column: str) -> Any:
@@ -197,7 +202,8 @@ def open_document(paths: Sequence[Path], shown: str) -> Document:
         if path.is_dir():
             return Document(path, shown, _TableRows(_arrow(path), sorted(path.glob("*.arrow"))))
         if ending == ".parquet":
-            return Document(path, shown, _TableRows(ParquetTable([LocalParquet(each) for each in paths]), paths))
+            table = ParquetTable([LocalParquet(each) for each in paths])
+            return Document(path, shown, _TableRows(table, paths), missing=_missing(paths))
         if ending in (".csv", ".tsv"):
             return Document(path, shown, _TableRows(_CsvTable(path)))
         if ending == ".txt":
@@ -309,6 +315,38 @@ def _arrow(path: Path) -> ArrowTable:
     return ArrowTable(loaded)
 
 
+def without_part(name: str) -> str:
+    """What the file of a table is called without the number of its part, and without its ending."""
+    found = _PART.match(name)
+    return (found["name"] or "") if found else name.rpartition(".")[0] or name
+
+
+def _tables(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
+    """Parts of one table together; files that are the same part twice are tables of their own."""
+    tables: dict[tuple[str, ...], list[Path]] = {}
+    for path in paths:
+        found = _PART.match(path.name)
+        key = (found["name"] or "", found["of"] or "", str(bool(found["hash"]))) if found else (path.name,)
+        tables.setdefault(key, []).append(path)
+    for parts in tables.values():
+        alone = len({_number(path) for path in parts}) < len(parts)
+        yield from [[path] for path in parts] if alone else [parts]
+
+
+def _number(path: Path) -> int | None:
+    found = _PART.match(path.name)
+    return int(found["at"] or found["bare"]) if found else None
+
+
+def _missing(parts: Sequence[Path]) -> str:
+    """Which parts of a table are not there, in words."""
+    there = {number for path in parts if (number := _number(path)) is not None}
+    told = _PART.match(parts[0].name)
+    count = int(told["of"]) if told and told["of"] else max(there, default=-1) + 1
+    gone = sorted({*range(count)} - there)
+    return f"{len(gone)} of the table's {count} parts are missing (number {gone[0]:05d} first)" if gone else ""
+
+
 def documents_in(folder: Path) -> Iterator[Sequence[Path]]:
     """What may hold a benchmark below a folder, in order of names: files, and ``save_to_disk`` folders.
 
@@ -332,15 +370,15 @@ def _documents_in(folder: Path, above: frozenset[Path]) -> Iterator[Sequence[Pat
         inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise DataError(f"{folder} cannot be listed: {error.strerror or error}") from error
-    tables: dict[str, list[Path]] = {}
+    tables: list[Path] = []
     for path in inside:
         if path.is_dir():
             yield from _documents_in(path, above | {real})
         elif path.suffix.lower() == ".parquet":
-            tables.setdefault(_PART.sub("", path.name), []).append(path)
+            tables.append(path)
         elif path.suffix.lower() in (*ENDINGS, *_PACKED) and path.name not in _DESCRIPTIONS:
             yield [path]
-    yield from tables.values()
+    yield from _tables(tables)
     texts = [path for path in inside if path.suffix.lower() == ".txt" and path.is_file()]
     if any(map(_asks_yes_or_no, texts)):
         yield texts

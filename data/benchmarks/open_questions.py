@@ -1,23 +1,28 @@
 """What readers of open questions share: rows, answers in all their forms, pictures, splits, and the benchmark they make."""
 
-import ast
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.data.benchmarks.documents import KEY, Document
+from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable
 from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.images.recognise import base64_picture
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.pictures import says_none
+from vlm_distill_cache.data.sources.printed import printed
 
 TEN = 10  # people who answered each question of the VQA challenge, and of those that took its form
 IN_A_WORD = "Answer the question using a single word or phrase."
-SECRET = "its answers are kept secret: nothing is scored, and submission/ holds what the authors' server takes"
+SECRET = "its answers are kept secret: nothing is scored, and submission/ holds what the authors' server takes, if its ids are told"
+NO_ANSWERS = (
+    "its files hold no answers, so that nothing is scored; splits for training and validation are published with theirs"
+)
+_KEPT_SECRET = re.compile(r"(?<![a-z])(test|challenge|submission)")
+_CANONICAL = re.compile(r"0|[1-9]\d{0,17}")
 _SPLIT = re.compile(
     r"(?<![a-z])(train|validation|val|testdev|test-dev|test_dev|test|dev|challenge|submission)(20\d\d)?(?![a-z])"
 )
@@ -35,7 +40,7 @@ class Entries:
     @property
     def first(self) -> Mapping[str, Any]:
         """The first entry, or none."""
-        return self.rows[0] if len(self.rows) else {}
+        return next(readable(self.rows), {})
 
     def has(self, *keys: str) -> bool:
         """Whether the first entry has all of these keys, even without values."""
@@ -45,13 +50,23 @@ class Entries:
         """Whether the first entry has one of these keys."""
         return not self.keys.isdisjoint(keys)
 
+    def each(self, left_out: dict[str, str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The place of each row and the row; what cannot be read is said in ``left_out``."""
+        for index in range(len(self.rows)):
+            try:
+                row = self.rows[index]
+            except SampleError as error:
+                left_out[f"row {index + 1}"] = str(error)
+            else:
+                yield index, row
+
 
 def entries_of(document: Document, under: str = "data") -> Entries:
     """The entries under a key of the JSON, or else the document's rows."""
     rows = document.rows
     if isinstance(document.top, dict) and isinstance(found := document.top.get(under), list):
         rows = [entry if isinstance(entry, dict) else {} for entry in found]
-    return Entries(document, rows, frozenset(rows[0] if len(rows) else ()))
+    return Entries(document, rows, frozenset(next(readable(rows), ())))
 
 
 def top_text(document: Document, *path: str) -> str:
@@ -76,9 +91,12 @@ def answers_of(value: Any, *, listed: bool = False) -> tuple[str, ...]:
 
     Args:
         listed: A text may be a list that a table of texts holds (``['a', 'b']``).
+
+    Raises:
+        SampleError: Such a list cannot be read.
     """
     if isinstance(value, str):
-        found = _list_in(value) if listed else None
+        found = printed(value, where="its answer") if listed else None
         value = [value] if found is None else found
     if isinstance(value, Mapping):
         value = value.get("answer", ())
@@ -90,16 +108,6 @@ def answers_of(value: Any, *, listed: bool = False) -> tuple[str, ...]:
     texts = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in value]
     answers = tuple(str(text) for text in texts if text is not None)
     return answers if any(answer.strip() for answer in answers) else ()
-
-
-def _list_in(text: str) -> list[Any] | None:
-    if not text.strip().startswith("[") or not text.strip().endswith("]"):
-        return None
-    try:
-        found = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
-    return found if isinstance(found, list) else None
 
 
 def is_table_of_texts(document: Document) -> bool:
@@ -120,15 +128,16 @@ class Found:
     left_out: dict[str, str] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
 
-    def add(self, item_id: Any, question: Any, answers: Sequence[str], find: Any, **more: Any) -> None:
+    def add(self, item_id: Any, question: Any, said: Any, find: Any, *, listed: bool = False, **more: Any) -> None:
         """Keep an item, or say why it cannot be asked.
 
         Args:
             item_id: The published id, which ``extra["question_id"]`` keeps if it is a number; a number is added to one that
                 another item has.
             question: Left out where there is none.
-            answers: All that are right; none: kept secret.
+            said: All answers that are right, as `answers_of` reads them; none: kept secret.
             find: Gives the picture, or raises `SampleError`.
+            listed: As for `answers_of`.
             **more: Further fields of the item.
         """
         name, number = str(item_id), 2
@@ -138,15 +147,15 @@ class Found:
         if not isinstance(question, str) or not question.strip():
             self.left_out[name] = f"it has no question: {question!r}"[:200]
             return
-        if len(answers) == 1 < self.people:
-            self.left_out[name] = f"it has one answer, and is scored by those of {self.people} people: {answers[0]!r}"[
-                :200
-            ]
-            return
         try:
+            answers = answers_of(said, listed=listed)
             image = find()
         except SampleError as error:
             self.left_out[name] = str(error)
+            return
+        if len(answers) == 1 < self.people:
+            why = f"it has one answer, and is scored by those of {self.people} people: {answers[0]!r}"
+            self.left_out[name] = why[:200]
             return
         extra = dict(more.pop("extra", {}))
         if isinstance(item_id, int):
@@ -156,18 +165,20 @@ class Found:
             OpenItem(item_id=name, image=image, question=asked, answers=tuple(answers), extra=extra, **more)
         )
 
-    def benchmark(self, *, documents: Iterable[Document], notes: Iterable[str] = (), **more: Any) -> Benchmark:
+    def benchmark(
+        self, *, documents: Iterable[Document], notes: Iterable[str] = (), name: str, **more: Any
+    ) -> Benchmark:
         """The benchmark of these items."""
         said = list(notes)
         if self.items and not any(item.answers for item in self.items):
-            said.append(SECRET)
+            said.append(SECRET if _KEPT_SECRET.search(name) else NO_ANSWERS)
         if few := sum(0 < len(item.answers) < self.people for item in self.items):
             said.append(
                 f"{few} of {len(self.items)} questions have fewer than {self.people} answers; VQA accuracy leaves one out at a "
                 "time, so that fewer than four that agree are not worth 100"
             )
         files = [document.shown for document in documents]
-        return Benchmark(items=self.items, left_out=self.left_out, notes=said, files=files, **more)
+        return Benchmark(name=name, items=self.items, left_out=self.left_out, notes=said, files=files, **more)
 
 
 def picture_in(
@@ -188,13 +199,20 @@ def picture_in(
     value = entries.rows[index].get(column)
     if isinstance(value, Mapping) and says_none(value.get("bytes")) and isinstance(value.get("path"), str):
         value = value["path"]
+    place = None
+    if isinstance(value, list | tuple) and len(value):  # a list of one picture, as VLMEvalKit's tables may have it
+        if len(value) > 1:
+            raise SampleError(
+                f"row {index + 1} of {document.shown} has {len(value)} pictures under {column!r}; expected one"
+            )
+        value, place = value[0], 0
     if not says_none(value):
         if not isinstance(value, str) or base64_picture(value) is not None:
-            return document.picture(index, column)
+            return document.picture(index, column, place)
         if value in document.by_index:  # the row that has it
             return document.picture(index, column)
         return pictures.find(value, near=document.path.parent, hints=hints)
-    names = [name for name in named if name]
+    names = [name for name in (str(entries.rows[index].get("image_path") or ""), *named) if name]
     for name in names[:-1]:
         try:
             return pictures.find(name, near=document.path.parent, hints=hints)
@@ -218,5 +236,13 @@ def named(benchmark: str, split: str) -> str:
 
 
 def row_id(row: Mapping[str, Any], *keys: str, default: Any) -> Any:
-    """The first of these keys that has a value; the key of the object that the entry stood in; else the default."""
-    return next((row[key] for key in (*keys, KEY) if not says_none(row.get(key))), default)
+    """The first of these keys that has a value; the key of the object that the entry stood in; else the default.
+
+    A published id that is a number is one, also where its table has texts; `int` for no other, so that no place in a table
+    (VLMEvalKit's ``index``) is sent to a server as an id.
+    """
+    key = next((key for key in (*keys, KEY) if not says_none(row.get(key))), None)
+    value = default if key is None else row[key]
+    if key in (None, "index"):
+        return str(value)
+    return int(value) if isinstance(value, str) and _CANONICAL.fullmatch(value) else value

@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,15 +74,14 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
             )
     benchmarks: dict[str, Benchmark] = {}
     for layout in LAYOUTS:
-        try:
-            for found in layout.read(of_layout[layout.name], pictures) if layout.name in of_layout else ():
-                if isinstance(found, Unread):
-                    unread[found.document.shown] = f"{layout.title}: {found.why}"
-                else:
-                    name = _free(found.name, benchmarks)
-                    benchmarks[name] = replace(found, name=name)
-        except _UNREADABLE as error:
-            unread |= {document.shown: f"{layout.title}: {_why(error)}" for document in of_layout[layout.name]}
+        documents = of_layout[layout.name]
+        for found in _read(layout, documents, pictures):
+            if isinstance(found, Unread):
+                unread[found.document.shown] = f"{layout.title}: {found.why}"
+            else:
+                name = _free(found.name, benchmarks)
+                gone = [each.missing for each in documents if each.missing and each.shown in found.files]
+                benchmarks[name] = replace(found, name=name, notes=[*found.notes, *gone])
     return Found(benchmarks=benchmarks, unread=unread)
 
 
@@ -100,6 +100,29 @@ def _speaks(path: Path) -> bool:
     if path.suffix.lower() in (".csv", ".tsv"):
         return bool(_WORDS.search(head.partition(b"\n")[0]))
     return path.suffix.lower() not in (".json", ".jsonl", ".ndjson") or any(map(_WORDS.search, _KEYS.findall(head)))
+
+
+def _read(layout: Layout, documents: Sequence[Document], pictures: Pictures) -> Sequence[Benchmark | Unread]:
+    """What a layout makes of its documents; those that stop it are left out, and all others read."""
+    if not documents:
+        return []
+    try:
+        return layout.read(documents, pictures)
+    except _UNREADABLE as error:
+        why = _why(error)
+    for left in documents if len(documents) > 1 else ():
+        with suppress(*_UNREADABLE):
+            return [*layout.read([each for each in documents if each is not left], pictures), Unread(left, why)]
+    kept: list[Document] = []
+    read: Sequence[Benchmark | Unread] = []
+    unread = []
+    for document in documents:
+        try:
+            read = layout.read([*kept, document], pictures)
+            kept.append(document)
+        except _UNREADABLE as error:
+            unread.append(Unread(document, _why(error)))
+    return [*read, *unread]
 
 
 def _why(error: Exception) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.data.benchmarks.documents import KEY, Document
+from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable
 from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.open_questions import (
@@ -28,12 +28,16 @@ from vlm_distill_cache.data.benchmarks.open_questions import (
 )
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.benchmarks.vqa_files import VQA
+from vlm_distill_cache.data.sources.printed import printed
 
 _SINGLE_WORD = "Answer the question with a single word."
 _OR_UNANSWERABLE = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{IN_A_WORD}"
 _SEMANTIC = {"attr": "attribute", "cat": "category", "global": "scene", "obj": "object", "rel": "relation"}
 _GQA_COMMON = ("color", "material", "shape")  # what GQA's questions about things in common are answered with
 _FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+_ANOTHER_TASK = re.compile(r"caption|reference|label|grounding|rationale|src_dataset")
+_CHART = re.compile(r"(?:(?:train|val|test)[_ -]?)?(human|augmented|machine)(?:[_ -]?(?:train|val|test))?")
+_IN_A_NAME = re.compile(r"(?<![a-z])(human|augmented|machine)(?![a-z])")
 _PARTS = re.compile(r"_\d+$")
 
 
@@ -44,14 +48,20 @@ def _is_evalkit(entries: Entries, *names: str) -> bool:
     return is_table_of_texts(document) and entries.has("index", "question") and starts
 
 
+def _is_another_task(entries: Entries) -> bool:
+    """Whether there is something else to say about its pictures and questions: captions, places, why answers differ."""
+    return any(_ANOTHER_TASK.search(key.lower()) for key in entries.keys)
+
+
 # TextVQA
 
 
 def _is_textvqa(document: Document) -> bool:
     entries = entries_of(document)
     name = top_text(document, "dataset_name").lower()
-    telling = entries.has_any("image_classes", "flickr_300k_url", "flickr_original_url", "question_tokens", "set_name")
-    published = entries.has("question", "image_id") and telling and name in ("", "textvqa")
+    telling = entries.has_any("image_classes", "flickr_300k_url", "flickr_original_url")
+    published = entries.has("question", "question_id", "image_id") and telling and name in ("", "textvqa")
+    published = published and not _is_another_task(entries)
     return published or _is_evalkit(entries, "textvqa")
 
 
@@ -60,14 +70,14 @@ def _read_textvqa(documents: Sequence[Document], pictures: Pictures) -> list[Ben
         entries, found = entries_of(document), Found(pictures, TEN)
         split = split_of(document, top_text(document, "dataset_type"), str(entries.first.get("set_name") or ""))
         folder = "test_images" if split == "test" else "train_images"  # where the authors' archives put them
-        for index, row in enumerate(entries.rows):
-            answers = answers_of(row.get("answers", row.get("answer")), listed=is_table_of_texts(document))
-            names = [str(row[key]) for key in ("image_path", "image_name", "image_id") if row.get(key)]
+        for index, row in entries.each(found.left_out):
+            names = [str(row[key]) for key in ("image_name", "image_id") if row.get(key)]
             found.add(
                 row_id(row, "question_id", "index", default=index),
                 row.get("question"),
-                answers,
+                row.get("answers", row.get("answer")),
                 lambda at=index, names=names: picture_in(entries, at, pictures, named=names, hints=[folder]),
+                listed=is_table_of_texts(document),
             )
         notes = ["asked without OCR tokens, which some publications show the model"]
         return found.benchmark(
@@ -91,14 +101,15 @@ def _is_vizwiz(document: Document) -> bool:
     called = [str(entries.first.get(key) or "").lower() for key in ("image", "question_id", "filename", "image_id")]
     from_vizwiz = any(Path(name).name.startswith("vizwiz") for name in called)
     answered = entries.has("answers", "answerable") and entries.has_any("image", "filename", "image_id")
-    return entries.has("question") and (answered or from_vizwiz or _is_evalkit(entries, "vizwiz"))
+    published = (answered or from_vizwiz) and not _is_another_task(entries)
+    return entries.has("question") and (published or _is_evalkit(entries, "vizwiz"))
 
 
 def _read_vizwiz(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark]:
     def read(document: Document) -> Benchmark:
         entries, found = entries_of(document), Found(pictures, TEN)
         split = split_of(document, *[str(entries.first.get(key) or "") for key in ("question_id", "filename")])
-        for index, row in enumerate(entries.rows):
+        for index, row in entries.each(found.left_out):
             kind = str(row.get("answer_type") or row.get("category") or "")
             answerable = _FLAGS.get(str(row.get("answerable")).lower())
             if answerable is None and kind:
@@ -110,13 +121,14 @@ def _read_vizwiz(documents: Sequence[Document], pictures: Pictures) -> list[Benc
                     row,
                     "filename",
                     "question_id",
-                    default=picture if isinstance(picture, str) and len(picture) < 200 else index,
+                    default=picture if isinstance(picture, str) and len(picture) < 200 else row.get("index", index),
                 ),
                 row.get("question"),
-                answers_of(row.get("answers", row.get("answer")), listed=is_table_of_texts(document)),
+                row.get("answers", row.get("answer")),
                 lambda at=index, names=names: picture_in(
                     entries, at, pictures, named=names, hints=[split] if split else []
                 ),
+                listed=is_table_of_texts(document),
                 kind=kind,
                 extra={} if answerable is None else {"answerable": answerable},
             )
@@ -179,11 +191,11 @@ def _gqa_benchmark(
     choices: Mapping[str, Mapping[str, Any]],
 ) -> Benchmark:
     found = Found(pictures)
-    balanced = any(_is_balanced(row) for document in documents for row in entries_of(document).rows)
+    balanced = any(_is_balanced(row) for document in documents for row in readable(entries_of(document).rows))
     entailed_by_any: set[str] = set()
     for document in documents:
         entries = entries_of(document)
-        for index, row in enumerate(entries.rows):
+        for index, row in entries.each(found.left_out):
             item_id = str(row_id(row, "id", "questionId", "question_id", "index", default=index))
             image = str(row.get("imageId") or "")
             extra = _gqa_extra(row, choices.get(item_id, {}))
@@ -196,7 +208,7 @@ def _gqa_benchmark(
                     return stored[image][0].picture(stored[image][1], "image")
                 return picture_in(entries, at, pictures, named=[image])
 
-            found.add(item_id, row.get("question"), answers_of(row.get("answer")), find, extra=extra)
+            found.add(item_id, row.get("question"), row.get("answer"), find, extra=extra)
     notes = []
     if not balanced and "isBalanced" in entries_of(documents[0]).keys:
         notes.append("none of its questions is balanced, so that all count; published scores are over balanced ones")
@@ -228,6 +240,10 @@ def _is_balanced(row: Mapping[str, Any]) -> bool:
 
 def _gqa_extra(row: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
     extra: dict[str, Any] = {}
+    row = {
+        **row,
+        **{key: printed(row[key]) for key in ("types", "groups") if isinstance(row.get(key), str)},
+    }  # of CSV files
     told = row.get("types")
     types: Mapping[str, Any] = told if isinstance(told, Mapping) else {}
     structural, semantic, detailed = (str(types.get(key) or "") for key in ("structural", "semantic", "detailed"))
@@ -255,7 +271,10 @@ def _is_docvqa(document: Document) -> bool:
     told = entries.has_any(
         "docId", "ucsf_document_id", "image_local_name", "image_url", "ocr_output_file", "data_split"
     )
-    published = entries.has("question") and entries.has_any("questionId", "ucsf_document_id") and told
+    one_picture = entries.has_any(
+        "image", "image_local_name", "image_path", "ucsf_document_id"
+    )  # DUDE shows whole documents
+    published = entries.has("question") and entries.has_any("questionId", "ucsf_document_id") and told and one_picture
     one_page = not entries.has_any("page_ids", "answer_page_idx")  # MP-DocVQA shows several pages
     return (published and one_page) or _is_evalkit(entries, "docvqa", "infovqa", "infographicvqa")
 
@@ -266,19 +285,21 @@ def _read_docvqa(documents: Sequence[Document], pictures: Pictures) -> list[Benc
         split = split_of(document, top_text(document, "dataset_split"), str(entries.first.get("data_split") or ""))
         graphic = entries.has_any("image_local_name", "ocr_output_file", "operation/reasoning", "image_url")
         graphic = graphic or "info" in f"{top_text(document, 'dataset_name')}/{document.path.stem}".lower()
-        for index, row in enumerate(entries.rows):
+        for index, row in entries.each(found.left_out):
             page = (
                 [f"{row.get('ucsf_document_id')}_{row.get('ucsf_document_page_no')}"]
                 if row.get("ucsf_document_id")
                 else []
             )
             names = [str(row[key]) for key in ("image_local_name",) if row.get(key)] or page
-            kinds = [answers_of(row.get(key)) for key in ("question_types", "answer_type", "operation/reasoning")]
+            said = (row.get(key) for key in ("question_types", "answer_type", "operation/reasoning"))
+            kinds = [answers_of((printed(value) if isinstance(value, str) else None) or value) for value in said]
             found.add(
                 row_id(row, "questionId", "question_id", "index", default=index),
                 row.get("question"),
-                answers_of(row.get("answers", row.get("answer")), listed=is_table_of_texts(document)),
+                row.get("answers", row.get("answer")),
                 lambda at=index, names=names: picture_in(entries, at, pictures, named=names),
+                listed=is_table_of_texts(document),
                 extra={"subsets": subsets} if (subsets := [kind for listed in kinds for kind in listed]) else {},
             )
         return found.benchmark(
@@ -298,21 +319,32 @@ def _read_docvqa(documents: Sequence[Document], pictures: Pictures) -> list[Benc
 
 def _is_chartqa(document: Document) -> bool:
     entries = entries_of(document)
-    published = entries.has("query", "label") and entries.has_any("imgname", "image")
-    said = str(entries.first.get("type") or entries.first.get("split") or "")
-    told = entries.has("question", "answer", "image") and _chart_kind(said) != ""
-    return published or told or _is_evalkit(entries, "chartqa")
+    first = entries.first
+    who = "human_or_machine" in entries.keys or any(
+        _CHART.fullmatch(str(first.get(key)).lower()) for key in ("type", "split")
+    )
+    asked = entries.has("query", "label") or entries.has("question", "answer")
+    published = entries.has("imgname", "query", "label") or (asked and who and "image" in entries.keys)
+    return published or _is_evalkit(entries, "chartqa")
 
 
 def _chart_kind(*said: Any) -> str:
     """Who asked: people, or a model from the chart's summary."""
-    for each in said:
-        text = str(each if each is not None else "").lower()
-        if text in ("0", "human") or "human" in text:
-            return "human"
-        if text in ("1", "machine") or "augmented" in text or "machine" in text:
-            return "augmented"
-    return ""
+    kinds = {"0": "human", "1": "augmented", "human": "human", "machine": "augmented", "augmented": "augmented"}
+    texts = [str(each).lower() for each in said if each is not None]
+    named = [found[1] if (found := _CHART.fullmatch(text)) else text for text in texts]
+    return next((kinds[text] for text in named if text in kinds), "")
+
+
+def _kind_of_file(shown: str) -> str:
+    found = [each for part in reversed(Path(shown.lower()).parts) if (each := _IN_A_NAME.search(part))]
+    return _chart_kind(found[0][1]) if found else ""
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    """Whether a text is a list of texts: of numbers it may be the answer itself."""
+    found = printed(value) if isinstance(value, str) else None
+    return isinstance(found, list) and all(isinstance(each, str) for each in found)
 
 
 def _read_chartqa(documents: Sequence[Document], pictures: Pictures) -> list[Benchmark]:
@@ -326,18 +358,19 @@ def _read_chartqa(documents: Sequence[Document], pictures: Pictures) -> list[Ben
         found = Found(pictures)
         for document in parts:
             entries = entries_of(document)
-            by_file = _chart_kind(*reversed(document.shown.split("/")))
-            for index, row in enumerate(entries.rows):
+            by_file = _kind_of_file(document.shown)
+            for index, row in entries.each(found.left_out):
                 told = (row.get("human_or_machine"), row.get("type"), row.get("split"), by_file)
                 kind = _chart_kind(*told)
                 names = [str(row["imgname"])] if row.get("imgname") else []
                 found.add(
                     row_id(row, "id", "index", default=f"{kind or 'question'}-{index}"),
                     row.get("query", row.get("question")),
-                    answers_of(row.get("label", row.get("answer"))),
+                    row.get("label", row.get("answer")),
                     lambda at=index, names=names, entries=entries: picture_in(
                         entries, at, pictures, named=names, hints=[split] if split else []
                     ),
+                    listed=is_table_of_texts(document) and _is_list_of_texts(row.get("label")),
                     kind=kind,
                 )
         return found.benchmark(
@@ -356,8 +389,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="textvqa",
         title="TextVQA",
-        looks_for="entries with question, image_id, answers and image_classes or flickr_300k_url: the JSON's list under data, or "
-        "rows of a table with image; TextVQA_VAL.tsv",
+        looks_for="entries with question_id, question, image_id, answers and image_classes or flickr_300k_url, no captions: the "
+        "JSON's list under data, or rows of a table with image; TextVQA_VAL.tsv",
         source="https://textvqa.org/dataset (TextVQA_0.5.1_val.json, train_val_images.zip); hub: lmms-lab/textvqa",
         licence="CC BY 4.0; pictures of Open Images: CC BY 2.0",
         scores="VQA accuracy over ten answers, normalised as TextVQA's server does",
@@ -368,7 +401,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="vizwiz",
         title="VizWiz-VQA",
-        looks_for="entries with image, question, answers, answerable; or whose picture is called VizWiz_...; VizWiz.tsv",
+        looks_for="entries with image, question, answers, answerable; or whose picture is called VizWiz_...; no captions, no "
+        "grounding; VizWiz.tsv",
         source="https://vizwiz.org/tasks-and-datasets/vqa (Annotations.zip, val.zip, test.zip); hub: lmms-lab/VizWiz-VQA",
         licence="CC BY 4.0",
         scores="VQA accuracy over ten answers, by answer type; as vqaEval.py; precision, recall and F1 of saying that a "
@@ -391,8 +425,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="docvqa",
         title="DocVQA, InfographicVQA",
-        looks_for="entries with questionId, question, answers and docId, ucsf_document_id, image_local_name or data_split: the "
-        "JSON's list under data, or rows of a table with image; DocVQA_VAL.tsv, InfoVQA_VAL.tsv",
+        looks_for="entries with questionId, question, answers, one picture (image, image_local_name, ucsf_document_id) and docId, "
+        "ocr_output_file or data_split: the JSON's list under data, or rows of a table; DocVQA_VAL.tsv, InfoVQA_VAL.tsv",
         source="https://rrc.cvc.uab.es/?ch=17 (val_v1.0_withQT.json, spdocvqa_images.tar.gz); hub: lmms-lab/DocVQA",
         licence="for research, after registration; pages of the UCSF Industry Documents Library",
         scores="ANLS (threshold 0.5, best over answers), by question type",
@@ -402,8 +436,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="chartqa",
         title="ChartQA",
-        looks_for="entries with imgname (or image), query, label; or rows of a table with image, question, answer and a type or "
-        "split that says human or augmented; ChartQA_TEST.tsv",
+        looks_for="entries with imgname, query, label; or with image, query and label (or question and answer), and "
+        "human_or_machine, or a type or split that is human or augmented; ChartQA_TEST.tsv",
         source="https://github.com/vis-nlp/ChartQA (ChartQA Dataset/test); hub: HuggingFaceM4/ChartQA, lmms-lab/ChartQA",
         licence="GPL-3.0",
         scores="relaxed accuracy (5 %), of people's and of a model's questions",

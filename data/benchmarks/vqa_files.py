@@ -1,11 +1,14 @@
 """The files of the VQA challenge, which OK-VQA has, too: questions in one JSON, ten answers each in another, or a table."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.data.benchmarks.documents import Document
+from vlm_distill_cache.data.benchmarks.documents import Document, readable
 from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.open_questions import (
@@ -13,7 +16,6 @@ from vlm_distill_cache.data.benchmarks.open_questions import (
     TEN,
     Entries,
     Found,
-    answers_of,
     entries_of,
     is_table_of_texts,
     named,
@@ -28,6 +30,10 @@ from vlm_distill_cache.data.sample import ImageSource
 
 _QUESTION = ("image_id", "question", "question_id")
 _ANNOTATION = ("image_id", "question_id", "answers")
+_NO_ANNOTATIONS = (
+    "no annotations found: looked for a JSON whose list under annotations has answers for the same question_id and "
+    "image_id"
+)
 # OK-VQA's kinds of knowledge, for tables that have their keys alone.
 _KNOWLEDGE = {
     "one": "Vehicles and Transportation",
@@ -48,9 +54,8 @@ Annotations = Mapping[tuple[str, str], Mapping[str, Any]]  # by question and pic
 
 def _listed(document: Document, under: str, keys: Sequence[str]) -> Sequence[Mapping[str, Any]]:
     found = document.top.get(under) if isinstance(document.top, dict) else None
-    if not isinstance(found, list) or not found or not isinstance(found[0], dict) or not set(keys) <= found[0].keys():
-        return ()
-    return [entry for entry in found if isinstance(entry, dict)]
+    entries = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    return entries if any(set(keys) <= entry.keys() for entry in entries[:32]) else ()
 
 
 def _questions(document: Document) -> Sequence[Mapping[str, Any]]:
@@ -89,7 +94,10 @@ def _read_vqa(documents: Sequence[Document], pictures: Pictures) -> list[Benchma
 
 
 def _key(entry: Mapping[str, Any]) -> tuple[str, str]:
-    return str(entry.get("question_id")), str(entry.get("image_id"))
+    """What an answer is found by; a number may stand as a text, with zeros in front, in one of the files."""
+    numbers = {key: number_of(entry.get(key)) for key in ("question_id", "image_id")}
+    question, picture = (str(entry.get(key) if number is None else number) for key, number in numbers.items())
+    return question, picture
 
 
 def _fitting(document: Document, answered: Sequence[Document]) -> tuple[list[Document], str]:
@@ -113,8 +121,8 @@ def _contradiction(documents: Sequence[Document]) -> str:
     seen: dict[tuple[str, str], tuple[Any, Document]] = {}
     for document in documents:
         for entry in _annotations(document):
-            answers, other = seen.setdefault(_key(entry), (entry["answers"], document))
-            if answers != entry["answers"]:
+            answers, other = seen.setdefault(_key(entry), (entry.get("answers"), document))
+            if answers != entry.get("answers"):
                 return f"{other.shown} and {document.shown}"
     return ""
 
@@ -127,8 +135,8 @@ def _of_files(document: Document, answered: Sequence[Document], pictures: Pictur
     annotations = {_key(entry): entry for each in answered for entry in _annotations(each)}
     split = split_of(document, _subtype(document), *map(_subtype, answered))
     told = {key: value for each in answered for key, value in _knowledge_of(each).items()}
-    is_ok = bool(told) or any("raw_answer" in str(_annotations(each)[0]["answers"])[:2000] for each in answered)
-    is_ok = is_ok or any("okvqa" in text for text in _says(document))
+    is_ok = bool(told) or any("raw_answer" in str(_annotations(each)[:3])[:4000] for each in answered)
+    is_ok = is_ok or _says_ok(document)
     entries = Entries(document, _questions(document), frozenset(_questions(document)[0]))
     found = Found(pictures, TEN)
     for index, question in enumerate(entries.rows):
@@ -144,12 +152,18 @@ def _of_files(document: Document, answered: Sequence[Document], pictures: Pictur
         [document, *answered],
         name=named(f"{name}-abstract" if abstract else name, split),
         title=title,
+        notes=[] if answered or split.startswith("test") else [_NO_ANNOTATIONS],
     )
 
 
-def _says(document: Document) -> list[str]:
-    said = (top_text(document, "info", "description"), document.shown)
-    return [text.lower().replace("-", "").replace("_", "") for text in said]
+def _says_ok(document: Document) -> bool:
+    """Whether its description says OK-VQA, or else the nearest part of its path that names one of the two."""
+    for said in (top_text(document, "info", "description"), *reversed(PurePosixPath(document.shown).parts)):
+        text = re.sub(r"[^a-z0-9]", "", said.lower())
+        is_ok, is_vqa = "okvqa" in text, "vqa" in text.replace("okvqa", "")
+        if is_ok != is_vqa:
+            return is_ok
+    return False
 
 
 def _knowledge_of(document: Document) -> Mapping[str, str]:
@@ -161,9 +175,9 @@ def _knowledge_of(document: Document) -> Mapping[str, str]:
 def _of_rows(document: Document, pictures: Pictures) -> Benchmark:
     entries, found = entries_of(document), Found(pictures, TEN)
     split = split_of(document)
-    kinds = {str(row.get("question_type")) for row in entries.rows[:200]}
+    kinds = {str(row.get("question_type")) for row in islice(readable(entries.rows), 200)}
     is_ok = not entries.has("multiple_choice_answer") and kinds <= _KNOWLEDGE.keys()
-    for index, row in enumerate(entries.rows):
+    for index, row in entries.each(found.left_out):
         _add(found, entries, index, row, split, _KNOWLEDGE if is_ok else {})
     return _benchmark(
         found, [document], name=named("okvqa" if is_ok else "vqav2", split), title="OK-VQA" if is_ok else "VQAv2"
@@ -183,8 +197,9 @@ def _add(
     found.add(
         row_id(row, "question_id", default=index),
         row.get("question"),
-        answers_of(annotation.get("answers"), listed=is_table_of_texts(entries.document)),
+        annotation.get("answers"),
         lambda: _picture(entries, index, found.pictures, split),
+        listed=is_table_of_texts(entries.document),
         kind=str(annotation.get("answer_type") or "") if not names else "",
         extra={"subsets": [names.get(kind, kind)]} if kind else {},
     )
@@ -208,7 +223,9 @@ def _picture(entries: Entries, index: int, pictures: Pictures, split: str) -> Im
         raise SampleError(f"question {row.get('question_id')}: {error}") from error
 
 
-def _benchmark(found: Found, documents: Sequence[Document], *, name: str, title: str) -> Benchmark:
+def _benchmark(
+    found: Found, documents: Sequence[Document], *, name: str, title: str, notes: Sequence[str] = ()
+) -> Benchmark:
     return found.benchmark(
         name=name,
         layout="vqav2",
@@ -216,6 +233,7 @@ def _benchmark(found: Found, documents: Sequence[Document], *, name: str, title:
         metric="vqa_accuracy",
         instruction=IN_A_WORD,
         documents=documents,
+        notes=notes,
     )
 
 

@@ -20,7 +20,7 @@ from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.images.recognise import names_picture
 from vlm_distill_cache.data.sample import Turn
 from vlm_distill_cache.data.sources.markers import IMAGE_MARKER, take_markers
-from vlm_distill_cache.data.sources.options import says_nothing, with_options
+from vlm_distill_cache.data.sources.options import INSTRUCTION, says_nothing, with_options
 from vlm_distill_cache.data.sources.pictures import (
     MODEL_NAMES,
     SYSTEM_KEYS,
@@ -67,8 +67,8 @@ _FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 _ANSWERS = tuple(dict.fromkeys(name for _, names in _FORMS.values() for name in names))
 _PLAIN = ("messages", "conversations", "question", "caption")  # taken for what they are, right or wrong
 # A question's further text: what it asks about stands behind it, as in Dolly; a hint in front, as for ScienceQA.
-_PASSAGES = ("context", "contexts", "passage", "passages", "paragraph", "paragraphs", "article")
-_JOINED = {"instruction": ("input", *_PASSAGES)}
+PASSAGES = ("context", "contexts", "passage", "passages", "paragraph", "paragraphs", "article")
+_JOINED = {"instruction": ("input", *PASSAGES)}
 _HINT = "hint"
 
 _ROLES = {
@@ -180,6 +180,8 @@ def read_conversation(entry: Mapping[str, Any]) -> Conversation:
     else:
         messages = _listed_messages(entry, found.form) if kind == _LIST else _asked_messages(entry, found.form)
         plain = _read_messages(messages, found)
+        if kind == _LIST:
+            plain = _with_options_beside(entry, plain)
     for key, value in entry.items():
         if normal_key(key) in SYSTEM_KEYS and not says_none(value):
             _take_system(as_text(value, key), found)
@@ -251,7 +253,7 @@ def _asked_messages(entry: Mapping[str, Any], form: str) -> list[Any]:
 
 def _joined_keys(form: str) -> tuple[str, ...]:
     """Where the further text of a question stands."""
-    return _JOINED.get(form, _PASSAGES) if _FORMS[form][0] == _ASKS else ()
+    return _JOINED.get(form, PASSAGES) if _FORMS[form][0] == _ASKS else ()
 
 
 def _with_further(entry: Mapping[str, Any], form: str) -> str:
@@ -384,6 +386,22 @@ def _read_messages(messages: Sequence[Any], found: Conversation) -> list[tuple[i
         else:
             plain.append((position, role, text))
     return plain
+
+
+def _with_options_beside(entry: Mapping[str, Any], plain: Sequence[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+    """Messages whose one question is asked with the options that stand beside them in the entry."""
+    (first, _, question), (second, _, answer) = plain[:2] if len(plain) > 1 else [(1, "", "")] * 2
+    if [role for _, role, _ in plain[:2]] != ["user", "assistant"]:
+        return list(plain)
+    asked, said = with_options(entry, question, answer, answer)
+    if len(plain) == 2:
+        return [(first, "user", asked), (second, "assistant", said)]
+    if asked.endswith(INSTRUCTION) and asked != question:
+        raise SampleError(
+            f"its first answer {answer[:60]!r} chooses one of the options beside its messages, and these have several turns; "
+            "write the options into the question that they belong to"
+        )
+    return list(plain)
 
 
 def _known_role(message: Mapping[str, Any], position: int) -> str:

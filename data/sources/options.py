@@ -1,21 +1,20 @@
 """Questions with options: where an entry keeps them, which of them its answer chooses, and how they are asked.
 
 Options stand in columns (``A`` to ``Z``, ``choice_a``, ``option1``) or in a list, an object by letter, or a text that holds
-such a list. An answer is a letter, a number counted from 0, or the option's text.
+such a list, or one a line or between ``|``. An answer is a letter, a number counted from 0, or the option's text.
 """
 
 import re
-import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.images.recognise import names_picture
+from vlm_distill_cache.data.sources.inline_options import LETTERS, split_options
 from vlm_distill_cache.data.sources.pictures import brief, normal_key, says_none
 from vlm_distill_cache.data.sources.printed import printed
 
-LETTERS = string.ascii_uppercase
 INSTRUCTION = "Answer with the option's letter from the given choices directly."  # LLaVA's, for letters as answers
 
 _LISTS = ("choices", "options", "candidates")
@@ -27,6 +26,9 @@ _NUMBER = re.compile(r"\s*-?\d+\s*")
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,]?")
 _LABEL = r"(?:[(\[]{0}[)\]]|{0}\s?[.:)])\s*"  # (A), [A], A., A:, A)
 _LABELLED = re.compile(_LABEL.format("([A-Z])") + r"(.+)", re.DOTALL)
+_NUMBERED = re.compile(
+    r"(?:[(\[](\d{1,2})[)\]]\s*|(\d{1,2})(?:[)]\s*|[.:]\s+))(.+)", re.DOTALL
+)  # (1), 1), 1. with a blank
 _TEXT_KEYS, _LABEL_KEYS = ("text", "value", "content", "option", "choice"), ("label", "key", "id", "letter")
 
 
@@ -142,13 +144,16 @@ def with_options(entry: Mapping[str, Any], question: str, answer: Any, said: str
     if options is None:
         return question, said
     texts = options.texts
-    inside = all(text in question for text in texts)
+    inline = split_options(question)
+    listed = inline is not None and [*map(plain_option, inline[1])] == [*map(plain_option, texts)]
+    inside = listed or all(text in question for text in texts)
     if inside and text_place(said, texts) is not None:
         return question, said
     place = _chosen(answer, said, options)
     if place is None:
-        return (question if inside or not options.sure else ask_options(question, texts)), said
-    if inside and lists_options(question, texts):
+        asked = options.sure or text_place(said, texts) is not None
+        return (ask_options(question, texts) if asked and not inside else question), said
+    if listed or (inside and lists_options(question, texts)):
         return question, said if letter_place(said, texts) is not None else LETTERS[place]
     return f"{ask_options(question, texts)}\n{INSTRUCTION}", LETTERS[place]
 
@@ -200,32 +205,93 @@ def _listed(value: Any, key: str) -> Options | None:
     """Options under one key; None if what stands there is no list of them."""
     sure = key in _LISTS and not isinstance(value, str)
     if isinstance(value, str):
-        value = printed(value, where=repr(key))
+        value = _of_text(value, key)
     first, lettered = 0, False
     if isinstance(value, Mapping):
-        lettered = {"A", "B"} <= value.keys()
-        value, first = _of_object(value, key)
+        value, first, lettered = _of_object(value, key)
     if not isinstance(value, str | int | float | list | tuple | None):
         raise SampleError(f"{key!r} holds what can be answered, but no texts: {brief(value)}")
     if not isinstance(value, list | tuple) or not value:
         return None
-    texts = [_of_item(item, place, key) for place, item in enumerate(value)]
+    if isinstance(value[0], Mapping):
+        labels = [
+            next((item[name] for name in _LABEL_KEYS if not says_none(item.get(name))), None)
+            for item in value
+            if isinstance(item, Mapping)
+        ]
+        value = [_of_item(item, place, key) for place, item in enumerate(value)]
+        if None not in labels:
+            first, lettered = _labelled(labels, key)
+    texts = list(value)
     while texts and says_none(texts[-1]):
         texts.pop()
-    return replace(_options(texts, repr(key), sure=sure), first=first, lettered=lettered) if texts else None
+    if not texts:
+        return None
+    found = _options(texts, repr(key), sure=sure)
+    return replace(found, first=first or found.first, lettered=lettered or found.lettered)
 
 
-def _of_object(value: Mapping[str, Any], key: str) -> tuple[list[Any], int]:
-    """Options by letter or number, or a list of texts beside one of labels; and as what the first is counted."""
+def _of_text(text: str, key: str) -> Any:
+    """The options that a text holds: a list, each behind its letter, one a line, or between ``|``; None if it holds none."""
+    if (found := printed(text, where=repr(key))) is not None or normal_key(key) in ("choice", "option"):
+        return found
+    lower = text.lstrip().startswith("(a)")
+    inline = split_options(re.sub(r"\([a-z]\)", lambda found: found[0].upper(), text) if lower else text)
+    if inline is not None and not inline[0]:
+        return [f"({letter}) {option}" for letter, option in zip(LETTERS, inline[1], strict=False)]
+    for sign in ("\n", "|", ";"):
+        parts = [part.strip() for part in text.strip().split(sign)]
+        if len(parts) > 1 and all(parts):
+            return parts
+    if says_nothing(text) or text.strip().lower() in ("n/a", "none", "null", "-"):
+        return None
+    raise SampleError(
+        f"{key!r} holds what can be answered, but {text[:60]!r} is no list; give a list of texts, each option behind its "
+        "letter (A. cat B. dog), one a line, or with | between them"
+    )
+
+
+def _of_object(value: Mapping[str, Any], key: str) -> tuple[list[Any], int, bool]:
+    """Options by letter or number, or a list of texts beside one of labels; as what the first is counted; if by letter."""
     for name in _TEXT_KEYS:
         if isinstance(value.get(name), list | tuple):
-            return list(value[name]), 0
+            texts = list(value[name])
+            labels = next((value[each] for each in _LABEL_KEYS if isinstance(value.get(each), list | tuple)), None)
+            if labels is None:
+                return texts, 0, False
+            if len(labels) != len(texts):
+                raise SampleError(f"{key!r} holds {len(texts)} options and {len(labels)} labels; give each its label")
+            return texts, *_labelled(labels, key)
     labelled = {str(label).strip(" ()."): text for label, text in value.items()}
     if all(re.fullmatch(r"[A-Za-z]|\d{1,2}", label) for label in labelled):
-        return _in_order({label.upper(): text for label, text in labelled.items()}, repr(key))
+        texts, first = _in_order({label.upper(): text for label, text in labelled.items()}, repr(key))
+        return texts, first, "A" in labelled
     raise SampleError(
         f"{key!r} holds what can be answered, but not by letter: it has {', '.join(map(str, value))[:60]!r}; give a list "
         "of texts"
+    )
+
+
+def _labelled(labels: Sequence[Any], key: str) -> tuple[int, bool]:
+    """What the first option is counted as by labels that stand beside the options, and whether these are letters.
+
+    Raises:
+        SampleError: They could be answered, and are not A, B, ..., 0, 1, ... or 1, 2, ... in order.
+    """
+    names = [str(label).strip(" ().").upper() for label in labels]
+    if all(len(name) > 7 or re.fullmatch(r"\d{3,}", name) for name in names):  # of a data base
+        return 0, False
+    if names == list(LETTERS[: len(names)]):
+        return 0, True
+    for first in (0, 1):
+        if names == [str(first + place) for place in range(len(names))]:
+            return first, False
+    place, name = next(
+        ((place, name) for place, name in enumerate(names) if name != LETTERS[place % 26]), (0, names[0])
+    )
+    raise SampleError(
+        f"{key!r} holds options out of order: option {place + 1} is labelled {name!r}, expected A, B, ..., or 1, 2, ...; "
+        "sort them, or call them so"
     )
 
 
@@ -233,11 +299,8 @@ def _of_item(item: Any, place: int, key: str) -> Any:
     if not isinstance(item, Mapping):
         return item
     text = next((item[name] for name in _TEXT_KEYS if not says_none(item.get(name))), None)
-    label = next((item[name] for name in _LABEL_KEYS if not says_none(item.get(name))), None)
     if text is None:
         raise SampleError(f"{key!r} holds what can be answered, but option {place + 1} is no text: {brief(item)}")
-    if isinstance(label, str) and label.strip().upper() in LETTERS and label.strip().upper() != LETTERS[place]:
-        raise SampleError(f"{key!r} holds options out of order: option {place + 1} is labelled {label!r}; sort them")
     return text
 
 
@@ -299,7 +362,16 @@ def _options(values: Sequence[Any], where: str, *, sure: bool) -> Options:
             )
     if len(texts) > len(LETTERS):
         raise SampleError(f"{where} holds {len(texts)} options, more than there are letters ({len(LETTERS)})")
+    numbers = not all(isinstance(value, str) for value in values)
     labelled = [_LABELLED.fullmatch(text) for text in texts]
     if all(found and (found[1] or found[2]) == letter for found, letter in zip(labelled, LETTERS, strict=False)):
-        texts = [found[3].strip() for found in labelled if found]
-    return Options(tuple(texts), where, sure, numbers=not all(isinstance(value, str) for value in values))
+        return Options(
+            tuple(found[3].strip() for found in labelled if found), where, sure, lettered=True, numbers=numbers
+        )
+    counted = [_NUMBERED.fullmatch(text) for text in texts]
+    for first in (0, 1) if len(texts) > 1 else ():  # "1. cat", "2. dog": so are they called by a number as answer
+        if all(found and int(found[1] or found[2]) == first + place for place, found in enumerate(counted)):
+            return Options(
+                tuple(found[3].strip() for found in counted if found), where, sure, first=first, numbers=numbers
+            )
+    return Options(tuple(texts), where, sure, numbers=numbers)

@@ -14,6 +14,9 @@ from vlm_distill_cache.common.printing import one_line
 
 _BEGINS = re.compile(r"\s*(?:array\(\s*)?[\[{]")
 _BEGINS_AS_TEXTS = re.compile(r"\s*(?:array\(\s*)?[\[{]\s*(?:array\(\s*)?[\[{]*\s*[\"']")
+_BARE = re.compile(
+    r"\s*\[[^\[\]\"']*,[^\[\]\"']*\]\s*"
+)  # [one, two]: texts without quotes, of which commas may be part
 _ENDS = re.compile(r"[\]})]\s*$")
 _NEIGHBOURS = re.compile(r"[\"']\s*[\"']")
 _NAMES = ("True", "False", "None", "nan", "array")
@@ -29,7 +32,7 @@ def printed(text: str, *, where: str = "") -> Any:
         where: What errors call it where it is nearly always a list. Empty: what cannot be read is a plain text.
 
     Raises:
-        SampleError: It begins and ends as a list of texts does, and cannot be read as one.
+        SampleError: It begins and ends as a list of texts does, or is one without quotes, and cannot be read as one.
     """
     if not _BEGINS.match(text):
         return None
@@ -39,7 +42,7 @@ def printed(text: str, *, where: str = "") -> Any:
         with suppress(*_NOT_READ):
             if isinstance(found := ast.literal_eval(spelt(text.strip())), list | dict):
                 return found
-    if where and _BEGINS_AS_TEXTS.match(text) and _ENDS.search(text):
+    if where and ((_BEGINS_AS_TEXTS.match(text) and _ENDS.search(text)) or _BARE.fullmatch(text)):
         raise SampleError(
             f"{where} holds a list that is neither JSON nor as Python or numpy prints one in full: "
             f"{one_line(text, limit=80)}; write it with json.dumps"

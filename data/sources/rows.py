@@ -47,6 +47,9 @@ def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 
     A text is a list of messages where the whole of it is one, as JSON or as Python prints it. What is no such list, or
     has lists of different lengths, stays as it is.
+
+    Raises:
+        SampleError: Answers are a list of texts that cannot be read.
     """
     made: dict[str, Any] = {}
     for key in (*_ALWAYS_LISTS, *_ROUNDS, *_MESSAGES):
@@ -116,7 +119,7 @@ def _listed(text: str, key: str) -> Any:
     mostly_text = key in _MESSAGES
     if mostly_text and not ("role" in text or "from" in text):
         return None
-    found = printed(text)
+    found = printed(text, where=repr(key) if key == "answers" else "")
     if key in _ALWAYS_LISTS:
         return found
     rows = [found] if isinstance(found, Mapping) and mostly_text else found

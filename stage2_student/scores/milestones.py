@@ -2,11 +2,14 @@
 
 Whatever happens here, the training stays what it is, to the last bit: random numbers are put back, adapters taken out
 again. A step is scored before its checkpoint is written, so that a training which goes on from there knows the scores of all
-steps before; lines of later steps are cut away then, and come again. The folder ``best`` says itself of which step it is.
+steps before; lines of later steps are cut away then, and come again. The folder ``best`` says itself of which step it is, and
+the best student of the steps before a checkpoint stays beside it, as ``best-before``, until a checkpoint holds that step.
 """
 
+import contextlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,10 +22,10 @@ from accelerate import Accelerator
 
 from vlm_distill_cache.common.cache.document_rules import EVALUATION
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, DistillError
-from vlm_distill_cache.common.files.atomic import parse_json, read_bounded, write_bytes_atomic
+from vlm_distill_cache.common.files.atomic import parse_json, read_bounded, remove, write_bytes_atomic
 from vlm_distill_cache.common.files.rules import FLAG, check, record, text, whole
 from vlm_distill_cache.common.files.signed import refuse_out_of_reach
-from vlm_distill_cache.stage2_student.final_folder import BEST, look_at_final
+from vlm_distill_cache.stage2_student.final_folder import BEFORE, BEST, look_at_final
 from vlm_distill_cache.stage2_student.scores.results import DETAILS, HEADLINE, EvaluationReport
 from vlm_distill_cache.stage2_student.training.checkpoint import Position, kept_random_numbers
 from vlm_distill_cache.stage2_student.training.log import TrainingLog
@@ -55,8 +58,8 @@ class Kept:
     run: str
 
     def beats(self, other: "Kept | None") -> bool:
-        """Whether this student takes the other's place; the same step again does."""
-        if other is None or other.of != self.of or other.step == self.step:
+        """Whether this student takes the other's place."""
+        if other is None or other.of != self.of:
             return True
         return self.value < other.value if self.by in _LOWER_IS_BETTER else self.value > other.value
 
@@ -106,6 +109,7 @@ class Milestones:
         self._every, self._last, self._run = every, last, run
         self.lines: list[dict[str, Any]] = []
         self._best: Kept | None = None
+        self._saved = 0  # the step of the newest checkpoint
         self._seconds = 0.0
 
     def resume(self, position: Position, *, earlier: str | None) -> None:
@@ -120,11 +124,39 @@ class Milestones:
         """
         if self._scorer is None:
             return
-        self.lines = [line for line in read_evaluations(self._output) if line["step"] <= position.total_steps]
+        self._saved = position.total_steps
+        self.lines = [line for line in read_evaluations(self._output) if line["step"] <= self._saved]
+        if self._saved >= self._last and (not self.lines or self.lines[-1]["step"] < self._last):
+            _log.warning(
+                "evaluation.every: this training is finished, so that no step is left to be scored on the way; `distill "
+                "evaluate` scores its student"
+            )
+            return
         self._output.mkdir(parents=True, exist_ok=True)
         content = "".join(json.dumps(line) + "\n" for line in self.lines)
         write_bytes_atomic(self._output / EVALUATIONS, content.encode())
-        self._best = read_kept(self._output, runs={self._run, *([earlier] if earlier else [])})
+        self._best = self._best_so_far({self._run, *([earlier] if earlier else [])})
+
+    def _best_so_far(self, runs: Collection[str]) -> Kept | None:
+        """The best student of the steps that the training goes on behind; later ones come again, and may score otherwise."""
+        best, before = (read_kept(self._output, runs=runs, name=name) for name in (BEST, BEFORE))
+        if before is not None and before.step <= self._saved and (best is None or best.step > self._saved):
+            remove(self._output / BEST)
+            best = before
+            (self._output / BEFORE).rename(self._output / BEST)
+        remove(self._output / BEFORE)
+        if best is None or best.step <= self._saved:
+            return best
+        _log.info(
+            "%s is of step %d, and the training goes on behind step %d: chosen anew", BEST, best.step, self._saved
+        )
+        return None
+
+    def saved(self, position: Position) -> None:
+        """A checkpoint holds this position: no kill leads back behind it any more."""
+        self._saved = position.total_steps
+        if self._scorer is not None:
+            remove(self._output / BEFORE)
 
     def seconds(self) -> float:
         """How long the last one took; 0 from then on."""
@@ -151,9 +183,15 @@ class Milestones:
         except DistillError as error:  # a picture that is gone, say: no reason to lose a training
             _log.warning("step %d: not scored: %s", step, error)
             return
+        if unfit := [name for name, score in report.scores.items() if not math.isfinite(score.value)]:
+            _log.warning("step %d: not scored: %s is no finite number; the student has diverged", step, unfit[0])
+            return
         scores = report.to_dict()["scores"]
         found = Kept(step=step, by=scorer.by, value=report.scores[scorer.by].value, of=scorer.of, run=self._run)
         if is_best := found.beats(self._best):
+            if self._best is not None and self._best.step <= self._saved:
+                with contextlib.suppress(FileNotFoundError):
+                    (self._output / BEST).rename(self._output / BEFORE)
             scorer.keep(self._output / BEST, found, position, log.records)
             self._best = found
         line = {"step": step, "phase": phase, **scorer.described, "seconds": round(time.perf_counter() - began, 3)}
@@ -203,15 +241,15 @@ def read_evaluations(output: Path) -> list[dict[str, Any]]:
     return [found[step] for step in sorted(found)]
 
 
-def read_kept(output: Path, *, runs: Collection[str] = ()) -> Kept | None:
-    """What lies in ``best``; None if there is nothing, or it is damaged, which is said.
+def read_kept(output: Path, *, runs: Collection[str] = (), name: str = BEST) -> Kept | None:
+    """What lies in ``best``, or a folder of another ``name``; None if there is nothing, or it is damaged, which is said.
 
     ``runs`` are the fingerprints of runs that it may be of; none: of any.
 
     Raises:
         ConfigError: If it is of another run, or nothing that was kept on the way.
     """
-    folder = output / BEST
+    folder = output / name
     try:
         found, damage = look_at_final(folder)
     except FileNotFoundError:

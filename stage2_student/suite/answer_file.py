@@ -17,6 +17,7 @@ from vlm_distill_cache.stage2_student.suite.metrics.yes_no import parse_yes_no
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result
 
 _NUMBER = re.compile(r"0|[1-9]\d{0,17}")
+_VIZWIZ = re.compile(r"VizWiz_\w+\.\w{3,4}", re.IGNORECASE)
 Answered = Sequence[tuple[Item, str]]  # each question with its answer
 
 
@@ -87,11 +88,13 @@ def submissions(
 
 
 def _listed(
-    id_key: str, answer_key: str, id_of: Callable[[Item], Any] = _published_id
+    id_key: str, answer_key: str, id_of: Callable[[Item], Any] = lambda item: item.extra.get("question_id")
 ) -> Callable[..., dict[str, str]]:
-    """A JSON list of objects of an id and an answer."""
+    """A JSON list of objects of an id and an answer; none where a table does not tell the ids that its server knows."""
 
     def write(answered: Answered) -> dict[str, str]:
+        if any(id_of(item) is None for item, _ in answered):
+            return {}
         rows = [{id_key: id_of(item), answer_key: text} for item, text in answered]
         return {"submission.json": json.dumps(rows, ensure_ascii=False) + "\n"}
 
@@ -99,7 +102,8 @@ def _listed(
 
 
 def _picture_name(item: Item) -> Any:
-    return item.extra.get("image", item.item_id)
+    name = str(item.extra.get("image", item.item_id))
+    return name if _VIZWIZ.fullmatch(name) else None
 
 
 def _lines(answered: Answered) -> dict[str, str]:

@@ -57,7 +57,7 @@ def refuse_misplaced(output: Path) -> None:
         ConfigError: Naming the first one.
     """
     kinds = {
-        **dict.fromkeys(("checkpoints", "tensorboard", "sft", "distilled", "best"), True),
+        **dict.fromkeys(("checkpoints", "tensorboard", "sft", "distilled", "best", "best-before"), True),
         **dict.fromkeys(_FILES, False),
     }
     for name, is_folder in kinds.items():

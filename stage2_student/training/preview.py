@@ -289,5 +289,5 @@ def bytes_to_write(config: TrainConfig, parts: StudentParts) -> int:
     whole: int = sum(parameter.numel() for parameter in model.parameters())
     full = any(config.phase(name).trainable in ("all", "tower") for name in config.phases)
     trained: int = sum(parameter.numel() for parameter in model.trainable_parameters("dft" if full else "dpt"))
-    students = 1 if config.evaluation.every is None else 3  # the best one, and that which takes its place
+    students = 1 if config.evaluation.every is None else 4  # the best ones, and that which takes a place
     return students * whole * _FLOAT + (config.keep_checkpoints + 1) * trained * _OPTIMIZER

@@ -31,28 +31,42 @@ _RULE = record(
 _log = logging.getLogger(__name__)
 
 
-def read_stamp(output: Path) -> dict[str, Any]:
+def read_stamp(output: Path, *, remedy: str = "give another --output") -> dict[str, Any]:
     """What a folder belongs to; empty for a new one, and where that is lost but the students can still say it.
+
+    ``remedy`` is what to do where it is not the folder of a run.
 
     Raises:
         ConfigError: If it is not the folder of a run, or nothing there can tell.
     """
     path = output / STAMP
     try:
-        found = read_signed(path, unsigned=_UNSIGNED)
-        check(found, _RULE, str(path), remedy="it is damaged")
+        found = load_stamp(output)
     except FileNotFoundError:
-        problem = f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; give another --output"
+        problem = f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; {remedy}"
         if not holds_anything(output):
             return {}
     except CacheFormatError as error:
-        problem = f"{error}; give another --output, or delete {output} to begin again"
+        problem = f"{error}; {remedy}, or delete {output} to begin again"
     else:
         return found
     if not any((output / name / CONFIG).is_file() for name in COMPARED):
         raise ConfigError(problem)
     _log.warning("%s is lost or damaged and is written again", path)
     return {}
+
+
+def load_stamp(output: Path) -> dict[str, Any]:
+    """What a folder's stamp says.
+
+    Raises:
+        FileNotFoundError: There is none.
+        CacheFormatError: It is damaged.
+        ConfigError: If the system does not let it be read.
+    """
+    found = read_signed(output / STAMP, unsigned=_UNSIGNED)
+    check(found, _RULE, str(output / STAMP), remedy="it is damaged")
+    return found
 
 
 def refuse_other_run(

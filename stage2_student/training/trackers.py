@@ -25,6 +25,7 @@ from vlm_distill_cache.stage2_student.training.checkpoint import kept_random_num
 
 KNOWN = "trackers.json"
 PROJECT = "vlm-distill-cache"
+_WANDB_WAITS_S = 30.0  # for its service to answer; 90 by default
 _MOST_BYTES = 1 << 16
 _log = logging.getLogger(__name__)
 
@@ -75,10 +76,11 @@ class Trackers:
                 if name not in known:  # services may not let anybody change what a run was begun with
                     tracker.store_init_configuration(_flat(settings))
             except Exception as error:
+                offline = "; WANDB_MODE=offline keeps its files here" if name == "wandb" else ""
                 gone = f" (if its run is gone there: delete {output / KNOWN})" if name in known else ""
                 raise ConfigError(
                     f"report_to: {name} does not start: {hide_secrets(one_line(str(error)))}; mend that{gone}, or leave {name} "
-                    "out (--log-with)"
+                    f"out (--log-with){offline}"
                 ) from error
             self._open.append(tracker)
             known[name] = _name_there(tracker)
@@ -117,7 +119,9 @@ def _service(name: Tracker, output: Path, known: str | None) -> GeneralTracker:
     """A service's tracker, which goes on with a known run."""
     shown = "/".join(output.absolute().parts[-2:])
     if name == "wandb":
-        identity = {"id": known or secrets.token_hex(8), "resume": "allow"}
+        identity: dict[str, Any] = {"id": known or secrets.token_hex(8), "resume": "allow"}
+        if "WANDB_INIT_TIMEOUT" not in os.environ:
+            identity["settings"] = {"init_timeout": _WANDB_WAITS_S}
         return WandBTracker(os.environ.get("WANDB_PROJECT", PROJECT), name=shown, dir=str(output), **identity)
     if name == "trackio":
         there = known or f"{shown.replace('/', '-')}-{secrets.token_hex(4)}"

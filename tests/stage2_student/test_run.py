@@ -100,7 +100,9 @@ def test_no_damage_to_what_a_run_left_is_vouched_for_scored_or_exported(tiny_cac
                     write_report_again(copied)
             path.write_bytes(sound)
     (final / "README.md").write_text("extra files are fine")
-    assert not run(config).fresh
+    said = []
+    assert not run(replace(config, evaluation=replace(config.evaluation, every=2)), say=said.append).fresh
+    assert "this run is finished, so that no step is left to be scored on the way" in "".join(said)
 
 
 def test_what_is_lost_or_damaged_is_made_again_and_is_the_same(tiny_cache, copied, caplog):
@@ -308,6 +310,8 @@ def test_evaluate_report_and_export_work_from_the_folders_alone(finished, tmp_pa
     assert scored.exit_code == 0, scored.output
     assert "captions by likelihood" in scored.output
     assert json.loads((tmp_path / "s.json").read_text())["scores"]
+    refused = runner.invoke(main, ["report", str(finished.output / "sft")])
+    assert "it is not the folder of a run; give the folder that `distill run` wrote" in refused.output
     told = runner.invoke(main, ["report", str(finished.output)])
     assert told.exit_code == 0, told.output
     assert f"Report: {finished.report}" in told.output

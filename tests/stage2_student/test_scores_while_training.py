@@ -12,10 +12,11 @@ from click.testing import CliRunner
 
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.stage2_student.cli import main
-from vlm_distill_cache.stage2_student.final_folder import BEST, read_final, read_provenance
+from vlm_distill_cache.stage2_student.final_folder import BEST, FINAL, read_final, read_provenance
 from vlm_distill_cache.stage2_student.scores.milestones import EVALUATIONS, read_evaluations, read_kept
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.training.checkpoint import CHECKPOINTS
+from vlm_distill_cache.stage2_student.training.trackers import Trackers
 
 HOW = train_runs.ON_THE_WAY
 RUNS = {"plain": train_runs.make_config, "lora": lora_runs.make_config}
@@ -122,11 +123,13 @@ def test_another_runs_best_student_is_not_written_over(scored, tmp_path):
         train(make(tmp_path / "run", evaluation=HOW, seed=5))
 
 
-def test_in_mixed_precision_the_student_is_scored_as_it_is_saved(tiny_cache, tmp_path):
-    """In float32, though the loop runs it in bfloat16, before and behind."""
+def test_in_mixed_precision_the_student_is_scored_as_it_is_saved(tiny_cache, tmp_path, monkeypatch):
+    """In float32, though the loop runs it in bfloat16, before and behind; trackers may wait only when all is saved."""
+    there = []
+    monkeypatch.setattr(Trackers, "close", lambda _: there.append((tmp_path / "run" / FINAL).is_dir()))
     config = train_runs.make_config(tiny_cache[0], tmp_path / "run", dtype="bfloat16", evaluation=HOW)
     config = replace(config, phases=("dpt",))
     line = train(config).scores[-1]
-    assert line["best"]
+    assert there == [True] == [line["best"]]
     command = ["evaluate", str(tmp_path / "run" / BEST), "--split", "validation", "--limit", "1", "--json"]
     assert json.loads(CliRunner().invoke(main, command).stdout)["scores"] == line["scores"]

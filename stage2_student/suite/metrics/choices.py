@@ -7,6 +7,7 @@ Dims: N options, T turns of an item.
 """
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,50 +15,82 @@ from functools import cached_property
 from typing import cast
 
 from vlm_distill_cache.data.benchmarks.items import ChoiceItem, Item
-from vlm_distill_cache.data.sources.options import LETTERS, ask_options, letter_place, plain_option
+from vlm_distill_cache.data.sources.inline_options import LETTERS
+from vlm_distill_cache.data.sources.options import ask_options, letter_place, plain_option
 from vlm_distill_cache.stage2_student.suite.measures import Measure, mean_measure
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Metric, Request, Result, Weigh
 
 ANSWER_TOKENS = 16  # of a letter with the option's text behind it
-_WHOLE = re.compile(r"[\s\"'*(\[]*([A-Za-z])[\s\"'*)\].:,。，]*")
+_WHOLE = re.compile(r"[\s\"'*(\[]*([A-Za-z])[\s\"'*)\].:,。]*")
+_CLEAR = r"(?<![A-Za-z0-9_'’-]){}(?![A-Za-z0-9_'’-])"  # alone among Latin words; Chinese may stand beside it
+# A and I are words where a word follows that joins no letters.
+_LETTER = _CLEAR.format(r"[(\[]?(?:[B-HJ-Z]|[AI](?!\s+(?!(?:and|or|nor|is|as|because|since)\b)[a-z]))[)\]]?")
+_LETTERS = rf"{_LETTER}(?:[\s,/&、;.]*(?:\b(?:and|or|nor)\b|和|或|与|及)?\s*{_LETTER})*"
 _LEADING = re.compile(r"[\s\"'*]*(?:[(\[]([A-Z])[)\]]|([A-Z])\s*[).:])")
 _LABELS = re.compile(r"(?<![A-Za-z0-9_'’.])([A-Z])[).:](?=\s)")  # of a text that repeats the options
-_NAMED = re.compile(r"\b(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\**\s*[(\[]?([A-Z])\b(?!')")
-_BRACKETED = re.compile(r"[(\[]([A-Z])[)\]]")
-# A and I are words, but at the end; letters stand alone among Chinese, too.
-_LONE = re.compile(r"(?<![A-Za-z0-9_'’-])([B-HJ-Z]|[AI](?=\W*\Z|[\u4e00-\u9fff]))(?![A-Za-z0-9_'’-])")
-_SEVERAL = re.compile(
-    r"(?<![\w'’])[(\[]?([A-Z])[)\]]?\s*(?:[,/&]|\band\b|\bor\b)\s*(?:and\s+|or\s+)?[(\[]?([A-Z])(?![\w'’])"
+_SEVERAL = re.compile(_LETTERS)
+_NAMED = re.compile(
+    rf"(?:\b(?i:option|choice|letter)(?i:\s+is)?\s*:?\s*\**\s*({_LETTERS}|[A-Z]\b(?!'))"
+    rf"|\b(?i:answer|ans)(?i:\s+is)?\s*[:-]?\s*\**\s*({_LETTERS})"
+    r"|\b(?i:answer|ans|option|choice|letter)(?i:\s+is)?\s*:?\s*\**\s*(\([a-z]\)|[a-z](?=[).:]|\W*\Z)))"
+    rf"|(?:答案|选项)(?:是|为|选)?\s*:?\s*({_LETTERS})"
 )
+_BRACKETED = re.compile(r"[(\[]([A-Z])[)\]]")
+_LONE = re.compile(
+    _CLEAR.format(
+        r"(?:[B-HJ-Z]|[AI](?=\W*\Z|[\u4e00-\u9fff])|A(?=\s*[,;]|\s+(?:and|or|nor|is\s+(?:the|correct|right|best))\b))"
+    )
+)
+_ABBREVIATED = re.compile(r"(?<![A-Za-z.])(?:[A-Z]\.){2,}[A-Z]?(?![A-Za-z])")  # U.S.A.
+_NOT = r"(?:\b(?:not|never|neither|nor|cannot|except)\b|n['’]t\b|不是|并非|不选|不为|没有)"
+_DENIED = re.compile(
+    rf"{_NOT}\s*(?:(?:be|the|option|choice|answer)\s+)*{_LETTERS}"
+    rf"|{_LETTER}\s*(?:\b(?:is|are)(?:\s+not\b|n['’]t\b|\s+(?:wrong|incorrect|false)\b)|不|是?错)"
+)
+_DENYING = re.compile(rf"{_NOT}\s*(?:(?:an?|the|any)\s+)?\Z|\bno\s+\Z|不\Z")
 
 
 def parse_option(text: str, options: Sequence[str]) -> int | None:
     """Read which option an answer names, or None if there is not exactly one.
 
     Accepts ``B``, ``b``, ``(B)``, ``B. dog``, ``The answer is B.``, ``dog``, and a text in which one letter, or one option's
-    text, stands; refuses ``A cat`` where no option says that (an article), letters beyond the options, and texts that name
-    several.
+    text, stands; what is called the answer counts before other letters. Refuses ``A cat`` where no option says that (an
+    article), letters beyond the options, what is denied (``not B``), and texts that name several. Letters inside an option's
+    text (``vitamin C``) are no letters, and a number is a whole one (``2`` is not in ``2.5``).
 
     Source:
         As VLMEvalKit's `can_infer` (a letter alone among the words, else the one option whose text is in the answer),
         without its drawing of lots; but ``A`` is a letter only where it cannot be an article.
     """
     letters = LETTERS[: len(options)]
+    text = unicodedata.normalize("NFKC", text.rpartition("</think>")[2])  # full-width letters and signs are as others
+    options = [unicodedata.normalize("NFKC", option) for option in options]
     if whole := _WHOLE.fullmatch(text):
         return _only({whole[1].upper()}, letters)
     if (same := _only_text(text, options, lambda option, answer: option == answer)) is not None:
         return same
     if (place := letter_place(text, options)) is not None:  # with the option's text behind it
         return place
-    leading = _LEADING.match(text)
-    told = {leading[1] or leading[2]} if leading else set()
-    told |= {*_NAMED.findall(text), *_LABELS.findall(text)} | {
-        letter for both in _SEVERAL.findall(text) for letter in both
-    }
-    for found in (told, set(_BRACKETED.findall(text)), set(_LONE.findall(text))):
+    bare = _ABBREVIATED.sub(" ", text)
+    for option in sorted(options, key=len, reverse=True):
+        if len(option.strip()) > 1 and re.search(_CLEAR.format("[A-Z]"), option):
+            bare = re.sub(re.escape(option.strip()), " _ ", bare, flags=re.IGNORECASE)
+    bare = _DENIED.sub(" _ ", bare)
+    parts = _NAMED.findall(bare)
+    named = {letter for upper, other, lower, last in parts for letter in upper + other + lower.upper() + last}
+    leading = _LEADING.match(bare)
+    told = {*_LABELS.findall(bare), *((leading[1] or leading[2],) if leading else ())}
+    for several in _SEVERAL.findall(bare):
+        both = {*re.findall("[A-Z]", several)}
+        told |= both if len(both) > 1 else set()
+    lone = set(_LONE.findall(bare))
+    in_words = _only_text(text, options, _holds)
+    for found in (named, told, set(_BRACKETED.findall(bare)), lone):
         if found := found & set(letters):
-            return _only(found, letters)
-    return _only_text(text, options, _holds)
+            place = _only(found, letters)
+            first = in_words is not None and _starts(plain_option(options[in_words]), plain_option(text))
+            return None if found == lone and first and in_words != place else place
+    return in_words
 
 
 def _only(found: set[str], letters: str) -> int | None:
@@ -73,7 +106,23 @@ def _only_text(text: str, options: Sequence[str], fits: Callable[[str, str], boo
 
 
 def _holds(option: str, answer: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(option)}(?!\w)", answer) is not None
+    """Whether an option stands in an answer as words of its own, or as a number of its own, and is not denied there."""
+    if not option:
+        return False
+    if len(option) == 1 and not option.isascii():  # a Chinese character, which may be part of any word: at either end
+        ends = option not in "是否" and answer.rstrip("。.!").endswith((f"是{option}", f":{option}"))
+        return ends or _starts(option, answer)
+    number = r"(?<![-−])(?<!\d[.,:/])", r"(?![.,:/-]?\d)"
+    before = r"(?<![A-Za-z0-9_])" if option[0].isascii() else ""
+    behind = r"(?![A-Za-z0-9_])" if option[-1].isascii() else ""
+    before += number[0] if option[0].isdigit() else ""
+    behind += number[1] if option[-1].isdigit() else ""
+    places = re.finditer(before + re.escape(option) + behind, answer)
+    return any(_DENYING.search(answer[: place.start()]) is None for place in places)
+
+
+def _starts(option: str, answer: str) -> bool:
+    return re.match(re.escape(option) + r"(?![A-Za-z0-9_])", answer) is not None
 
 
 @dataclass(frozen=True)

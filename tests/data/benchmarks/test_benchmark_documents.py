@@ -12,8 +12,8 @@ import PIL.Image
 import pytest
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.benchmarks.documents import KEY, documents_in, open_document
-from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem, missing_kinds
+from vlm_distill_cache.data.benchmarks.documents import KEY, documents_in, open_document, without_part
+from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem, item_digest, missing_kinds
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
 
@@ -174,15 +174,19 @@ def test_a_picture_of_a_name_that_others_have_is_the_one_in_the_benchmarks_own_f
 
 
 def test_a_fingerprint_moves_with_what_is_asked_and_what_is_right_and_not_with_pictures():
+    digests: list[str] = []
+
     def of(**more: object) -> str:
         item = OpenItem(item_id="1", image=None, question=str(more.get("question", "q")), answers=("a",))
         item = replace(item, extra={"n": more.get("n", 1)}, answers=tuple(more.get("answers", ("a",))))  # type: ignore[arg-type]
         instruction = str(more.get("instruction", ""))
+        digests.append(item_digest(item))
         return Benchmark(name="x", layout="y", title="z", items=[item], metric="m", instruction=instruction).fingerprint
 
     others = [of(question="p"), of(n=2), of(answers=("b",)), of(instruction="Say it.")]
     assert of() == of()
     assert len({of(), *others}) == 5
+    assert len(set(digests)) == 4  # an item has no instruction
 
 
 def test_an_entry_that_cannot_be_is_left_out_alone_and_names_can_be_written(tmp_path: Path):
@@ -225,3 +229,29 @@ def test_thousands_of_other_files_are_not_read_to_the_end_and_packed_ones_are_sa
     assert "unpack it" in unread["images.zip"]
     assert "50 files" in unread["annotations/*.json"]
     assert re.search("10 more were not opened, .*: no known layout; it has bars", unread["annotations/*.json"])
+
+
+def test_numbered_parts_are_one_table_and_missing_ones_are_said(tmp_path: Path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    hashes = [f"-{number:016x}" for number in range(3)]
+    tables = {
+        "hashed": [f"val-{number:05d}-of-00003{hashes[number]}.parquet" for number in range(3)],
+        "bare": [f"{number:04d}.parquet" for number in range(2)],
+        "gap": ["val-00000-of-00003.parquet", "val-00002-of-00003.parquet"],
+    }
+    for folder, names in tables.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            pq.write_table(pa.Table.from_pylist([{"x": 1}]), tmp_path / folder / name)
+    read = {paths[0].parent.name: open_document(paths, "t") for paths in documents_in(tmp_path)}
+    assert {name: len(document.rows) for name, document in read.items()} == {"hashed": 3, "bare": 2, "gap": 2}
+    assert [read[name].missing for name in ("hashed", "bare")] == ["", ""]
+    assert read["gap"].missing == "1 of the table's 3 parts are missing (number 00001 first)"
+    twice = tmp_path / "hashed" / f"val-00001-of-00003{hashes[0]}.parquet"  # another download of the same table
+    pq.write_table(pa.Table.from_pylist([{"x": 1}]), twice)
+    pq.write_table(pa.Table.from_pylist([{"x": 1}]), tmp_path / "hashed" / "val-00001-of-00003.parquet")
+    assert sorted(len(paths) for paths in documents_in(tmp_path / "hashed")) == [1] * 5
+    assert [without_part(names[0]) for names in tables.values()] == ["val", "", "val"]
+    assert [without_part(name) for name in ("a-1.tsv", "plain")] == ["a-1", "plain"]

@@ -21,9 +21,9 @@ from choices_files import (
     write_table,
 )
 
-from vlm_distill_cache.data.benchmarks.inline_options import split_options
 from vlm_distill_cache.data.benchmarks.items import Benchmark, ChoiceItem
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
+from vlm_distill_cache.data.sources.inline_options import split_options
 
 
 def read(folder: Path) -> Benchmark:
@@ -88,6 +88,53 @@ def test_mmbench_without_answers_or_rotations_and_rows_that_share_no_picture_are
     assert items_of(benchmark)[2].image.load().getpixel((0, 0)) == WHITE  # type: ignore[union-attr]
 
 
+def test_a_question_that_lacks_a_rotation_is_left_out_whatever_is_missing(tmp_path: Path):
+    for number, missing in enumerate(["no row", "an empty option", "a row twice", "no first row", "a bad answer"]):
+        rows = [{**row, "image": text_png("red")} for row in mmbench_rows()]
+        place = next(place for place, row in enumerate(rows) if row["index"] == (3 if number == 3 else 2_000_003))
+        if number in (0, 3):
+            del rows[place]
+        else:
+            rows[place] |= ({"B": ""}, {"index": 1_000_003}, {}, {"answer": "x"})[number - 1]
+        if number == 2:
+            rows[place] |= {key: rows[2][key] for key in "ABC"}
+        write_table(tmp_path / str(number) / "MMBench_DEV_EN.tsv", rows)
+        benchmark = read(tmp_path / str(number))
+        assert [item.item_id for item in items_of(benchmark)] == ["8", "1000008"], missing
+        said = "question 3 has 3 options, and so as many rotations; " + ("3 rows" if number == 2 else "2 rows")
+        assert any(said in why for why in benchmark.left_out.values()), missing
+
+
+def test_a_table_that_pandas_wrote_with_floats_keeps_rotations_and_shared_pictures(tmp_path: Path):
+    rows = [{**row, "index": float(row["index"])} for row in mmbench_rows()]
+    rows = [{key: value for key, value in row.items() if key not in ("hint", "source", "comment")} for row in rows]
+    rows.append({**rows[0], "index": 9.0, "image": "8.0"})
+    rows = [{**row, "image": f"{row['image']}.0" if row["image"].isdigit() else row["image"]} for row in rows]
+    write_table(tmp_path / "MMBench_DEV_EN.tsv", rows)
+    benchmark = read(tmp_path)
+    assert (benchmark.layout, benchmark.metric) == ("mmbench", "circular")
+    assert [item.extra["question_id"] for item in items_of(benchmark)] == [3, 1_000_003, 2_000_003, 8, 1_000_008]
+    assert told(items_of(benchmark)[2])[3] == RED
+    assert "question 9 has 3 options" in benchmark.left_out["9"]
+
+
+def test_answers_hints_and_labels_are_read_under_all_their_names(tmp_path: Path):
+    row = {"question": "Which?", "choices": {"text": ["cat", "dog"], "label": ["1", "2"]}, "answerKey": "2"}
+    row |= {"hint": "Look.", "context": "It barks.", "image": text_png("red")}
+    (tmp_path / "own.json").write_text(json.dumps([row, {**row, "answerKey": "1"}]))
+    (tmp_path / "other.json").write_text(json.dumps([{**row, "answerKey": None}]))
+    (tmp_path / "none.json").write_text(
+        json.dumps([{"solved": "2", **row, "answerKey": "2"}]).replace("answerKey", "key")
+    )
+    found = find_benchmarks(tmp_path).benchmarks
+    assert [(item.right, item.hint) for item in items_of(found["own"])] == [
+        (place, "Look.\nIt barks.") for place in (1, 0)
+    ]
+    assert "its answers are kept secret" in str(found["other"].notes)
+    assert "no answers: none of answer, answerKey, " in str(found["none"].notes)
+    assert "(these have solved, question" in str(found["none"].notes)
+
+
 @pytest.mark.parametrize("form", ["hub", "tsv"])
 def test_mmstar_has_its_options_told_from_its_questions(tmp_path: Path, form: str):
     if form == "hub":
@@ -128,9 +175,12 @@ def test_seedbench_of_the_hub_asks_about_one_picture_and_leaves_out_several(tmp_
         {**row, "question_type_id": 5, "image": [stored("red")]},
         {**row, "question_type_id": 10, "image": [stored("red"), stored("blue")], "question_id": "8"},
     ]
+    video = {**row, "question_type_id": 12, "data_type": "video", "question_id": "9"}
+    rows.append({**video, "image": [stored(colour) for colour in ("red", "blue", "green", "white")]})
     write_table(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
     benchmark = read(tmp_path)
-    assert [told(item)[2:] for item in items_of(benchmark)] == [(1, RED)]
+    assert [told(item)[2:] for item in items_of(benchmark)] == [(1, RED), (1, GREEN)]
+    assert benchmark.notes == ["of each video whose frames stand in its row, the middle one is asked about"]
     assert items_of(benchmark)[0].kind == "type 5"
     (why,) = benchmark.left_out.values()
     assert "it is about 2 pictures" in why
@@ -192,7 +242,7 @@ def test_scienceqa_of_the_hub_and_of_llava_is_read_too(tmp_path: Path):
 
 
 def test_ai2d_of_the_hub_counts_from_zero_whatever_its_options_are(tmp_path: Path):
-    row = {"question": "How many?", "options": ["1", "2", "3"], "answer": "1", "image": stored("red")}
+    row = {"id": "4", "question": "How many?", "options": ["1", "2", "3"], "answer": "1", "image": stored("red")}
     write_table(tmp_path / "data" / "test-00000-of-00001.parquet", [row, {**row, "answer": "0"}])
     benchmark = read(tmp_path)
     assert (benchmark.name, benchmark.layout) == ("ai2d-test", "ai2d")
@@ -257,14 +307,17 @@ def test_a_table_with_rotations_of_any_name_is_counted_in_a_circle(tmp_path: Pat
     assert [(item.group, item.extra["turn"], item.extra["turns"]) for item in items_of(benchmark)] == [
         ("5", 0, 2),
         ("5", 1, 2),
-        ("6", 0, 1),
     ]
+    assert (
+        "2 options, and so as many rotations; 1 rows" in benchmark.left_out["6"]
+    )  # nothing tells whether all are right
 
 
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
         ([{**CATS, "options": ["1", "2", "3"], "answer": "1"}], "its answers may be numbers or texts"),
+        ([{**CATS, "answer": 1}, {**CATS, "answer": 2}], "may be counted from 0 or from 1; write letters"),
         ([{**CATS, "answer": "A"}, {**CATS, "answer": "hen"}], "'hen' is none of its 3 options"),
         ([{**CATS, "answer": "A"}, {**CATS, "answer": "A", "image": "b.png"}], r"no picture 'b.png' below"),
         (

@@ -1,5 +1,7 @@
 """Benchmarks of short answers are read from the files that their authors publish, and from those of the hub."""
 
+import base64
+import json
 from pathlib import Path
 from typing import cast
 
@@ -138,9 +140,14 @@ def test_gqa_reads_questions_by_id_choices_and_tables_of_pictures(tmp_path: Path
     rows = [{"id": item_id, **files.gqa_question(item_id)} for item_id in ("101", "104")]
     rows = [{**row, "entailed": str(row["entailed"])} for row in rows]
     files.table(tmp_path / "hub" / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet", rows)
+    pd = pytest.importorskip("pandas")
+    (tmp_path / "csv").mkdir()
+    pd.DataFrame(rows).to_csv(tmp_path / "csv" / "testdev.csv", index=False)
     images = [{"id": name, "image": files.picture(shade)} for name, shade in (("n77", 200), ("2388", 201))]
     files.table(tmp_path / "hub" / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", images)
     authors, hub = read(tmp_path / "authors")["gqa-val-all"], read(tmp_path / "hub")["gqa-testdev"]
+    written = find_benchmarks(tmp_path / "csv", images=[tmp_path / "authors"]).benchmarks["gqa-testdev"]
+    assert [item.extra for item in items(written)] == [item.extra for item in items(hub)]
     assert [shade(item) for item in items(authors)] == [1, 1, 1, 2]
     assert [shade(item) for item in items(hub)] == [200, 201]
     first = items(authors)[0]
@@ -234,3 +241,96 @@ def test_entries_that_hold_other_things_are_said_and_nothing_breaks_off(tmp_path
     assert set(found.benchmarks) == {"docvqa-val"}
     assert set(found.unread) == {"gqa.json", "text.json", "empty.csv"}
     assert "its entries hold other things" in found.unread["gqa.json"]
+
+
+def test_other_tasks_about_the_same_pictures_are_not_taken_for_questions(tmp_path: Path):
+    text = {key: value for key, value in files.textvqa_rows()[0].items() if key != "answers"}
+    scene = {"question_id": 1, "image_id": "a", "question": "Q?", "set_name": "test", "answers": ["x", "y"]}
+    wiz = {"image": "VizWiz_val_00000000.jpg", "question": "What is it?"}
+    row = {"image": "a.png", "question": "Q?", "answer": "x"}
+    strangers = {
+        "captions of text": {**text, "caption_str": ["A sign."], "reference_strs": ["A sign."]},
+        "captions of text, secret": {**text, "caption_str": None, "reference_strs": []},
+        "text in scenes": scene,
+        "captions of the blind": {**wiz, "question_id": "VizWiz_val_00000000.jpg", "caption": ["A tin."]},
+        "why answers differ": {**wiz, "answers": files.TEN, "ans_dis_labels": [0] * 9},
+        "where the answer is": {**wiz, "answers": files.TEN, "answer_grounding": [{"x": 1, "y": 1}]},
+        "entailment": {"image": "a.png", "query": "A man rides", "label": "entailment"},
+        "kinds of questions": {**row, "type": "human action"},
+        "school subjects": {**row, "split": "humanities"},
+        "numbered kinds": {**row, "type": 0},
+        "whole documents": {"questionId": "1", "question": "Q?", "answers": ["x"], "docId": "1", "data_split": "val"},
+    }
+    for name, entry in strangers.items():
+        files.write(tmp_path / name / "val.json", [entry])
+        files.write(tmp_path / name / "listed.json", {"data": [entry], "dataset_split": "val"})
+    found = find_benchmarks(tmp_path)
+    assert not found.benchmarks
+    assert len(found.unread) == 2 * len(strangers)
+
+
+def test_files_of_the_challenge_fit_together_whatever_their_folder_is_called(tmp_path: Path):
+    folder = tmp_path / "VQAv2 and OK-VQA"
+    files.write_vqav2(folder)
+    annotations = folder / "v2_mscoco_val2014_annotations.json"
+    told = json.loads(annotations.read_text())
+    for entry in told["annotations"]:
+        entry |= {"image_id": f"{entry['image_id']:012d}", "question_id": str(entry["question_id"])}
+    del told["annotations"][0]["answers"]
+    files.write(annotations, told)
+    found = read(tmp_path)
+    assert [(item.kind, bool(item.answers)) for item in items(found["vqav2-val2014"])] == [
+        ("other", False),
+        ("yes/no", True),
+        ("number", True),
+    ]
+    assert sum(item.has_answer for item in found["vqav2-val2014"].items) == 2
+    annotations.unlink()
+    notes = " ".join(read(tmp_path)["vqav2-val2014"].notes)
+    assert "no annotations found: looked for" in notes
+    assert "secret" not in notes
+
+
+def test_a_file_that_cannot_be_read_takes_no_other_along(tmp_path: Path):
+    files.write_gqa(tmp_path / "ok")
+    for name in ("bad", "worse"):
+        files.write(tmp_path / name / "questions.json", {"9": {**files.gqa_question("101"), "entailed": 5}})
+        found = find_benchmarks(tmp_path)
+        assert [len(benchmark.items) for benchmark in found.benchmarks.values()] == [4]
+        assert all("its entries hold other things" in why for why in found.unread.values())
+    assert set(found.unread) == {"bad/questions.json", "worse/questions.json"}
+
+
+def test_answers_that_pandas_wrote_are_several_and_a_cut_list_is_left_out(tmp_path: Path):
+    pd, np = pytest.importorskip("pandas"), pytest.importorskip("numpy")
+    rows = [{**row, "answers": np.array(row["answers"], dtype=object)} for row in files.docvqa_rows()]
+    (tmp_path / "tables").mkdir()
+    pd.DataFrame(rows).to_csv(tmp_path / "tables" / "val.csv", index=False)
+    files.write_docvqa(tmp_path / "json")
+    (tmp_path / "json" / "val_v1.0_withQT.json").unlink()
+    (found,) = read(tmp_path).values()
+    assert [item.answers for item in items(found)] == [("M. Adler", "Adler"), ("41.50",)]
+    assert [item.extra["question_id"] for item in items(found)] == [500, 501]
+    assert items(found)[0].extra["subsets"] == ["handwritten", "form"]
+    written = tmp_path / "tables" / "val.csv"
+    written.write_text(written.read_text().replace("'M. Adler' 'Adler'", "'M. Adler' ... 'Adler'"))
+    (found,) = read(tmp_path).values()
+    assert [item.answers for item in found.items] == [("41.50",)]
+    assert "holds a list that is neither JSON" in found.left_out["row 1"]
+
+
+def test_evalkits_tables_name_their_pictures_or_list_one(tmp_path: Path):
+    inside = base64.b64encode(files.picture(8)).decode()
+    local = {"index": 7, "question": "Q?", "answer": ["x"] * 10}
+    listed = {"index": 7, "question": "Q?", "image": [inside], "answer": ["x"] * 10}
+    for name in ("ChartQA_TEST", "DocVQA_VAL", "VizWiz", "GQA_TestDev_Balanced", "TextVQA_VAL"):
+        files.put(tmp_path / "images" / name / "7.jpg", 7)
+        files.tsv(tmp_path / "local" / f"{name}.tsv", [{**local, "image_path": f"/elsewhere/images/{name}/7.jpg"}])
+        files.tsv(tmp_path / "listed" / f"{name}.tsv", [listed, {**listed, "index": 8, "image": [inside, inside]}])
+    found = read(tmp_path)
+    assert len(found) == 10
+    for benchmark in found.values():
+        assert shade(cast("OpenItem", benchmark.items[0])) == (7 if "local" in benchmark.files[0] else 8)
+        assert len(benchmark.items) == 1
+        assert ["2 pictures" in why for why in benchmark.left_out.values()] == [True] * ("listed" in benchmark.files[0])
+        assert "question_id" not in benchmark.items[0].extra  # its index is no published id

@@ -37,6 +37,11 @@ def said(entry: dict[str, Any]) -> tuple[str, str]:
         {"optionA": "cat", "optionB": "dog"},
         {"option0": "cat", "option1": "dog"},
         {"a": "cat", "b": "dog"},
+        {"options": "A. cat\nB. dog"},
+        {"choices": "A: cat, B: dog"},
+        {"options": "(a) cat (b) dog"},
+        {"candidates": "cat|dog"},
+        {"answer_choices": "cat\ndog"},
         {"answer_choices": ["cat", "dog"]},
     ],
 )
@@ -57,7 +62,14 @@ def test_options_under_any_key_reach_the_prompt(options, answer):
         ({"choices": ["cat", "dog"], "answer": "It barks."}, "Who?\nA. cat\nB. dog", "It barks."),
         ({"option_1": "cat", "option_2": "dog", "answer": "It barks."}, "Who?", "It barks."),
         ({"options": [], "choices": "[]", "answer": "A"}, "Who?", "A"),
+        ({"options": "N/A", "answer": "3"}, "Who?", "3"),
         ({"a": 3, "b": 4, "answer": "1"}, "Who?", "1"),
+        # An answer that is one of them in words, and options as their labels count them.
+        ({"choice_a": "cat", "choice_b": "dog", "answer": "Dog"}, "Who?\nA. cat\nB. dog", "Dog"),
+        ({"choices": {"text": ["cat", "dog"], "label": ["1", "2"]}, "answer": "1"}, CAT_OR_DOG, "A"),
+        ({"choices": [{"id": 1, "text": "cat"}, {"id": 2, "text": "dog"}], "answer": 2}, CAT_OR_DOG, "B"),
+        ({"choices": ["1. cat", "2. dog"], "answer": "1"}, CAT_OR_DOG, "A"),
+        ({"options": "(1) cat\n(2) dog", "answer": 2}, CAT_OR_DOG, "B"),
         # Options that the question only mentions are no letters that can be answered.
         (
             {"question": "A cat or a dog?", "A": "cat", "B": "dog", "answer": "B"},
@@ -102,6 +114,11 @@ def test_an_answer_is_a_letter_where_it_chooses_one(entry, question, answer):
             {"options": {"temperature": 1, "top_p": 2}, "answer": "A"},
             "'options' holds what can be answered, but not by letter",
         ),
+        ({"choices": {"text": ["x", "y"], "label": ["B", "A"]}, "answer": "A"}, "labelled 'B'"),
+        ({"choices": {"text": ["x", "y"], "label": ["2", "3"]}, "answer": "2"}, "labelled '2'"),
+        ({"choices": [{"id": "k1", "text": "x"}, {"id": "k2", "text": "y"}], "answer": "k2"}, "labelled 'K1'"),
+        ({"choices": {"text": ["x", "y"], "label": ["A"]}, "answer": "A"}, "2 options and 1 labels"),
+        ({"choices": "x, y", "answer": "A"}, "'x, y' is no list; give a list"),
         ({"choices": [{"label": "B", "text": "x"}, {"label": "A", "text": "y"}], "answer": "A"}, "labelled 'B'"),
         (
             {"choices": [str(number) for number in range(100, 127)], "answer": "A"},
@@ -112,6 +129,20 @@ def test_an_answer_is_a_letter_where_it_chooses_one(entry, question, answer):
 def test_options_that_cannot_be_told_are_refused(entry, message):
     with pytest.raises(SampleError, match=message):
         said(entry)
+
+
+@pytest.mark.parametrize("form", ["conversations", "messages"])
+def test_options_beside_messages_reach_their_prompt(form):
+    keys = ("from", "value", "human", "gpt") if form == "conversations" else ("role", "content", "user", "assistant")
+    asked, answered = {keys[0]: keys[2], keys[1]: "<image>\nWho?"}, {keys[0]: keys[3], keys[1]: "B"}
+    for options in ({"options": ["cat", "dog"]}, {"A": "cat", "B": "dog"}):
+        (turn,) = read_conversation({form: [asked, answered], **options}).turns
+        assert (turn.question.removeprefix("<image>\n"), turn.answer) == (CAT_OR_DOG, "B")
+        with pytest.raises(SampleError, match="these have several turns; write the options into the question"):
+            read_conversation({form: [asked, answered] * 2, **options})
+        listed = {**asked, keys[1]: "Who?\nA. Cat\nB. Dog"}
+        (turn, _) = read_conversation({form: [listed, answered] * 2, **options}).turns
+        assert (turn.question, turn.answer) == ("Who?\nA. Cat\nB. Dog", "B")
 
 
 def test_a_table_of_mmbench_is_trained_and_scored_with_its_options_and_pictures_of_other_rows(tmp_path: Path):

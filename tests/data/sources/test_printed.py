@@ -10,6 +10,7 @@ from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.sources.csv_rows import CsvRows
 from vlm_distill_cache.data.sources.options import with_options
 from vlm_distill_cache.data.sources.printed import printed
+from vlm_distill_cache.data.sources.rows import with_rows
 
 LISTS: list[list[Any]] = [
     ["0.28", ".28"],
@@ -57,6 +58,9 @@ def test_a_list_that_was_cut_is_refused_where_a_list_is_meant(tmp_path: Path) ->
     assert printed(cut) is None
     with pytest.raises(SampleError, match=r"'answers' holds a list that is neither JSON .* json\.dumps"):
         printed(cut, where="'answers'")
+    for text in (cut, "[New York, new york city]"):
+        with pytest.raises(SampleError, match="'answers' holds a list"):
+            with_rows({"question": "Q?", "answers": text})
     (tmp_path / "a.csv").write_text(f"question,answers\nQ?,\"{cut}\"\nQ?,['a' 'b']\nQ?,[illegible]\n", encoding="utf-8")
     rows = CsvRows(tmp_path / "a.csv")
     assert len(list(rows.scan(None))) == 3

@@ -176,7 +176,7 @@ def is_lossy(entry, sample):
     said = [text.strip() for text in said if isinstance(text, str) and "<" not in text]  # markers are taken out
     return (
         len(files) > max(1, len(sample.images))
-        or any(text not in texts for text in said)
+        or any(text not in texts and text not in str(entry.get("question")) for text in said)  # there already, a marker
         or entry.get("label") is False
         or entry.get("kto_tag") is False
         or any(entry.get("audio") == value for value in ("a.png", "plain", "user", 3))

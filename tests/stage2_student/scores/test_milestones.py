@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 from accelerate import Accelerator
 
 from vlm_distill_cache.common.errors import ConfigError, SampleError
-from vlm_distill_cache.stage2_student.final_folder import BEST
+from vlm_distill_cache.common.files.atomic import remove
+from vlm_distill_cache.common.files.signed import list_files, write_signed
+from vlm_distill_cache.stage2_student.final_folder import BEFORE, BEST, PROVENANCE
 from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.milestones import (
     EVALUATIONS,
@@ -97,6 +100,101 @@ def test_without_scorer_nothing_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class KilledError(Exception):
+    """In place of a signal."""
+
+
+def live(output, values, *, begin=0, kill=(0, "")):
+    """Train and score behind a step, with a checkpoint every third one, and die at a place. Returns the last checkpoint's."""
+    current = {}
+
+    def die(place):
+        if kill == (current["step"], place):
+            raise KilledError
+
+    def keep(folder, found, position, _log):
+        die("keeping")
+        remove(folder)
+        folder.mkdir()
+        for name, content in {"config.json": b"{}", "model.safetensors": str(found.value).encode()}.items():
+            (folder / name).write_bytes(content)
+        encoder = {"template": {}, "image_token_id": 1, "max_length": 9, "layout": "tiny"}
+        own = {"fingerprint": "own", "caches": {}, "config": {}, "encoder": encoder, "vocabulary": {}}
+        write_signed(folder / PROVENANCE, {**own, "best": vars(found), "files": list_files(folder)})
+        die("kept")
+
+    report = lambda: EvaluationReport(  # noqa: E731
+        scores={"likelihood": Score(value=current["value"], low=0.0, high=1.0, items=4)}
+    )
+    scorer = Scorer(
+        as_finished=contextlib.nullcontext, score=report, keep=keep, by="likelihood", described={}, of="how"
+    )
+    scored = Milestones(output, Accelerator(cpu=True), scorer, every=1, last=len(values), run="run")
+    scored.resume(Position(total_steps=begin), earlier=None)
+    log = SimpleNamespace(flush=lambda: None, records=[], draw=lambda *_, **__: None)
+    with contextlib.suppress(KilledError):
+        for step, value in enumerate(values[begin:], begin + 1):
+            current.update(step=step, value=value)
+            scored.reach(Position(total_steps=step), "dft", log)
+            die("scored")
+            if step % 3 == 0 or step == len(values):
+                begin = step
+                die("written")
+                scored.saved(Position(total_steps=step))
+            die("saved")
+    return begin
+
+
+@pytest.mark.parametrize("place", ["keeping", "kept", "scored", "written", "saved"])
+def test_after_a_kill_lines_and_best_are_those_of_the_steps_that_count(tmp_path, place):
+    """Steps that come again may be scored otherwise: nothing of their first scores stays."""
+    draws = random.Random(place)
+    for trial in range(12):
+        output = tmp_path / str(trial)
+        first, again = ([draws.choice((0.1, 0.2, 0.3, 0.4, 0.5)) for _ in range(8)] for _ in range(2))
+        again = draws.choice((first, again))
+        saved = live(output, first, kill=(draws.randint(1, 8), place))
+        live(output, again, begin=saved)
+        values = first[:saved] + again[saved:]
+        best = values.index(max(values)) + 1
+        kept = read_kept(output)
+        assert (kept.step, kept.value) == (best, values[best - 1])
+        assert (output / BEST / "model.safetensors").read_text() == str(kept.value)
+        lines = read_evaluations(output)
+        assert [line["scores"]["likelihood"]["value"] for line in lines] == values
+        assert [line["best"] for line in lines] == [
+            value > max([0, *values[:step]]) for step, value in enumerate(values)
+        ]
+        assert not (output / BEFORE).exists()
+
+
+def test_a_best_student_of_steps_that_are_to_come_is_chosen_anew(tmp_path, caplog):
+    """Its folder alone is there, or the newest checkpoint was damaged."""
+    live(tmp_path, [0.5, 0.3, 0.9])
+    (tmp_path / EVALUATIONS).unlink()
+    with caplog.at_level("INFO"):
+        live(tmp_path, [0.5, 0.3, 0.4])
+    assert "best is of step 3, and the training goes on behind step 0" in caplog.text
+    assert read_kept(tmp_path).step == 1
+    assert [line["best"] for line in read_evaluations(tmp_path)] == [True, False, False]
+
+
+def test_a_score_that_is_no_number_is_none(tmp_path, caplog):
+    _, kept = reach_all(tmp_path, [0.1, float("nan"), 0.1, 0.2])
+    assert [step for step, *_ in kept] == [4] == [line["step"] for line in read_evaluations(tmp_path)]
+    assert "step 2: not scored: likelihood is no finite number" in caplog.text
+
+
+def test_a_finished_training_says_that_nothing_is_left_to_be_scored(tmp_path, caplog):
+    live(tmp_path, [0.1] * 3, begin=3)
+    assert "this training is finished" in caplog.text
+    assert not (tmp_path / EVALUATIONS).exists()
+    caplog.clear()
+    live(tmp_path, [0.1] * 4, begin=3)
+    live(tmp_path, [0.1] * 4, begin=4)  # finished, and scored on the way
+    assert not caplog.text
+
+
 def test_damaged_lines_are_left_out_and_named_but_a_killed_ones_last(tmp_path, caplog):
     reach_all(tmp_path, [0.1, 0.2, 0.3, 0.4])
     whole = (tmp_path / EVALUATIONS).read_text()
@@ -112,7 +210,6 @@ def test_others_best_students_are_compared_only_where_they_were_scored_alike():
     one = Kept(step=2, by="likelihood", value=0.5, of="how", run="run")
     assert one.beats(None)
     assert one.beats(Kept(step=4, by="questions", value=0.9, of="otherwise", run="run"))
-    assert one.beats(Kept(step=2, by="likelihood", value=0.9, of="how", run="run"))  # the same step, trained again
     assert not one.beats(Kept(step=4, by="likelihood", value=0.5, of="how", run="run"))
 
 

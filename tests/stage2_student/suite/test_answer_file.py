@@ -1,6 +1,7 @@
 """Answers for outside scorers: LLaVA's answers file for every benchmark, and what each one's own evaluation reads."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,16 +89,20 @@ def test_hallusionbench_gets_its_rows_back_with_predictions_and_nlvr_a_csv(tmp_p
     ("layout", "expected"),
     [
         ("vqav2", [{"question_id": 42, "answer": "red"}]),
-        ("vizwiz", [{"image": "7", "answer": "red"}]),
-        ("gqa", [{"questionId": "7", "prediction": "red"}]),
+        ("vizwiz", [{"image": "VizWiz_test_7.jpg", "answer": "red"}]),
+        ("gqa", [{"questionId": "VizWiz_test_7.jpg", "prediction": "red"}]),
         ("docvqa", [{"questionId": 42, "answer": "red"}]),
     ],
 )
 def test_servers_get_their_list_of_ids_and_answers(layout: str, expected: list[dict[str, object]]):
-    item = OpenItem(item_id="7", image=None, question="Which?", extra={"question_id": 42})
+    item = OpenItem(item_id="VizWiz_test_7.jpg", image=None, question="Which?", extra={"question_id": 42})
     benchmark = Benchmark(name="b", layout=layout, title="B", items=[item], metric="any")
     written = submissions(benchmark, [[Generate(image=None, question="Which?")]], [["red"]])
     assert json.loads(written["submission.json"]) == expected
+    untold = replace(
+        benchmark, items=[replace(item, item_id="7", extra={})]
+    )  # the place in a table, which no server knows
+    assert bool(submissions(untold, [[Generate(image=None, question="Which?")]], [["red"]])) == (layout == "gqa")
 
 
 def test_an_item_asked_in_several_ways_has_one_line_of_the_question_as_published():

@@ -54,6 +54,43 @@ def test_an_answer_names_one_option_or_none(text: str, place: int | None):
     assert parse_option(text, ANIMALS) == place
 
 
+NUMBERS = ("1", "2", "3", "4")
+CHINESE = ("狗", "猫", "一只鸟", "不知道")
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "place"),
+    [
+        # Two letters, and letters that are denied, name none.
+        (("A、C", "A，C", "A 和 C", "答案：A、B", "A B", "A. B.", "Answer: A or B", "not A or B"), ANIMALS, None),
+        (
+            ("neither A nor B", "not B", "不是A", "The answer isn't A.", "B is wrong", "B是错的", "U.S.A."),
+            ANIMALS,
+            None,
+        ),
+        (("It is not a dog.", "A dog or a cat", "no dog", "It could be A or maybe D", "all except B"), ANIMALS, None),
+        # What is called the answer comes before other letters, in any case and width.
+        (("Answer: b", "the answer is b", "option b", "Ｂ", "The answer is (b)", "It is B, not A"), ANIMALS, 1),
+        (("A. cat is wrong. The answer is B.", "A. cat\nB. dog\nC. red car\nD. car\nAnswer: B"), ANIMALS, 1),
+        (("<think>A? No, C</think> B", "The answer is A dog", "It isn't a cat but a dog"), ANIMALS, 1),
+        (("A，因为是猫", "A is the answer", "The answer is A because it is"), ANIMALS, 0),
+        # Letters inside an option's text are no letters.
+        (("The answer is sample A.", "B. sample A", "sample A", "I see sample A"), ("sample B", "sample A", "none"), 1),
+        (("The answer is A and B", "A and B"), ("x", "y", "z", "A and B"), 3),
+        (("Yes. The man is B.",), ("Yes", "No"), None),
+        # Numbers are whole ones.
+        (("2.5", "-2", "1,200", "10:30", "3/4", "3-4"), NUMBERS, None),
+        (("2", "It is 2.", "There are 2 cats", "(2)"), NUMBERS, 1),
+        # Chinese has no blanks between words.
+        (("答案是狗", "答案是狗。", "狗", "A选项"), CHINESE, 0),
+        (("图里是一只鸟。",), CHINESE, 2),
+        (("我认为这是猫", "不是"), ("是", "否"), None),
+    ],
+)
+def test_an_answer_is_never_taken_for_another_option(texts: Sequence[str], options: Sequence[str], place: int | None):
+    assert {text: parse_option(text, options) for text in texts} == dict.fromkeys(texts, place)
+
+
 def test_letters_count_up_to_the_number_of_options():
     many = [f"thing {number}" for number in range(26)]
     for place, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ"):

@@ -37,7 +37,8 @@ class Service(types.ModuleType):
             raise ConnectionError(self.refuses)
         self.runs[self.current].append((step, dict(values)))
 
-    def init(self, *, project, resume, name, id=None, **_):  # noqa: A002 - as wandb calls it
+    def init(self, *, project, resume, name, id=None, settings=None, **_):  # noqa: A002 - as wandb calls it
+        self.settings = settings
         assert (project, resume) == ("vlm-distill-cache", "allow")
         self.current = id or name
         self.runs.setdefault(self.current, [])
@@ -69,7 +70,13 @@ def services(monkeypatch):
     made = {name: Service(name) for name in SERVICES}
     for name, service in made.items():
         monkeypatch.setitem(sys.modules, name, service)
-    for variable in ("WANDB_PROJECT", "TRACKIO_PROJECT", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
+    for variable in (
+        "WANDB_PROJECT",
+        "WANDB_INIT_TIMEOUT",
+        "TRACKIO_PROJECT",
+        "MLFLOW_RUN_ID",
+        "MLFLOW_EXPERIMENT_NAME",
+    ):
         monkeypatch.delenv(variable, raising=False)
     return made
 
@@ -107,6 +114,7 @@ def test_every_tracker_is_told_each_step_and_goes_on_with_its_run(services, tmp_
             (5, {"eval/likelihood": 0.25}),
         ]
         assert service.config_of == {known[name]: FLAT}
+    assert services["wandb"].settings == {"init_timeout": 30.0}  # no network is told soon
     curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     shown = [(event.step, event.value) for event in curves.Scalars("train/total")]
     assert shown == [(step, pytest.approx(1 / step)) for step in range(1, 6)]  # what came again stands there once

@@ -1,10 +1,11 @@
-"""Options that stand in the text of a question: told apart where each has its letter, in one of the published ways."""
+"""Options in the text of a question, or in one of their own: told apart where each has its letter, in a published way."""
 
 import re
+import string
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
-from vlm_distill_cache.data.sources.options import LETTERS
+LETTERS = string.ascii_uppercase
 
 _WAYS = (r"\({0}\)\s*", r"{0}\.\s+", r"{0}\)\s*", r"{0}:\s*", r"{0}、\s*")  # (A), A., A), A:, A、
 _HEADING = re.compile(r"\s*(?:options|choices|选项)\s*[:：]?\s*\Z", re.IGNORECASE)

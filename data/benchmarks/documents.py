@@ -119,6 +119,11 @@ class Document:
         return RowPicture(self, index, column, place)
 
 
+def writable(name: object) -> str:
+    """A name as JSON can hold it: bytes that are no UTF-8 are spelt out."""
+    return str(name).encode(errors="backslashreplace").decode()
+
+
 def readable(rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """The rows in order, without those that cannot be read."""
     for index in range(len(rows)):

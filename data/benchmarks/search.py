@@ -10,7 +10,7 @@ from pathlib import Path
 from vlm_distill_cache.common.errors import DataError, DistillError
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.benchmarks import captions, choices, short_answers, yes_no
-from vlm_distill_cache.data.benchmarks.documents import Document, documents_in, open_document
+from vlm_distill_cache.data.benchmarks.documents import Document, documents_in, open_document, writable
 from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.layouts import Found, Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
@@ -46,7 +46,7 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
     unread: dict[str, str] = {}
     strangers: dict[str, list[str]] = defaultdict(list)  # files of a folder and an ending
     for paths in documents_in(folder):
-        one = Path(_written(str(paths[0].relative_to(folder))))
+        one = Path(writable(paths[0].relative_to(folder)))
         shown = str(one.with_name("*.txt") if len(paths) > 1 and one.suffix.lower() == ".txt" else one)
         alike = str(Path(shown).with_name("*" + paths[0].suffix))
         if len(strangers[alike]) >= _LOOKED_AT and not _speaks(paths[0]):
@@ -83,11 +83,6 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
                 gone = [each.missing for each in documents if each.missing and each.shown in found.files]
                 benchmarks[name] = replace(found, name=name, notes=[*found.notes, *gone])
     return Found(benchmarks=benchmarks, unread=unread)
-
-
-def _written(name: str) -> str:
-    """A name of bytes that are no UTF-8, as a file can hold it."""
-    return name.encode(errors="backslashreplace").decode()
 
 
 def _speaks(path: Path) -> bool:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -34,14 +34,14 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.processes import run_processes
 from vlm_distill_cache.common.terminal.progress import progress
-from vlm_distill_cache.data.benchmarks.documents import OWN_STAMP
+from vlm_distill_cache.data.benchmarks.documents import OWN_STAMP, writable
 from vlm_distill_cache.data.benchmarks.drawn import write_drawn
 from vlm_distill_cache.data.benchmarks.items import Benchmark, Item, item_digest
 from vlm_distill_cache.data.benchmarks.layouts import Found
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
 from vlm_distill_cache.stage2_student.suite.answer_file import answer_lines, submissions
+from vlm_distill_cache.stage2_student.suite.entries import SHOWN_REASONS, counted, reasons_of, unit_by_unit
 from vlm_distill_cache.stage2_student.suite.limits import take
-from vlm_distill_cache.stage2_student.suite.measures import Measure, score
 from vlm_distill_cache.stage2_student.suite.metrics.table import METRICS
 from vlm_distill_cache.stage2_student.suite.opened import Model, load_model
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result, Weigh, is_result
@@ -53,8 +53,6 @@ BLOCKS = "blocks"
 DRAWN = "drawn"  # benchmarks of drawn scenes, written where they are asked for
 BLOCK = 64  # items
 FORMAT = 1
-SHOWN_REASONS = 5
-_NAMES = re.compile(r"""'[^']*'|"[^"]*"|\S*[\d/\\.]\S*""")  # what differs between two items of one fault
 _ASKED = re.compile(r"^sample '(?:request|prompt)': ")  # how an error calls what is asked; the item's id says more
 # What to do about a text that is too long: settings of a training, which are not asked for here.
 _LONGER = re.compile(r"; (?:raise max_length|shorten the conversation).*", re.DOTALL)
@@ -308,7 +306,7 @@ def outlook(suite: Suite) -> dict[str, Any]:
             "files": list(benchmark.files),
             "items": len(task.items),
             "of": len(benchmark.items) + len(benchmark.left_out),
-            "left_out": {"items": len(benchmark.left_out), "reasons": _reasons(benchmark.left_out)},
+            "left_out": {"items": len(benchmark.left_out), "reasons": reasons_of(benchmark.left_out)},
             "notes": _notes(task, task.items),
             "to_ask": sum(len(task.items_of(number)) for number in range(task.blocks) if number not in kept),
             "generated": sum(isinstance(request, Generate) for request in requests),
@@ -323,7 +321,8 @@ def _home(suite: Suite, found: Found, task: Task) -> Path:
         for other in sorted(suite.output.iterdir()):
             if other.is_dir() and other.name not in found.benchmarks:
                 there = replace(task, folder=other)
-                if any(there.block(number).exists() for number in range(task.blocks)) or there.is_there():
+                begun = (other / BLOCKS).is_dir() and any(there.block(number).exists() for number in range(task.blocks))
+                if begun or there.is_there():
                     return other
     return task.folder
 
@@ -332,7 +331,7 @@ def _elsewhere(suite: Suite, told: Collection[str]) -> list[str]:
     """Notes about folders with results that are not told."""
     others = sorted(path.parent.name for path in suite.output.glob(f"*/{RESULTS}") if path.parent.name not in told)
     return [
-        f"{suite.output / name} holds results of a benchmark that is not there now, or has changed; they are not told"
+        f"{writable(suite.output / name)} holds results of a benchmark that is not there now, or has changed; they are not told"
         for name in others
     ]
 
@@ -457,7 +456,7 @@ def _line(item: Item, results: Sequence[Result | SampleError]) -> dict[str, Any]
     error = next((result for result in results if isinstance(result, SampleError)), None)
     if error is not None:
         why = _LONGER.sub("; this model takes no longer ones", _ASKED.sub("", str(error)))
-        return {"item": item.item_id, "left_out": why.encode(errors="backslashreplace").decode()}
+        return {"item": item.item_id, "left_out": writable(why)}
     return {"item": item.item_id, "results": list(results)}
 
 
@@ -489,15 +488,15 @@ def _count(suite: Suite, task: Task) -> dict[str, Any]:
         "items": len(answered),
         "scored": sum(item.has_answer for item in answered),
         "of": len(benchmark.items) + len(benchmark.left_out),
-        "left_out": {"items": len(left_out), "reasons": _reasons(left_out)},
+        "left_out": {"items": len(left_out), "reasons": reasons_of(left_out)},
         "notes": _notes(task, answered),
         "instruction": task.instruction,
         "fingerprint": benchmark.fingerprint,
         "seconds": head["seconds"],
-        "measures": [_counted(measure, by_name) for measure in measures],
+        "measures": [counted(measure, by_name) for measure in measures],
     }
     asked = {item.item_id: item_digest(item) for item in answered}
-    stored = [_unit_by_unit(measure) for measure in measures]
+    stored = [unit_by_unit(measure) for measure in measures]
     write_json_atomic(task.folder / MEASURES, {**entry, "asked": asked, "measures": stored})
     requests = [task.requests(item) for item in answered]
     whole = replace(benchmark, items=answered)
@@ -511,40 +510,6 @@ def _count(suite: Suite, task: Task) -> dict[str, Any]:
             path.parent.mkdir(exist_ok=True)
             write_bytes_atomic(path, text.encode())
     return entry
-
-
-def _counted(measure: Measure, others: Mapping[str, Measure]) -> dict[str, Any]:
-    found = score(measure, others)
-    return {
-        "name": measure.name,
-        "heading": measure.heading or measure.name,
-        "factor": measure.factor,
-        "gains": measure.gains,
-        "mean_of": 0 if measure.summed else len(measure.parts),
-        "value": None if found is None else found.value,
-        "low": None if found is None else found.low,
-        "high": None if found is None else found.high,
-        "units": len(measure.units) if found is None else found.items,
-    }
-
-
-def _unit_by_unit(measure: Measure) -> dict[str, Any]:
-    """All of a measure, so that two models can be compared in pairs."""
-    stored = {name: getattr(measure, name) for name in ("name", "heading", "factor", "gains", "summed")}
-    counts = {"hits": [float(value) for value in measure.hits], "of": [float(value) for value in measure.of]}
-    return {**stored, "units": list(measure.units), **counts, "parts": list(measure.parts)}
-
-
-def _reasons(left_out: Mapping[str, str]) -> list[str]:
-    """Of each kind of reason the first, with its item and how many more there are; kinds differ in more than names."""
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for name, why in left_out.items():
-        kinds[_NAMES.sub("", why)].append(name)
-    shown = []
-    for first, *more in sorted(kinds.values(), key=len, reverse=True)[:SHOWN_REASONS]:
-        alike = f" (and {len(more):,} more alike)" if more else ""
-        shown.append(f"{one_line(first, limit=60)}: {one_line(left_out[first])}{alike}")
-    return shown
 
 
 def _read(task: Task) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
@@ -580,12 +545,17 @@ def _summarise(suite: Suite, found: Found, tasks: Sequence[Task]) -> dict[str, A
     model = suite.model
     return {
         "format": FORMAT,
-        "student": {"name": model.name, "fingerprint": model.fingerprint, "place": str(model.folder), **model.said},
+        "student": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "place": writable(model.folder),
+            **model.said,
+        },
         "prompts": suite.prompts,
         "limit": suite.limit,
         "files": {
-            "benchmarks": "shapes" if suite.benchmarks == suite.output / DRAWN else str(suite.benchmarks),
-            "images": [str(folder) for folder in suite.images],
+            "benchmarks": "shapes" if suite.benchmarks == suite.output / DRAWN else writable(suite.benchmarks),
+            "images": [writable(folder) for folder in suite.images],
             "only": list(entries) if suite.only else [],
         },
         "benchmarks": entries,

@@ -1,6 +1,7 @@
 """A suite: the same results whatever stops or divides it, of one model alone, with all that is missing said."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -207,8 +208,9 @@ def test_results_of_another_shape_are_damaged(suite):
 
 
 def test_items_without_a_right_answer_and_many_subsets_are_said(suite, tmp_path):
-    folder = tmp_path / "many"
+    folder = tmp_path / os.fsdecode(b"many\xff")
     folder.mkdir()
+    (folder / os.fsdecode(b"\xfe.json")).write_text("[]")
     row = {"question": "Which?", "options": ["red", "blue"]}
     rows = [{"id": place, **row, "category": f"cat {place}", "answer": "AB"[place % 2]} for place in range(20)]
     rows += [{"id": "long", **row, "question": "Which? " * 5000, "answer": "A"}]

@@ -228,7 +228,7 @@ def benchmarks_page() -> str:
         "are generated greedily. Likelihoods are of whole answers, their end included; those about one picture share it in one",
         "sequence. `--prompts published` (the default) puts behind a question what published evaluations put there (\"Answer the",
         "question using a single word or phrase.\"); `plain` leaves it out, for students that have never seen such an instruction",
-        "(the default for `shapes`). `--limit N` takes N items, of the kinds in turn; groups (MME's pairs) stay whole if one fits.", "",
+        "(the default for `shapes`). `--limit N` takes N items, kinds in turn; groups (MME's pairs) stay whole if one fits.", "",
         "## What is kept", "",
         "| file in the output folder | holds |", "|---|---|",
         "| `summary.json` | every score with its interval, what is left out and why, files that were not read |",

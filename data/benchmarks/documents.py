@@ -29,6 +29,8 @@ from vlm_distill_cache.data.sources.table import by_name
 
 OWN_STAMP = "distill-suite.json"  # of a folder of results, which are no benchmarks
 KEY = "__key__"  # of rows that were a dict by id: the id
+# What an entry raises that has the keys of a layout, and other things under them: a number for a text, a text for a list.
+ODD_VALUES = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
 _PROBED = 32  # rows whose keys are the columns
 # Parts of one table: as `datasets` writes them, with a hash before 2023; and in the hub's branch refs/convert/parquet.
 _PART = re.compile(
@@ -266,8 +268,10 @@ def _asks_yes_or_no(path: Path) -> bool:
 def _rows_of(top: Any) -> Sequence[Mapping[str, Any]]:
     if isinstance(top, list):
         return objects(top)
-    # Beside objects of entries, a list is what a file is about, and they describe it: ``info``, ``questions``.
-    if isinstance(top, dict) and not any(isinstance(value, list) and value for value in top.values()):
+    # Beside a list of objects, objects describe what it is about: ``info``, ``license``, ``questions``.
+    if isinstance(top, dict) and not any(
+        isinstance(value, list) and any(isinstance(each, dict) for each in value) for value in top.values()
+    ):
         rows = objects([{KEY: key, **row} if isinstance(row, dict) else row for key, row in top.items()])
         if rows:
             return rows

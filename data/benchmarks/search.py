@@ -10,7 +10,7 @@ from pathlib import Path
 from vlm_distill_cache.common.errors import DataError, DistillError
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.benchmarks import captions, choices, short_answers, yes_no
-from vlm_distill_cache.data.benchmarks.documents import Document, documents_in, open_document, writable
+from vlm_distill_cache.data.benchmarks.documents import ODD_VALUES, Document, documents_in, open_document, writable
 from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.layouts import Found, Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
@@ -19,8 +19,7 @@ _NO_NAME = re.compile(r"[^\w.+-]+")
 # The first that recognises a file reads it: the more keys a layout is told by, the earlier it stands.
 LAYOUTS: tuple[Layout, ...] = (*captions.LAYOUTS, *yes_no.LAYOUTS, *choices.LAYOUTS, *short_answers.LAYOUTS)
 
-# What a file raises that has the keys of a layout, and other things under them: a number for a text, a text for a list.
-_UNREADABLE = (DistillError, KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
+_UNREADABLE = (DistillError, *ODD_VALUES)
 # Files of a folder, then those alone whose beginnings look like a benchmark: a chart or a page of text each has its own in some,
 # thousands of them.
 _LOOKED_AT = 50

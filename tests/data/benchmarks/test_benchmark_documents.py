@@ -192,7 +192,7 @@ def test_a_fingerprint_moves_with_what_is_asked_and_what_is_right_and_not_with_p
 def test_an_entry_that_cannot_be_is_left_out_alone_and_names_can_be_written(tmp_path: Path):
     entry = {"filename": "a.png", "caption": "one", "negative_caption": "two"}
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    found = {str(number): entry for number in range(3)} | {"5": None}
+    found = {str(number): entry for number in range(3)} | {"5": None, "6": {**entry, "filename": True}}
     (tmp_path / "replace_att.json").write_text(json.dumps(found))
     odd = {"question": "Which?", "options": ["red", "blue"], "category": "c" * 300}
     rows = [
@@ -204,6 +204,7 @@ def test_an_entry_that_cannot_be_is_left_out_alone_and_names_can_be_written(tmp_
     captions, options = read.benchmarks["sugarcrepe"], read.benchmarks["q"]
     assert [item.item_id for item in captions.items] == [f"replace_att/{number}" for number in range(3)]
     assert "row 4: entry 4 is null; an object" in " ".join(captions.left_out.values())
+    assert len(captions.left_out) == 2
     assert "6 of its 7 subsets are not in the score, as they are not there: add_att, add_obj, " in captions.notes[0]
     assert [item.item_id for item in options.items] == [r"\ud800"]
     assert len(options.items[0].kind) == 200

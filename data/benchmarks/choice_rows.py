@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable, without_part
+from vlm_distill_cache.data.benchmarks.documents import KEY, ODD_VALUES, Document, readable, without_part
 from vlm_distill_cache.data.benchmarks.items import Benchmark, ChoiceItem, short_kind
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.images.recognise import base64_picture
@@ -229,7 +229,7 @@ def benchmarks_of(
             split = split_of(row)
             called = f"{next((row[key] for key in (KEY, *IDS) if row.get(key) is not None), 'row')} ({called})"
             asked.append(replace(ask(Source(document, index, pictures), row), split=split))
-        except SampleError as error:
+        except (SampleError, *ODD_VALUES) as error:
             left_out[split][called] = str(error)
     names = number_repeats([each.item.item_id for each in asked])
     asked = [replace(each, item=replace(each.item, item_id=name)) for each, name in zip(asked, names, strict=True)]

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable
+from vlm_distill_cache.data.benchmarks.documents import KEY, ODD_VALUES, Document, readable
 from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.images.recognise import base64_picture
@@ -150,7 +150,7 @@ class Found:
         try:
             answers = answers_of(said, listed=listed)
             image = find()
-        except SampleError as error:
+        except (SampleError, *ODD_VALUES) as error:
             self.left_out[name] = str(error)
             return
         if len(answers) == 1 < self.people:

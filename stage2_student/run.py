@@ -477,7 +477,7 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
         ConfigError: If the scores are lost or damaged.
         ModelError: If a student is.
     """
-    from vlm_distill_cache.stage2_student.scores.milestones import read_evaluations
+    from vlm_distill_cache.stage2_student.scores.on_the_way import read_evaluations
     from vlm_distill_cache.stage2_student.scores.page.run_page import RunPage, render_run_page, run_costs, run_facts
     from vlm_distill_cache.stage2_student.trained_student import describe_size, open_student, show_flips, show_taught
     from vlm_distill_cache.stage2_student.training.log import read_log

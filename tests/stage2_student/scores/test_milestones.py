@@ -15,14 +15,8 @@ from vlm_distill_cache.common.files.atomic import remove
 from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.stage2_student.final_folder import BEFORE, BEST, PROVENANCE
 from vlm_distill_cache.stage2_student.scores.metrics import Score
-from vlm_distill_cache.stage2_student.scores.milestones import (
-    EVALUATIONS,
-    Kept,
-    Milestones,
-    Scorer,
-    read_evaluations,
-    read_kept,
-)
+from vlm_distill_cache.stage2_student.scores.milestones import Milestones, Scorer
+from vlm_distill_cache.stage2_student.scores.on_the_way import EVALUATIONS, Kept, read_evaluations, read_kept
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
 from vlm_distill_cache.stage2_student.training.checkpoint import Position
 from vlm_distill_cache.stage2_student.training.log import TrainingLog

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,7 @@ from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
 from vlm_distill_cache.stage2_student.training.resolve import given_options, open_caches
 from vlm_distill_cache.stage2_student.training.stamp import COMPARED
 
+_NO_TRACKER = ("none", "no", "off", "false", "null")  # as YAML has it
 _log = logging.getLogger(__name__)
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are instant.
 
@@ -141,6 +143,8 @@ def _given(options: dict[str, Any]) -> tuple[Path | None, list[str], str]:
         if unknown := [name for name in names if name not in PHASE_NAMES]:
             raise ConfigError(f"phases: {unknown[0]!r} is none of {', '.join(PHASE_NAMES)}")
         given.append(f"phases=[{', '.join(names)}]")
+    if unknown := sorted(set(re.findall(r"[^\s,'\"\[\]]+", (report_to or "").lower())) - {*TRACKERS, *_NO_TRACKER}):
+        raise ConfigError(f"--log-with (report_to): {unknown[0]!r} is none of {', '.join(TRACKERS)}, none")
     given += settings
     cache = cache or last_given(given_options(config, given)[1], "cache")
     if not cache:

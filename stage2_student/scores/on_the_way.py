@@ -118,8 +118,8 @@ def best_on_the_way(output: Path, scores: Sequence[Mapping[str, Any]]) -> tuple[
     how = next((line for line in scores if line["step"] == kept.step), None)
     if how is None:  # its line is damaged
         return kept, [said]
-    command = f"distill evaluate {quoted(output / BEST)} --split {how.get('split')} --limit {how.get('limit')}"
-    lines = [f"{said} ({command})"]
+    split, limit = (quoted(str(how.get(name))) for name in ("split", "limit"))
+    lines = [f"{said} (distill evaluate {quoted(output / BEST)} --split {split} --limit {limit})"]
     own, last = how["scores"].get(kept.by), scores[-1]["scores"].get(kept.by)
     if own and last and scores[-1]["step"] != kept.step and own["low"] <= last["value"] <= own["high"]:
         lines.append(

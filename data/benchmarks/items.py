@@ -105,6 +105,15 @@ class Benchmark:
         """Hash of ids, texts, right answers, metric and instruction; pictures are not opened for it."""
         found = hashlib.sha256(json.dumps([self.metric, self.instruction]).encode())
         for item in self.items:
-            told = {each.name: getattr(item, each.name) for each in fields(item) if each.name not in _PICTURES}
-            found.update(json.dumps(told, sort_keys=True, default=str).encode())
+            found.update(_told(item))
         return found.hexdigest()
+
+
+def item_digest(item: Item) -> str:
+    """Hash of an item's id, texts and right answers, without its pictures: 16 hex digits."""
+    return hashlib.sha256(_told(item)).hexdigest()[:16]
+
+
+def _told(item: Item) -> bytes:
+    told = {each.name: getattr(item, each.name) for each in fields(item) if each.name not in _PICTURES}
+    return json.dumps(told, sort_keys=True, default=str).encode()

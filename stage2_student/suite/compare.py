@@ -51,11 +51,20 @@ from vlm_distill_cache.stage2_student.scores.results import (
     render_table,
     table_rows,
 )
-from vlm_distill_cache.stage2_student.suite.page import SUMMARY, SuiteOutput, gains_of, suite_parts
+from vlm_distill_cache.stage2_student.suite.page import (
+    SUMMARY,
+    Comparisons,
+    SuiteOutput,
+    compare_suites,
+    notes_of,
+    suite_parts,
+)
 from vlm_distill_cache.stage2_student.training.output_folder import STAMP
-from vlm_distill_cache.stage2_student.training.stamp import BASELINE, DISTILLED, read_stamp
+from vlm_distill_cache.stage2_student.training.stamp import BASELINE, DISTILLED, load_stamp
 
 _MARK = "<!-- written by distill compare -->"  # a later page may take its place
+LOG = "log.jsonl"
+_MOST_NOTES = 4  # above the first section
 _AGREEMENT = "teacher/top1"
 _BUILT_IN = re.compile(r"(shapes|easy-vqa)\b")
 
@@ -68,6 +77,7 @@ class RunOutput:
         scores: Of the distilled student.
         baseline: Of the other one.
         items: What tells the held-out items of this run from those of another.
+        log: The steps of the distilled student's training.
     """
 
     path: Path
@@ -76,6 +86,7 @@ class RunOutput:
     baseline: EvaluationReport
     provenance: Mapping[str, Any]
     items: Mapping[str, Any]
+    log: Sequence[Mapping[str, Any]]
 
 
 def read_run(output: Path) -> RunOutput:
@@ -84,9 +95,14 @@ def read_run(output: Path) -> RunOutput:
     Raises:
         ConfigError: It is not finished, or damaged.
     """
-    stamp = read_stamp(output, remedy="give the folder that `distill run` wrote")
+    from vlm_distill_cache.stage2_student.training.log import read_log  # torch
+
     again = "run the same `distill run` command again"
-    if "config" not in stamp or not stamp.get("finished"):
+    try:
+        stamp = load_stamp(output)
+    except CacheFormatError as error:
+        raise ConfigError(f"{error}; {again}") from error
+    if not stamp.get("finished"):
         raise ConfigError(f"{output}: the run there is not finished; {again}")
     stored = read_scores(output)
     if lacking := {BASELINE, DISTILLED} - stored.keys():
@@ -102,6 +118,7 @@ def read_run(output: Path) -> RunOutput:
         baseline=EvaluationReport.from_dict(stored[BASELINE]),
         provenance=provenance,
         items=_items(stamp, provenance),
+        log=read_log(output / DISTILLED),
     )
 
 
@@ -151,6 +168,22 @@ def other_items(runs: Mapping[str, RunOutput]) -> list[str]:
     return notes
 
 
+def lost_steps(runs: Mapping[str, RunOutput]) -> list[str]:
+    """Of runs whose log does not hold all steps: how many it holds, a sentence each."""
+    notes = []
+    for name, run in runs.items():
+        config = run.provenance["config"]
+        steps = [config.get(phase, {}).get("steps") for phase in config.get("phases", ())]
+        expected = None if None in steps else sum(steps)  # epochs: only the data tell how many steps they are
+        if not run.log or len(run.log) < (expected or 0):
+            of = "" if expected is None else f" of {expected:,}"
+            path = run.path / DISTILLED / LOG
+            notes.append(
+                f"{name}: {path} is damaged or lost: {len(run.log):,}{of} steps can be read, and curves show no more"
+            )
+    return notes
+
+
 def own_gain(run: RunOutput, key: str) -> Score | None:
     """What a run's student scores more than the run's own baseline."""
     return gain_of(run.scores, run.baseline, key)
@@ -158,8 +191,6 @@ def own_gain(run: RunOutput, key: str) -> Score | None:
 
 def run_parts(runs: Mapping[str, RunOutput]) -> dict[str, str]:
     """The sections of a page about runs, by heading."""
-    from vlm_distill_cache.stage2_student.training.log import read_log  # torch
-
     reports = {name: run.scores for name, run in runs.items()}
     headlines, details = table_rows(reports)
     gains, names = run_gains(runs), list(runs)
@@ -173,7 +204,6 @@ def run_parts(runs: Mapping[str, RunOutput]) -> dict[str, str]:
             against = [_gain(gains[name].get(row.name), row.factor) for name in names[1:]]
             rows.append([f"  gain over {words(first, 60)}", "", *against])
     told = {"interval": INTERVAL, "gain over its own baseline": GAIN, f"gain over {first}": PAIRED}
-    logs = {name: read_log(run.path / DISTILLED) for name, run in runs.items()}
     return {
         "Headline": table(["", *names], rows) + legend({**told, **explain(headlines)}),
         "Scores": bars(score_groups(reports), names)
@@ -181,7 +211,7 @@ def run_parts(runs: Mapping[str, RunOutput]) -> dict[str, str]:
         + legend({"interval": INTERVAL, **explain([*headlines, *details])}),
         "Wins and losses": _wins(runs),
         "Options in which they differ": _differences(runs),
-        "Training": curves("curves", logs) + legend({"loss": CURVES}),
+        "Training": curves("curves", {name: run.log for name, run in runs.items()}) + legend({"loss": CURVES}),
         "Provenance": "".join(f"<h3>{words(name, 60)}</h3>{_provenance(run)}" for name, run in runs.items()),
     }
 
@@ -287,17 +317,22 @@ def compare(outputs: tuple[Path, ...], page: Path) -> None:
                 f"{folder}: neither {STAMP}, as `distill run` writes it, nor {SUMMARY}, as `distill suite` does, is there; give "
                 "such folders"
             )
-    notes = other_items(runs) if runs else []
+    notes = [*other_items(runs), *lost_steps(runs)] if runs else []
     parts = run_parts(runs) if runs else {}
-    parts |= suite_parts(suites) if suites else {}
+    compared = compare_suites(suites) if suites else {}
+    if suites:
+        notes += notes_of(suites, compared)
+        parts |= suite_parts(suites, compared)
     title = f"{', '.join([*runs, *suites])} side by side"
-    warned = "".join(f"<p><b>{words(note, 2000)}</b></p>" for note in notes)
+    warned = "".join(f"<p><b>{words(note, 2000)}</b></p>" for note in notes[:_MOST_NOTES])
+    if len(notes) > _MOST_NOTES:
+        warned += f"<p>{len(notes) - _MOST_NOTES:,} more such notes stand below, each with its benchmark.</p>"
     write_page(page, one_line(title), [f"{_MARK}<h1>{words(title)}</h1>", warned, *sections(parts)])
-    answer(page=page, notes=notes, **_document(runs, suites))
+    answer(page=page, notes=notes, **_document(runs, suites, compared))
     if runs:
         say(render_table({name: run.scores for name, run in runs.items()}))
     for note in notes:
-        say(f"note: {note}")
+        say(f"note: {one_line(note, limit=1000)}")
     for name, output in suites.items():
         for benchmark, entry in output.summary["benchmarks"].items():
             for measure in entry["measures"][:1]:
@@ -306,7 +341,9 @@ def compare(outputs: tuple[Path, ...], page: Path) -> None:
     say(f"Page: {page}")
 
 
-def _document(runs: Mapping[str, RunOutput], suites: Mapping[str, SuiteOutput]) -> dict[str, Any]:
+def _document(
+    runs: Mapping[str, RunOutput], suites: Mapping[str, SuiteOutput], compared: Comparisons
+) -> dict[str, Any]:
     """What programs read: scores of all, and gains over the first of each sort."""
     found: dict[str, Any] = {"runs": {}, "suites": {}}
     gains = run_gains(runs) if runs else {}
@@ -322,8 +359,8 @@ def _document(runs: Mapping[str, RunOutput], suites: Mapping[str, SuiteOutput]) 
             benchmark: {"measures": entry["measures"], "gain_over_first": {}}
             for benchmark, entry in output.summary["benchmarks"].items()
         }
-    for benchmark in next(iter(suites.values())).summary["benchmarks"] if suites else ():
-        for name, gained in gains_of(suites, benchmark).items():
-            told = {measure: gain.to_dict() for measure, gain in gained.items() if gain is not None}
+    for benchmark, of in compared.items():
+        for name, beside in of.items():
+            told = {measure: gain.to_dict() for measure, gain in beside.gains.items() if gain is not None}
             found["suites"][name][benchmark]["gain_over_first"] = told
     return found

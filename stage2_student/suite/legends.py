@@ -14,6 +14,7 @@ _OF_METRIC = (
     (r"^mme .*(perception|cognition)", "Sum over these tasks of acc and acc+, each up to 100."),
     (r"^mme .*acc\+", "Share of pictures of which all questions are right."),
     (r"^mme .*acc", "Share of right answers, all tasks together."),
+    (r"^hallusionbench p_yes_aacc", "Share of right answers."),
     (r"^hallusionbench .*aacc", "Share of right answers. An answer that is neither yes nor no is wrong: no GPT judges."),
     (r"^hallusionbench .*facc", "Share of figures about which all questions are right."),
     (r"^hallusionbench .*qacc", "Share of questions that are right about all of their figures."),
@@ -21,6 +22,11 @@ _OF_METRIC = (
     (r"^hallusionbench .*hard", "Share of questions that are right about figures that somebody has altered."),
     (r"^\w*(vqa|vizwiz)_accuracy unanswerable", "Of answering that a question cannot be answered: "),
     (r"^relaxed_accuracy accuracy", "Share of right answers; numbers may be 5 % off."),
+    (r"^(choices|circular) likelihood", "Share of right answers where the answer is the option whose letter is the likeliest."),
+    (r"^whats-up accuracy", "Share of pictures that give the right one of their captions the highest score."),
+    (r"^whats-up pairs", "Share of pairs of pictures, the same things the other way round, of which both are right."),
+    (r"^whats-up sets", "Share of sets of pictures, the same things in all places, of which all are right."),
+    (r"^nlvr .*consistency", "Share of statements that are judged rightly of all their pictures."),
     (r"vqaeval", "The same as VQAEval counts it: where all people agree, answers are compared as they stand."),
     (r"^\w*(vqa|vizwiz)_accuracy accuracy", "Of the people who were asked, three who gave the answer make it right, fewer a third "
      "each; the mean over leaving out each of them, and over questions."),
@@ -54,7 +60,7 @@ _WHAT = (
     (r"valid", "Share of answers that are of the sort that was asked for."),
     (r"plausib", "Share of answers that make sense in the world."),
     (r"^option_likelihood", "Share of questions whose right option is the likeliest, by the sum of log-probabilities."),
-    (r"likelihood", "Share of items where what is right is more likely than what is wrong, by the sum of log-probabilities."),
+    (r"likelihood", "Share of items where what is right is more likely than all that is wrong, by the sum of log-probabilities."),
     (r"acc", "Share of right answers."),
 )  # fmt: skip
 # What is added, looked for in "METRIC MEASURE", too.
@@ -90,5 +96,7 @@ def explain_measures(measures: Iterable[Mapping[str, Any]], metric: str = "") ->
         better = {True: "More is better.", False: "Less is better."}.get(
             measure["gains"], "Neither more nor less is better."
         )
+        if (parts := measure.get("mean_of", 0)) > 1:
+            how.append(f"Counted in each of {parts} subsets, of which this is the unweighted mean.")
         found[measure["heading"]] = " ".join(part.strip() for part in (what, *how, better))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.files.atomic import read_bounded, read_json
 from vlm_distill_cache.common.files.rules import FLAG, Rule, check, entries, items, maybe, number, record, text, whole
+from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.page.charts import Group, bars
 from vlm_distill_cache.stage2_student.scores.page.elements import (
@@ -31,9 +32,11 @@ from vlm_distill_cache.stage2_student.suite.measures import Measure, gain
 
 SUMMARY, MEASURES, RESULTS, PAGE = "summary.json", "measures.json", "results.jsonl", "report.html"
 _AGAIN = "run the same `distill suite` command again: it counts again what was answered"
+_NO_GAIN = "A dash: none is defined, since the two were asked different items or have different subsets."
 _SHOWN = 6  # units of each outcome
 _MOST_BYTES = 1 << 30
-_NUMBER, _COUNT, _WORDS = number(-1e12, 1e12), whole(0, 1 << 40), text(1 << 16)
+_LARGEST = 1e12
+_NUMBER, _COUNT, _WORDS = number(-_LARGEST, _LARGEST), whole(0, 1 << 40), text(1 << 16)
 _MEASURE = record(
     {
         "name": _WORDS,
@@ -41,13 +44,14 @@ _MEASURE = record(
         "factor": _COUNT,
         "gains": maybe(FLAG),
         "units": _COUNT,
+        "mean_of": _COUNT,
         **dict.fromkeys(("value", "low", "high"), maybe(_NUMBER)),
     },
     free=True,
 )
 _BENCHMARK = record(
     {
-        **dict.fromkeys(("layout", "title", "metric", "fingerprint"), _WORDS),
+        **dict.fromkeys(("layout", "title", "metric", "instruction", "fingerprint"), _WORDS),
         "items": _COUNT,
         "notes": items(_WORDS, most=1000),
         "seconds": _NUMBER,
@@ -60,17 +64,28 @@ _SUMMARY = record(
     {
         "format": whole(1, 1),
         "student": record({"name": _WORDS}, free=True),
+        "prompts": _WORDS,
+        "limit": maybe(_COUNT),
+        "files": record({"benchmarks": _WORDS, **dict.fromkeys(("images", "only"), items(_WORDS, most=10_000))}),
         "benchmarks": entries(_BENCHMARK, most=10_000),
         "unread": entries(_WORDS, most=1 << 20),
     },
-    {"prompts": _WORDS, "limit": maybe(_COUNT)},
     free=True,
 )
 # A look at each number would take a minute for the largest benchmarks.
-_COUNTS = Rule("a list of numbers", lambda value: isinstance(value, list) and {*map(type, value)} <= {int, float})
+_COUNTS = Rule(
+    f"a list of numbers up to {_LARGEST:g}",
+    lambda value: (
+        isinstance(value, list)
+        and {*map(type, value)} <= {int, float}
+        and -_LARGEST <= min(value, default=0) <= max(value, default=0) <= _LARGEST
+    ),
+)
 _UNIT_NAMES = Rule("a list of texts", lambda value: isinstance(value, list) and {*map(type, value)} <= {str})
+_DIGESTS = Rule("texts by id", lambda value: isinstance(value, dict) and {*map(type, value.values())} <= {str})
 _UNITS = record(
     {
+        "asked": _DIGESTS,
         "measures": items(
             record(
                 {
@@ -87,7 +102,7 @@ _UNITS = record(
                 free=True,
             ),
             most=100_000,
-        )
+        ),
     },
     free=True,
 )
@@ -98,6 +113,7 @@ class SuiteOutput:
     """What `distill suite` left in a folder."""
 
     path: Path
+    _read_before: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def summary(self) -> Mapping[str, Any]:
@@ -113,21 +129,39 @@ class SuiteOutput:
         return found
 
     def measures(self, benchmark: str) -> dict[str, Measure]:
-        """The measures of a benchmark unit by unit, by name.
+        """The measures of a benchmark unit by unit, by name: those of ``summary.json``.
 
         Raises:
             ConfigError: They are missing or damaged.
         """
         path = self.path / benchmark / MEASURES
         known = {part.name for part in dataclasses.fields(Measure)}
-        stored = _read(path, _UNITS)["measures"]
+        stored = self._unit_by_unit(benchmark)["measures"]
         measures = [Measure(**{key: value for key, value in one.items() if key in known}) for one in stored]
         found = {measure.name: measure for measure in measures}
         for one in measures:
             counts = {len(one.units), len(set(one.units)), len(one.hits), len(one.of)}
             if len(counts) > 1 or any(part not in found or found[part].parts for part in one.parts):
                 raise ConfigError(f"{path}: {one.name}: units, hits, of and parts do not belong together; {_AGAIN}")
+        told = [one["name"] for one in self.summary["benchmarks"][benchmark]["measures"]]
+        if odd := sorted(found.keys() ^ {*told}):
+            raise ConfigError(f"{path}: holds other measures than {SUMMARY} ({odd[0]}); {_AGAIN}")
         return found
+
+    def asked(self, benchmark: str) -> dict[str, str]:
+        """The items that a benchmark's scores count, by id: a hash of their texts and right answers.
+
+        Raises:
+            ConfigError: They are missing or damaged.
+        """
+        asked: dict[str, str] = self._unit_by_unit(benchmark)["asked"]
+        return asked
+
+    def _unit_by_unit(self, benchmark: str) -> dict[str, Any]:
+        if benchmark not in self._read_before:
+            self._read_before.clear()  # the largest hold 200,000 items
+            self._read_before[benchmark] = _read(self.path / benchmark / MEASURES, _UNITS)
+        return self._read_before[benchmark]
 
     def answers(self, benchmark: str, units: Sequence[str]) -> dict[str, str]:
         """What was generated about some items, by id, several answers behind each other; empty where none was."""
@@ -153,7 +187,8 @@ def _read(path: Path, rule: Rule) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"{path} is missing; {_AGAIN}") from error
     except CacheFormatError as error:
-        raise ConfigError(str(error)) from error
+        said = str(error)
+        raise ConfigError(said if said.endswith(_AGAIN) else f"{said}; {_AGAIN}") from error
     return found
 
 
@@ -169,40 +204,103 @@ def write_suite_page(output: Path) -> Path:
     found = SuiteOutput(output)
     name = found.summary["student"]["name"]
     title = f"{name} on published benchmarks"
-    write_page(output / PAGE, title, [f"<h1>{words(title)}</h1>", *sections(suite_parts({name: found}))])
+    write_page(output / PAGE, title, [f"<h1>{words(title)}</h1>", *sections(suite_parts({name: found}, {}))])
     return output / PAGE
 
 
-def suite_parts(outputs: Mapping[str, SuiteOutput]) -> dict[str, str]:
-    """The sections of a page, by heading; of several models each is compared with the first."""
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """A model beside the first one, on one benchmark.
+
+    Attributes:
+        gains: What it scores more, by measure, on the units that both have; None where that is not defined. Empty: the two
+            were asked different things under one name.
+        note: What a reader of the gains, or of their lack, must know; empty: nothing.
+    """
+
+    gains: Mapping[str, Score | None]
+    note: str = ""
+
+
+Comparisons = Mapping[str, Mapping[str, Beside]]  # by benchmark and model
+
+
+def compare_suites(outputs: Mapping[str, SuiteOutput]) -> dict[str, dict[str, Beside]]:
+    """Each model but the first beside the first, on the benchmarks that both were asked; by benchmark and model."""
+    (first_name, first), *others = outputs.items()
+    found: dict[str, dict[str, Beside]] = {}
+    for benchmark, entry in first.summary["benchmarks"].items():
+        for name, output in others:
+            if (
+                benchmark in output.summary["benchmarks"]
+                and entry["measures"]
+                and _entry(output, benchmark)["measures"]
+            ):
+                same, note = _sameness(first, output, benchmark)
+                after, before = (output.measures(benchmark), first.measures(benchmark)) if same else ({}, {})
+                gains = {
+                    measure: gain(after[measure], before[measure], (after, before))
+                    for measure in after
+                    if measure in before
+                }
+                told = f"{benchmark}, {name} against {first_name}: {note}{'' if same else ': no gain is told'}"
+                found.setdefault(benchmark, {})[name] = Beside(gains=gains, note=told if note else "")
+    return found
+
+
+def _sameness(first: SuiteOutput, output: SuiteOutput, benchmark: str) -> tuple[bool, str]:
+    """Whether what two models were asked under one id is the same, and what of it must be known."""
+    here, there = _entry(first, benchmark), _entry(output, benchmark)
+    if here["metric"] != there["metric"]:
+        return False, f"answers were counted as {there['metric']}, not as {here['metric']}"
+    ours, theirs = first.asked(benchmark), output.asked(benchmark)
+    shared = ours.keys() & theirs.keys()
+    if not shared:
+        return False, f"they were asked different items ({next(iter(theirs))}; {next(iter(ours))})"
+    if changed := sorted(item for item in shared if ours[item] != theirs[item]):
+        return False, (
+            f"{len(changed):,} of {len(shared):,} items that have the same id differ in their texts or right answers "
+            f"(the first: {changed[0]})"
+        )
+    notes = []
+    if ours.keys() != theirs.keys():
+        counts = f"{len(theirs):,} and {len(ours):,}"
+        notes.append(f"gains are over the {len(shared):,} items that both were asked, of {counts}")
+    if here["instruction"] != there["instruction"] and first.summary["prompts"] == output.summary["prompts"]:
+        asked = (repr(of["instruction"]) if of["instruction"] else "nothing" for of in (there, here))
+        notes.append("behind each question stood {}, not {}".format(*asked))
+    return True, "; ".join(notes)
+
+
+def notes_of(outputs: Mapping[str, SuiteOutput], compared: Comparisons) -> list[str]:
+    """What a reader of the gains between suites must know."""
+    (first_name, first), *others = outputs.items()
+    prompts = first.summary["prompts"]
+    notes = [
+        f"{name} was asked with --prompts {output.summary['prompts']}, {first_name} with {prompts}: gains are those of both, the "
+        "model and the prompts"
+        for name, output in others
+        if output.summary["prompts"] != prompts
+    ]
+    known = first.summary["benchmarks"].keys()
+    apart = [name for name, output in others if not known & output.summary["benchmarks"].keys()]
+    notes += [f"{name} and {first_name} have no benchmark in common: no gain is told" for name in apart]
+    noted = [beside for of in compared.values() for beside in of.values() if beside.note]
+    return notes + [beside.note for beside in sorted(noted, key=lambda beside: bool(beside.gains))]
+
+
+def suite_parts(outputs: Mapping[str, SuiteOutput], compared: Comparisons) -> dict[str, str]:
+    """The sections of a page, by heading; of several models each is ``compared`` with the first."""
     names = dict.fromkeys(name for output in outputs.values() for name in output.summary["benchmarks"])
-    gains = {benchmark: gains_of(outputs, benchmark) for benchmark in names}
-    found = [_benchmark(outputs, benchmark, gains[benchmark]) for benchmark in names]
+    found = [_benchmark(outputs, benchmark, compared.get(benchmark, {})) for benchmark in names]
+    wins = (_wins(outputs, benchmark, compared.get(benchmark, {})) for benchmark in names)
     return {
-        "Benchmarks": _headlines(outputs, list(names), gains) + legend(_told(outputs)),
+        "Benchmarks": _headlines(outputs, list(names), compared) + legend(_told(outputs)),
         "Scores by benchmark": "".join(found),
-        "Wins and losses by benchmark": "".join(_wins(outputs, benchmark) for benchmark in names),
+        "Wins and losses by benchmark": "".join(wins),
         "Files that were not read": _unread(outputs),
         "Models": "".join(f"<h3>{words(name)}</h3>{facts(_facts(output))}" for name, output in outputs.items()),
     }
-
-
-def gains_of(outputs: Mapping[str, SuiteOutput], benchmark: str) -> dict[str, dict[str, Score | None]]:
-    """What each model but the first scores more than the first, by model and measure, on the units that both have."""
-    (_, first), *others = outputs.items()
-    if not others or benchmark not in first.summary["benchmarks"]:
-        return {}
-    before = first.measures(benchmark)
-    found = {}
-    for name, output in others:
-        if benchmark in output.summary["benchmarks"]:
-            after = output.measures(benchmark)
-            found[name] = {
-                measure: gain(after[measure], before[measure], (after, before))
-                for measure in after
-                if measure in before
-            }
-    return found
 
 
 def _entry(output: SuiteOutput, benchmark: str) -> Mapping[str, Any]:
@@ -212,17 +310,18 @@ def _entry(output: SuiteOutput, benchmark: str) -> Mapping[str, Any]:
 
 def _told(outputs: Mapping[str, SuiteOutput]) -> dict[str, str]:
     return {
-        "items": "Items that were asked and counted; those that were not stand below, with the reason.",
+        "items": "Items that were asked and counted, of each model where they differ; those that were not stand below, with the "
+        "reason.",
         "score": "The measure that the benchmark is known by, as its authors count it; percent where nothing else is said.",
         "interval": INTERVAL,
-        **({"gain": PAIRED} if len(outputs) > 1 else {}),
+        **({"gain": f"{PAIRED} {_NO_GAIN}"} if len(outputs) > 1 else {}),
     }
 
 
 def _headlines(
     outputs: Mapping[str, SuiteOutput],
     names: Sequence[str],
-    gains: Mapping[str, Mapping[str, Mapping[str, Score | None]]],
+    compared: Comparisons,
 ) -> str:
     """A line a benchmark: its first measure."""
     rows = []
@@ -230,9 +329,10 @@ def _headlines(
         found = [_entry(output, benchmark) for output in outputs.values()]
         known = [entry for entry in found if entry.get("measures")]
         measure = known[0]["measures"][0] if known else {"heading": "nothing that could be scored", "name": ""}
-        counts = " / ".join(dict.fromkeys(f"{entry['items']:,}" for entry in found if entry))
-        cells = _cells(outputs, benchmark, measure["name"], gains[benchmark])
-        rows.append([words(benchmark, 60), counts, words(measure["heading"], 80), *cells])
+        counts = [f"{entry['items']:,}" if entry else "-" for entry in found]
+        shown = counts[0] if len({*counts}) == 1 else " / ".join(counts)
+        cells = _cells(outputs, benchmark, measure["name"], compared.get(benchmark, {}))
+        rows.append([words(benchmark, 60), shown, words(_of_all(outputs, benchmark, measure), 120), *cells])
     return table(["benchmark", "items", "score", *_heads(outputs)], rows)
 
 
@@ -242,7 +342,7 @@ def _heads(outputs: Mapping[str, SuiteOutput]) -> list[str]:
 
 
 def _cells(
-    outputs: Mapping[str, SuiteOutput], benchmark: str, measure: str, gains: Mapping[str, Mapping[str, Score | None]]
+    outputs: Mapping[str, SuiteOutput], benchmark: str, measure: str, compared: Mapping[str, Beside]
 ) -> Iterator[str]:
     """Values of one measure, and gains beside all but the first model's."""
     for place, (name, output) in enumerate(outputs.items()):
@@ -250,7 +350,7 @@ def _cells(
         factor = stored["factor"] if stored else 100
         yield with_interval(*format_score(_score(stored), factor))
         if place:
-            found = gains.get(name, {}).get(measure)
+            found = compared[name].gains.get(measure) if name in compared else None
             shown = "-" if found is None else with_interval(*format_score(found, factor, sign="+"))
             mark = (
                 verdict(found, more_is_better=bool(stored["gains"]))
@@ -270,9 +370,7 @@ def _score(stored: Mapping[str, Any] | None) -> Score | None:
     return Score(value=ends[0], low=ends[1], high=ends[2], items=stored["units"])
 
 
-def _benchmark(
-    outputs: Mapping[str, SuiteOutput], benchmark: str, gains: Mapping[str, Mapping[str, Score | None]]
-) -> str:
+def _benchmark(outputs: Mapping[str, SuiteOutput], benchmark: str, compared: Mapping[str, Beside]) -> str:
     """One benchmark: what is to be known, bars, all measures as a table, their legend."""
     of_models = [_entry(output, benchmark) for output in outputs.values()]
     entry = next(filter(None, of_models))
@@ -284,10 +382,12 @@ def _benchmark(
             notes[f"{left['items']:,} items are not scored{whose}: {'; '.join(left['reasons'][:3])}"] = None
         if not of:
             notes[f"{model} was not asked"] = None
-    if len({of["fingerprint"] for of in of_models if of}) > 1:
-        notes["Items or right answers differ between the models: gains are over those of equal ids."] = None
+    notes |= dict.fromkeys(beside.note for beside in compared.values() if beside.note)
     rows = [
-        [words(("  " if "/" in name else "") + _heading(one), 80), *_cells(outputs, benchmark, name, gains)]
+        [
+            words(("  " if "/" in name else "") + _of_all(outputs, benchmark, one), 120),
+            *_cells(outputs, benchmark, name, compared),
+        ]
         for name, one in measures.items()
     ]
     shown = table(["", *_heads(outputs)], rows) if rows else "<p>Nothing could be scored.</p>"
@@ -306,6 +406,12 @@ def _heading(measure: Mapping[str, Any]) -> str:
     return name.partition("/")[2] or name if heading == name else heading
 
 
+def _of_all(outputs: Mapping[str, SuiteOutput], benchmark: str, measure: Mapping[str, Any]) -> str:
+    """What a row of all models is called: what one has summed over more subsets than another has a heading of its own."""
+    found = [_measure(output, benchmark, measure["name"]) for output in outputs.values()]
+    return " / ".join(dict.fromkeys(_heading(one) for one in found if one)) or str(measure["heading"])
+
+
 def _groups(
     outputs: Mapping[str, SuiteOutput], benchmark: str, measures: Mapping[str, Mapping[str, Any]]
 ) -> list[Group]:
@@ -316,20 +422,21 @@ def _groups(
         base, _, subset = name.partition("/")
         if subset and base != first:
             continue
-        heading = f"{measures[first]['heading']}, by subset" if subset else "all items"
+        whole = "all items" if one["factor"] == 100 else "all items, not in percent"
+        heading = f"{measures[first]['heading']}, by subset" if subset else whole
         scores = [_score(_measure(output, benchmark, name)) for output in outputs.values()]
-        groups.setdefault((heading, one["factor"]), []).append((_heading(one), scores))
+        groups.setdefault((heading, one["factor"]), []).append((_of_all(outputs, benchmark, one), scores))
     return [Group(heading, factor, rows) for (heading, factor), rows in groups.items()]
 
 
-def _wins(outputs: Mapping[str, SuiteOutput], benchmark: str) -> str:
+def _wins(outputs: Mapping[str, SuiteOutput], benchmark: str, compared: Mapping[str, Beside]) -> str:
     """Units on which each model and the first differ in the first measure, with what both generated."""
     (first_name, first), *others = outputs.items()
     parts = []
     for name, output in others:
-        if not (_entry(first, benchmark).get("measures") and _entry(output, benchmark).get("measures")):
+        headline = next(iter(_entry(first, benchmark).get("measures", ())), {"name": ""})
+        if name not in compared or headline["name"] not in compared[name].gains:
             continue
-        headline = _entry(first, benchmark)["measures"][0]
         before, after = (
             _ratios(first.measures(benchmark), headline["name"]),
             _ratios(output.measures(benchmark), headline["name"]),
@@ -379,14 +486,21 @@ def _facts(output: SuiteOutput) -> dict[str, object]:
     student = {key: value for key, value in summary["student"].items() if isinstance(value, str | int | float)}
     asked = sum(entry["items"] for entry in summary["benchmarks"].values())
     seconds = sum(entry["seconds"] for entry in summary["benchmarks"].values())
-    limit = summary.get("limit")
+    limit = summary["limit"]
     prints = {f"fingerprint of {name}": entry["fingerprint"] for name, entry in summary["benchmarks"].items()}
-    again = ["distill suite", str(student.get("place", "STUDENT")), "BENCHMARKS --output OUTPUT"]
-    again += [f"--prompts {summary['prompts']}"] if summary.get("prompts") else []
-    again += [f"--limit {limit}"] if limit else []
+    files, only = summary["files"], ",".join(summary["files"]["only"])
+    options = [("prompts", summary["prompts"]), ("limit", limit), ("only", only), ("cache", student.get("reads_as"))]
+    options += [("images", folder) for folder in files["images"]]
+    again = [
+        "distill suite",
+        quoted(str(student.get("place", "STUDENT"))),
+        quoted(files["benchmarks"]),
+        "--output OUTPUT",
+    ]
+    again += [f"--{name} {quoted(str(value))}" for name, value in options if value]
     return {
         **student,
-        "prompts": summary.get("prompts", "-"),
+        "prompts": summary["prompts"],
         "items": f"{asked:,} asked in {seconds:,.0f} s{'' if limit is None else f', at most {limit:,} of each benchmark'}",
         **prints,
         "make it again": " ".join(again),

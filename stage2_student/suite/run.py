@@ -34,7 +34,7 @@ from vlm_distill_cache.common.terminal.processes import run_processes
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.data.benchmarks.documents import OWN_STAMP
 from vlm_distill_cache.data.benchmarks.drawn import write_drawn
-from vlm_distill_cache.data.benchmarks.items import Benchmark, Item
+from vlm_distill_cache.data.benchmarks.items import Benchmark, Item, item_digest
 from vlm_distill_cache.data.benchmarks.layouts import Found
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
 from vlm_distill_cache.stage2_student.suite.answer_file import answer_lines, submissions
@@ -410,11 +410,14 @@ def _count(suite: Suite, task: Task) -> dict[str, Any]:
         "of": len(benchmark.items) + len(benchmark.left_out),
         "left_out": {"items": len(left_out), "reasons": _reasons(left_out)},
         "notes": list(benchmark.notes),
+        "instruction": task.instruction,
         "fingerprint": benchmark.fingerprint,
         "seconds": head["seconds"],
         "measures": [_counted(measure, by_name) for measure in measures],
     }
-    write_json_atomic(task.folder / MEASURES, {**entry, "measures": [_unit_by_unit(measure) for measure in measures]})
+    asked = {item.item_id: item_digest(item) for item in answered}
+    stored = [_unit_by_unit(measure) for measure in measures]
+    write_json_atomic(task.folder / MEASURES, {**entry, "asked": asked, "measures": stored})
     requests = [task.requests(item) for item in answered]
     whole = replace(benchmark, items=answered)
     lines_out = answer_lines(whole, requests, given, suite.model.name)
@@ -436,6 +439,7 @@ def _counted(measure: Measure, others: Mapping[str, Measure]) -> dict[str, Any]:
         "heading": measure.heading or measure.name,
         "factor": measure.factor,
         "gains": measure.gains,
+        "mean_of": 0 if measure.summed else len(measure.parts),
         "value": None if found is None else found.value,
         "low": None if found is None else found.low,
         "high": None if found is None else found.high,
@@ -488,6 +492,11 @@ def _summarise(suite: Suite, found: Found, tasks: Sequence[Task]) -> dict[str, A
         "student": {"name": model.name, "fingerprint": model.fingerprint, "place": str(model.folder), **model.said},
         "prompts": suite.prompts,
         "limit": suite.limit,
+        "files": {
+            "benchmarks": "shapes" if suite.benchmarks == suite.output / DRAWN else str(suite.benchmarks),
+            "images": [str(folder) for folder in suite.images],
+            "only": list(entries) if suite.only else [],
+        },
         "benchmarks": entries,
         "unread": _unread(found),
     }

@@ -41,8 +41,7 @@ def read_stamp(output: Path, *, remedy: str = "give another --output") -> dict[s
     """
     path = output / STAMP
     try:
-        found = read_signed(path, unsigned=_UNSIGNED)
-        check(found, _RULE, str(path), remedy="it is damaged")
+        found = load_stamp(output)
     except FileNotFoundError:
         problem = f"{output} is not empty and holds no {STAMP}: it is not the folder of a run; {remedy}"
         if not holds_anything(output):
@@ -55,6 +54,19 @@ def read_stamp(output: Path, *, remedy: str = "give another --output") -> dict[s
         raise ConfigError(problem)
     _log.warning("%s is lost or damaged and is written again", path)
     return {}
+
+
+def load_stamp(output: Path) -> dict[str, Any]:
+    """What a folder's stamp says.
+
+    Raises:
+        FileNotFoundError: There is none.
+        CacheFormatError: It is damaged.
+        ConfigError: If the system does not let it be read.
+    """
+    found = read_signed(output / STAMP, unsigned=_UNSIGNED)
+    check(found, _RULE, str(output / STAMP), remedy="it is damaged")
+    return found
 
 
 def refuse_other_run(

@@ -51,13 +51,16 @@ def write_suite(
         found = score(measure, by_name)
         ends = {key: None if found is None else getattr(found, key) for key in ("value", "low", "high")}
         head = {"name": measure.name, "heading": measure.heading or measure.name, "factor": 100, "gains": measure.gains}
-        counted.append({**head, **ends, "units": units})
+        counted.append({**head, **ends, "units": units, "mean_of": len(measure.parts)})
     entry = {
         "layout": "sugarcrepe", "title": f"SugarCrepe{text}", "metric": "captions", "items": units,
-        "left_out": {"items": 2, "reasons": [f"no picture{text}"]}, "notes": [f"a note{text}"], "fingerprint": "f", "seconds": 1.5,
+        "left_out": {"items": 2, "reasons": [f"no picture{text}"]}, "notes": [f"a note{text}"], "fingerprint": "f",
+        "instruction": f"Answer.{text}",
+        "seconds": 1.5,
     }  # fmt: skip
     summary = {
         "format": 1, "student": {"name": name, "fingerprint": "abc"}, "prompts": "published", "limit": None,
+        "files": {"benchmarks": f"a folder{text}", "images": [f"coco{text}"], "only": []},
         "benchmarks": {"sugarcrepe": {**entry, "measures": counted}}, "unread": {f"stray{text}.json": f"no known layout{text}"},
     }  # fmt: skip
     (folder / "sugarcrepe").mkdir(parents=True)
@@ -68,7 +71,9 @@ def write_suite(
         | {"units": list(measure.units), "hits": [float(x) for x in measure.hits], "of": [float(x) for x in measure.of]}
         for measure in measures
     ]
-    (folder / "sugarcrepe" / "measures.json").write_text(json.dumps({**entry, "measures": stored}))
+    (folder / "sugarcrepe" / "measures.json").write_text(
+        json.dumps({**entry, "asked": dict.fromkeys(ids, "d"), "measures": stored})
+    )
     lines = [{"of": "identity", "items": units, "seconds": 1.0}]
     lines += [{"item": unit, "results": [f"{name} on {unit}", [[0.0, 1]]]} for unit in ids]
     (folder / "sugarcrepe" / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -16,6 +16,7 @@ _WIDTH, _HEIGHT = 500, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 20, 14, 32  # around the curves, for numbers at phone size
 _MOST_POINTS = 200  # of a curve
 _TABLE_ROWS = 12
+_UNNAMED = 3  # bars below one name that colours alone tell apart
 Points = Sequence[tuple[float, float]]
 
 
@@ -31,8 +32,11 @@ class Group(NamedTuple):
 
 
 def bars(groups: Sequence[Group], models: Sequence[str]) -> str:
-    """Bars of all models below each name, with their intervals; shares lie between 0 and 100 %, others as far as they go."""
-    parts = []
+    """Bars of all models below each name, with their intervals; shares lie between 0 and 100 %, others as far as they go.
+
+    Where there are many models, each bar has its model's name before it.
+    """
+    parts, each = [], len(models) > _UNNAMED
     for group in groups:
         known = [score for _, scores in group.rows for score in scores if score is not None]
         if not known:
@@ -42,12 +46,15 @@ def bars(groups: Sequence[Group], models: Sequence[str]) -> str:
         high = max(1.0 if group.factor == 100 and min(ends) >= 0 else 0.0, *ends)
         parts.append(f"<h3>{words(group.heading)}</h3>")  # an empty one is a gap
         for name, scores in group.rows:
+            if each and any(scores):
+                parts.append(f'<span class="of">{words(name.strip(), 60)}</span>')
             for place, score in enumerate(scores):
                 if score is not None:
                     first = all(before is None for before in scores[:place])
                     value, interval = format_score(score, group.factor)
+                    called = models[place] if each else name.strip() if first else ""
                     parts.append(
-                        f'<span class="name">{words(name.strip(), 60) if first else ""}</span>'
+                        f'<span class="name">{words(called, 60)}</span>'
                         f"{_bar(score, low, high, place, models[place])}"
                         f'<span class="num">{value} <small>{interval}</small></span>'
                     )
@@ -176,7 +183,10 @@ def _chart(
                 ' stroke-dasharray="2 4"/>'
             )
         path = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
-        lines.append(f'<polyline points="{path}" fill="none" stroke="{colour(places[run])}" stroke-width="1.8"/>')
+        lines.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour(places[run])}" stroke-width="1.8">'
+            f"<title>{words(run, 60)}</title></polyline>"
+        )
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" aria-label="curves">{"".join(lines)}</svg>'
     )

@@ -16,6 +16,7 @@ import PIL.Image
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.printing import html_text, one_line
 
+MOST_COLUMNS = 8  # of a table that need not be turned
 MOST_PANES = 40  # that one group of radio buttons chooses between
 LIGHT = ("#475569", "#0a7d6c", "#c2410c", "#4f46e5", "#a16207", "#be185d", "#0369a1", "#4d7c0f")
 DARK = ("#a3b1c6", "#2dd4bf", "#fb923c", "#a5b4fc", "#facc15", "#f9a8d4", "#7dd3fc", "#a3e635")
@@ -42,14 +43,15 @@ nav{{display:flex;flex-wrap:wrap;gap:4px 16px;margin:12px 0}}
 .card{{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:14px;max-width:100%;min-width:0}}
 .big{{font-size:30px;line-height:1.2;font-variant-numeric:tabular-nums;color:var(--ink)}}.headline{{flex:1 1 230px}}
 .scroll{{overflow-x:auto;max-width:100%}}
-table{{border-collapse:collapse;background:var(--card);border:1px solid var(--line)}}
+table{{border-collapse:separate;border-spacing:0;background:var(--card);border:1px solid var(--line)}}
 th,td{{padding:5px 12px;border-top:1px solid var(--line);text-align:right;font-variant-numeric:tabular-nums;
 vertical-align:top}}
 th{{border-top:0}}th:first-child,td:first-child{{text-align:left;white-space:pre-wrap;overflow-wrap:anywhere;
 min-width:9em}}
+td:first-child,th:first-child{{position:sticky;left:0;background:var(--card)}}td small{{white-space:nowrap}}
 table.words td{{text-align:left;overflow-wrap:anywhere;min-width:6em}}
-dl{{display:grid;grid-template-columns:minmax(7em,max-content) 1fr;gap:2px 16px;margin:0}}
-dd{{margin:0;overflow-wrap:anywhere}}
+dl{{display:grid;grid-template-columns:fit-content(45%) 1fr;gap:2px 16px;margin:0}}
+dt,dd{{margin:0;overflow-wrap:anywhere}}
 pre{{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px;white-space:pre-wrap;
 overflow-wrap:anywhere;font-size:13px}}
 details{{margin:8px 0 14px}}summary{{cursor:pointer}}details>dl{{margin-top:8px}}
@@ -59,6 +61,7 @@ svg{{display:block;max-width:100%;height:auto}}svg text{{font:11px system-ui,san
 .key{{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 5px 0 14px}}
 .bars{{display:grid;grid-template-columns:minmax(6em,max-content) minmax(60px,1fr) max-content;gap:3px 12px;
 align-items:center;max-width:760px}}
+.bars>.of{{grid-column:1/-1;margin-top:6px;font-weight:600}}
 .bars>*{{min-width:0;overflow-wrap:anywhere}}.bars h3{{grid-column:1/-1;margin:12px 0 0}}.bars span{{font-size:13px}}
 .track{{position:relative;height:14px;background:linear-gradient(var(--line),var(--line)) center/100% 1px no-repeat}}
 .track i,.track b,.track u{{position:absolute;top:0;bottom:0}}.track i{{border-radius:2px;opacity:.75}}
@@ -98,8 +101,8 @@ def words(value: object, limit: int = 300) -> str:
 
 
 def colour(place: int) -> str:
-    """The colour of a model, a run or a benchmark by its place; they repeat where there are many."""
-    return f"var(--c{place % len(LIGHT)})"
+    """The colour of a model, a run or a benchmark by its place; of the ninth and more a hue of its own in both modes."""
+    return f"var(--c{place})" if place < len(LIGHT) else f"hsl({place * 137.5 % 360:.0f} 60% 50%)"
 
 
 def sections(parts: Mapping[str, str]) -> list[str]:
@@ -134,10 +137,16 @@ def keys(names: Sequence[str]) -> str:
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[str]], *, kind: str = "") -> str:
-    """A table that scrolls where it is too wide; ``rows`` are HTML, ``head`` is text."""
+    """A table that scrolls where it is too wide; ``rows`` are HTML, ``head`` is text.
+
+    One of numbers that is wide and low is turned: its columns become rows.
+    """
+    rows, top = list(rows), [words(name, 60) for name in head]
+    if not kind and len(top) > MOST_COLUMNS and len(rows) < len(top):
+        top, *rows = map(list, zip(top, *rows, strict=True))
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    top = "".join(f"<th>{words(name, 60)}</th>" for name in head)
-    return f'<div class="scroll"><table class="{kind}"><tr>{top}</tr>{lines}</table></div>'
+    first = "".join(f"<th>{name}</th>" for name in top)
+    return f'<div class="scroll"><table class="{kind}"><tr>{first}</tr>{lines}</table></div>'
 
 
 def with_interval(value: str, interval: str) -> str:

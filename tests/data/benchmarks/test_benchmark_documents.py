@@ -11,7 +11,7 @@ import pytest
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.benchmarks.documents import KEY, documents_in, open_document, without_part
-from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
+from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem, item_digest
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
 
@@ -172,15 +172,19 @@ def test_a_picture_of_a_name_that_others_have_is_the_one_in_the_benchmarks_own_f
 
 
 def test_a_fingerprint_moves_with_what_is_asked_and_what_is_right_and_not_with_pictures():
+    digests: list[str] = []
+
     def of(**more: object) -> str:
         item = OpenItem(item_id="1", image=None, question=str(more.get("question", "q")), answers=("a",))
         item = replace(item, extra={"n": more.get("n", 1)}, answers=tuple(more.get("answers", ("a",))))  # type: ignore[arg-type]
         instruction = str(more.get("instruction", ""))
+        digests.append(item_digest(item))
         return Benchmark(name="x", layout="y", title="z", items=[item], metric="m", instruction=instruction).fingerprint
 
     others = [of(question="p"), of(n=2), of(answers=("b",)), of(instruction="Say it.")]
     assert of() == of()
     assert len({of(), *others}) == 5
+    assert len(set(digests)) == 4  # an item has no instruction
 
 
 def test_thousands_of_other_files_are_not_read_to_the_end_and_packed_ones_are_said(tmp_path: Path):

@@ -1,7 +1,9 @@
 """Runs and suites side by side: gains over the first where the items are the same, and a refusal of all else."""
 
+import html
 import json
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -13,6 +15,7 @@ from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.signed import read_signed, write_signed
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.scores.metrics import paired_difference
+from vlm_distill_cache.stage2_student.suite.cli import suite
 from vlm_distill_cache.stage2_student.suite.compare import name_outputs
 from vlm_distill_cache.stage2_student.suite.legends import explain_measures
 from vlm_distill_cache.stage2_student.suite.measures import gain
@@ -81,11 +84,30 @@ def test_runs_on_other_items_have_no_gain_and_the_page_says_in_what_they_differ(
     assert told["notes"][0] in page
 
 
+def test_a_log_that_lacks_steps_is_told(finished, copied, tmp_path):
+    log = copied / "distilled" / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    shutil.move(copied, tmp_path / "other")
+    log = tmp_path / "other" / "distilled" / "log.jsonl"
+    for kept, content in ((0, b"{"), (0, bytes(50)), (0, None), (len(lines) - 1, b"".join(lines[:-1]))):
+        log.unlink(missing_ok=True)
+        if content is not None:
+            log.write_bytes(content)
+        page, told = compare(tmp_path, finished.output, tmp_path / "other")
+        assert [f"{kept} of {len(lines)} steps can be read" in note for note in told["notes"]] == [True]
+        assert f"{kept} of {len(lines)} steps" in page
+
+
 def test_what_is_no_finished_run_is_refused(finished, copied, tmp_path):
     rewrite(copied / "run.json", lambda stored: stored.update(finished=None))
     assert "is not finished; run the same `distill run` command again" in compare(
         tmp_path, finished.output, copied, code=1
     )
+    for content in (b"{", bytes(50), b"[]"):
+        (copied / "run.json").write_bytes(content)
+        said = compare(tmp_path, finished.output, copied, code=1)
+        assert "damaged" in said
+        assert "not finished" not in said
     (tmp_path / "empty").mkdir()
     said = compare(tmp_path, finished.output, tmp_path / "empty", code=1)
     assert "neither run.json" in said
@@ -119,6 +141,79 @@ def test_gains_between_suites_are_those_of_their_measures(tmp_path):
     assert f"<td>{won}</td><td>0</td><td>1</td><td>a on {won}</td><td>b on {won}</td>" in page
 
 
+def change_suite(folder, *, asked=None, **summary):
+    """Change what a suite's folder says: `asked` from its digests to others, fields of the summary, or of its benchmark."""
+    for name in ("summary.json", "sugarcrepe/measures.json"):
+        stored = json.loads((folder / name).read_text())
+        entry = stored.get("benchmarks", {}).get("sugarcrepe", {})
+        for key, value in summary.items():
+            (entry if key in entry else stored)[key] = value
+        if asked and "asked" in stored:
+            stored["asked"] = asked(stored["asked"])
+        (folder / name).write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize(
+    ("changes", "gains", "said"),
+    [
+        ({"asked": lambda of: of | {"item 3": "e"}}, False, "1 of 60 items that have the same id differ"),
+        ({"asked": lambda of: {f"other {item}": digest for item, digest in of.items()}}, False, "asked different items"),
+        ({"metric": "choices"}, False, "counted as choices, not as captions"),
+        ({"asked": lambda of: {item: of[item] for item in list(of)[:20]}}, True, "over the 20 items that both were asked"),
+        ({"prompts": "plain"}, True, "--prompts plain, a with published"),
+        ({"instruction": ""}, True, "stood nothing, not 'Answer.'"),
+        ({}, True, None),
+    ],
+)  # fmt: skip
+def test_a_gain_between_suites_is_told_of_equal_items_alone_and_with_what_else_differs(tmp_path, changes, gains, said):
+    for seed, name in enumerate("ab"):
+        write_suite(tmp_path / name, seed=seed, name=name)
+    change_suite(tmp_path / "b", **changes)
+    page, told = compare(tmp_path, tmp_path / "a", tmp_path / "b")
+    assert bool(told["suites"]["b"]["sugarcrepe"]["gain_over_first"]) is gains
+    assert ("b better" in page) is gains
+    assert bool(re.search(r"<td><span class=\"\w*\">[+-]\d", page)) is gains
+    assert [said in note for note in told["notes"]] == ([True] if said else [])
+    for note in told["notes"]:
+        assert note.replace("'", "&#x27;") in page
+        assert ("no gain is told" in note) is not gains
+
+
+def test_the_command_on_a_page_makes_the_same_suite_again(tmp_path, monkeypatch):
+    write_suite(tmp_path / "a", seed=0)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("vg's", "coco", "the cache"):
+        (tmp_path / folder).mkdir()
+    files = {"benchmarks": "my files", "images": ["vg's", "coco"], "only": ["sugarcrepe", "x"]}
+    student = {"name": "s", "place": "a student", "reads_as": "the cache"}
+    change_suite(tmp_path / "a", files=files, limit=3, student=student)
+    text = html.unescape(write_suite_page(tmp_path / "a").read_text())
+    command = re.search(r"<dd>distill (suite .*?)</dd>", text)[1].replace("OUTPUT", str(tmp_path / "new"))
+    parsed = suite.make_context("suite", shlex.split(command)[1:], resilient_parsing=True).params
+    assert parsed["student"] == "a student"
+    assert parsed["benchmarks"] == "my files"
+    assert [str(folder) for folder in parsed["images"]] == ["vg's", "coco"]
+    assert (parsed["only"], parsed["limit"], parsed["prompts"], parsed["cache"]) == (
+        "sugarcrepe,x",
+        3,
+        "published",
+        "the cache",
+    )
+
+
+def test_of_many_models_each_bar_has_a_name_and_wide_tables_are_turned(tmp_path):
+    names = [f"r{place}" for place in range(12)]
+    for seed, name in enumerate(names):
+        write_suite(tmp_path / name, seed=seed)
+    page, _ = compare(tmp_path, *(tmp_path / name for name in names))
+    bars = re.search(r'<div class="bars">(.*?)</div>', page)[1]
+    called = re.findall(r'<span class="name">(.*?)</span>', bars)
+    assert called == names * (len(called) // 12)
+    assert len(set(re.findall(r"background:((?:var|hsl)\(.*?\))", bars))) == 12
+    headline = re.search(r"<table.*?</table>", page)[0]
+    assert re.findall(r"<tr><t[hd]>(.*?)</t[hd]>", headline)[:5] == ["benchmark", "items", "score", "r0", "r1"]
+
+
 def test_a_page_takes_the_place_of_an_earlier_one_and_of_nothing_else(tmp_path):
     write_suite(tmp_path / "a", seed=0)
     assert compare(tmp_path, tmp_path / "a") == compare(tmp_path, tmp_path / "a")
@@ -148,6 +243,7 @@ def test_the_page_of_a_suite_tells_all_that_its_summary_does(tmp_path):
     explained = explain_measures(entry["measures"])
     assert {measure.heading or name for name, measure in measures.items() if "/" not in name} <= explained.keys()
     assert "gain</th>" not in text
+    assert "Counted in each of 2 subsets, of which this is the unweighted mean." in text
 
 
 @pytest.mark.parametrize(
@@ -164,6 +260,9 @@ def test_the_page_of_a_suite_tells_all_that_its_summary_does(tmp_path):
         ("hallusionbench", "fAcc", "figures", "Mean"),
         ("circular", "circular_likelihood", "all rotations", "two fit"),
         ("circular", "accuracy", "right answers", "rotations"),
+        ("choices", "likelihood", "letter is the likeliest", "sum of"),
+        ("whats-up", "pairs_yes", "both are right", "belong together"),
+        ("hallusionbench", "p_yes_aAcc", "above P", "neither yes nor no"),
     ],
 )
 def test_a_legend_is_that_of_the_metric(metric, name, says, not_this):
@@ -181,6 +280,9 @@ def test_a_legend_is_that_of_the_metric(metric, name, says, not_this):
         ("sugarcrepe/measures.json", lambda stored: stored["measures"][1]["hits"].pop(), "do not belong together"),
         ("sugarcrepe/measures.json", lambda stored: stored["measures"][0].update(parts=["likelihood"]), "do not belong together"),
         ("sugarcrepe/measures.json", lambda stored: stored["measures"][1]["of"].append("1"), "a list of numbers"),
+        ("sugarcrepe/measures.json", lambda stored: stored["measures"][1].update(hits=[1e308] * 30), "a list of numbers up to"),
+        ("sugarcrepe/measures.json", lambda stored: stored.update(measures=[]), "holds other measures"),
+        ("sugarcrepe/measures.json", lambda stored: stored["measures"].pop(0), "(likelihood)"),
         ("sugarcrepe/measures.json", None, "is missing"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 from every_layout import write_every_layout
 
@@ -11,7 +12,7 @@ from vlm_distill_cache.data.benchmarks.search import LAYOUTS
 from vlm_distill_cache.stage2_student.suite import ask as asking
 from vlm_distill_cache.stage2_student.suite.measures import Measure, score
 from vlm_distill_cache.stage2_student.suite.opened import find_model
-from vlm_distill_cache.stage2_student.suite.page import write_suite_page
+from vlm_distill_cache.stage2_student.suite.page import SuiteOutput, compare_suites, write_suite_page
 from vlm_distill_cache.stage2_student.suite.run import Suite, run_suite
 from vlm_distill_cache.stage2_student.suite.table import render_suite
 
@@ -57,4 +58,13 @@ def test_every_layout_is_asked_counted_and_written_for_scorers(tiny_llava, tmp_p
     shown = render_suite(summary)
     assert all(name in shown for name in found)
     assert "no score: answers are kept secret" in shown
-    assert all(name in write_suite_page(output).read_text() for name in found)
+    page = write_suite_page(output).read_text()
+    assert all(name in page for name in found)
+    shutil.copytree(output, tmp_path / "again")
+    again = {name: SuiteOutput(tmp_path / name) for name in ("out", "again")}
+    compared = compare_suites(again)
+    assert compared.keys() == found.keys() - SECRET
+    for name, of in compared.items():
+        assert len(again["out"].asked(name)) == found[name]["items"]
+        assert of["again"].note == ""
+        assert {gain.value for gain in of["again"].gains.values() if gain} == {0.0}

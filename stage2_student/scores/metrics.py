@@ -93,8 +93,8 @@ def bootstrap_kinds(
         draws = generator.multinomial(count, np.full(count, 1 / count), size=resamples)  # [S, I]
         resampled += draws @ scores / count
         means.append(float(scores.mean()))
-    items = sum(len(of) for of in values.values())
-    return summarise(sum(means) / len(means), resampled / len(values), items)
+    count = sum(map(len, values.values()))
+    return summarise(sum(means) / len(means), resampled / len(values), count)
 
 
 def summarise(value: float, resampled: np.ndarray, items: int) -> Score:

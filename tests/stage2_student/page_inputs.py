@@ -29,9 +29,10 @@ RECORDS = [
 
 
 def write_suite(
-    folder: Path, *, seed: int, name: str = "student", text: str = "", units: int = 60
+    folder: Path, *, seed: int, name: str = "", text: str = "", units: int = 60
 ) -> dict[str, Measure]:
-    """A folder as `distill suite` leaves it; returns the measures of its one benchmark, by name."""
+    """A folder as `distill suite` leaves it, of a model called as it is; returns the measures of its benchmark, by name."""
+    name = name or folder.name
     generator = np.random.default_rng(seed)
     ids = [f"item {place}{text}" for place in range(units)]
     kinds = {kind: ids[place::2] for place, kind in enumerate(("swap", f"add{text}"))}

@@ -1,6 +1,7 @@
 """What pages are made of, drawn by lot: suites of published benchmarks, and a run with texts of an attacker's."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,12 @@ RECORDS = [
 ]
 
 
-def write_suite(
-    folder: Path, *, seed: int, name: str = "", text: str = "", units: int = 60
-) -> dict[str, Measure]:
+def without_heads(page: str) -> str:
+    """A page whose cells do not repeat the headings above them."""
+    return re.sub(r' data-head="[^"]*"', "", page)
+
+
+def write_suite(folder: Path, *, seed: int, name: str = "", text: str = "", units: int = 60) -> dict[str, Measure]:
     """A folder as `distill suite` leaves it, of a model called as it is; returns the measures of its benchmark, by name."""
     name = name or folder.name
     generator = np.random.default_rng(seed)

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from page_inputs import write_suite
+from page_inputs import without_heads, write_suite
 
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.signed import read_signed, write_signed
@@ -27,7 +27,7 @@ def compare(tmp_path, *folders, code=0):
     page = tmp_path / "page.html"
     result = CliRunner().invoke(main, ["compare", *map(str, folders), "--output", str(page), "--json"])
     assert result.exit_code == code, result.output
-    return (page.read_text(), json.loads(result.stdout)) if not code else result.output
+    return (without_heads(page.read_text()), json.loads(result.stdout)) if not code else result.output
 
 
 def rewrite(path, change):

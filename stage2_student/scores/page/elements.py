@@ -83,7 +83,7 @@ dl{{grid-template-columns:1fr}}dd{{margin-bottom:6px}}
 .stacked,.stacked tbody,.stacked tr,.stacked td{{display:block;min-width:0}}.stacked tr:first-child,
 .stacked td:empty{{display:none}}.stacked td{{border:0;padding:2px 8px;text-align:left;overflow-wrap:anywhere}}
 .stacked td:first-child{{position:static;font-weight:600}}
-.stacked tr{{border-top:1px solid var(--line);padding:4px 0}}.stacked td[data-head]:not(:first-child)::before{{
+.stacked tr{{border-top:1px solid var(--line);padding:4px 0}}.stacked td[data-head]::before{{
 content:attr(data-head) ": ";color:var(--soft)}}}}
 @media print{{nav{{display:none}}}}
 """

@@ -40,6 +40,7 @@ DETAILS = (
     ("attention/cosine", "answer attention, cosine", 1),
     ("attention/kl", "answer attention, KL, nats/row", 1),
 )
+_FEW = 10  # items, of which an interval tells little
 MEMORISED = "Questions are scored on the training data itself"  # how the note about it begins
 SCORES_MEMORISED = "so these scores include memorisation"  # of all the items, or of some
 Outcome = Literal["both", "won", "lost", "neither"]
@@ -191,14 +192,16 @@ def outcomes(
 def format_score(score: Score | None, factor: int, *, sign: str = "") -> tuple[str, str]:
     """Value and interval as text, percent with one digit, else three; a dash and nothing where there is no score.
 
-    ``factor`` converts to the printed unit; ``sign="+"`` shows a plus too.
+    ``factor`` converts to the printed unit; ``sign="+"`` shows a plus too. An interval of few items, or of items that are all
+    alike, looks surer than it is: behind it stands of how many.
     """
     if score is None:
         return "-", ""
     value, low, high = (
-        f"{factor * part:{sign}.{1 if factor == 100 else 3}f}" for part in (score.value, score.low, score.high)
+        f"{factor * part:{sign}z.{1 if factor == 100 else 3}f}" for part in (score.value, score.low, score.high)
     )
-    return value, f"[{low}, {high}]"
+    of = f" of {score.items:,}" if score.items < _FEW or score.low == score.high else ""
+    return value, f"[{low}, {high}]{of}"
 
 
 def render_table(reports: Mapping[str, EvaluationReport], compared: tuple[str, str] | None = None) -> str:

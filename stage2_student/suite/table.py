@@ -26,7 +26,7 @@ def render_suite(summary: Mapping[str, Any]) -> str:
     for name, entry in benchmarks.items():
         rows = _details(entry["measures"])
         details += [[one_line(name, limit=40), "", ""], *rows] if rows else []
-    parts = [_laid_out(heads, right=(1, 3)), _laid_out(details, right=(1,)), "\n".join(notes_of(summary))]
+    parts = [laid_out(heads, right=(1, 3)), laid_out(details, right=(1,)), "\n".join(notes_of(summary))]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -52,7 +52,7 @@ def render_outlook(planned: Mapping[str, Any]) -> str:
         lines.append([one_line(name, limit=40), *counts, one_line(entry["title"])])
     head = f"{one_line(planned['student'])} would be asked:"
     return "\n".join(
-        [head, _laid_out(lines, right=(1, 2, 3, 4)), "", *notes_of(planned), "Dry run: nothing was written"]
+        [head, laid_out(lines, right=(1, 2, 3, 4)), "", *notes_of(planned), "Dry run: nothing was written"]
     )
 
 
@@ -65,8 +65,9 @@ def notes_of(summary: Mapping[str, Any]) -> list[str]:
         left = entry["left_out"]
         if left["items"]:
             reasons = "; ".join(one_line(why) for why in left["reasons"][:2])
+            are = "is" if left["items"] == 1 else "are"
             notes.append(
-                f"note: {one_line(name)}: {left['items']:,} of {entry['of']:,} items are not scored: {reasons}"
+                f"note: {one_line(name)}: {left['items']:,} of {entry['of']:,} items {are} not scored: {reasons}"
             )
         notes += [f"note: {one_line(name)}: {one_line(note)}" for note in entry["notes"]]
     notes += [f"note: {one_line(note)}" for note in summary.get("notes", ())]
@@ -83,7 +84,8 @@ def _cells(measure: Mapping[str, Any]) -> tuple[str, str, str]:
     return heading, *format_score(found, measure["factor"])
 
 
-def _laid_out(lines: Sequence[Sequence[str]], *, right: Sequence[int]) -> str:
+def laid_out(lines: Sequence[Sequence[str]], *, right: Sequence[int]) -> str:
+    """Lines of cells in columns, those of ``right`` to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)] if lines else []
     return "\n".join(
         "  ".join(

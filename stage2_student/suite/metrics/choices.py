@@ -184,7 +184,8 @@ class ChoiceMetric:
         if self.circular:
             groups = _complete(counted)
             found += _by_kind("circular", groups, _all_said, heading="all rotations right")
-        found += _by_kind("accuracy", [[each] for each in first], _first_said)
+        as_asked = "accuracy as asked" if self.circular else ""
+        found += _by_kind("accuracy", [[each] for each in first], _first_said, heading=as_asked)
         if self.circular:
             found += _by_kind(
                 "circular_likelihood", groups, _all_likely, heading="all rotations right, by letters' likelihood"
@@ -304,12 +305,19 @@ def _by_question(counted: Sequence[_Counted]) -> Mapping[str, list[_Turn]]:
 
 
 def _biases(counted: Sequence[_Counted]) -> Iterator[Measure]:
-    """How much more often each letter is answered than it is right, of the questions that have it; 0 without bias."""
-    turns = _by_question(counted)
-    most = max((turn.count for each in turns.values() for turn in each), default=0)
+    """How much more often each letter is answered than it is right, of the questions that have it; 0 without bias.
+
+    Answers that name no option tell nothing of a bias.
+    """
+    every = _by_question(counted)
+    most = max((turn.count for each in every.values() for turn in each), default=0)
+    turns = {unit: [turn for turn in each if turn.said is not None] for unit, each in every.items()}
     for place in range(most):
-        having = {unit: [turn for turn in each if place < turn.count] for unit, each in turns.items()}
-        having = {unit: each for unit, each in having.items() if each}
+        having = {
+            unit: [turn for turn in turns[unit] if place < turn.count]
+            for unit, each in every.items()
+            if any(place < turn.count for turn in each)
+        }
         yield Measure(
             name=f"bias/{LETTERS[place]}" if place else "bias",
             units=list(having),
@@ -317,7 +325,7 @@ def _biases(counted: Sequence[_Counted]) -> Iterator[Measure]:
                 sum(float(turn.said == place) - float(turn.right == place) for turn in each) for each in having.values()
             ],
             of=[float(len(each)) for each in having.values()],
-            heading=f"{LETTERS[place]} is answered more often than it is right",
+            heading=f"bias to the letter {LETTERS[place]}",
             gains=None,
         )
 
@@ -330,7 +338,7 @@ def _unparsed(counted: Sequence[_Counted]) -> Iterator[Measure]:
             units=list(turns),
             hits=[float(sum(turn.said is None for turn in each)) for each in turns.values()],
             of=[float(len(each)) for each in turns.values()],
-            heading="answers without one option",
+            heading="unparsed: no single option",
             gains=False,
         )
 

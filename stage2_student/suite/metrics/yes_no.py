@@ -119,7 +119,11 @@ class YesNoMetric:
         if not said:
             return []
         neither = mean_measure(
-            "unparsed", [answer.item.item_id for answer in said], unread, heading="neither yes nor no", gains=False
+            "unparsed",
+            [answer.item.item_id for answer in said],
+            unread,
+            heading="unparsed: neither yes nor no",
+            gains=False,
         )
         return [*self.count(said, ""), *self.count(likely, _BY_LIKELIHOOD), neither]
 

@@ -163,6 +163,12 @@ def test_hand_made_answers_have_the_values_of_a_count_by_hand():
         "bias/C": -0.5,  # of two questions that have it
         "unparsed": 0.0,
     }
+    silent: list[list[Result]] = [["nothing", *result[1:]] for result in results]
+    more = values(METRICS["choices"].measures([*items, item("t", 3, 0)], [*results, silent[1]]))
+    assert more["unparsed"] == 0.25
+    # What names no option tells nothing of a bias.
+    assert [more[f"bias{letter}"] for letter in ("", "/B", "/C")] == [0.0, round(1 / 3, 6), -0.5]
+    assert not any(name.startswith("bias") for name in values(METRICS["choices"].measures(items, silent)))
     assert METRICS["choices"].measures(items[3:], results[3:]) == []
     assert METRICS["circular"].measures([], []) == []
 

@@ -155,6 +155,22 @@ def gain_of(after: EvaluationReport, before: EvaluationReport, name: str) -> Sco
     return difference(after.scores[name], before.scores[name])
 
 
+def other_items_note(teacher: EvaluationReport, student: EvaluationReport) -> str:
+    """That a cache's teacher was scored on more or fewer items than a student, as a sentence; empty if it was not."""
+    differs = [
+        f"{heading.removesuffix(', %')}: {teacher.scores[name].items:,} items, here {student.scores[name].items:,}"
+        for name, heading, _ in HEADLINE
+        if name in teacher.scores.keys() & student.scores.keys()
+        and teacher.scores[name].items != student.scores[name].items
+    ]
+    if not differs:
+        return ""
+    return (
+        f"The teacher's own scores are of other items than the students' ({'; '.join(differs)}): they were stored when its cache "
+        "was built, so that columns differ by the items, too"
+    )
+
+
 def outcomes(
     after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]
 ) -> dict[Outcome, list[Place]] | None:

@@ -7,6 +7,8 @@ from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.results import format_score
 
+MOST_KINDS = 16  # subsets of a benchmark; MME has 14
+
 
 def render_suite(summary: Mapping[str, Any]) -> str:
     """Lay out what `summary.json` holds: value and 95 % interval, percent where the factor is 100; and the notes.
@@ -14,12 +16,12 @@ def render_suite(summary: Mapping[str, Any]) -> str:
     Kinds are shown of the headlines alone: the rest is in the summary and on the page.
     """
     benchmarks: Mapping[str, Mapping[str, Any]] = summary["benchmarks"]
-    heads = [["", "items", "score", one_line(summary["student"]["name"], limit=40), "95 %"]]
+    heads = [["", "scored", "score", one_line(summary["student"]["name"], limit=40), "95 %"]]
     for name, entry in benchmarks.items():
         measures = entry["measures"][:1] or [
             {"heading": "no score: " + ("answers are kept secret" if entry["items"] else "no item was asked")}
         ]
-        heads += [[one_line(name, limit=40), f"{entry['items']:,}", *_cells(measures[0])]]
+        heads += [[one_line(name, limit=40), f"{entry['scored']:,}", *_cells(measures[0])]]
     details: list[list[str]] = []
     for name, entry in benchmarks.items():
         rows = _details(entry["measures"])
@@ -35,8 +37,11 @@ def _details(measures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     own = f"{measures[0]['name']}/"
     kinds = [measure for measure in measures if measure["name"].startswith(own)]
     others = [measure for measure in measures[1:] if "/" not in measure["name"]]
-    marked = [("    ", measure) for measure in kinds] + [("  ", measure) for measure in others]
-    return [[indent + heading, *cells] for indent, measure in marked for heading, *cells in [_cells(measure)]]
+    marked = [("    ", measure) for measure in kinds[:MOST_KINDS]] + [("  ", measure) for measure in others]
+    rows = [[indent + heading, *cells] for indent, measure in marked for heading, *cells in [_cells(measure)]]
+    if len(kinds) > MOST_KINDS:
+        rows.insert(MOST_KINDS, [f"    and {len(kinds) - MOST_KINDS:,} more, in summary.json and on the page", "", ""])
+    return rows
 
 
 def render_outlook(planned: Mapping[str, Any]) -> str:
@@ -55,7 +60,7 @@ def notes_of(summary: Mapping[str, Any]) -> list[str]:
     """What the scores do not tell, a line each: items that are not scored, files that were not read."""
     notes = []
     if summary["limit"] is not None:
-        notes.append(f"note: at most {summary['limit']:,} items of each benchmark, of all its kinds alike (--limit)")
+        notes.append(f"note: at most {summary['limit']:,} items of each benchmark, of its kinds in turn (--limit)")
     for name, entry in summary["benchmarks"].items():
         left = entry["left_out"]
         if left["items"]:
@@ -65,6 +70,7 @@ def notes_of(summary: Mapping[str, Any]) -> list[str]:
                 f"note: {one_line(name)}: {left['items']:,} of {entry['of']:,} items {are} not scored: {reasons}"
             )
         notes += [f"note: {one_line(name)}: {one_line(note)}" for note in entry["notes"]]
+    notes += [f"note: {one_line(note)}" for note in summary.get("notes", ())]
     notes += [f"not read: {one_line(file)}: {why}" for file, why in summary["unread"].items()]
     return notes
 

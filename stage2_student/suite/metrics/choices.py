@@ -146,8 +146,8 @@ class _Counted:
 
     @cached_property
     def kinds(self) -> Sequence[str]:
-        """The subsets that it is of."""
-        return [kind for kind in (self.item.kind, *self.item.extra.get("kinds", ())) if kind]
+        """The subsets that it is of, one a level; empty: none."""
+        return [self.item.kind, *self.item.extra.get("kinds", ())]
 
     @property
     def is_first(self) -> bool:
@@ -276,15 +276,24 @@ def _by_kind(
     *,
     heading: str = "",
 ) -> Iterator[Measure]:
-    """The share of groups that are right, of all and of each subset in the order in which these come."""
-    of_kind: dict[str, list[Sequence[_Counted]]] = {"": list(groups)} if groups else {}
+    """The share of groups that are right, of all and of each subset in the order in which these come.
+
+    A name on two levels (MMBench's category and l2-category) is two subsets, unless they hold the same.
+    """
+    of_kind: dict[tuple[str, int], list[Sequence[_Counted]]] = {("", 0): list(groups)} if groups else {}
     for group in groups:
-        for kind in group[0].kinds:
-            of_kind.setdefault(kind, []).append(group)
-    for kind, chosen in of_kind.items():
+        for level, kind in enumerate(group[0].kinds):
+            if kind:
+                of_kind.setdefault((kind, level), []).append(group)
+    lowest = dict(sorted(of_kind, reverse=True))
+    for (kind, level), chosen in of_kind.items():
+        first = lowest[kind]
+        if level > first and chosen == of_kind[kind, first]:
+            continue
+        called = f"{kind} (level {level + 1})" if level > first else kind
         units = [group[0].item.group or group[0].item.item_id for group in chosen]
         hits = [float(is_right(group)) for group in chosen]
-        yield mean_measure(f"{name}/{kind}" if kind else name, units, hits, heading="" if kind else heading)
+        yield mean_measure(f"{name}/{called}" if kind else name, units, hits, heading=called or heading)
 
 
 def _by_question(counted: Sequence[_Counted]) -> Mapping[str, list[_Turn]]:

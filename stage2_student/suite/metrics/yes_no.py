@@ -79,7 +79,7 @@ class _Answer:
     @property
     def unit(self) -> str:
         """What is resampled: questions about one picture together."""
-        return self.item.group or self.item.item_id
+        return self.item.group or str(self.item.extra.get("picture") or self.item.item_id)
 
 
 Count = Callable[[Sequence[_Answer], str], list[Measure]]

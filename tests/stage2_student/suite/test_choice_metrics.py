@@ -117,6 +117,20 @@ def values(measures: Sequence[Measure]) -> dict[str, float]:
     return {name: round(each.value, 6) for name, each in found.items() if each is not None}
 
 
+def test_a_subset_of_two_levels_is_two_and_one_that_is_the_same_is_one():
+    items = [item(name, 2, 0, kind=kind, extra={"kinds": [wide]}) for name, kind, wide in ("axy", "byx", "czz")]
+    said: list[list[Result]] = [[letter, weighed(0, 2), weighed(0, 2)] for letter in "ABA"]
+    measures = [each for each in METRICS["choices"].measures(items, said) if each.name.startswith("accuracy/")]
+    assert {each.name.partition("/")[2]: list(each.units) for each in measures} == {
+        "x": ["a"],
+        "y (level 2)": ["a"],
+        "y": ["b"],
+        "x (level 2)": ["b"],
+        "z": ["c"],
+    }
+    assert [each.heading for each in measures] == [each.name.partition("/")[2] for each in measures]
+
+
 def test_hand_made_answers_have_the_values_of_a_count_by_hand():
     items = [
         item("p", 2, 0, kind="one", extra={"kinds": ["low"]}),

@@ -15,9 +15,11 @@ from vlm_distill_cache.common.pixels import STORED
 from vlm_distill_cache.data.benchmarks.documents import KEY, ODD_VALUES, Document, objects, readable
 from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
-from vlm_distill_cache.data.benchmarks.question_rows import file_named
+from vlm_distill_cache.data.benchmarks.question_rows import file_named, most
+from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.sample import ImageSource
-from vlm_distill_cache.data.sources.pictures import says_none
+from vlm_distill_cache.data.sources.parquet_rows import StoredPicture
+from vlm_distill_cache.data.sources.pictures import named_pictures, says_none
 from vlm_distill_cache.data.sources.printed import printed
 
 Row = Mapping[str, Any]
@@ -39,13 +41,14 @@ def probe(document: Document) -> Iterator[Row]:
 
 def names_picture(document: Document) -> bool:
     """Whether its rows hold or name a picture."""
-    return not document.columns.isdisjoint(PICTURES)
+    return not document.usual.isdisjoint(PICTURES)
 
 
 def has_coco_picture(document: Document) -> bool:
     """Whether its rows hold or name a picture, or have COCO's number of one."""
     return names_picture(document) or (
-        document.has("image_id") and all(str(row.get("image_id")).isdecimal() for row in probe(document))
+        document.mostly_has("image_id")
+        and most(list(probe(document)), lambda row: str(row.get("image_id")).isdecimal())
     )
 
 
@@ -111,16 +114,25 @@ def sentences(row: Row, key: str) -> tuple[str, ...]:
 
 
 def picture_of(
-    document: Document, index: int, row: Row, pictures: Pictures, columns: Sequence[str] = PICTURES
+    document: Document,
+    index: int,
+    row: Row,
+    pictures: Pictures,
+    columns: Sequence[str] = PICTURES,
+    *,
+    alone: bool = True,
 ) -> ImageSource:
-    """The one picture of a row: it stands there, or is a file that the row names.
+    """A picture of a row: it stands there, or is a file that the row names.
 
     Args:
         columns: Where it may be, in order.
+        alone: The row is about no other one.
 
     Raises:
         SampleError: There is none, there are several, or the file is not found.
     """
+    if alone and len(named_pictures(row, frozenset(key for key, value in row.items() if _is_stored(value)))) > 1:
+        raise SampleError("it names several pictures, where one is asked about")
     for column in columns:
         value, place = row.get(column), None
         if says_none(value):
@@ -140,6 +152,11 @@ def picture_of(
     raise SampleError(f"it has no picture under {', '.join(map(repr, columns))}; its keys are {', '.join(sorted(row))}")
 
 
+def _is_stored(value: Any) -> bool:
+    return isinstance(value, StoredPicture) or (isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes))
+
+
+_MOST_OF_PICTURE = 4  # of its size may be asked about; what is outside is black
 # From a picture as it is seen back to how it lies in its file, by EXIF's number.
 _BACK = dict(enumerate((0, 3, 1, 5, 2, 6, 4), 2))
 
@@ -164,22 +181,27 @@ class Crop:
         return self.source.name
 
     def load(self) -> PIL.Image.Image:
-        """Decode and cut; `SampleError` where the part and the picture have no pixel in common."""
+        """Decode and cut; `SampleError` where the part has no pixel of the picture, or more than four times its size."""
         image = self.source.load()
         left, top, right, bottom = (
             round(value) for value in (*self.box[:2], self.box[0] + self.box[2], self.box[1] + self.box[3])
         )
-        if image.size == (right - left, bottom - top):
-            return image
         back = _BACK.get(image.info.get(STORED, 1))
         if back is not None:
             image = image.transpose(PIL.Image.Transpose(back))
-        if max(left, 0) >= min(right, image.width) or max(top, 0) >= min(bottom, image.height):
+        width, height = right - left, bottom - top
+        if image.size == (width, height):
+            return image
+        outside = max(left, 0) >= min(right, image.width) or max(top, 0) >= min(bottom, image.height)
+        if outside or width * height > _MOST_OF_PICTURE * image.width * image.height:
             raise SampleError(
                 f"image {self.name} has {image.width} x {image.height} pixels, but the part of it that is asked about is "
-                f"{right - left} x {bottom - top} at {left}, {top}; put the picture there in its original size"
+                f"{width} x {height} at {left}, {top}; put the picture there in its original size"
             )
-        return image.crop((left, top, right, bottom))
+        try:
+            return image.crop((left, top, right, bottom))
+        except PIL.Image.DecompressionBombError as error:
+            raise SampleError(f"the part of image {self.name} that is asked about is too large: {error}") from error
 
 
 def path_parts(document: Document) -> Iterator[str]:
@@ -225,6 +247,12 @@ def gather(documents: Sequence[Document], make: Make, kind_of: Callable[[Documen
                 continue
             if item is None:
                 found.passed_over += 1
+                continue
+            files = [image.path for image in item.images if isinstance(image, ImageFile)]
+            if len(set(files)) < len(files):
+                found.left_out[_unused(name, taken)] = (
+                    f"{document.shown}, row {index + 1}: {files[0]} is both its pictures"
+                )
                 continue
             if same := _right_and_wrong_alike(item):
                 found.left_out[_unused(name, taken)] = (

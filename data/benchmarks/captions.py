@@ -31,8 +31,9 @@ from vlm_distill_cache.data.benchmarks.caption_rows import (
 )
 from vlm_distill_cache.data.benchmarks.documents import Document
 from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem, missing_kinds
-from vlm_distill_cache.data.benchmarks.layouts import Layout
+from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
+from vlm_distill_cache.data.benchmarks.question_rows import most
 
 _SUGAR = re.compile(r"(add|replace|swap)_?(obj|at|rel)")
 _SUBSETS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
@@ -58,7 +59,7 @@ def _sugar(name: str) -> str:
 
 
 # Of rows that hold more than a picture with a right and a wrong caption.
-_NOT_SUGARCREPE = frozenset("caption2 foil answer correct chosen rejected conversations messages".split())  # noqa: SIM905
+_NOT_SUGARCREPE = frozenset("answer correct chosen rejected conversations messages".split())  # noqa: SIM905
 
 
 def _sugar_kind(document: Document, row: Row) -> str:
@@ -68,16 +69,16 @@ def _sugar_kind(document: Document, row: Row) -> str:
 
 def _is_copy(document: Document, *keys: str) -> bool:
     """Whether it is a table of one of the hub's ``*_vlms`` copies with these keys."""
-    return document.has("original_file_name", *keys) and names_picture(document)
+    return document.mostly_has("original_file_name", *keys) and names_picture(document)
 
 
 def _is_sugarcrepe(document: Document) -> bool:
     document = by_subset(document, _sugar)
-    if not has_coco_picture(document) or document.columns & _NOT_SUGARCREPE:
+    if not has_coco_picture(document) or not document.usual.isdisjoint(("caption2", "foil")):
         return False
     if _is_copy(document, "positive_caption", "negative_caption"):
         return any(_sugar(str(row.get("original_file_name"))) for row in probe(document))
-    return document.has("caption", "negative_caption") or document.has("tested_labels", "true_label")
+    return document.mostly_has("caption", "negative_caption") or document.mostly_has("tested_labels", "true_label")
 
 
 def _tested(document: Document, row: Row) -> tuple[str, str]:
@@ -106,9 +107,17 @@ def _sugarcrepe_item(pictures: Pictures, document: Document, index: int, row: Ro
     return CaptionItem(item_id="", images=(image,), captions=captions, fits=((True, False),))
 
 
-def _read_sugarcrepe(documents: Sequence[Document], pictures: Pictures) -> Iterator[Benchmark]:
+def _read_sugarcrepe(documents: Sequence[Document], pictures: Pictures) -> Iterator[Benchmark | Unread]:
+    kept = []
+    for document in documents:
+        if more := by_subset(document, _sugar).usual & _NOT_SUGARCREPE:
+            yield Unread(
+                document, f"its rows have {', '.join(sorted(more))}, too; take that away if they are SugarCrepe's"
+            )
+        else:
+            kept.append(document)
     yield from _of_subsets(
-        documents, partial(_sugarcrepe_item, pictures), "sugarcrepe", title="SugarCrepe", metric="sugarcrepe"
+        kept, partial(_sugarcrepe_item, pictures), "sugarcrepe", title="SugarCrepe", metric="sugarcrepe"
     )
 
 
@@ -135,7 +144,7 @@ def _is_sugarcrepe_pp(document: Document) -> bool:
     document = by_subset(document, _sugar)
     if not has_coco_picture(document):
         return False
-    return document.has("caption", "caption2", "negative_caption") or document.has(
+    return document.mostly_has("caption", "caption2", "negative_caption") or document.mostly_has(
         "positive_caption_1", "positive_caption_2", "negative_caption"
     )
 
@@ -157,30 +166,41 @@ def _read_sugarcrepe_pp(documents: Sequence[Document], pictures: Pictures) -> It
 
 
 def _is_winoground(document: Document) -> bool:
-    return document.has("image_0", "image_1", "caption_0", "caption_1")
+    return document.mostly_has("image_0", "image_1", "caption_0", "caption_1")
 
 
 def _winoground_item(pictures: Pictures, document: Document, index: int, row: Row) -> CaptionItem:
     return CaptionItem(
         item_id="",
-        images=tuple(picture_of(document, index, row, pictures, [f"image_{n}"]) for n in (0, 1)),
+        images=tuple(picture_of(document, index, row, pictures, [f"image_{n}"], alone=False) for n in (0, 1)),
         captions=(sentence(row, "caption_0"), sentence(row, "caption_1")),
         fits=((True, False), (False, True)),
         extra={key: row[key] for key in ("tag", "secondary_tag", "num_main_preds") if row.get(key) is not None},
     )
 
 
+# Under which keys the picture of the negative caption is: negative_image, neg_image_path, image_negative, image_2, and so on.
+_NEGATIVE = re.compile(
+    r"(hard_?)?neg(ative)?s?_(image|img|picture|file)s?(_?\w+)?|(image|img|picture)s?_?(neg(ative)?s?|2)(_\w+)?"
+)
+
+
+def _negative_of(row: Row) -> str | None:
+    """The key of a row's second picture."""
+    return next((key for key in row if _NEGATIVE.fullmatch(str(key).lower())), None)
+
+
 def _is_bivlc(document: Document) -> bool:
-    told = document.has("caption", "negative_caption") and names_picture(document)
-    return told and any("negative_image" in row for row in probe(document))
+    told = document.mostly_has("caption", "negative_caption") and names_picture(document)
+    return told and most(list(probe(document)), lambda row: _negative_of(row) is not None)
 
 
 def _bivlc_item(pictures: Pictures, document: Document, index: int, row: Row) -> CaptionItem:
     return CaptionItem(
         item_id="",
         images=(
-            picture_of(document, index, row, pictures),
-            picture_of(document, index, row, pictures, ["negative_image"]),
+            picture_of(document, index, row, pictures, alone=False),
+            picture_of(document, index, row, pictures, [_negative_of(row) or "negative_image"], alone=False),
         ),
         captions=(sentence(row, "caption"), sentence(row, "negative_caption")),
         fits=((True, False), (False, True)),
@@ -194,7 +214,12 @@ def _read_pairs(
     """Benchmarks of two pictures with two captions; the subset is the first of some columns that says something."""
     for named, group in benchmarks_of(name, documents, lambda _: ""):
         found = gather(group, partial(make, pictures), lambda document, row: _first_of(document, row, kinds))
-        yield benchmark(named, layout=name, title=title, metric=name, found=found, documents=group)
+        notes = []
+        if name == "winoground" and not any(document.columns & {"tag", "collapsed_tag"} for document in group):
+            notes.append(
+                "the rows have none of Winoground's tags: they may be of another benchmark with its keys (COCO-Counterfactuals)"
+            )
+        yield benchmark(named, layout=name, title=title, metric=name, found=found, documents=group, notes=notes)
 
 
 def _first_of(document: Document, row: Row, keys: Sequence[str]) -> str:
@@ -206,7 +231,7 @@ def _is_valse(document: Document) -> bool:
     document = by_subset(document, _instrument)
     if _is_copy(document, "positive_caption", "negative_caption", "linguistic_phenomena"):
         return True
-    return document.has("caption") and bool(document.columns & {"foil", "foils"}) and names_picture(document)
+    return document.mostly_has("caption") and bool(document.usual & {"foil", "foils"}) and names_picture(document)
 
 
 def _instrument(name: str) -> str:
@@ -218,7 +243,7 @@ def _instrument(name: str) -> str:
 
 def _valse_kind(document: Document, row: Row) -> str:
     named = [str(row[key]) for key in ("original_file_name", "instrument", "subset") if row.get(key)]
-    told = next(filter(None, map(_instrument, named)), "") or kind_in_path(document, _instrument)
+    told = next(filter(None, map(_instrument, [*named, *names_in(row)])), "") or kind_in_path(document, _instrument)
     return told or str(row.get("original_file_name") or row.get("linguistic_phenomena") or "")
 
 

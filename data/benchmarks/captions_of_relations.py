@@ -5,9 +5,11 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
@@ -31,6 +33,7 @@ from vlm_distill_cache.data.benchmarks.documents import Document
 from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem, missing_kinds
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
+from vlm_distill_cache.data.benchmarks.question_rows import most
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.pictures import says_none
 
@@ -100,14 +103,14 @@ def _controlled_places(options: Sequence[str]) -> list[str]:
 
 
 def _is_aro_pair(document: Document) -> bool:
-    return document.has("true_caption", "false_caption") and names_picture(document)
+    return document.mostly_has("true_caption", "false_caption") and names_picture(document)
 
 
 def _aro_task(document: Document) -> str:
     """``relation``, ``attribution``, or nothing where neither columns nor names tell."""
-    if "attributes" in document.columns:
+    if "attributes" in document.usual:
         return "attribution"
-    if "relation_name" in document.columns:
+    if "relation_name" in document.usual:
         return "relation"
     return kind_in_path(document, lambda name: next((task for task in ("attribution", "relation") if task in name), ""))
 
@@ -171,12 +174,12 @@ def _read_aro_pairs(documents: Sequence[Document], pictures: Pictures) -> Iterat
 
 
 def _is_order(document: Document) -> bool:
-    if document.has("correct_caption", "hard_text_1"):
+    if document.mostly_has("correct_caption", "hard_text_1"):
         return names_picture(document)
     if _karpathy(document):
         return True
     return _is_retrieval_split(document) or (
-        names_picture(document) and document.has("caption_options") and _sort_of_options(document) != "places"
+        names_picture(document) and document.mostly_has("caption_options") and _sort_of_options(document) != "places"
     )
 
 
@@ -185,34 +188,55 @@ def _karpathy(document: Document) -> Sequence[Mapping[str, Any]]:
     images = document.top.get("images") if isinstance(document.top, dict) else None
     if not isinstance(images, list) or not images:
         return ()
-    known = all(isinstance(entry, dict) and {"split", "sentences", "filename"} <= set(entry) for entry in images)
-    return images if known else ()
+    known = [entry for entry in images if isinstance(entry, dict) and {"split", "sentences", "filename"} <= set(entry)]
+    return images if 2 * len(known) > len(images) else ()
+
+
+def _all_said(entries: Sequence[Any], key: str) -> set[str]:
+    """What entries say under a key."""
+    return {str(entry[key]) for entry in entries if isinstance(entry, dict) and key in entry}
 
 
 def _is_retrieval_split(document: Document) -> bool:
     """Karpathy's test split, as he gives it, or as BLIP and ARO read it: a path, and five captions of it."""
     if _karpathy(document):
         return True
-    return document.columns == {"image", "caption"} and all(
-        isinstance(row.get("image"), str)
-        and isinstance(row.get("caption"), list | tuple)
-        and len(row["caption"]) >= _CAPTIONS
-        and re.search("coco|flickr", f"{row['image']} {document.shown}".lower())
-        for row in probe(document)
+    return document.usual - {"id", "image_id", "cocoid", "imgid"} == {"image", "caption"} and most(
+        list(probe(document)),
+        lambda row: (
+            isinstance(row.get("image"), str)
+            and isinstance(row.get("caption"), list | tuple)
+            and len(row["caption"]) >= _CAPTIONS
+            and bool(re.search("coco|flickr", f"{row['image']} {document.shown}".lower()))
+        ),
     )
 
 
-_SAID = (
-    "answer",
-    "label",
-    "correct",
-    "correct_answer",
-    "correct_option",
-    "answer_index",
-    "target",
-    "gt",
-    "ground_truth",
-)
+# Keys that say which option is right have one of the first words, and none but those: correct_option_index, gold_label.
+_RIGHT = frozenset("answer answers correct gold gt truth groundtruth label labels right solution target".split())  # noqa: SIM905
+_BESIDE = frozenset("caption choice ground id idx index key letter number of option place position text value".split())  # noqa: SIM905
+
+
+def _says_right(key: str) -> bool:
+    words = set(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower().split("_"))
+    return bool(words & _RIGHT) and words <= _RIGHT | _BESIDE
+
+
+def _is_first(value: Any, options: Sequence[str]) -> bool:
+    """Whether an answer means the first option: by its place from 0 on, its letter, its words, or the place it speaks of."""
+    value = listed(value)
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, int | float):
+        return value is True or value == 0
+    said = _words(str(value).strip().removesuffix(".0"))
+    return said in (
+        ["a"],
+        ["0"],
+        _words(options[0]),
+        _around_place(options)[2][0] or ["a"],
+        [_place(options[0]) or "a"],
+    )
 
 
 def _first_is_right(row: Row) -> tuple[str, ...]:
@@ -222,9 +246,8 @@ def _first_is_right(row: Row) -> tuple[str, ...]:
         SampleError: The row says of another one that it is.
     """
     options = sentences(row, "caption_options")
-    for key in _SAID:
-        value = row.get(key)
-        if not says_none(value) and str(value).strip() not in ("0", "A", options[0]):
+    for key, value in row.items():
+        if _says_right(key) and not says_none(value) and not _is_first(value, options):
             raise SampleError(
                 f"{key!r} is {str(value)[:60]!r}, but as published the first of 'caption_options' is right; put the right one "
                 f"first and take {key!r} away"
@@ -235,7 +258,10 @@ def _first_is_right(row: Row) -> tuple[str, ...]:
 def _order_item(pictures: Pictures, document: Document, index: int, row: Row) -> CaptionItem:
     if "correct_caption" in row:
         wrong = sorted((key for key in row if re.fullmatch(r"hard_text_\d+", key)), key=lambda key: int(key[10:]))
-        captions = (sentence(row, "correct_caption"), *(sentence(row, key) for key in wrong if row[key] is not None))
+        captions: Sequence[str] = (
+            sentence(row, "correct_caption"),
+            *(sentence(row, key) for key in wrong if row[key] is not None),
+        )
     else:
         captions = _first_is_right(row)
     return _ranked(picture_of(document, index, row, pictures), captions)
@@ -286,9 +312,12 @@ def _split_rows(document: Document) -> Document:
         captions = [(row.get("image"), row.get("caption")) for row in document.rows]
     else:
         captions = [
-            ("/".join(str(entry[key]) for key in ("filepath", "filename") if entry.get(key)), _raw(entry["sentences"]))
-            for entry in _karpathy(document)
-            if entry["split"] == "test"
+            (
+                "/".join(str(entry[key]) for key in ("filepath", "filename") if entry.get(key)),
+                _raw(entry.get("sentences")),
+            )
+            for entry in ({} if not isinstance(entry, dict) else entry for entry in _karpathy(document))
+            if entry.get("split", "test") == "test"
         ]
     rows = []
     for place, (image, texts) in enumerate(captions):
@@ -302,22 +331,26 @@ def _split_rows(document: Document) -> Document:
 def _read_orders(documents: Sequence[Document], pictures: Pictures) -> Iterator[Benchmark | Unread]:
     by_name: dict[str, list[Document]] = {}
     for document in documents:
-        if document.has("caption_options") and _sort_of_options(document) != "order":
+        if document.mostly_has("caption_options") and _sort_of_options(document) != "order":
             yield Unread(
                 document,
                 "its caption_options are no orders of one sentence, and no captions of places; of two captions that differ "
                 "otherwise the files do not say which one is right: take the table with true_caption, false_caption",
             )
             continue
-        if (images := _karpathy(document)) and all(entry["split"] != "test" for entry in images):
+        if (images := _karpathy(document)) and "test" not in _all_said(images, "split"):
             yield Unread(document, "none of its pictures is of the test split, which is asked about")
             continue
         if _is_retrieval_split(document) and {"val", "train"} & set(re.split("[^a-z]+", document.path.stem.lower())):
             yield Unread(document, "its name says that it is not the test split, which is asked about")
             continue
-        shown = next(probe(document), None) or next(iter(_karpathy(document)), {})
+        shown = next(probe(document), None) or next((entry for entry in images if isinstance(entry, dict)), {})
         told = " ".join([*path_parts(document), *(str(shown[key]) for key in ("image", "filepath") if key in shown)])
-        task = next((name for name in ("flickr", "coco") if name in told.lower()), "")
+        said = str(document.top["dataset"]) if images and "dataset" in document.top else ""
+        if "flickr8k" in (said or told).lower() or (said and not re.search("coco|flickr", said.lower())):
+            yield Unread(document, f"its pictures are those of {said or 'flickr8k'}, not of COCO or Flickr30k")
+            continue
+        task = next((name for name in ("flickr", "coco") if name in (said or told).lower()), "")
         split = "-split" if _is_retrieval_split(document) else ""
         by_name.setdefault(f"aro-{task}-order{split}" if task else f"aro-order{split}", []).append(document)
     for name, members in by_name.items():
@@ -331,7 +364,8 @@ def _read_orders(documents: Sequence[Document], pictures: Pictures) -> Iterator[
             yield benchmark(
                 named,
                 layout="aro-order",
-                title=f"ARO: {'Flickr30k' if 'flickr' in name else 'COCO'}-Order",
+                title="ARO: "
+                + ("Flickr30k-Order" if "flickr" in name else "COCO-Order" if "coco" in name else "order of words"),
                 metric="aro-order",
                 found=gather(opened, partial(_order_item, pictures), lambda *_: ""),
                 documents=group,
@@ -363,10 +397,10 @@ def _is_whats_up(document: Document) -> bool:
         return True
     if not names_picture(document):
         return False
-    if document.has("caption_options"):
+    if document.mostly_has("caption_options"):
         return _sort_of_options(document) == "places"
-    return document.has("original_file_name", "positive_caption", "negative_caption") and all(
-        _up_family(str(row.get("original_file_name"))) for row in probe(document)
+    return document.mostly_has("original_file_name", "positive_caption", "negative_caption") and most(
+        list(probe(document)), lambda row: bool(_up_family(str(row.get("original_file_name"))))
     )
 
 
@@ -403,10 +437,11 @@ def _up_item(pictures: Pictures, document: Document, index: int, row: Row) -> Ca
     if not kind.startswith("controlled"):
         return item
     place = _controlled_places(options)[0]
-    shown = re.findall(r"(?<=_)(on|under|behind|front|left|right)(?=_)", str(row.get("image_path")).replace("-", "_"))
+    called = getattr(item.images[0], "shown", "")  # of a file
+    shown = re.findall(r"(?<=_)(on|under|behind|front|left|right)(?=_)", called.replace("-", "_"))
     if len(shown) == 1 and place != shown[0]:
         raise SampleError(
-            f"the picture {str(row['image_path'])[-60:]!r} is called after another place than the right caption says, "
+            f"the picture {called[-60:]!r} is called after another place than the right caption says, "
             f"{options[0][:60]!r}; as published the first of 'caption_options' is right"
         )
     # Four pictures of the same two things are a set.
@@ -424,27 +459,14 @@ def _up_row_kind(document: Document, row: Row) -> str:
 def _up_picture(pictures: Pictures, document: Document, index: int, row: Row) -> ImageSource:
     if "number" not in row:
         return picture_of(document, index, row, pictures)
-    name, family, near = str(row["number"]), row["family"], document.path.parent
-    if family == "gqa":
-        return pictures.find(name, near=near)
-    found = _first_found(pictures, [f"{prefix}{name.zfill(12)}" for prefix in _COCO_PREFIXES], near)
-    if found is None:
-        raise SampleError(
-            f"no picture {name.zfill(12)}.jpg; put the folder of COCO's val2017 there, or name its folder with --images"
-        )
-    return found
+    name = str(row["number"])
+    return pictures.find(name if row["family"] == "gqa" else name.zfill(12), near=document.path.parent)
 
 
-_COCO_PREFIXES = ("", "COCO_val2014_", "COCO_train2014_")
-
-
-def _first_found(pictures: Pictures, names: Sequence[str], near: Any) -> ImageSource | None:
-    for name in names:
-        try:
-            return pictures.find(name, near=near)
-        except SampleError:
-            continue
-    return None
+def _is_there(pictures: Pictures, name: str, near: Path) -> bool:
+    with suppress(SampleError):
+        return bool(pictures.find(name, near=near))
+    return False
 
 
 def _up_rows(document: Document, pictures: Pictures) -> Document | Unread:
@@ -454,11 +476,10 @@ def _up_rows(document: Document, pictures: Pictures) -> Document | Unread:
     if not family:
         near = document.path.parent
         numbers = [str(entry[0]) for entry in entries if _is_entry(entry)]
-        there = {
-            "coco": [_first_found(pictures, [f"{p}{n.zfill(12)}" for p in _COCO_PREFIXES], near) for n in numbers],
-            "gqa": [_first_found(pictures, [number], near) for number in numbers],
-        }
-        fitting = [name for name, found in there.items() if any(image is not None for image in found)]
+        names = {"coco": [number.zfill(12) for number in numbers], "gqa": numbers}
+        fitting = [
+            family for family, called in names.items() if any(_is_there(pictures, name, near) for name in called)
+        ]
         if len(fitting) != 1:
             return Unread(
                 document,

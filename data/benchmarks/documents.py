@@ -6,6 +6,7 @@ are asked about.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -90,6 +91,17 @@ class Document:
     def has(self, *names: str) -> bool:
         """Whether the first rows have all of these keys."""
         return self.columns.issuperset(names)
+
+    @cached_property
+    def usual(self) -> frozenset[str]:
+        """Keys that hold something in most of the first rows; what a single row has says nothing of the others."""
+        rows = list(islice(readable(self.rows), _PROBED))
+        count = Counter(str(key) for row in rows for key, value in row.items() if value not in (None, [], ""))
+        return frozenset(key for key in count if 2 * count[key] > len(rows))
+
+    def mostly_has(self, *names: str) -> bool:
+        """Whether most of the first rows have these keys."""
+        return self.usual.issuperset(names)
 
     @cached_property
     def by_index(self) -> Mapping[str, int]:

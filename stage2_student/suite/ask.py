@@ -209,7 +209,7 @@ def _one_item() -> Iterator[None]:
         yield
     except DistillError:
         raise
-    except (ValueError, ArithmeticError, IndexError, OSError) as error:
+    except (ValueError, ArithmeticError, IndexError, OSError, PIL.Image.DecompressionBombError) as error:
         raise SampleError(f"it cannot be shown to the model ({type(error).__name__}: {error})") from error
 
 

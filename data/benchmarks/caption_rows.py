@@ -131,7 +131,8 @@ def picture_of(
     Raises:
         SampleError: There is none, there are several, or the file is not found.
     """
-    if alone and len(named_pictures(row, frozenset(key for key, value in row.items() if _is_stored(value)))) > 1:
+    named = named_pictures(row, frozenset(key for key, value in row.items() if _is_stored(value))) if alone else []
+    if len(named) > 1:
         raise SampleError("it names several pictures, where one is asked about")
     for column in columns:
         value, place = row.get(column), None
@@ -148,8 +149,14 @@ def picture_of(
         name = file_named(document, value)
         if name is None:
             return document.picture(index, column, place)
+        if named and (other := file_named(document, named[0])) and "://" not in other and _last(other) != _last(name):
+            raise SampleError(f"it names {other!r} beside {name!r} under {column!r}, where one picture is asked about")
         return pictures.find(name, near=document.path.parent)
     raise SampleError(f"it has no picture under {', '.join(map(repr, columns))}; its keys are {', '.join(sorted(row))}")
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rpartition("/")[2]
 
 
 def _is_stored(value: Any) -> bool:

@@ -137,7 +137,9 @@ class Pictures:
         found: Sequence[Path] = [
             file
             for file in self._walked[0].get(path.name.lower(), ())
-            if self._is_own(file.parent, near) or (coco and _COCO_FOLDER.fullmatch(file.parent.name.lower()))
+            if self._is_own(file.parent, near)
+            or (coco and _COCO_FOLDER.fullmatch(file.parent.name.lower()))
+            or (folder and _telling(file.parts) == folder and near and _is_below(file, self._home(near.absolute())))
         ]
         there = [file for file in found if _telling(file.parts) == folder]
         if folder and not there:
@@ -175,7 +177,7 @@ class Pictures:
         home = self._home(near)
         common = Path(os.path.commonpath([home, folder]))
         between = [each for each in (folder, *folder.parents) if each != common and each.is_relative_to(common)]
-        if any(each in self._homes and not near.is_relative_to(each) for each in between):
+        if any(self._homes.get(each, {home}) != {home} and not near.is_relative_to(each) for each in between):
             return False
         if common == home:
             return True
@@ -188,15 +190,15 @@ class Pictures:
         return bool(_words(folder.name) & others - own)
 
     @cached_property
-    def _homes(self) -> frozenset[Path]:
-        """Folders of annotations, and the ones above that are their benchmarks'."""
+    def _homes(self) -> Mapping[Path, set[Path]]:
+        """Whose folders those are that hold annotations, and the ones above them: the folders of benchmarks."""
         tops = {root.absolute() for root in self._roots}
-        return frozenset(
-            each
-            for folder in self._walked[1]
-            for each in (folder, folder.parent, self._home(folder))
-            if each not in tops
-        )
+        found: dict[Path, set[Path]] = defaultdict(set)
+        for folder in self._walked[1]:
+            home = self._home(folder)
+            for each in {folder, folder.parent, home} - tops:
+                found[each].add(home)
+        return found
 
     def _home(self, folder: Path) -> Path:
         """The benchmark's folder of one that holds annotations."""
@@ -220,6 +222,10 @@ def _is_file(path: Path) -> bool:
 def _telling(parts: Sequence[str]) -> str:
     """The folder that a path tells its picture by, in lower case: the last that is not called ``images`` or so."""
     return next((part.lower() for part in parts[-2::-1] if part.lower() not in _ANY_FOLDER), "")
+
+
+def _is_below(file: Path, folder: Path) -> bool:
+    return file.absolute().is_relative_to(folder)
 
 
 def _words(name: str) -> set[str]:

@@ -120,6 +120,9 @@ def test_a_part_is_cut_once_and_never_from_outside(tmp_path: Path):
     assert Crop(ImageFile(path), (40, 30, 10, 8)).load().size == (10, 8)  # is the part already
     with pytest.raises(SampleError, match=r"10 x 8 pixels.* 9 x 2 at 10, 3"):
         Crop(ImageFile(path), (10, 3, 9, 2)).load()
+    for size in (40, 20_000, 1e300):  # mostly black; more than Pillow makes
+        with pytest.raises(SampleError, match="10 x 8 pixels"):
+            Crop(ImageFile(path), (0, 0, size, size)).load()
 
 
 @pytest.mark.parametrize("turned", range(1, 9))
@@ -130,7 +133,14 @@ def test_a_part_is_cut_as_pillow_cuts_it_from_the_file_as_it_lies(tmp_path: Path
     exif[0x0112] = turned
     stored = PIL.Image.effect_noise((9, 7), 90).convert("RGB")
     stored.save(path, exif=exif)
-    for left, top, width, height in ((0, 0, 3, 2), (5, 4, 20, 9), (-2, -1, 4, 3), (1.4, 2.6, 3.2, 2.9)):
+    for left, top, width, height in (
+        (0, 0, 3, 2),
+        (5, 4, 20, 9),
+        (-2, -1, 4, 3),
+        (1.4, 2.6, 3.2, 2.9),
+        (0, 0, 9, 7),
+        (2, 0, 7, 9),
+    ):
         expected = stored.crop((left, top, left + width, top + height))
         found = Crop(ImageFile(path), (left, top, width, height)).load()
         assert (found.size, found.tobytes()) == (expected.size, expected.tobytes())

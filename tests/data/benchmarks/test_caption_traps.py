@@ -44,6 +44,14 @@ def test_a_bare_number_is_a_picture_of_its_own_benchmark(tmp_path: Path):
         files.put(file, 3)
         assert found("139.jpg") == 3
         file.unlink()
+    # LLaVA's files for GQA and MME lie above the authors' own.
+    files.write_json(annotations / "deep" / "data" / "rows.json", [])
+    files.write_json(annotations / "deep" / "posters" / "rows.json", [])
+    files.put(annotations / "deep" / "data" / "images" / "139.jpg", 5)
+    files.put(annotations / "deep" / "posters" / "7.jpg", 6)
+    above = Pictures([top])
+    assert seen(above.find("139.jpg", near=annotations / "deep")) == 5
+    assert seen(above.find("posters/7.jpg", near=annotations / "deep")) == 6
     files.put(top / "139.jpg", 4)
     assert found("139.jpg") == 4
     files.write_json(top / "rows.json", [])  # it is of this one
@@ -200,7 +208,7 @@ def test_rows_that_contradict_themselves_are_left_out(tmp_path: Path):
         {**cup, "answer": options[0]},
         {**cup, "answer": 1},
         {**cup, "label": options[1]},
-        {**cup, "image_path": f"controlled_images/{named}"},
+        {"caption_options": options, "file_name": f"controlled_images/{named}"},
     ]
     files.write_json(tmp_path / "controlled_images_dataset.json", rows)
     benchmark = only(tmp_path)
@@ -210,6 +218,98 @@ def test_rows_that_contradict_themselves_are_left_out(tmp_path: Path):
         "'label' is '",
         "the picture ",
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "first", "others"),
+    [
+        ("answer", [0, 0.0, "a", "A.", "(A)", [0], "A cup on a table."], [1, "B", ["C"], "A cup under a table"]),
+        ("gold_label", ["on", "A"], ["under", "unclear"]),
+        ("correctOptionIndex", ["0", "0.0"], [2]),
+        ("groundtruth", ["A"], ["B"]),
+        ("solution", ["a cup on a table"], ["B"]),
+        ("correct_caption", ["A cup on a table"], ["A cup under a table"]),
+        ("answer_type", ["B", "place"], []),
+    ],
+)
+def test_what_says_which_option_is_right_is_told_by_the_words_of_its_key(
+    tmp_path: Path, key: str, first: list[Any], others: list[Any]
+):
+    cup = {"caption_options": ["A cup on a table", "A cup under a table"], "image": files.put(tmp_path / "a.jpg", 1)}
+    files.write_json(tmp_path / "controlled_images.json", [{**cup, "id": str(v), key: v} for v in first + others])
+    benchmark = only(tmp_path)
+    assert [item.item_id.partition("/")[2] for item in benchmark.items] == list(map(str, first))
+    assert all(f"{key!r} is " in why for why in benchmark.left_out.values())
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("image_file_name", "negative_image_file_name"),
+        ("file_name", "negative_file_name"),
+        ("image", "neg_image"),
+        ("image", "image_2"),
+        ("image", "edited_image"),
+        ("filename", "generated"),
+        ("filename", "img2"),
+    ],
+)
+def test_a_second_picture_is_never_passed_over(tmp_path: Path, keys: tuple[str, str]):
+    """It is BiVLC's, under any key that says so; another one leaves its row out. One file is no two pictures."""
+    captions = {"caption": "a", "negative_caption": "b", "type": "swap", "subtype": "obj"}
+    named = [files.put(tmp_path / f"{n}.png", n) for n in (1, 2)]
+    files.write_lines(tmp_path / "metadata.jsonl", [{**dict(zip(keys, named, strict=True)), **captions}])
+    benchmark = only(tmp_path)
+    bivlc = benchmark.layout == "bivlc"
+    assert bivlc == any(word in keys[1] for word in ("neg", "2"))
+    items = [item for item in benchmark.items if isinstance(item, CaptionItem)]
+    assert [[seen(image) for image in item.images] for item in items] == ([[1, 2]] if bivlc else [])
+    files.write_lines(tmp_path / "metadata.jsonl", [{**dict.fromkeys(keys, "1.png"), **captions}])
+    if bivlc:
+        assert "is both its pictures" in next(iter(only(tmp_path).left_out.values()))
+
+
+def test_one_odd_row_changes_neither_the_layout_nor_the_others(tmp_path: Path):
+    image = {"image": files.put(tmp_path / "a.jpg", 1)}
+    files.put(tmp_path / "val2014" / "000000000007.jpg", 7)
+    five = [f"a man with a hat on a moped {n}" for n in range(5)]
+    up = {"positive_caption": "A cup on the left", "negative_caption": "A cup on the right", **image}
+    sugar = {"caption": "a", "negative_caption": "b"}
+    cases: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+        "sugarcrepe": ({**sugar, **image}, [{"foil": "x"}, {"correct": 1}, {"caption2": "x"}, {"messages": []}]),
+        "sugarcrepe ": ({**sugar, "image_id": 7}, [{"image_id": None}]),
+        "whats-up": ({**up, "original_file_name": "COCO_QA_one_obj"}, [{"original_file_name": ""}]),
+        "aro-order": (
+            {"image": "COCO_val2014_000000000007.jpg", "caption": five},
+            [{"caption": five[:4]}, {"image_id": 7}],
+        ),
+    }
+    for number, (layout, (row, odd)) in enumerate(cases.items()):
+        for place, change in enumerate(odd):
+            folder = tmp_path / f"{number}.{place}"
+            files.write_json(folder / "rows.json", [{**row, **(change if n == 2 else {})} for n in range(8)])
+            files.put(folder / "a.jpg", 1)
+            (found,) = find_benchmarks(folder, images=[tmp_path / "val2014"]).benchmarks.values()
+            assert found.layout == layout.strip()
+            assert len(found.items) + len(found.left_out) in (8, 39, 40)
+            assert len(found.items) >= 7
+    kinds = ["counting_hard", "counting_adversarial", "counting_small_quant"]
+    valse = [{"caption": "a", "foil": "b", "any": kind, "phenomenon": "counting", **image} for kind in kinds]
+    files.write_lines(tmp_path / "valse" / "rows.jsonl", valse)
+    files.put(tmp_path / "valse" / "a.jpg", 1)
+    assert [kind for kind, *_ in told(only(tmp_path / "valse"))] == [kind.replace("_", "-") for kind in kinds]
+
+
+def test_karpathys_other_splits_are_not_called_coco_or_flickr30k(tmp_path: Path):
+    entry = {"filename": files.put(tmp_path / "a.jpg", 1), "split": "test", "sentences": [{"raw": "a man with a hat"}]}
+    for name in ("flickr8k", "vizwizcaps", "coco"):
+        images = [entry, entry, {"filename": "a.jpg"}]
+        files.write_json(tmp_path / f"{name}.json", {"images": images, "dataset": name})
+    found = find_benchmarks(tmp_path)
+    assert [(each.title, len(each.items), len(each.left_out)) for each in found.benchmarks.values()] == [
+        ("ARO: COCO-Order", 2, 1)
+    ]
+    assert sorted(found.unread) == ["flickr8k.json", "vizwizcaps.json"]
 
 
 def test_near_misses_are_refused(tmp_path: Path):

@@ -213,6 +213,8 @@ def _read_mme(documents: Sequence[Document], pictures: Pictures) -> list[Benchma
         why = "have other than two questions that can be asked, and count nowhere: calculation.py takes pairs alone"
         notes = [f"{odd} of {len(pairs)} pictures {why}"] if odd else []
         notes += missing_kinds("tasks", MME_TASKS, [item.kind for item in gathered.items])
+        if gathered.items and not {item.kind for item in gathered.items} & set(MME_TASKS):
+            notes.append("its tasks are of MME's form, and none of MME's: acc and acc+ are no score of MME")
         notes += _told_by_keys(gathered.items, "MME's questions end in 'Please answer yes or no.'", _MME_ENDS)
         found.append(gathered.benchmark(name, MME, "mme", group, notes=notes))
     return found

@@ -194,6 +194,7 @@ def test_texts_with_yes_and_no_that_are_not_about_pictures_are_not_mmes(tmp_path
     (tmp_path / "labels.txt").unlink()
     (benchmark,) = find_benchmarks(tmp_path).benchmarks.values()
     assert [(item.kind, seen(item.image)) for item in items_of(benchmark)] == [(tmp_path.name, 10)] * 2
+    assert any("none of MME's: acc and acc+ are no score of MME" in note for note in benchmark.notes)
 
 
 def _rows(folder: Path, text: str) -> Found:

@@ -392,8 +392,8 @@ def _figure_of(document: Document, index: int, row: Row, told: Row, pictures: Pi
 POPE = Layout(
     name="pope",
     title="POPE",
-    looks_for="rows of image, text (a question) and label (yes or no); or of question, answer (yes or no), image, and category "
-    "(random, popular, adversarial) or image_source (COCO's)",
+    looks_for="rows of image, text (a question) and label (yes or no), with question_id or asking whether something is there; or "
+    "of question, answer (yes or no), image, and category (random, popular, adversarial) or image_source (COCO's)",
     source="https://github.com/AoiDragon/POPE, folder output; https://huggingface.co/datasets/lmms-lab/POPE; pictures of COCO "
     "val2014",
     licence="MIT; pictures as COCO says",

@@ -47,12 +47,13 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 MME_TASKS = (*PERCEPTION, *COGNITION)
 _TASK_OF = {task.lower(): task for task in MME_TASKS}
 _SPLIT = re.compile(rf"(?<![a-z])({'|'.join(POPE_SPLITS)})(?![a-z])")
-_THERE = re.compile(r"\b(?:is|are|was|were) there\b", re.IGNORECASE)
+_THERE = re.compile(r"\b(?:is|are|was|were)\s+there\b", re.IGNORECASE)
 # A mark, or without one the verb in front of what is asked about, first in a sentence or a clause.
 _QUESTION = re.compile(
     rf"[?\uff1f]|{_THERE.pattern}|\byes or no\b|"
-    r"(?:^|[\n>,.:])\s*(?:is|are|was|were|do|does|did|can|could|has|have) "
-    r"(?:the|an?|this|that|these|those|any|some|all|both|it|you|we|they|he|she|his|her|its|their)\b",
+    r"(?:^|[\n>,.:])\s*(?:(?:is|are|was|were|does|did|can|could|has)\s+"
+    r"(?:the|an?|this|that|it|one|two|each|every|some|his|her|its|their|he|she)|"
+    r"(?:are|were|do|did|can|could|have)\s+(?:you|we|they|these|those|any|all|both)|is any)\b",
     re.IGNORECASE,
 )
 _MME_ENDS = re.compile(r"\byes or no\b", re.IGNORECASE)

@@ -213,6 +213,7 @@ def _rows(folder: Path, text: str) -> Found:
         {"image": "a.png", "text": "I love it.", "label": "yes"},
         {"image": "a.png", "text": "Do you like it?", "label": "yes"},
         {"question_id": 1, "image": "a.png", "text": "Can do!", "label": "yes"},
+        {"question_id": 1, "image": "a.png", "text": "Do the best.", "label": "yes"},
         {"image": "a.png", "text": "Is it red?", "label": "1"},
         {"question_id": 1, "image": "a.png", "text": "Yes", "label": "yes"},
         {"image": "a.png", "question": "Is it red?", "answer": "yes", "image_source": "a camera"},

@@ -21,13 +21,12 @@ _WORDS = {"yes": True, "true": True, "no": False, "false": False}
 _LETTERS = re.compile(r"[^\W\d_]+")
 _SAYS = re.compile(r"\b(yes|no|true|false)\b")
 _SURE = re.compile(r"\b(?:no|without|beyond) (?:an?y? )?doubt\b")
-_BOTH = re.compile(
-    r"\W*(yes|no|true|false)(?: (?!not\b)\w+)?\W+(yes|no|true|false)\b"
-)  # "yes and no", "no problem: yes"
-_CLAUSE = re.compile(r"[.,;:!?\n]")
+# "yes, and no", "no problem: yes"
+_BOTH = re.compile(r"\W*(yes|no|true|false)(?:\W+(?:and|or)| (?!not\b)\w+)?\W+(yes|no|true|false)\b")
+_CLAUSE = re.compile(r"[.,;:!?\n]|\b(?:therefore|thus|hence|so (?=it|the|yes|no)|(?<!anything )but)\b")
 _NEGATION = re.compile(  # and whatever else leaves open, or takes back, what is said after it in its clause
     r"(?:n't|\b(?:not|cannot|never|nor|neither|none|nothing|nobody|hardly|scarcely|barely|rarely|seldom|far from|doubt\w*|"
-    r"unlikely|unsure|unclear|uncertain|whether|if|anything but|almost|nearly|part(?:ial)?ly|wrong|incorrect))\b"
+    r"unlikely|unsure|unclear|uncertain|whether|if|anything but|almost|nearly|part(?:ial)?ly|(?:wrong|incorrect) (?:to|that)))\b"
 )
 _DENIED = re.compile(r"(?:\bnot|n't)(?: (?:(?!only)\w+ly|quite|at all|a|the))? $")  # directly before the word
 _BY_LIKELIHOOD = "p_yes_"

@@ -34,6 +34,7 @@ from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem, miss
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.benchmarks.question_rows import most
+from vlm_distill_cache.data.sources.pictures import says_none
 
 _SUGAR = re.compile(r"(add|replace|swap)_?(obj|at|rel)")
 _SUBSETS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
@@ -181,13 +182,14 @@ def _winoground_item(pictures: Pictures, document: Document, index: int, row: Ro
 
 # Under which keys the picture of the negative caption is: negative_image, neg_image_path, image_negative, image_2, and so on.
 _NEGATIVE = re.compile(
-    r"(hard_?)?neg(ative)?s?_(image|img|picture|file)s?(_?\w+)?|(image|img|picture)s?_?(neg(ative)?s?|2)(_\w+)?"
+    r"((hard_?)?neg(ative)?s?_(image|img|picture|file)s?|(image|img|picture)s?_?(neg(ative)?s?|2))(_?(file|path|name)s?)*"
 )
 
 
 def _negative_of(row: Row) -> str | None:
-    """The key of a row's second picture."""
-    return next((key for key in row if _NEGATIVE.fullmatch(str(key).lower())), None)
+    """The key of a row's second picture; one that holds something, if there is."""
+    keys = [key for key in row if _NEGATIVE.fullmatch(str(key).lower())]
+    return next((key for key in keys if not says_none(row[key])), next(iter(keys), None))
 
 
 def _is_bivlc(document: Document) -> bool:

@@ -27,7 +27,8 @@ _PARTS = re.compile(
     r"(data|dataset|annotations?|anns?|jsons?|questions?|labels?|splits?|test|val|validation|train)[\d._-]*"
 )
 # A folder before the last part of a path, in the text of annotations.
-_NAMED = re.compile(rb'([^"\\/\s,]+)(?:\\?/|\\+)[^"\\/,\t\r\n]+(?=["\r\n,\t])')
+_NAMED = re.compile(rb'([^"\\/\t\r\n,]+)(?:\\?/|\\+)[^"\\/,\t\r\n]+(?=["\r\n,\t])')
+_TEXTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 ENDINGS = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())  # noqa: SIM905
 
 
@@ -146,7 +147,8 @@ class Pictures:
             coco_elsewhere = coco and not _COCO_FOLDER.fullmatch(folder)
             if _NUMBER.fullmatch(path.stem) or _NUMBER.fullmatch(folder) or coco_elsewhere:
                 return []
-            found = [file for file in found if near is None or _telling(file.parts) not in self._folders_named(near)]
+            named = self._folders_named(near) if near else {folder}
+            found = [file for file in found if folder in named and _telling(file.parts) not in named]
         found = there if folder and there else found
         longest: Sequence[Path] = []
         for parts in range(len(path.parts), 0, -1):  # the longest end of the path that any file has
@@ -155,11 +157,11 @@ class Pictures:
         return _distinct(_nearest(hinted or longest, near))
 
     def _folders_named(self, near: Path) -> frozenset[str]:
-        """By which folders the annotations of a folder tell pictures apart, in lower case; tables are not searched."""
+        """By which folders the texts of annotations tell pictures apart, in lower case; other tables are not searched."""
         if near not in self._named:
             found: set[bytes] = set()
             for file in near.iterdir():
-                if file.is_file() and holds_annotations(near, [file.name]):
+                if file.suffix.lower() in _TEXTS and file.is_file():
                     found.update(_NAMED.findall(file.read_bytes()))
             self._named[near] = frozenset(name.decode(errors="replace").lower() for name in found)
         return self._named[near]

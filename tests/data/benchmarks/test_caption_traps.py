@@ -62,7 +62,7 @@ def test_a_bare_number_is_a_picture_of_its_own_benchmark(tmp_path: Path):
 def test_a_folder_that_tells_pictures_apart_is_never_another_one(tmp_path: Path):
     """Names, numbered folders and COCO's number under pos/ are no pictures of neg/; archives may be called anything."""
     names = ["pos/cat.jpg", "neg/cat.jpg", "COCO/000000000139.jpg", "fake/000000000139.jpg", "1/a.png", "2/a.png"]
-    files.write_json(tmp_path / "rows.json", [{"image": name} for name in names])
+    files.write_json(tmp_path / "rows.json", [{"image": name} for name in [*names, "documents/page_7.png"]])
     for number, name in enumerate(names[::2], 1):
         files.put(tmp_path / name, number)
     files.put(tmp_path / "unpacked" / "page_7.png", 9)
@@ -72,6 +72,8 @@ def test_a_folder_that_tells_pictures_apart_is_never_another_one(tmp_path: Path)
         with pytest.raises(SampleError, match=f"no picture '{name}' .*in a folder of another name"):
             pictures.find(name, near=tmp_path)
     assert seen(pictures.find("documents/page_7.png", near=tmp_path)) == 9
+    with pytest.raises(SampleError, match="in a folder of another name"):  # what a table names is not known
+        pictures.find("scans/page_7.png", near=tmp_path)
 
 
 def test_a_number_of_coco_is_no_picture_of_visual_genome(tmp_path: Path):

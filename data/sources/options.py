@@ -30,7 +30,7 @@ _LABELLED = re.compile(_LABEL.format("([A-Za-z])") + r"(.+)", re.DOTALL)
 _NUMBERED = re.compile(
     r"(?:[(\[](\d{1,2})[)\]]\s*|(\d{1,2})(?:[)]\s*|\.\s+|:\s+(?=\D)))(.+)", re.DOTALL
 )  # (1), 1), 1. with a blank; 1: 2 is a ratio
-_SIGNS = " ()[].:,"
+_SIGNS, _SMALL = " ()[].:,", frozenset(LETTERS.lower())
 _OR = re.compile(r"[\s,]*\b(?:or|and)\s+(?:(?:an?|the)\s+)?")  # between options that are mentioned, not listed
 _NEAR = 24  # characters between two options of a list
 _TEXT_KEYS, _LABEL_KEYS = ("text", "value", "content", "option", "choice"), ("label", "key", "id", "letter")
@@ -156,15 +156,15 @@ def with_options(entry: Mapping[str, Any], question: str, answer: Any, said: str
             )
         return question, said
     texts, worded = options.texts, text_place(said, options.texts)
-    gaps = _gaps(question, texts)
-    if gaps is not None and (worded is not None or not any(map(_OR.fullmatch, gaps))):
+    if _lists(question, texts, mentions=worded is not None):
         if worded is None and _NUMBER.fullmatch(said) and split_options(question):
             raise _unclear(said, options, "the question calls them by letters")
         return question, said
     place = None if split_options(question) else _place(answer, said, options)
     if place is not None:
         return f"{ask_options(question, texts)}\n{INSTRUCTION}", LETTERS[place]
-    if worded is not None and not (lost and (by_letter or _may_count(said, texts))) and not split_options(question):
+    unclear = letter_place(said, texts) not in (None, worded) or _may_count(said, texts)
+    if worded is not None and not (lost and unclear) and not split_options(question):
         return ask_options(question, texts), said
     labelled = options.lettered or options.numbered
     letter = by_letter and said.strip(_SIGNS).isupper() and (labelled or options.commas)
@@ -187,11 +187,11 @@ def with_options_beside(entry: Mapping[str, Any], question: str, answer: str) ->
     if _LETTER.fullmatch(answer.strip()) is None or split_options(question):
         return question, answer
     lists = {*_keys(entry)}
-    options = options_of({key: value for key, value in entry.items() if key not in lists or _are_texts(value)})
-    if options is None or _gaps(question, options.texts) or text_place(answer, options.texts) is not None:
+    told = {key: value for key, value in entry.items() if key not in lists or _are_texts(value)}
+    options = options_of({key: value for key, value in told.items() if key not in _SMALL})  # a and b may be anything
+    if options is None or _lists(question, options.texts) or text_place(answer, options.texts) is not None:
         return question, answer
-    place = _place(answer, answer, options)
-    if place is None:
+    if (place := _place(answer, answer, options)) is None:
         return question, answer
     return f"{ask_options(question, options.texts)}\n{INSTRUCTION}", LETTERS[place]
 
@@ -216,22 +216,25 @@ def _are_lost(entry: Mapping[str, Any], question: str) -> bool:
     return len(letters) > 1
 
 
-def _gaps(question: str, options: Sequence[str]) -> list[str] | None:
-    """What stands between the options where a question lists or mentions all of them, in any order; None if it does not."""
+def _lists(question: str, options: Sequence[str], *, mentions: bool = False) -> bool:
+    """Whether a question lists all options in any way and order; ``mentions``: or says them, as in ``a cat or a dog``."""
     plain = {plain_option(option) for option in options}
     any_of = "|".join(re.escape(option) for option in sorted(plain, key=len, reverse=True))
     text = "\n".join(" ".join(line.split()) for line in question.casefold().splitlines())
-    run: list[str] = []
+    said: set[str] = set()
     gaps: list[str] = []
     end = 0
     for found in re.finditer(rf"(?<![a-z0-9_])(?:{any_of})(?![a-z0-9_])", text):
         gap = text[end : found.start()]
-        near = run and len(gap) <= _NEAR and (_OR.fullmatch(gap) or re.search(r"[^\w ]", gap))
-        run, gaps = ([*run, found[0]], [*gaps, gap]) if near else ([found[0]], [])
+        if not said or len(gap) > _NEAR or re.search(r"[^\w ]|\b(?:or|and)\b", gap) is None:
+            said, gaps = set(), []
+        else:
+            gaps.append(gap)
+        said.add(found[0])
         end = found.end()
-        if plain <= {*run}:
-            return gaps
-    return None
+        if plain <= said:
+            return mentions or not any(map(_OR.fullmatch, gaps))
+    return False
 
 
 def _place(answer: Any, said: str, options: Options) -> int | None:
@@ -240,8 +243,8 @@ def _place(answer: Any, said: str, options: Options) -> int | None:
     if options.commas:
         return None
     if (place := letter_place(said, texts)) is not None:
-        letters = _LETTER.fullmatch(said.strip()) and any(len(text) == 1 and text.isalpha() for text in texts)
-        return place if options.lettered or worded == place or not letters else None
+        letters = _LETTER.fullmatch(said.strip()) and any(re.fullmatch(r"[A-Za-z]", text) for text in texts)
+        return place if options.lettered or not letters else None
     place = number_place(answer, texts, first=options.first) if options.numbered else None
     return place if worded in (None, place) else None
 

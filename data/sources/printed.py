@@ -5,6 +5,7 @@ import io
 import json
 import re
 import tokenize
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import accumulate
 from typing import Any
@@ -39,7 +40,10 @@ def printed(text: str, *, where: str = "") -> Any:
         return None
     with suppress(*_NOT_READ):
         return json.loads(text)
-    for spelt in (_as_python, _as_numpy, *([str] if _OBJECTS.match(text) else [])):  # of an object, pprint breaks texts
+    ways: list[Callable[[str], str | ast.Expression]] = [_as_python, _as_numpy]
+    if _OBJECTS.match(text):  # in an object, pprint breaks long texts into neighbours
+        ways.append(str)
+    for spelt in ways:
         with suppress(*_NOT_READ):
             if isinstance(found := ast.literal_eval(spelt(text.strip())), list | dict):
                 return found

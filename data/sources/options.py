@@ -189,7 +189,11 @@ def with_options_beside(entry: Mapping[str, Any], question: str, answer: str) ->
     lists = {*_keys(entry)}
     told = {key: value for key, value in entry.items() if key not in lists or _are_texts(value)}
     options = options_of({key: value for key, value in told.items() if key not in _SMALL})  # a and b may be anything
-    if options is None or _lists(question, options.texts) or text_place(answer, options.texts) is not None:
+    if (
+        options is None
+        or _lists(question, options.texts, mentions=True)
+        or text_place(answer, options.texts) is not None
+    ):
         return question, answer
     if (place := _place(answer, answer, options)) is None:
         return question, answer

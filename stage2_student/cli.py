@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,6 @@ from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TRACKERS, Split, TrainConfig
 from vlm_distill_cache.stage2_student.final_folder import (
-    BEST,
     FINAL,
     FOR_OTHERS,
     PROVENANCE,
@@ -54,6 +54,7 @@ from vlm_distill_cache.stage2_student.final_folder import (
     trained_folder,
 )
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
+from vlm_distill_cache.stage2_student.scores.on_the_way import best_on_the_way, read_evaluations
 from vlm_distill_cache.stage2_student.scores.results import read_scores, render_table
 from vlm_distill_cache.stage2_student.students.presets import student_names
 from vlm_distill_cache.stage2_student.suite.cli import suite
@@ -63,6 +64,7 @@ from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
 from vlm_distill_cache.stage2_student.training.resolve import given_options, open_caches
 from vlm_distill_cache.stage2_student.training.stamp import COMPARED
 
+_NO_TRACKER = ("none", "no", "off", "false", "null")  # as YAML has it
 _log = logging.getLogger(__name__)
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are instant.
 
@@ -141,6 +143,8 @@ def _given(options: dict[str, Any]) -> tuple[Path | None, list[str], str]:
         if unknown := [name for name in names if name not in PHASE_NAMES]:
             raise ConfigError(f"phases: {unknown[0]!r} is none of {', '.join(PHASE_NAMES)}")
         given.append(f"phases=[{', '.join(names)}]")
+    if unknown := sorted(set(re.findall(r"[^\s,'\"\[\]]+", (report_to or "").lower())) - {*TRACKERS, *_NO_TRACKER}):
+        raise ConfigError(f"--log-with (report_to): {unknown[0]!r} is none of {', '.join(TRACKERS)}, none")
     given += settings
     cache = cache or last_given(given_options(config, given)[1], "cache")
     if not cache:
@@ -197,7 +201,6 @@ def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -
     _refuse_sketch(sketch)
     settings, of_recipe = _load(options)
 
-    from vlm_distill_cache.stage2_student.scores.milestones import read_kept
     from vlm_distill_cache.stage2_student.training.log import phase_values, summarise
     from vlm_distill_cache.stage2_student.training.preparation import cache_notes
 
@@ -219,20 +222,16 @@ def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -
     with explain_lost_processes(Path(settings.output)):
         result = runs.train_alone(settings, caches=caches, extends=extend)
     if enter_launch().rank == 0:
-        kept = read_kept(Path(settings.output)) if result.scores else None
+        kept, of_best = best_on_the_way(Path(settings.output), result.scores)
         answer(student=result.final, output=settings.output, steps=len(result.log), last=(result.log or [{}])[-1])
         answer(phases=phase_values(result.log), scores=result.scores, best=kept)
         say(summarise(result.log))
         if of_recipe:
             say(of_recipe)
         say(f"Student: {result.final}")
-        if kept is not None:
-            how = result.scores[-1]
-            say(
-                f"Best on the way: {Path(settings.output) / BEST}, after step {kept.step}, by {kept.by} {kept.value:.3f} (distill "
-                f"evaluate {quoted(Path(settings.output) / BEST)} --split {how['split']} --limit {how['limit']})"
-            )
-        if not in_run:
+        if not in_run:  # which says it of all its students
+            for line in of_best:
+                say(line)
             tell(f"Next: distill evaluate {quoted(result.final)} --cache {quoted(settings.cache)}")
 
 
@@ -267,7 +266,10 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
         summary = runs.run(settings, processes=nproc, extends=extend, say=tell)
     lines = summary.table.splitlines()
     notes = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+    folders = {name: summary.output / name for name in COMPARED}
+    best = {name: best_on_the_way(folder, read_evaluations(folder)) for name, folder in folders.items()}
     answer(**vars(summary), scores=read_scores(summary.output), notes=notes)
+    answer(best={name: kept for name, (kept, _) in best.items() if kept is not None})
     # What a new run's scores do not tell was said before it trained.
     say("\n".join(["", *(line for line in lines if not (summary.fresh and line.startswith("note: "))), ""]))
     if summary.fresh:
@@ -276,6 +278,8 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
         say(f"Everything in {summary.output} is up to date.")
     if of_recipe:
         say(of_recipe)
+    for line in (line for _, lines in best.values() for line in lines):
+        say(line)
     say(f"Report: {summary.report}")
     tell(f"Next: distill export {quoted(summary.output / 'distilled' / 'final')} --output FOLDER")
 

@@ -499,9 +499,10 @@ class TrainConfig:
         if self.report_to == ("none",):
             object.__setattr__(self, "report_to", ())
         known = f"names among {', '.join(TRACKERS)}, or none alone"
-        require(set(self.report_to) <= set(TRACKERS), "report_to", self.report_to, known)
-        for name in ("phases", "report_to"):
-            require(len(set(names := getattr(self, name))) == len(names), name, names, "without repetition")
+        trackers = "report_to (--log-with)"
+        require(set(self.report_to) <= set(TRACKERS), trackers, self.report_to, known)
+        for name, names in (("phases", self.phases), (trackers, self.report_to)):
+            require(len(set(names)) == len(names), name, names, "without repetition")
         require(bool(self.phases), "phases", self.phases, "at least one of dpt, dft, sft")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         require(0 < self.clip < math.inf, "clip", self.clip, "a finite gradient norm above 0")

@@ -61,6 +61,7 @@ from vlm_distill_cache.stage2_student.scores.results import (
     HEADLINE,
     SCORES,
     EvaluationReport,
+    other_items_note,
     read_scores,
     render_table,
     table_rows,
@@ -233,15 +234,16 @@ def train_and_score(
         say(f"{name}: training {describe_phases(arm)}{resumed}")
         train_arm(arm, processes=processes, extends=extends, caches=caches)
     scores = {name: evaluate_arm(output / name, config, cache, stamp["evaluation"], say=say) for name in trained}
-    found = {note: None for report in scores.values() if (note := unreadable_note(report.unreadable))}
-    for note in (note for note in found if note not in notes):
-        say(f"note: {note}")
-    notes = list(dict.fromkeys([*notes, *found]))
-    state["notes"] = notes
+    found = [unreadable_note(report.unreadable) for report in scores.values()]
     same_test = (config.evaluation.data, config.evaluation.split) == (None, EvaluationConfig().split)
     # Put there by whoever built the cache, of the test set of the cache's own data.
     if (known := cache.plan.teacher.get("evaluation")) and same_test:
         scores[TEACHER] = EvaluationReport.from_dict(known)
+        found.append(other_items_note(scores[TEACHER], scores[DISTILLED]))
+    for note in dict.fromkeys(note for note in found if note and note not in notes):
+        say(f"note: {note}")
+    notes = list(dict.fromkeys([*notes, *filter(None, found)]))
+    state["notes"] = notes
     write_signed(output / SCORES, {name: report.to_dict() for name, report in scores.items()})
     table = "\n".join([render_table(scores, COMPARED), *(f"note: {note}" for note in notes)])
     write_bytes_atomic(output / TABLE, table.encode())
@@ -477,7 +479,7 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
         ConfigError: If the scores are lost or damaged.
         ModelError: If a student is.
     """
-    from vlm_distill_cache.stage2_student.scores.milestones import read_evaluations
+    from vlm_distill_cache.stage2_student.scores.on_the_way import read_evaluations
     from vlm_distill_cache.stage2_student.scores.page.run_page import RunPage, render_run_page, run_costs, run_facts
     from vlm_distill_cache.stage2_student.trained_student import describe_size, open_student, show_flips, show_taught
     from vlm_distill_cache.stage2_student.training.log import read_log

@@ -38,7 +38,8 @@ from vlm_distill_cache.stage2_student.final_folder import BEST, FINAL, PROVENANC
 from vlm_distill_cache.stage2_student.losses.objective import Losses, step_shares
 from vlm_distill_cache.stage2_student.scores.card import write_card
 from vlm_distill_cache.stage2_student.scores.held_out import run_option, scoring_notes, split_on_the_way
-from vlm_distill_cache.stage2_student.scores.milestones import Kept, Milestones, Scorer
+from vlm_distill_cache.stage2_student.scores.milestones import Milestones, Scorer
+from vlm_distill_cache.stage2_student.scores.on_the_way import Kept
 from vlm_distill_cache.stage2_student.scores.origin import describe_origin
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.trained_student import Student, open_scoring

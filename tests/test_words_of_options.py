@@ -113,7 +113,7 @@ def test_what_holds_for_all_phases_stands_under_what_a_phase_says_in_the_same_pl
         (TrainConfig, "lr_scheduler_type=linear", r"expected cosine or constant"),
         (TrainConfig, "report_to=wandbb", r"'wandbb'; expected one of 'tensorboard', 'wandb', 'mlflow', 'trackio'"),
         (TrainConfig, "report_to=[wandb, wandb]", r"report_to.*without repetition"),
-        (TrainConfig, "report_to=[none, wandb]", r"report_to is .'none', 'wandb'.; .*, or none alone"),
+        (TrainConfig, "report_to=[none, wandb]", r"report_to \(--log-with\) is .'none', 'wandb'.; .*, or none alone"),
         (TrainConfig, "report_to=all", r"'all'; expected one of 'tensorboard'"),
         (TrainConfig, "fp16=true", "Write dtype=bfloat16"),
         (TrainConfig, "bf16=maybe", "expected true or false"),

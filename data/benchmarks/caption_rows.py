@@ -12,7 +12,7 @@ import PIL.Image
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.pixels import STORED
-from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable
+from vlm_distill_cache.data.benchmarks.documents import KEY, ODD_VALUES, Document, objects, readable
 from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.benchmarks.question_rows import file_named
@@ -74,10 +74,11 @@ def by_subset(document: Document, told: Callable[[str], str]) -> Document:
         for name, part in parts.items()
         for key, entry in (part.items() if isinstance(part, dict) else enumerate(part))
     ]
-    if not all(isinstance(entry, dict) for _, _, entry in entries):
-        return document
-    rows = [{KEY: str(key), **entry, "subset": name} for name, key, entry in entries]
-    return Document(document.path, document.shown, rows)
+    rows = [
+        {KEY: str(key), **entry, "subset": name} if isinstance(entry, dict) else entry for name, key, entry in entries
+    ]
+    found = objects(rows)
+    return Document(document.path, document.shown, found) if found else document
 
 
 def sentence(row: Row, *keys: str) -> str:
@@ -219,7 +220,7 @@ def gather(documents: Sequence[Document], make: Make, kind_of: Callable[[Documen
                 kind = kind_of(document, row)
                 name = f"{kind}/{own}" if kind else own
                 item = make(document, index, row)
-            except SampleError as error:
+            except (SampleError, *ODD_VALUES) as error:
                 found.left_out[_unused(name, taken)] = f"{document.shown}, row {index + 1}: {error}"
                 continue
             if item is None:

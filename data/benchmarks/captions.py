@@ -30,11 +30,12 @@ from vlm_distill_cache.data.benchmarks.caption_rows import (
     sentences,
 )
 from vlm_distill_cache.data.benchmarks.documents import Document
-from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem
+from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem, missing_kinds
 from vlm_distill_cache.data.benchmarks.layouts import Layout
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 
 _SUGAR = re.compile(r"(add|replace|swap)_?(obj|at|rel)")
+_SUBSETS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 _SUGAR_PARTS = {"obj": "obj", "at": "att", "rel": "rel"}  # one hub edition writes "atribute"
 _TESTS = (
     "existence plurals counting_hard counting_small_quant counting_adversarial relations action_replacement actant_swap "
@@ -119,6 +120,8 @@ def _of_subsets(
     for named, group in benchmarks_of(name, opened, lambda document: kind_in_path(document, _sugar)):
         found = gather(group, make, _sugar_kind)
         notes = [] if any(item.kind for item in found.items) or not found.items else [_NO_SUBSETS]
+        subsets = [kind for kind in _SUBSETS if name == "sugarcrepe" or not kind.startswith("add")]
+        notes += missing_kinds("subsets", subsets, [item.kind for item in found.items])
         yield benchmark(named, layout=name, title=title, metric=metric, found=found, documents=group, notes=notes)
 
 
@@ -266,6 +269,8 @@ def _read_valse(documents: Sequence[Document], pictures: Pictures) -> Iterator[B
             )
         if any(not item.extra["voted"] for item in found.items):
             notes.append("some rows have no annotators' votes (mturk) and are asked unseen")
+        known = [name.replace("_", "-") for name in _INSTRUMENTS]
+        notes += missing_kinds("instruments", known, [item.kind for item in found.items])
         yield benchmark(named, layout="valse", title="VALSE", metric="valse", found=found, documents=group, notes=notes)
 
 

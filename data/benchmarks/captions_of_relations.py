@@ -28,7 +28,7 @@ from vlm_distill_cache.data.benchmarks.caption_rows import (
     sentences,
 )
 from vlm_distill_cache.data.benchmarks.documents import Document
-from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem
+from vlm_distill_cache.data.benchmarks.items import Benchmark, CaptionItem, missing_kinds
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.sample import ImageSource
@@ -475,6 +475,9 @@ def _up_rows(document: Document, pictures: Pictures) -> Document | Unread:
     return Document(document.path, document.shown, rows)
 
 
+_UP_SUBSETS = ("controlled-a", "controlled-b", "coco-one", "coco-two", "gqa-one", "gqa-two")
+
+
 def _read_whats_up(documents: Sequence[Document], pictures: Pictures) -> Iterator[Benchmark | Unread]:
     opened: list[Document] = []
     for document in documents:
@@ -493,7 +496,10 @@ def _read_whats_up(documents: Sequence[Document], pictures: Pictures) -> Iterato
 
     for named, group in benchmarks_of("whats-up", opened, subset):
         found = gather(group, partial(_up_item, pictures), _up_row_kind)
-        yield benchmark(named, layout="whats-up", title="What's Up", metric="whats-up", found=found, documents=group)
+        notes = missing_kinds("subsets", _UP_SUBSETS, [item.kind for item in found.items])
+        yield benchmark(
+            named, layout="whats-up", title="What's Up", metric="whats-up", found=found, documents=group, notes=notes
+        )
 
 
 _VG = "pictures: Visual Genome, CC BY 4.0"

@@ -9,8 +9,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable, without_part
-from vlm_distill_cache.data.benchmarks.items import Benchmark, ChoiceItem
+from vlm_distill_cache.data.benchmarks.documents import KEY, ODD_VALUES, Document, readable, without_part
+from vlm_distill_cache.data.benchmarks.items import Benchmark, ChoiceItem, short_kind
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.images.recognise import base64_picture
 from vlm_distill_cache.data.sample import ImageSource, number_repeats
@@ -53,7 +53,7 @@ _ANSWERS = (
 )
 _FROM_ZERO = ("label", "answer_index", "answer_idx", "correct_choice_idx")  # by these names numbers are counted from 0
 IDS = ("index", "question_id", "questionId", "qid", "id", "pid", "sample_id", "idx")
-_CATEGORIES = ("l2-category", "L2-category", "l2_category", "category")
+_CATEGORIES = (("l2-category", "L2-category", "l2_category"), ("category",))  # a subset's level, as its key is written
 _PLAIN_WORDS = frozenset("data default questions annotations main problems".split())  # noqa: SIM905
 _SPLITS = frozenset("train validation val dev test testmini".split())  # noqa: SIM905
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -142,8 +142,9 @@ def ask_row(
     shares = ""
     if image is None and pictured:
         image, shares = _picture(source, row)
-    found = kinds if kinds is not None else [str(row[key]) for key in _CATEGORIES if not says_nothing(row.get(key))]
-    kinds = list(dict.fromkeys(kind.strip() for kind in found))
+    levels = [[str(row[key]) for key in keys if not says_nothing(row.get(key))] for keys in _CATEGORIES]
+    found = kinds if kinds is not None else [told[0] for told in levels if told]
+    kinds = [short_kind(kind.strip()) for kind in found]
     extra: dict[str, Any] = {"kinds": kinds[1:]} if len(kinds) > 1 else {}
     if asked:
         extra["asked"] = asked
@@ -228,7 +229,7 @@ def benchmarks_of(
             split = split_of(row)
             called = f"{next((row[key] for key in (KEY, *IDS) if row.get(key) is not None), 'row')} ({called})"
             asked.append(replace(ask(Source(document, index, pictures), row), split=split))
-        except SampleError as error:
+        except (SampleError, *ODD_VALUES) as error:
             left_out[split][called] = str(error)
     names = number_repeats([each.item.item_id for each in asked])
     asked = [replace(each, item=replace(each.item, item_id=name)) for each, name in zip(asked, names, strict=True)]

@@ -4,6 +4,7 @@ A layout asks a document for its columns, and for the JSON as it stands; picture
 are asked about.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from typing import Any
 import PIL.Image
 
 from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.csv_rows import CsvRows
 from vlm_distill_cache.data.sources.hf import ArrowTable, is_saved_dataset
@@ -27,6 +29,8 @@ from vlm_distill_cache.data.sources.table import by_name
 
 OWN_STAMP = "distill-suite.json"  # of a folder of results, which are no benchmarks
 KEY = "__key__"  # of rows that were a dict by id: the id
+# What an entry raises that has the keys of a layout, and other things under them: a number for a text, a text for a list.
+ODD_VALUES = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
 _PROBED = 32  # rows whose keys are the columns
 # Parts of one table: as `datasets` writes them, with a hash before 2023; and in the hub's branch refs/convert/parquet.
 _PART = re.compile(
@@ -36,6 +40,7 @@ _DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json",
 _YES_OR_NO = re.compile(
     r"(?:\t\s*|[?.] +)(?:yes|no)\s*(?:\t|$)", re.IGNORECASE | re.MULTILINE
 )  # blanks: refused in words
+_LONE = re.compile(r"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(u[dD][89a-fA-F]\w\w)|.)")  # group 1, among all escapes
 _LONGEST_LINE = 4096
 LONGEST_INDEX = 64
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -66,6 +71,13 @@ class Document:
     top: Any = None
     split: str | None = None
     missing: str = ""
+
+    @cached_property
+    def files(self) -> Sequence[Path]:
+        """The files that it was opened from: all parts of a table."""
+        if isinstance(self.rows, _TableRows) and self.rows.files:
+            return self.rows.files
+        return [self.path]
 
     @cached_property
     def columns(self) -> frozenset[str]:
@@ -109,6 +121,11 @@ class Document:
         return RowPicture(self, index, column, place)
 
 
+def writable(name: object) -> str:
+    """A name as JSON can hold it: bytes that are no UTF-8 are spelt out."""
+    return str(name).encode(errors="backslashreplace").decode()
+
+
 def readable(rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """The rows in order, without those that cannot be read."""
     for index in range(len(rows)):
@@ -150,8 +167,8 @@ class RowPicture:
 class _TableRows(Sequence[Mapping[str, Any]]):
     """The rows of a table of parquet or Arrow files."""
 
-    def __init__(self, table: Any) -> None:
-        self.table = table
+    def __init__(self, table: Any, files: Sequence[Path] = ()) -> None:
+        self.table, self.files = table, files
 
     def __len__(self) -> int:
         return len(self.table)
@@ -190,10 +207,10 @@ def open_document(paths: Sequence[Path], shown: str) -> Document:
         raise DataError(f"{shown} is packed; unpack it, unless that was done (unzip, tar -xf, gunzip)")
     try:
         if path.is_dir():
-            return Document(path, shown, _TableRows(_arrow(path)))
+            return Document(path, shown, _TableRows(_arrow(path), sorted(path.glob("*.arrow"))))
         if ending == ".parquet":
             table = ParquetTable([LocalParquet(each) for each in paths])
-            return Document(path, shown, _TableRows(table), missing=_missing(paths))
+            return Document(path, shown, _TableRows(table, paths), missing=_missing(paths))
         if ending in (".csv", ".tsv"):
             return Document(path, shown, _TableRows(_CsvTable(path)))
         if ending == ".txt":
@@ -201,11 +218,16 @@ def open_document(paths: Sequence[Path], shown: str) -> Document:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror or error}") from error
-    text = decode(data, where=shown).removeprefix("\ufeff")
+    text = _LONE.sub(_spelt_out, decode(data, where=shown).removeprefix("\ufeff"))
     if ending != ".json" or _is_lines(text):
         return Document(path, shown, _lines(text, shown))
     top = parse(text, where=shown)
     return Document(path, shown, _rows_of(top), top=top)
+
+
+def _spelt_out(escape: re.Match[str]) -> str:
+    """Half a character (a lone surrogate), which no file can hold, as the text that it is written as."""
+    return f"\\\\{escape[1]}" if escape[1] else escape[0]
 
 
 def _is_lines(text: str) -> bool:
@@ -244,10 +266,15 @@ def _asks_yes_or_no(path: Path) -> bool:
 
 
 def _rows_of(top: Any) -> Sequence[Mapping[str, Any]]:
-    if isinstance(top, list) and top and all(isinstance(row, dict) for row in top):
-        return top
-    if isinstance(top, dict) and top and all(isinstance(row, dict) for row in top.values()):
-        return [{KEY: key, **row} for key, row in top.items()]
+    if isinstance(top, list):
+        return objects(top)
+    # Beside a list of objects, objects describe what it is about: ``info``, ``license``, ``questions``.
+    if isinstance(top, dict) and not any(
+        isinstance(value, list) and any(isinstance(each, dict) for each in value) for value in top.values()
+    ):
+        rows = objects([{KEY: key, **row} if isinstance(row, dict) else row for key, row in top.items()])
+        if rows:
+            return rows
     return [top] if _is_row(top) else ()
 
 
@@ -256,6 +283,32 @@ def _is_row(top: Any) -> bool:
     if not isinstance(top, dict) or not any(isinstance(value, str) for value in top.values()):
         return False
     return not any(isinstance(value, list) and value and isinstance(value[0], dict) for value in top.values())
+
+
+def objects(entries: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
+    """Entries as rows, if most are objects: others are rows that cannot be read, so that they are left out with a reason."""
+    count = sum(isinstance(entry, dict) for entry in entries)
+    if count == len(entries):
+        return entries
+    return _Objects(entries) if 4 * count >= 3 * len(entries) else ()
+
+
+class _Objects(Sequence[Mapping[str, Any]]):
+    """Entries of which some are no objects."""
+
+    def __init__(self, entries: Sequence[Any]) -> None:
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._entries[index]
+        if not isinstance(index, slice) and not isinstance(found, dict):
+            raise SampleError(
+                f"entry {index + 1} is {one_line(json.dumps(found), limit=60)}; an object of names is expected"
+            )
+        return found
 
 
 def _arrow(path: Path) -> ArrowTable:

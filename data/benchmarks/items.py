@@ -6,7 +6,7 @@ stage two's (`stage2_student.suite`). Pictures stay closed until they are asked 
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,14 @@ from typing import Any
 from vlm_distill_cache.data.sample import ImageSource
 
 _PICTURES = ("image", "images")
+_LONGEST_KIND = 200  # characters
+
+
+def short_kind(kind: str) -> str:
+    """A subset's name, or the beginning of one that is no name; ends in a hash of it, so that two stay two."""
+    if len(kind) <= _LONGEST_KIND:
+        return kind
+    return f"{kind[: _LONGEST_KIND - 12]}... {hashlib.sha256(kind.encode(errors='replace')).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +39,15 @@ class Item:
     kind: str = ""
     group: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Cut a subset's name that no table can show."""
+        object.__setattr__(self, "kind", short_kind(self.kind))
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether what is right is known, so that it is scored."""
+        return getattr(self, "right", True) is not None and getattr(self, "answers", True) != ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +124,17 @@ class Benchmark:
         for item in self.items:
             found.update(_told(item))
         return found.hexdigest()
+
+
+def missing_kinds(what: str, published: Iterable[str], found: Iterable[str]) -> list[str]:
+    """A note on the published subsets that are not there, if only some are: what is scored is the mean over the others."""
+    there, published = set(found), list(published)
+    missing = sorted(name for name in published if name not in there)
+    if not missing or len(missing) == len(published):
+        return []
+    return [
+        f"{len(missing)} of its {len(published)} {what} are not in the score, as they are not there: {', '.join(missing)}"
+    ]
 
 
 def item_digest(item: Item) -> str:

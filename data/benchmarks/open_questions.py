@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable
+from vlm_distill_cache.data.benchmarks.documents import KEY, ODD_VALUES, Document, readable
 from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.images.recognise import base64_picture
@@ -150,7 +150,7 @@ class Found:
         try:
             answers = answers_of(said, listed=listed)
             image = find()
-        except SampleError as error:
+        except (SampleError, *ODD_VALUES) as error:
             self.left_out[name] = str(error)
             return
         if len(answers) == 1 < self.people:
@@ -169,16 +169,9 @@ class Found:
         self, *, documents: Iterable[Document], notes: Iterable[str] = (), name: str, **more: Any
     ) -> Benchmark:
         """The benchmark of these items."""
-        secret = sum(not item.answers for item in self.items)
         said = list(notes)
-        if secret:
-            said.append(
-                f"{secret} of {len(self.items)} questions have no answers"
-                if secret < len(self.items)
-                else SECRET
-                if _KEPT_SECRET.search(name)
-                else NO_ANSWERS
-            )
+        if self.items and not any(item.answers for item in self.items):
+            said.append(SECRET if _KEPT_SECRET.search(name) else NO_ANSWERS)
         if few := sum(0 < len(item.answers) < self.people for item in self.items):
             said.append(
                 f"{few} of {len(self.items)} questions have fewer than {self.people} answers; VQA accuracy leaves one out at a "

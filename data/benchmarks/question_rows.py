@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.benchmarks.documents import Document, readable
+from vlm_distill_cache.data.benchmarks.documents import ODD_VALUES, Document, readable
 from vlm_distill_cache.data.benchmarks.items import Benchmark, Item
 from vlm_distill_cache.data.benchmarks.layouts import Layout
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
@@ -122,7 +122,7 @@ class Gathered:
         free = item_id if self.times[item_id] == 1 else f"{item_id}#{self.times[item_id]}"
         try:
             self.items.append(make(free))
-        except SampleError as error:
+        except (SampleError, *ODD_VALUES) as error:
             self.left_out[free] = f"{where}: {error}"
 
     def rows(self, document: Document) -> Iterator[tuple[int, Row, str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from vlm_distill_cache.common.errors import DataError, DistillError
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.benchmarks import captions, choices, short_answers, yes_no
-from vlm_distill_cache.data.benchmarks.documents import Document, documents_in, open_document
+from vlm_distill_cache.data.benchmarks.documents import ODD_VALUES, Document, documents_in, open_document, writable
 from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.layouts import Found, Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
@@ -19,9 +19,13 @@ _NO_NAME = re.compile(r"[^\w.+-]+")
 # The first that recognises a file reads it: the more keys a layout is told by, the earlier it stands.
 LAYOUTS: tuple[Layout, ...] = (*captions.LAYOUTS, *yes_no.LAYOUTS, *choices.LAYOUTS, *short_answers.LAYOUTS)
 
-# What a file raises that has the keys of a layout, and other things under them: a number for a text, a text for a list.
-_UNREADABLE = (DistillError, KeyError, TypeError, ValueError, AttributeError, IndexError)
-_LOOKED_AT = 50  # files of a folder; a chart or a page of text each has its own in some benchmarks, thousands of them
+_UNREADABLE = (DistillError, *ODD_VALUES)
+# Files of a folder, then those alone whose beginnings look like a benchmark: a chart or a page of text each has its own in some,
+# thousands of them.
+_LOOKED_AT = 50
+_BEGINNING = 4096  # bytes
+_KEYS = re.compile(rb'"([\w -]{1,40})"\s*:')
+_WORDS = re.compile(rb"question|query|caption|foil|sentence|statement|image|file_?name|annotations", re.IGNORECASE)
 
 
 def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
@@ -39,12 +43,12 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
     pictures = Pictures([folder, *images])
     of_layout: dict[str, list[Document]] = defaultdict(list)
     unread: dict[str, str] = {}
-    strangers: dict[str, list[str]] = defaultdict(list)  # files of a folder and an ending, as long as none is known
+    strangers: dict[str, list[str]] = defaultdict(list)  # files of a folder and an ending
     for paths in documents_in(folder):
-        one = paths[0].relative_to(folder)
+        one = Path(writable(paths[0].relative_to(folder)))
         shown = str(one.with_name("*.txt") if len(paths) > 1 and one.suffix.lower() == ".txt" else one)
         alike = str(Path(shown).with_name("*" + paths[0].suffix))
-        if len(strangers[alike]) >= _LOOKED_AT:
+        if len(strangers[alike]) >= _LOOKED_AT and not _speaks(paths[0]):
             strangers[alike].append(shown)
             continue
         try:
@@ -55,16 +59,17 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
         else:
             if layout is not None:
                 of_layout[layout.name].append(document)
-                strangers[alike] = []
                 continue
             unread[shown] = _unknown(document)
         strangers[alike].append(shown)
     for alike, files in strangers.items():
         if len(files) > _LOOKED_AT:
-            reasons = [unread.pop(file) for file in files[:_LOOKED_AT]]
-            left = len(files) - _LOOKED_AT
+            left = sum(file not in unread for file in files)
+            first = {unread[file]: None for file in files[:_LOOKED_AT]}
+            reasons = [unread.pop(file) for file in files if unread.get(file) in first]
             unread[alike] = (
-                f"{_LOOKED_AT} files one after another make no benchmark, {left} more were not opened: {reasons[0]}"
+                f"{len(reasons)} files make no benchmark, and {left} more were not opened, as their beginnings name no question, "
+                f"caption or picture: {reasons[0]}"
             )
     benchmarks: dict[str, Benchmark] = {}
     for layout in LAYOUTS:
@@ -77,6 +82,18 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
                 gone = [each.missing for each in documents if each.missing and each.shown in found.files]
                 benchmarks[name] = replace(found, name=name, notes=[*found.notes, *gone])
     return Found(benchmarks=benchmarks, unread=unread)
+
+
+def _speaks(path: Path) -> bool:
+    """Whether a file's beginning has a key, or its first line a column, that is called like what benchmarks hold."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_BEGINNING)
+    except OSError:
+        return False
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return bool(_WORDS.search(head.partition(b"\n")[0]))
+    return path.suffix.lower() not in (".json", ".jsonl", ".ndjson") or any(map(_WORDS.search, _KEYS.findall(head)))
 
 
 def _read(layout: Layout, documents: Sequence[Document], pictures: Pictures) -> Sequence[Benchmark | Unread]:

@@ -13,7 +13,7 @@ import xxhash
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.benchmarks import question_files, statements
 from vlm_distill_cache.data.benchmarks.documents import LONGEST_INDEX, Document
-from vlm_distill_cache.data.benchmarks.items import Benchmark, YesNoItem
+from vlm_distill_cache.data.benchmarks.items import Benchmark, YesNoItem, missing_kinds
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import ENDINGS, Pictures
 from vlm_distill_cache.data.benchmarks.question_rows import (
@@ -96,6 +96,8 @@ def _read_pope(documents: Sequence[Document], pictures: Pictures) -> list[Benchm
         notes = [
             "as POPE's own script has it, an answer without no or not is a yes; how many say neither is told beside it"
         ]
+        told = [split for item in gathered.items for split in item.kind.split(",")]
+        notes += missing_kinds("splits", POPE_SPLITS, told)
         found.append(gathered.benchmark(name, POPE, "pope", group, instruction=SHORT_ANSWER, notes=notes))
     return found
 
@@ -113,11 +115,10 @@ def _pope_item(document: Document, index: int, row: Row, kind: str, pictures: Pi
     return YesNoItem(
         item_id=item_id,
         kind=kind,
-        group=str(shown or ""),
         image=picture_of(document, index, row, pictures, ("image", "image_path", "image_source")),
         question=question,
         right=right_of(row, "label" if "label" in row else "answer"),
-        extra={"question_id": id_of(row, item_id), "question": question},
+        extra={"question_id": id_of(row, item_id), "question": question, "picture": str(shown or "")},
     )
 
 
@@ -185,8 +186,7 @@ def _read_mme(documents: Sequence[Document], pictures: Pictures) -> list[Benchma
             continue
         why = "have other than two questions that can be asked, and count nowhere: calculation.py takes pairs alone"
         notes = [f"{odd} of {len(pairs)} pictures {why}"] if odd else []
-        missing = sorted(set(MME_TASKS) - {item.kind for item in gathered.items})
-        notes += [f"tasks of MME that are not there: {', '.join(missing)}"] if missing else []
+        notes += missing_kinds("tasks", MME_TASKS, [item.kind for item in gathered.items])
         found.append(gathered.benchmark(name, MME, "mme", group, notes=notes))
     return found
 

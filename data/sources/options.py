@@ -104,7 +104,7 @@ def number_place(answer: Any, options: Sequence[str], *, first: int = 0) -> int 
     """Which option a number means, counted from ``first``; None if it is no such number."""
     if isinstance(answer, str) and re.fullmatch(r"\s*\d{1,2}(\.0)?\s*", answer):
         answer = float(answer)
-    if isinstance(answer, bool) or not isinstance(answer, int | float) or not float(answer).is_integer():
+    if isinstance(answer, bool) or not isinstance(answer, int | float) or answer != answer // 1:
         return None
     place = int(answer) - first
     return place if 0 <= place < len(options) else None

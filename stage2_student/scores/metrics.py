@@ -14,6 +14,7 @@ import numpy as np
 
 RESAMPLES = 2000
 LEVEL = 0.95
+_ROUNDING = 1e-9  # sums of ratios of counts end so near to 0, or at least 1e-7 from it
 LETTER_PROMPT = (
     "Which caption best describes the image?\n(A) {a}\n (B) {b}\n"
     "Answer with the option's alphabet from the given choices directly."
@@ -92,13 +93,15 @@ def bootstrap_kinds(
         draws = generator.multinomial(count, np.full(count, 1 / count), size=resamples)  # [S, I]
         resampled += draws @ scores / count
         means.append(float(scores.mean()))
-    low, high = np.quantile(resampled / len(values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Score(
-        value=sum(means) / len(means),
-        low=float(low),
-        high=float(high),
-        items=sum(len(items) for items in values.values()),
-    )
+    count = sum(map(len, values.values()))
+    return summarise(sum(means) / len(means), resampled / len(values), count)
+
+
+def summarise(value: float, resampled: np.ndarray, items: int) -> Score:
+    """A value with its percentile interval from resamples, float ``[S]``; what rounding alone keeps from 0 is 0."""
+    ends = (value, *np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    value, low, high = (0.0 if abs(end) < _ROUNDING else float(end) for end in ends)
+    return Score(value=value, low=low, high=high, items=items)
 
 
 def paired_difference(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> Score:

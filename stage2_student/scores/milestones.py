@@ -20,48 +20,18 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from vlm_distill_cache.common.cache.document_rules import EVALUATION
-from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, DistillError
-from vlm_distill_cache.common.files.atomic import parse_json, read_bounded, remove, write_bytes_atomic
-from vlm_distill_cache.common.files.rules import FLAG, check, record, text, whole
-from vlm_distill_cache.common.files.signed import refuse_out_of_reach
-from vlm_distill_cache.stage2_student.final_folder import BEFORE, BEST, look_at_final
+from vlm_distill_cache.common.errors import DistillError
+from vlm_distill_cache.common.files.atomic import remove, write_bytes_atomic
+from vlm_distill_cache.common.terminal.command_line import quoted
+from vlm_distill_cache.stage2_student.final_folder import BEFORE, BEST
+from vlm_distill_cache.stage2_student.scores.on_the_way import EVALUATIONS, Kept, read_evaluations, read_kept
 from vlm_distill_cache.stage2_student.scores.results import DETAILS, HEADLINE, EvaluationReport
 from vlm_distill_cache.stage2_student.training.checkpoint import Position, kept_random_numbers
 from vlm_distill_cache.stage2_student.training.log import TrainingLog
 
-EVALUATIONS = "evaluation.jsonl"
-_LOWER_IS_BETTER = ("teacher/kl",)
 # Without the scores of kinds, whose names are a data set's: services allow few characters.
 _DRAWN = [name for name, _, _ in (*HEADLINE, *DETAILS) if name and not name.endswith("/")]
-_LINE = record({"step": whole(1, 1 << 60), "phase": text(100), "best": FLAG}, free=True)
-_MOST_BYTES = 1 << 30
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """Which student lies in ``best``.
-
-    Attributes:
-        step: Optimizer steps of the run that it has had.
-        by: The score that it is best by.
-        value: That score.
-        of: Fingerprint of how and on what it was scored: others cannot be compared.
-        run: Fingerprint of the run.
-    """
-
-    step: int
-    by: str
-    value: float
-    of: str
-    run: str
-
-    def beats(self, other: "Kept | None") -> bool:
-        """Whether this student takes the other's place."""
-        if other is None or other.of != self.of:
-            return True
-        return self.value < other.value if self.by in _LOWER_IS_BETTER else self.value > other.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,59 +178,5 @@ class Milestones:
             (heading, factor, report.scores[name].value) for name, heading, factor in HEADLINE if name in report.scores
         ]
         said = ", ".join(f"{heading.removesuffix(', %')} {factor * value:.1f} %" for heading, factor, value in shown)
-        _log.info("step %d of %d: %s%s", step, self._last, said, f"; the best so far is in {BEST}" if is_best else "")
-
-
-def read_evaluations(output: Path) -> list[dict[str, Any]]:
-    """The scores of a training's steps, in order: of each ``step``, ``phase``, ``split``, ``limit``, ``best``, ``scores``.
-
-    What cannot be read is left out, and said in a line; the unfinished last line of a killed training is nothing to mention.
-
-    Raises:
-        ConfigError: If the system does not let it be read.
-    """
-    path = output / EVALUATIONS
-    try:
-        lines = read_bounded(path, max_bytes=_MOST_BYTES).split(b"\n")
-    except FileNotFoundError:
-        return []
-    except CacheFormatError as error:
-        refuse_out_of_reach(path, error)
-        _log.warning("scores while training are left out: %s", error)
-        return []
-    found: dict[int, dict[str, Any]] = {}
-    for number, written in enumerate(filter(None, lines), 1):
-        try:
-            line = parse_json(written, f"{path}, line {number}")
-            for rule in (EVALUATION, _LINE):
-                check(line, rule, str(path))
-            found[line["step"]] = line
-        except CacheFormatError:
-            if written is not lines[-1]:
-                _log.warning("%s: line %d is damaged and left out; this changes no student", path, number)
-    return [found[step] for step in sorted(found)]
-
-
-def read_kept(output: Path, *, runs: Collection[str] = (), name: str = BEST) -> Kept | None:
-    """What lies in ``best``, or a folder of another ``name``; None if there is nothing, or it is damaged, which is said.
-
-    ``runs`` are the fingerprints of runs that it may be of; none: of any.
-
-    Raises:
-        ConfigError: If it is of another run, or nothing that was kept on the way.
-    """
-    folder = output / name
-    try:
-        found, damage = look_at_final(folder)
-    except FileNotFoundError:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} holds no student that was kept while this one trained; move it away") from None
-        return None
-    if damage:
-        _log.warning("%s: damaged, and written again where a step is better than none: %s", folder, damage[0])
-        return None
-    if "best" not in found or (runs and found["best"]["run"] not in runs):
-        raise ConfigError(
-            f"{folder} belongs to another run (configuration, cache or data differ); use another --output, or delete that folder"
-        )
-    return Kept(**found["best"])
+        where = f"; the best so far: {quoted(self._output / BEST)}" if is_best else ""
+        _log.info("step %d of %d: %s%s", step, self._last, said, where)

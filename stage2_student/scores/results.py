@@ -40,6 +40,7 @@ DETAILS = (
     ("attention/cosine", "answer attention, cosine", 1),
     ("attention/kl", "answer attention, KL, nats/row", 1),
 )
+_FEW = 10  # items, of which an interval tells little
 MEMORISED = "Questions are scored on the training data itself"  # how the note about it begins
 SCORES_MEMORISED = "so these scores include memorisation"  # of all the items, or of some
 Outcome = Literal["both", "won", "lost", "neither"]
@@ -154,6 +155,22 @@ def gain_of(after: EvaluationReport, before: EvaluationReport, name: str) -> Sco
     return difference(after.scores[name], before.scores[name])
 
 
+def other_items_note(teacher: EvaluationReport, student: EvaluationReport) -> str:
+    """That a cache's teacher was scored on more or fewer items than a student, as a sentence; empty if it was not."""
+    differs = [
+        f"{heading.removesuffix(', %')}: {teacher.scores[name].items:,} items, here {student.scores[name].items:,}"
+        for name, heading, _ in HEADLINE
+        if name in teacher.scores.keys() & student.scores.keys()
+        and teacher.scores[name].items != student.scores[name].items
+    ]
+    if not differs:
+        return ""
+    return (
+        f"The teacher's own scores are of other items than the students' ({'; '.join(differs)}): they were stored when its cache "
+        "was built, so that columns differ by the items, too"
+    )
+
+
 def outcomes(
     after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]
 ) -> dict[Outcome, list[Place]] | None:
@@ -175,14 +192,16 @@ def outcomes(
 def format_score(score: Score | None, factor: int, *, sign: str = "") -> tuple[str, str]:
     """Value and interval as text, percent with one digit, else three; a dash and nothing where there is no score.
 
-    ``factor`` converts to the printed unit; ``sign="+"`` shows a plus too.
+    ``factor`` converts to the printed unit; ``sign="+"`` shows a plus too. An interval of few items, or of items that are all
+    alike, looks surer than it is: behind it stands of how many.
     """
     if score is None:
         return "-", ""
     value, low, high = (
-        f"{factor * part:{sign}.{1 if factor == 100 else 3}f}" for part in (score.value, score.low, score.high)
+        f"{factor * part:{sign}z.{1 if factor == 100 else 3}f}" for part in (score.value, score.low, score.high)
     )
-    return value, f"[{low}, {high}]"
+    of = f" of {score.items:,}" if score.items < _FEW or score.low == score.high else ""
+    return value, f"[{low}, {high}]{of}"
 
 
 def render_table(reports: Mapping[str, EvaluationReport], compared: tuple[str, str] | None = None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ from vlm_distill_cache.stage2_student.scores.results import (
     gain_of,
     outcomes,
     read_scores,
-    render_table,
     table_rows,
 )
 from vlm_distill_cache.stage2_student.suite.page import (
@@ -56,9 +55,11 @@ from vlm_distill_cache.stage2_student.suite.page import (
     Comparisons,
     SuiteOutput,
     compare_suites,
+    compared_lines,
     notes_of,
     suite_parts,
 )
+from vlm_distill_cache.stage2_student.suite.table import laid_out
 from vlm_distill_cache.stage2_student.training.output_folder import STAMP
 from vlm_distill_cache.stage2_student.training.stamp import BASELINE, DISTILLED, load_stamp
 
@@ -159,13 +160,21 @@ def other_items(runs: Mapping[str, RunOutput]) -> list[str]:
     notes = []
     for name, run in others:
         differs = [
-            f"{key} {run.items[key]} there, {first.items[key]} here"
+            f"{key} {_said(key, run.items[key])} there, {_said(key, first.items[key])} here"
             for key in first.items
             if run.items[key] != first.items[key]
         ]
         if differs:
-            notes.append(f"{name} was scored on other items than {first_name} ({'; '.join(differs)}): no gain is told")
+            same = _agreement(run) == _agreement(first) and gain_of(run.scores, first.scores, _AGREEMENT) is not None
+            but = " but of the agreement with the teacher, which is on the same cached samples" if same else ""
+            notes.append(
+                f"{name} was scored on other items than {first_name} ({'; '.join(differs)}): no gain is told{but}"
+            )
     return notes
+
+
+def _said(key: str, value: Any) -> Any:
+    return ("all" if key == "limit" else "none") if value is None else value
 
 
 def lost_steps(runs: Mapping[str, RunOutput]) -> list[str]:
@@ -271,6 +280,33 @@ def _provenance(run: RunOutput) -> str:
     return facts(told) + code("\n".join([*commands, "distill run --config config.yaml --cache CACHE --output OUTPUT"]))
 
 
+def _run_lines(runs: Mapping[str, RunOutput]) -> list[list[str]]:
+    """Cells of text: a line a headline and run, with both gains."""
+    headlines, _ = table_rows({name: run.scores for name, run in runs.items()})
+    gains, first = run_gains(runs), next(iter(runs))
+    lines = [["score", "", "", "gain over its own baseline", *([f"gain over {first}"] if len(runs) > 1 else [])]]
+    for row in headlines:
+        for place, ((name, run), score) in enumerate(zip(runs.items(), row.scores, strict=True)):
+            own, over = own_gain(run, row.name), gains.get(name, {}).get(row.name)
+            told = [
+                format_score(score, row.factor),
+                *(format_score(each, row.factor, sign="+") for each in (own, over)),
+            ]
+            cells = [" ".join(each).rstrip() for each in told]
+            cells[2] = cells[2] if place else ""
+            lines.append(["" if place else row.heading, one_line(name), *cells][: len(lines[0])])
+    return lines
+
+
+def name_suites(suites: Mapping[str, SuiteOutput], taken: Iterable[str]) -> dict[str, SuiteOutput]:
+    """Suites by what their models are called; where that is the name of several, with the folder behind it."""
+    called = {name: one_line(output.summary["student"]["name"], limit=40) for name, output in suites.items()}
+    counts = Counter([*called.values(), *taken])
+    names = {name: own if counts[own] == 1 else f"{own} ({name})" for name, own in called.items()}
+    unique = len({*names.values(), *taken}) == len(names) + len([*taken])
+    return {names[name] if unique else name: output for name, output in suites.items()}
+
+
 def name_outputs(folders: Sequence[Path]) -> dict[str, Path]:
     """A name for each folder: its own, with as many of those around it as tell it from the others.
 
@@ -317,6 +353,7 @@ def compare(outputs: tuple[Path, ...], page: Path) -> None:
                 f"{folder}: neither {STAMP}, as `distill run` writes it, nor {SUMMARY}, as `distill suite` does, is there; give "
                 "such folders"
             )
+    suites = name_suites(suites, list(runs))
     notes = [*other_items(runs), *lost_steps(runs)] if runs else []
     parts = run_parts(runs) if runs else {}
     compared = compare_suites(suites) if suites else {}
@@ -328,16 +365,14 @@ def compare(outputs: tuple[Path, ...], page: Path) -> None:
     if len(notes) > _MOST_NOTES:
         warned += f"<p>{len(notes) - _MOST_NOTES:,} more such notes stand below, each with its benchmark.</p>"
     write_page(page, one_line(title), [f"{_MARK}<h1>{words(title)}</h1>", warned, *sections(parts)])
-    answer(page=page, notes=notes, **_document(runs, suites, compared))
+    folders = {name: str(output.path) for of in (runs, suites) for name, output in of.items()}
+    answer(page=page, notes=notes, folders=folders, **_document(runs, suites, compared))
     if runs:
-        say(render_table({name: run.scores for name, run in runs.items()}))
+        say(laid_out(_run_lines(runs), right=()) + "\n")
+    if suites:
+        say(laid_out(compared_lines(suites, compared), right=()) + "\n")
     for note in notes:
         say(f"note: {one_line(note, limit=1000)}")
-    for name, output in suites.items():
-        for benchmark, entry in output.summary["benchmarks"].items():
-            for measure in entry["measures"][:1]:
-                value = "-" if measure["value"] is None else f"{measure['factor'] * measure['value']:.1f}"
-                say(f"{one_line(name)}: {one_line(benchmark)}: {one_line(measure['heading'])} {value}")
     say(f"Page: {page}")
 
 

@@ -22,6 +22,7 @@ _OF_METRIC = (
     (r"^hallusionbench .*hard", "Share of questions that are right about figures that somebody has altered."),
     (r"^\w*(vqa|vizwiz)_accuracy unanswerable", "Of answering that a question cannot be answered: "),
     (r"^relaxed_accuracy accuracy", "Share of right answers; numbers may be 5 % off."),
+    (r"^circular accuracy", "Share of right answers to each question as it is asked, with its options in their own order."),
     (r"^(choices|circular) likelihood", "Share of right answers where the answer is the option whose letter is the likeliest."),
     (r"^whats-up accuracy", "Share of pictures that give the right one of their captions the highest score."),
     (r"^whats-up pairs", "Share of pairs of pictures, the same things the other way round, of which both are right."),
@@ -47,7 +48,8 @@ _WHAT = (
     (r"letters?_both|both_right", "Share of pairs that are right in both orders; a constant letter has 0."),
     (r"letters?_right", "Share of right letters where the right caption stands at this place."),
     (r"letter_bias", "Share of answers A less share of answers B, over both orders; 0 is without bias."),
-    (r"bias", "How much more often the letter A is answered than it is right (subsets: the other letters); 0 is without bias."),
+    (r"bias", "Share of A among the answers that name one option, less the share where A is right (subsets: the other letters); "
+     "0 is without bias."),
     (r"letter", "Share of right letters, over all orders that are asked."),
     (r"unparsed", "Share of answers in which nothing that was asked for was found; they count as wrong."),
     (r"precision", "Of what was called so, the share that is."),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_distill_cache.stage2_student.scores.metrics import LEVEL, RESAMPLES, Score
+from vlm_distill_cache.stage2_student.scores.metrics import RESAMPLES, Score, summarise
 
 _MOST_DRAWS = 20_000_000  # counts held at a time
 
@@ -58,7 +58,7 @@ def score(measure: Measure, others: Mapping[str, Measure], *, resamples: int = R
         None where a denominator is 0: nothing was called yes, say, and there is no precision.
     """
     found = [_ratios([part], part.units, resamples, place) for place, part in enumerate(_parts(measure, others))]
-    return _combined(measure, found, sum(len(part.units) for part in _parts(measure, others)))
+    return _combined(measure, found)
 
 
 def gain(
@@ -77,13 +77,12 @@ def gain(
     """
     if tuple(after.parts) != tuple(before.parts):
         return None
-    found, units = [], 0
+    found = []
     for place, (one, other) in enumerate(zip(_parts(after, others[0]), _parts(before, others[1]), strict=True)):
         known = set(other.units)
         shared = [unit for unit in one.units if unit in known]
         found.append(_ratios([one, other], shared, resamples, place))
-        units += len(shared)
-    return _combined(after, found, units)
+    return _combined(after, found)
 
 
 def _parts(measure: Measure, others: Mapping[str, Measure]) -> list[Measure]:
@@ -92,10 +91,11 @@ def _parts(measure: Measure, others: Mapping[str, Measure]) -> list[Measure]:
 
 def _ratios(
     measures: Sequence[Measure], units: Sequence[str], resamples: int, number: int
-) -> tuple[float, NDArray[np.float64]] | None:
+) -> tuple[float, NDArray[np.float64], int] | None:
     """The ratio of the first, less that of the second if there is one, over some units; and that of each resample ``[S]``.
 
-    Both are resampled alike; parts of another ``number`` are not. A resample without a denominator counts as the ratio itself.
+    Last, how many of the units have a denominator. Both are resampled alike; parts of another ``number`` are not. A resample
+    without a denominator counts as the ratio itself.
     """
     columns = []
     for measure in measures:
@@ -103,7 +103,7 @@ def _ratios(
         chosen = [place[unit] for unit in units]
         columns += [np.asarray(column, np.float64)[chosen] for column in (measure.hits, measure.of)]
     table = np.stack(columns, axis=1)  # [U, 2 or 4]
-    whole = table.sum(axis=0)
+    whole, counting = table.sum(axis=0), int((table[:, 1::2] > 0).any(axis=1).sum())
     if not len(units) or (whole[1::2] <= 0).any():
         return None
     generator = np.random.default_rng([0, number])  # parts that are drawn alike would rise and fall together
@@ -118,14 +118,13 @@ def _ratios(
     ratios = whole[0::2] / whole[1::2]  # [1 or 2]
     drawn = np.divide(sums[:, 0::2], sums[:, 1::2], out=np.tile(ratios, (resamples, 1)), where=sums[:, 1::2] > 0)
     sign = np.array([1.0, -1.0])[: len(ratios)]
-    return float(ratios @ sign), drawn @ sign
+    return float(ratios @ sign), drawn @ sign, counting
 
 
-def _combined(measure: Measure, found: Sequence[tuple[float, NDArray[np.float64]] | None], units: int) -> Score | None:
+def _combined(measure: Measure, found: Sequence[tuple[float, NDArray[np.float64], int] | None]) -> Score | None:
     known = [entry for entry in found if entry is not None]
     if not known or len(known) < len(found):
         return None
     scale = 1 if measure.summed else len(known)
     resampled = np.sum([entry[1] for entry in known], axis=0) / scale
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Score(value=sum(entry[0] for entry in known) / scale, low=float(low), high=float(high), items=units)
+    return summarise(sum(entry[0] for entry in known) / scale, resampled, sum(entry[2] for entry in known))

@@ -15,7 +15,8 @@ from vlm_distill_cache.common.files.signed import list_files
 from vlm_distill_cache.common.hub import HubFolder
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.text.encoding import SampleEncoder
-from vlm_distill_cache.stage2_student.final_folder import FINAL, IS_READ, PROVENANCE, read_openable
+from vlm_distill_cache.stage2_student.final_folder import BEFORE, BEST, FINAL, IS_READ, PROVENANCE, read_openable
+from vlm_distill_cache.stage2_student.training.stamp import COMPARED
 
 LONGEST = 32_768  # tokens of a sequence, where a model does not say how many positions it knows
 
@@ -54,8 +55,7 @@ def find_model(folder: HubFolder, cache: str | None) -> Model:
         CacheFormatError, TransferError: The cache cannot be opened.
     """
     path = folder.path
-    own = path.resolve()
-    name = folder.name if folder.revision else own.parent.name if own.name == FINAL else own.name
+    name = folder.name if folder.revision else _called(path.resolve())
     if (path / PROVENANCE).exists():
         if cache is not None:
             raise ConfigError(f"--cache: {path} says itself how it reads ({PROVENANCE}); leave the option out")
@@ -67,6 +67,16 @@ def find_model(folder: HubFolder, cache: str | None) -> Model:
     read = {"files": list_files(path, names), "cache": None if cache is None else open_trusted(cache).manifest_hash}
     said = {} if cache is None else {"reads_as": cache}
     return Model(folder=path, cache=cache, name=name, fingerprint=fingerprint(read), trained=False, said=said)
+
+
+def _called(folder: Path) -> str:
+    """What tells a model from others: names that every run gives have those of the folders around them before them."""
+    names = [folder.name]
+    for around in folder.parents:
+        if names[0] not in (FINAL, BEST, BEFORE, *COMPARED):
+            break
+        names.insert(0, around.name)
+    return " ".join(name for name in names if name not in ("", FINAL)) or folder.name
 
 
 def load_model(found: Model, *, device: str | None = None) -> tuple[Any, SampleEncoder]:

@@ -13,6 +13,7 @@ from typing import Any
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.files.atomic import read_bounded, read_json
 from vlm_distill_cache.common.files.rules import FLAG, Rule, check, entries, items, maybe, number, record, text, whole
+from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.page.charts import Group, bars
@@ -29,10 +30,18 @@ from vlm_distill_cache.stage2_student.scores.page.legends import INTERVAL, PAIRE
 from vlm_distill_cache.stage2_student.scores.results import format_score
 from vlm_distill_cache.stage2_student.suite.legends import explain_measures
 from vlm_distill_cache.stage2_student.suite.measures import Measure, gain
+from vlm_distill_cache.stage2_student.suite.metrics.captions import METRICS as OF_CAPTIONS
 
 SUMMARY, MEASURES, RESULTS, PAGE = "summary.json", "measures.json", "results.jsonl", "report.html"
 _AGAIN = "run the same `distill suite` command again: it counts again what was answered"
 _NO_GAIN = "A dash: none is defined, since the two were asked different items or have different subsets."
+_WINS = {
+    "unit": "What is counted, and drawn again for intervals: an item by its id, or items that belong together, as questions about "
+    "one picture or all turns of one question.",
+    "better": "Units that add more to this score. A unit that does not count with one of the two (for F1: where yes was neither "
+    "said nor right) is in none of the numbers.",
+    "said": "What was generated about the unit, where that is what the score counts; likelihoods have no such text.",
+}
 _SHOWN = 6  # units of each outcome
 _MOST_BYTES = 1 << 30
 _LARGEST = 1e12
@@ -104,6 +113,7 @@ _UNITS = record(
             most=100_000,
         ),
     },
+    {"groups": _DIGESTS},  # by item; suites of before have none
     free=True,
 )
 
@@ -164,8 +174,9 @@ class SuiteOutput:
         return self._read_before[benchmark]
 
     def answers(self, benchmark: str, units: Sequence[str]) -> dict[str, str]:
-        """What was generated about some items, by id, several answers behind each other; empty where none was."""
-        wanted, found = set(units), {}
+        """What was generated about some units, several answers behind each other; empty where none was."""
+        wanted, groups = set(units), self._unit_by_unit(benchmark).get("groups", {})
+        found: dict[str, list[str]] = {}
         try:
             lines = read_bounded(self.path / benchmark / RESULTS, max_bytes=_MOST_BYTES).splitlines()
         except (FileNotFoundError, CacheFormatError):
@@ -173,12 +184,14 @@ class SuiteOutput:
         for line in lines:
             try:
                 entry = json.loads(line)
-                if entry.get("item") in wanted:
-                    said = [text for text in entry.get("results", ()) if isinstance(text, str)]
-                    found[entry["item"]] = " / ".join(text or "(nothing)" for text in said)
+                item = entry.get("item")
+                said = [text or "(nothing)" for text in entry.get("results", ()) if isinstance(text, str)]
+                if said and (item in wanted or groups.get(item) in wanted):
+                    whose = "" if item in wanted else f"{item}: "
+                    found.setdefault(item if item in wanted else groups[item], []).append(whose + " / ".join(said))
             except (ValueError, AttributeError, TypeError):  # a line that somebody has damaged shows nothing
                 continue
-        return {item: said for item, said in found.items() if said}
+        return {unit: "; ".join(said) for unit, said in found.items()}
 
 
 def _read(path: Path, rule: Rule) -> dict[str, Any]:
@@ -293,11 +306,11 @@ def suite_parts(outputs: Mapping[str, SuiteOutput], compared: Comparisons) -> di
     """The sections of a page, by heading; of several models each is ``compared`` with the first."""
     names = dict.fromkeys(name for output in outputs.values() for name in output.summary["benchmarks"])
     found = [_benchmark(outputs, benchmark, compared.get(benchmark, {})) for benchmark in names]
-    wins = (_wins(outputs, benchmark, compared.get(benchmark, {})) for benchmark in names)
+    wins = [_wins(outputs, benchmark, compared.get(benchmark, {})) for benchmark in names]
     return {
         "Benchmarks": _headlines(outputs, list(names), compared) + legend(_told(outputs)),
         "Scores by benchmark": "".join(found),
-        "Wins and losses by benchmark": "".join(wins),
+        "Wins and losses by benchmark": (won := "".join(wins)) and won + legend(_WINS),
         "Files that were not read": _unread(outputs),
         "Models": "".join(f"<h3>{words(name)}</h3>{facts(_facts(output))}" for name, output in outputs.items()),
     }
@@ -334,6 +347,27 @@ def _headlines(
         cells = _cells(outputs, benchmark, measure["name"], compared.get(benchmark, {}))
         rows.append([words(benchmark, 60), shown, words(_of_all(outputs, benchmark, measure), 120), *cells])
     return table(["benchmark", "items", "score", *_heads(outputs)], rows)
+
+
+def compared_lines(outputs: Mapping[str, SuiteOutput], compared: Comparisons) -> list[list[str]]:
+    """Cells of text: a line a benchmark and model with the measure that the benchmark is known by, and its gain."""
+    first = next(iter(outputs))
+    lines = [["benchmark", "score", "", "", *([f"gain over {first}"] if len(outputs) > 1 else [])]]
+    for benchmark in dict.fromkeys(name for output in outputs.values() for name in output.summary["benchmarks"]):
+        known = [entry for output in outputs.values() if (entry := _entry(output, benchmark)).get("measures")]
+        if not known:
+            lines.append([one_line(benchmark, limit=40), "nothing that could be scored", *[""] * (len(lines[0]) - 2)])
+            continue
+        measure = known[0]["measures"][0]
+        head = [one_line(benchmark, limit=40), one_line(_of_all(outputs, benchmark, measure), limit=60)]
+        for name, output in outputs.items():
+            beside = compared.get(benchmark, {}).get(name)
+            found = beside.gains.get(measure["name"]) if beside else None
+            shown = "" if name == first else " ".join(format_score(found, measure["factor"], sign="+")).rstrip()
+            value = " ".join(format_score(_score(_measure(output, benchmark, measure["name"])), measure["factor"]))
+            lines.append([*head, one_line(name), value.rstrip(), shown][: len(lines[0])])
+            head = ["", ""]
+    return lines
 
 
 def _heads(outputs: Mapping[str, SuiteOutput]) -> list[str]:
@@ -379,7 +413,8 @@ def _benchmark(outputs: Mapping[str, SuiteOutput], benchmark: str, compared: Map
     for model, of in zip(outputs, of_models, strict=True):
         if of and (left := of["left_out"])["items"]:
             whose = f" by {model}" if len(outputs) > 1 else ""
-            notes[f"{left['items']:,} items are not scored{whose}: {'; '.join(left['reasons'][:3])}"] = None
+            are = "item is" if left["items"] == 1 else "items are"
+            notes[f"{left['items']:,} {are} not scored{whose}: {'; '.join(left['reasons'][:3])}"] = None
         if not of:
             notes[f"{model} was not asked"] = None
     notes |= dict.fromkeys(beside.note for beside in compared.values() if beside.note)
@@ -449,13 +484,14 @@ def _wins(outputs: Mapping[str, SuiteOutput], benchmark: str, compared: Mapping[
         parts.append(f"<h3>{words(benchmark, 60)}: {words(headline['heading'], 80)}</h3>")
         parts.append(table(heads, [[f"{count:,}" for count in counts]]))
         chosen = [*won[:_SHOWN], *lost[:_SHOWN]]
-        said = [of.answers(benchmark, chosen) for of in (first, output)]
+        generated = _entry(first, benchmark)["metric"] not in OF_CAPTIONS  # whose first measure is a likelihood
+        said = [of.answers(benchmark, chosen) for of in (first, output)] if generated else []
         rows = [
             [words(unit, 120), f"{before[unit]:.3g}", f"{after[unit]:.3g}", *(words(of.get(unit, "-")) for of in said)]
             for unit in chosen
         ]
         if rows:
-            head = ["unit", first_name, name, f"{first_name} said", f"{name} said"]
+            head = ["unit", first_name, name, *([f"{first_name} said", f"{name} said"] if said else [])]
             parts.append(f"<details><summary>Some of them</summary>{table(head, rows, kind='words')}</details>")
     return "".join(parts)
 

@@ -6,7 +6,7 @@ again without a model.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from vlm_distill_cache.data.benchmarks.items import Item
 from vlm_distill_cache.data.sample import ImageSource
@@ -48,6 +48,18 @@ def instructed(question: str, instruction: str) -> str:
 
 Request = Generate | Weigh
 Result = str | list[list[float]]
+
+
+def is_result(found: Any, request: Request) -> bool:
+    """Whether what was read from a file can be a request's result."""
+    if isinstance(request, Generate):
+        return isinstance(found, str)
+    if not isinstance(found, list) or len(found) not in (
+        (0, len(request.answers)) if request.optional else (len(request.answers),)
+    ):
+        return False
+    pairs = [pair for pair in found if isinstance(pair, list) and len(pair) == 2]
+    return len(pairs) == len(found) and all(type(number) in (int, float) for pair in pairs for number in pair)
 
 
 class Metric(Protocol):

@@ -8,10 +8,11 @@ was answered each time, without the model.
 
 import json
 import logging
+import os
 import re
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -28,20 +29,23 @@ from vlm_distill_cache.common.files.atomic import (
     write_bytes_atomic,
     write_json_atomic,
 )
+from vlm_distill_cache.common.files.disk import nearest_there
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.processes import run_processes
 from vlm_distill_cache.common.terminal.progress import progress
-from vlm_distill_cache.data.benchmarks.documents import OWN_STAMP
+from vlm_distill_cache.data.benchmarks.documents import OWN_STAMP, writable
 from vlm_distill_cache.data.benchmarks.drawn import write_drawn
 from vlm_distill_cache.data.benchmarks.items import Benchmark, Item, item_digest
 from vlm_distill_cache.data.benchmarks.layouts import Found
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
 from vlm_distill_cache.stage2_student.suite.answer_file import answer_lines, submissions
-from vlm_distill_cache.stage2_student.suite.measures import Measure, score
+from vlm_distill_cache.stage2_student.suite.entries import SHOWN_REASONS, counted, reasons_of, unit_by_unit
+from vlm_distill_cache.stage2_student.suite.limits import take
 from vlm_distill_cache.stage2_student.suite.metrics.table import METRICS
 from vlm_distill_cache.stage2_student.suite.opened import Model, load_model
-from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result, Weigh
+from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result, Weigh, is_result
+from vlm_distill_cache.stage2_student.suite.seen import seen, seen_again, watched
 
 STAMP, SUMMARY, RESULTS, MEASURES = OWN_STAMP, "summary.json", "results.jsonl", "measures.json"
 ANSWERS, SUBMISSION = "answers.jsonl", "submission"  # for outside scorers
@@ -49,9 +53,9 @@ BLOCKS = "blocks"
 DRAWN = "drawn"  # benchmarks of drawn scenes, written where they are asked for
 BLOCK = 64  # items
 FORMAT = 1
-SHOWN_REASONS = 5
-_NAMES = re.compile(r"""'[^']*'|"[^"]*"|\S*[\d/\\.]\S*""")  # what differs between two items of one fault
 _ASKED = re.compile(r"^sample '(?:request|prompt)': ")  # how an error calls what is asked; the item's id says more
+# What to do about a text that is too long: settings of a training, which are not asked for here.
+_LONGER = re.compile(r"; (?:raise max_length|shorten the conversation).*", re.DOTALL)
 _log = logging.getLogger(__name__)
 
 
@@ -118,8 +122,45 @@ class Task:
     def is_there(self) -> bool:
         """Whether all results are joined, and are these."""
         with suppress(ConfigError):
-            return self.is_asked()
+            return self.is_asked() and len(self.kept()[0]) == self.blocks
         return False
+
+    def kept(self) -> tuple[dict[int, dict[str, Any]], bool]:
+        """The blocks that were answered about the pictures as they are now, and whether that is all and as it is stored.
+
+        Raises:
+            ConfigError: Results are damaged, or of something else.
+        """
+        if self.is_asked():
+            head, lines = _read(self)
+            share = head["seconds"] / max(len(lines), 1)
+            parts = {number: lines[number * BLOCK : (number + 1) * BLOCK] for number in range(self.blocks)}
+            stored = {number: {"seconds": share * len(part), "items": part} for number, part in parts.items()}
+        else:
+            stored = {number: read_json(path) for number in range(self.blocks) if (path := self.block(number)).exists()}
+        found = {}
+        for number, block in stored.items():
+            if not isinstance(block, dict) or len(block.get("items", ())) != len(self.items_of(number)):
+                continue
+            pairs = zip(block["items"], self.items_of(number), strict=True)
+            lines = [{**line, "pictures": seen_again(line.get("pictures"), item)} for line, item in pairs]
+            if all(line["pictures"] is not None for line in lines):
+                found[number] = {**block, "items": lines}
+        return found, found == stored
+
+    def put_aside(self) -> int:
+        """Take back blocks that were answered about other pictures, so that they are asked again; how many items these are."""
+        kept, as_stored = self.kept()
+        if as_stored:
+            return 0
+        stale = {*range(self.blocks)} - {*self.missing()} - kept.keys()
+        for number, block in kept.items():
+            self.block(number).parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(self.block(number), block)
+        for number in stale:
+            self.block(number).unlink(missing_ok=True)
+        (self.folder / RESULTS).unlink(missing_ok=True)
+        return sum(len(self.items_of(number)) for number in stale)
 
     def is_asked(self) -> bool:
         """Whether all results are joined.
@@ -200,30 +241,6 @@ def _refuse_repeats(benchmark: Benchmark) -> None:
         )
 
 
-def take(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """The first items of each kind in turn, whole groups, until there are ``limit``; in the order of the benchmark.
-
-    The last group may be cut nowhere: it is left out where it does not fit, unless it is the first.
-    """
-    if limit is None or len(items) <= limit:
-        return list(items)
-    kinds: dict[str, dict[str, list[int]]] = defaultdict(dict)
-    for place, item in enumerate(items):
-        kinds[item.kind].setdefault(f"g{item.group}" if item.group else f"i{item.item_id}", []).append(place)
-    queues = [iter(groups.values()) for groups in kinds.values()]
-    taken: list[int] = []
-    while queues:
-        for queue in list(queues):
-            group = next(queue, None)
-            if group is None:
-                queues.remove(queue)
-            elif not taken or len(taken) + len(group) <= limit:
-                taken += group
-            elif len(group) == 1:
-                return [items[place] for place in sorted(taken)]
-    return [items[place] for place in sorted(taken)]
-
-
 def _described(request: Request) -> list[Any]:
     if isinstance(request, Generate):
         return ["generate", request.image is not None, request.question, request.max_tokens]
@@ -249,6 +266,13 @@ def run_suite(suite: Suite, *, processes: int = 1, say: Callable[[str], None] = 
             with new_directory(suite.benchmarks) as folder:
                 write_drawn(folder)
         found, tasks = find_tasks(suite)
+        for task in tasks:
+            if (home := _home(suite, found, task)) != task.folder:
+                home.rename(task.folder)
+            if again := task.put_aside():
+                say(
+                    f"{task.benchmark.name}: pictures have changed since they were asked about; {again:,} items are asked again"
+                )
         missing = sum(len(task.missing()) for task in tasks)
         if missing:
             asked = sum(len(task.items_of(number)) for task in tasks for number in task.missing())
@@ -264,11 +288,16 @@ def run_suite(suite: Suite, *, processes: int = 1, say: Callable[[str], None] = 
 
 
 def outlook(suite: Suite) -> dict[str, Any]:
-    """What would be asked, without asking it or writing anything."""
+    """What would be asked, without asking it or writing anything; raises what `run_suite` would before it asks."""
+    _check_stamp(suite)
+    place = nearest_there(suite.output)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{place} cannot be written; give another --output, or make it writable")
     found, tasks = find_tasks(suite)
     said = {}
     for task in tasks:
         benchmark = task.benchmark
+        kept, _ = replace(task, folder=_home(suite, found, task)).kept()
         requests = [request for item in task.items for request in task.requests(item)]
         said[benchmark.name] = {
             "layout": benchmark.layout,
@@ -277,13 +306,48 @@ def outlook(suite: Suite) -> dict[str, Any]:
             "files": list(benchmark.files),
             "items": len(task.items),
             "of": len(benchmark.items) + len(benchmark.left_out),
-            "left_out": {"items": len(benchmark.left_out), "reasons": _reasons(benchmark.left_out)},
-            "notes": list(benchmark.notes),
-            "to_ask": sum(len(task.items_of(number)) for number in task.missing()),
+            "left_out": {"items": len(benchmark.left_out), "reasons": reasons_of(benchmark.left_out)},
+            "notes": _notes(task, task.items),
+            "to_ask": sum(len(task.items_of(number)) for number in range(task.blocks) if number not in kept),
             "generated": sum(isinstance(request, Generate) for request in requests),
             "weighed": sum(len(request.answers) for request in requests if isinstance(request, Weigh)),
         }
     return {"student": suite.model.name, "limit": suite.limit, "benchmarks": said, "unread": _unread(found)}
+
+
+def _home(suite: Suite, found: Found, task: Task) -> Path:
+    """Where a benchmark's results are: its folder, or that of the name that it had before others stood beside it."""
+    if not task.folder.exists() and suite.output.is_dir():
+        for other in sorted(suite.output.iterdir()):
+            if other.is_dir() and other.name not in found.benchmarks:
+                there = replace(task, folder=other)
+                begun = (other / BLOCKS).is_dir() and any(there.block(number).exists() for number in range(task.blocks))
+                if begun or there.is_there():
+                    return other
+    return task.folder
+
+
+def _elsewhere(suite: Suite, told: Collection[str]) -> list[str]:
+    """Notes about folders with results that are not told."""
+    others = sorted(path.parent.name for path in suite.output.glob(f"*/{RESULTS}") if path.parent.name not in told)
+    return [
+        f"{writable(suite.output / name)} holds results of a benchmark that is not there now, or has changed; they are not told"
+        for name in others
+    ]
+
+
+def _notes(task: Task, items: Sequence[Item]) -> list[str]:
+    """What a reader of the scores must know: of the benchmark, and of the items that are asked."""
+    notes = list(task.benchmark.notes)
+    known = sum(item.has_answer for item in items)
+    if 0 < known < len(items):
+        notes.append(f"{len(items) - known:,} of {len(items):,} items have no right answer in the files: not scored")
+    if len(task.items) < len(task.benchmark.items):
+        asked = Counter(item.group for item in task.items)
+        whole = Counter(item.group for item in task.benchmark.items)
+        if any(group and count < whole[group] for group, count in asked.items()):
+            notes.append("the limit is less than a group of items that are counted together, and one was cut")
+    return notes
 
 
 def _unread(found: Found) -> dict[str, str]:
@@ -292,6 +356,16 @@ def _unread(found: Found) -> dict[str, str]:
 
 def _stamp(suite: Suite) -> None:
     """Claim the folder for one model and one way of asking."""
+    if (stamp := _check_stamp(suite)) is not None:
+        write_json_atomic(suite.output / STAMP, stamp)
+
+
+def _check_stamp(suite: Suite) -> dict[str, Any] | None:
+    """The claim that is to be written; None where it is there.
+
+    Raises:
+        ConfigError: The folder is something else's.
+    """
     stamp = {
         "format": FORMAT,
         "student": suite.model.fingerprint,
@@ -302,18 +376,19 @@ def _stamp(suite: Suite) -> None:
     try:
         stored = read_json(path)
     except FileNotFoundError:
-        if foreign := sorted(entry.name for entry in suite.output.iterdir() if entry.name != STAMP):
+        inside = suite.output.iterdir() if suite.output.exists() else ()
+        if foreign := sorted(entry.name for entry in inside if entry.name != STAMP):
             raise ConfigError(
                 f"{suite.output} holds other things ({foreign[0]}), and no {STAMP}; give a new folder, or that of a suite"
             ) from None
-        write_json_atomic(path, stamp)
-        return
+        return stamp
     except CacheFormatError as error:
         raise ConfigError(f"{error}; give another --output, or delete {suite.output}") from error
     stored = stored if isinstance(stored, dict) else {}
     if differs := [name for name, value in stamp.items() if stored.get(name) != value]:
         shown = "; ".join(f"{name}: {stored.get(name)} there, {stamp[name]} now" for name in differs)
         raise ConfigError(f"{suite.output} holds results of something else ({shown}); give another --output")
+    return None
 
 
 def _ask_all(suite: Suite, tasks: Sequence[Task], *, processes: int) -> None:
@@ -357,7 +432,7 @@ def _ask_blocks(model: Model, tasks: Sequence[Task], rank: int, processes: int, 
     with progress("suite", total=total, unit="item", keep=False) as bar:
         for task, number in jobs:
             began = time.monotonic()
-            items = task.items_of(number)
+            items = watched(task.items_of(number))
             requests = [task.requests(item) for item in items]
             try:
                 results = iter(ask(loaded, encoder, [request for of_item in requests for request in of_item]))
@@ -366,7 +441,10 @@ def _ask_blocks(model: Model, tasks: Sequence[Task], rank: int, processes: int, 
                     f"{model.name}: the accelerator has no memory left for a batch of {MOST_TOKENS:,} tokens; end what else runs "
                     "there, take fewer processes (--nproc), or run it on the CPU (CUDA_VISIBLE_DEVICES= in front of the command)"
                 ) from error
-            lines = [_line(item, list(islice(results, len(of)))) for item, of in zip(items, requests, strict=True)]
+            lines = [
+                {**_line(item, list(islice(results, len(of)))), "pictures": seen(item)}
+                for item, of in zip(items, requests, strict=True)
+            ]
             path = task.block(number)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomic(path, {"seconds": time.monotonic() - began, "items": lines})
@@ -377,7 +455,8 @@ def _line(item: Item, results: Sequence[Result | SampleError]) -> dict[str, Any]
     """What is kept of an item: its results, or why there are none."""
     error = next((result for result in results if isinstance(result, SampleError)), None)
     if error is not None:
-        return {"item": item.item_id, "left_out": _ASKED.sub("", str(error))}
+        why = _LONGER.sub("; this model takes no longer ones", _ASKED.sub("", str(error)))
+        return {"item": item.item_id, "left_out": writable(why)}
     return {"item": item.item_id, "results": list(results)}
 
 
@@ -407,17 +486,19 @@ def _count(suite: Suite, task: Task) -> dict[str, Any]:
         "title": benchmark.title,
         "metric": benchmark.metric,
         "items": len(answered),
+        "scored": sum(item.has_answer for item in answered),
         "of": len(benchmark.items) + len(benchmark.left_out),
-        "left_out": {"items": len(left_out), "reasons": _reasons(left_out)},
-        "notes": list(benchmark.notes),
+        "left_out": {"items": len(left_out), "reasons": reasons_of(left_out)},
+        "notes": _notes(task, answered),
         "instruction": task.instruction,
         "fingerprint": benchmark.fingerprint,
         "seconds": head["seconds"],
-        "measures": [_counted(measure, by_name) for measure in measures],
+        "measures": [counted(measure, by_name) for measure in measures],
     }
     asked = {item.item_id: item_digest(item) for item in answered}
-    stored = [_unit_by_unit(measure) for measure in measures]
-    write_json_atomic(task.folder / MEASURES, {**entry, "asked": asked, "measures": stored})
+    stored = [unit_by_unit(measure) for measure in measures]
+    groups = {item.item_id: item.group for item in answered if item.group}
+    write_json_atomic(task.folder / MEASURES, {**entry, "asked": asked, "groups": groups, "measures": stored})
     requests = [task.requests(item) for item in answered]
     whole = replace(benchmark, items=answered)
     lines_out = answer_lines(whole, requests, given, suite.model.name)
@@ -432,49 +513,25 @@ def _count(suite: Suite, task: Task) -> dict[str, Any]:
     return entry
 
 
-def _counted(measure: Measure, others: Mapping[str, Measure]) -> dict[str, Any]:
-    found = score(measure, others)
-    return {
-        "name": measure.name,
-        "heading": measure.heading or measure.name,
-        "factor": measure.factor,
-        "gains": measure.gains,
-        "mean_of": 0 if measure.summed else len(measure.parts),
-        "value": None if found is None else found.value,
-        "low": None if found is None else found.low,
-        "high": None if found is None else found.high,
-        "units": len(measure.units) if found is None else found.items,
-    }
-
-
-def _unit_by_unit(measure: Measure) -> dict[str, Any]:
-    """All of a measure, so that two models can be compared in pairs."""
-    stored = {name: getattr(measure, name) for name in ("name", "heading", "factor", "gains", "summed")}
-    counts = {"hits": [float(value) for value in measure.hits], "of": [float(value) for value in measure.of]}
-    return {**stored, "units": list(measure.units), **counts, "parts": list(measure.parts)}
-
-
-def _reasons(left_out: Mapping[str, str]) -> list[str]:
-    """Of each kind of reason the first, with its item and how many more there are; kinds differ in more than names."""
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for name, why in left_out.items():
-        kinds[_NAMES.sub("", why)].append(name)
-    shown = []
-    for first, *more in sorted(kinds.values(), key=len, reverse=True)[:SHOWN_REASONS]:
-        alike = f" (and {len(more):,} more alike)" if more else ""
-        shown.append(f"{one_line(first, limit=60)}: {one_line(left_out[first])}{alike}")
-    return shown
-
-
 def _read(task: Task) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
     path = task.folder / RESULTS
     try:
         head, *lines = map(json.loads, path.read_text(encoding="utf-8").rstrip("\n").split("\n"))
         names = [line["item"] for line in lines]
+        head["seconds"] = float(head["seconds"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); delete it: its items are then asked again") from error
     if names != [item.item_id for item in task.items]:
         raise ConfigError(f"{path} is damaged: it lacks items; delete it: its items are then asked again")
+    for item, line in zip(task.items, lines, strict=True):
+        given, requests = line.get("results"), task.requests(item)
+        fits = isinstance(given, list) and len(given) == len(requests) and all(map(is_result, given, requests))
+        if not (fits or ("results" not in line and isinstance(line.get("left_out"), str))):
+            shown = one_line(item.item_id, limit=60)
+            raise ConfigError(
+                f"{path} is damaged: item {shown} has no result for each of {len(requests)} requests; delete it: its items are "
+                "then asked again"
+            )
     return head, lines
 
 
@@ -489,14 +546,20 @@ def _summarise(suite: Suite, found: Found, tasks: Sequence[Task]) -> dict[str, A
     model = suite.model
     return {
         "format": FORMAT,
-        "student": {"name": model.name, "fingerprint": model.fingerprint, "place": str(model.folder), **model.said},
+        "student": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "place": writable(model.folder),
+            **model.said,
+        },
         "prompts": suite.prompts,
         "limit": suite.limit,
         "files": {
-            "benchmarks": "shapes" if suite.benchmarks == suite.output / DRAWN else str(suite.benchmarks),
-            "images": [str(folder) for folder in suite.images],
+            "benchmarks": "shapes" if suite.benchmarks == suite.output / DRAWN else writable(suite.benchmarks),
+            "images": [writable(folder) for folder in suite.images],
             "only": list(entries) if suite.only else [],
         },
         "benchmarks": entries,
+        "notes": _elsewhere(suite, entries),
         "unread": _unread(found),
     }

@@ -7,6 +7,8 @@ from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.results import format_score
 
+MOST_KINDS = 16  # subsets of a benchmark; MME has 14
+
 
 def render_suite(summary: Mapping[str, Any]) -> str:
     """Lay out what `summary.json` holds: value and 95 % interval, percent where the factor is 100; and the notes.
@@ -14,17 +16,17 @@ def render_suite(summary: Mapping[str, Any]) -> str:
     Kinds are shown of the headlines alone: the rest is in the summary and on the page.
     """
     benchmarks: Mapping[str, Mapping[str, Any]] = summary["benchmarks"]
-    heads = [["", "items", "score", one_line(summary["student"]["name"], limit=40), "95 %"]]
+    heads = [["", "scored", "score", one_line(summary["student"]["name"], limit=40), "95 %"]]
     for name, entry in benchmarks.items():
         measures = entry["measures"][:1] or [
             {"heading": "no score: " + ("answers are kept secret" if entry["items"] else "no item was asked")}
         ]
-        heads += [[one_line(name, limit=40), f"{entry['items']:,}", *_cells(measures[0])]]
+        heads += [[one_line(name, limit=40), f"{entry['scored']:,}", *_cells(measures[0])]]
     details: list[list[str]] = []
     for name, entry in benchmarks.items():
         rows = _details(entry["measures"])
         details += [[one_line(name, limit=40), "", ""], *rows] if rows else []
-    parts = [_laid_out(heads, right=(1, 3)), _laid_out(details, right=(1,)), "\n".join(notes_of(summary))]
+    parts = [laid_out(heads, right=(1, 3)), laid_out(details, right=(1,)), "\n".join(notes_of(summary))]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -35,8 +37,11 @@ def _details(measures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     own = f"{measures[0]['name']}/"
     kinds = [measure for measure in measures if measure["name"].startswith(own)]
     others = [measure for measure in measures[1:] if "/" not in measure["name"]]
-    marked = [("    ", measure) for measure in kinds] + [("  ", measure) for measure in others]
-    return [[indent + heading, *cells] for indent, measure in marked for heading, *cells in [_cells(measure)]]
+    marked = [("    ", measure) for measure in kinds[:MOST_KINDS]] + [("  ", measure) for measure in others]
+    rows = [[indent + heading, *cells] for indent, measure in marked for heading, *cells in [_cells(measure)]]
+    if len(kinds) > MOST_KINDS:
+        rows.insert(MOST_KINDS, [f"    and {len(kinds) - MOST_KINDS:,} more, in summary.json and on the page", "", ""])
+    return rows
 
 
 def render_outlook(planned: Mapping[str, Any]) -> str:
@@ -47,7 +52,7 @@ def render_outlook(planned: Mapping[str, Any]) -> str:
         lines.append([one_line(name, limit=40), *counts, one_line(entry["title"])])
     head = f"{one_line(planned['student'])} would be asked:"
     return "\n".join(
-        [head, _laid_out(lines, right=(1, 2, 3, 4)), "", *notes_of(planned), "Dry run: nothing was written"]
+        [head, laid_out(lines, right=(1, 2, 3, 4)), "", *notes_of(planned), "Dry run: nothing was written"]
     )
 
 
@@ -55,15 +60,17 @@ def notes_of(summary: Mapping[str, Any]) -> list[str]:
     """What the scores do not tell, a line each: items that are not scored, files that were not read."""
     notes = []
     if summary["limit"] is not None:
-        notes.append(f"note: at most {summary['limit']:,} items of each benchmark, of all its kinds alike (--limit)")
+        notes.append(f"note: at most {summary['limit']:,} items of each benchmark, of its kinds in turn (--limit)")
     for name, entry in summary["benchmarks"].items():
         left = entry["left_out"]
         if left["items"]:
             reasons = "; ".join(one_line(why) for why in left["reasons"][:2])
+            are = "is" if left["items"] == 1 else "are"
             notes.append(
-                f"note: {one_line(name)}: {left['items']:,} of {entry['of']:,} items are not scored: {reasons}"
+                f"note: {one_line(name)}: {left['items']:,} of {entry['of']:,} items {are} not scored: {reasons}"
             )
         notes += [f"note: {one_line(name)}: {one_line(note)}" for note in entry["notes"]]
+    notes += [f"note: {one_line(note)}" for note in summary.get("notes", ())]
     notes += [f"not read: {one_line(file)}: {why}" for file, why in summary["unread"].items()]
     return notes
 
@@ -77,7 +84,8 @@ def _cells(measure: Mapping[str, Any]) -> tuple[str, str, str]:
     return heading, *format_score(found, measure["factor"])
 
 
-def _laid_out(lines: Sequence[Sequence[str]], *, right: Sequence[int]) -> str:
+def laid_out(lines: Sequence[Sequence[str]], *, right: Sequence[int]) -> str:
+    """Lines of cells in columns, those of ``right`` to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)] if lines else []
     return "\n".join(
         "  ".join(

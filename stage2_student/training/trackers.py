@@ -25,6 +25,13 @@ from vlm_distill_cache.stage2_student.training.checkpoint import kept_random_num
 
 KNOWN = "trackers.json"
 PROJECT = "vlm-distill-cache"
+OPTION = "--log-with (report_to)"
+# How a service keeps its files on this machine. MLflow's own advice, a data base, is refused by mlflow-skinny.
+_HERE: Mapping[Tracker, str] = {
+    "wandb": "; WANDB_MODE=offline keeps its files here",
+    "mlflow": "; MLFLOW_TRACKING_URI=FOLDER MLFLOW_ALLOW_FILE_STORE=true keeps its files here",
+}
+_MOST_SAID = 1000  # characters
 _WANDB_WAITS_S = 30.0  # for its service to answer; 90 by default
 _MOST_BYTES = 1 << 16
 _log = logging.getLogger(__name__)
@@ -36,14 +43,19 @@ def refuse_missing(names: Sequence[Tracker]) -> None:
     Raises:
         ConfigError: With the command that installs it.
     """
-    for name in names:
-        spec = importlib.util.find_spec(name) if name != "tensorboard" else None
-        # A folder of that name, as wandb leaves one in the working directory, is no package.
-        if name != "tensorboard" and (spec is None or spec.origin is None):
-            rest = ",".join(other for other in names if other != name) or "none"
-            raise ConfigError(
-                f"report_to: {name} is not installed: run `pip install {name}`, or leave it out (--log-with {rest})"
-            )
+    # A folder of that name, as wandb leaves one in the working directory, is no package.
+    missing = [
+        name
+        for name in names
+        if name != "tensorboard" and ((spec := importlib.util.find_spec(name)) is None or spec.origin is None)
+    ]
+    if missing:
+        are, them = ("are", "them") if len(missing) > 1 else ("is", "it")
+        rest = ",".join(name for name in names if name not in missing) or "none"
+        raise ConfigError(
+            f"{OPTION}: {', '.join(missing)} {are} not installed: run `pip install {' '.join(missing)}`, or leave {them} out "
+            f"(--log-with {rest})"
+        )
 
 
 class Trackers:
@@ -76,11 +88,12 @@ class Trackers:
                 if name not in known:  # services may not let anybody change what a run was begun with
                     tracker.store_init_configuration(_flat(settings))
             except Exception as error:
-                offline = "; WANDB_MODE=offline keeps its files here" if name == "wandb" else ""
                 gone = f" (if its run is gone there: delete {output / KNOWN})" if name in known else ""
+                rest = ",".join(other for other in names if other != name) or "none"
+                said = one_line(str(error).strip().rstrip("."), limit=_MOST_SAID)  # services say at the end what helps
                 raise ConfigError(
-                    f"report_to: {name} does not start: {hide_secrets(one_line(str(error)))}; mend that{gone}, or leave {name} "
-                    f"out (--log-with){offline}"
+                    f"{OPTION}: {name} does not start: {said}; mend that{gone}, or leave {name} out (--log-with {rest})"
+                    + _HERE.get(name, "")
                 ) from error
             self._open.append(tracker)
             known[name] = _name_there(tracker)

@@ -28,7 +28,7 @@ window.addEventListener('load', () => {
       handlers: all.filter(e => [...e.attributes].some(a => a.name.startsWith('on'))).length,
       sources: [...page.images].map(i => i.getAttribute('src').slice(0, 11)), broken: [...page.images].filter(i => !i.naturalWidth).length,
       links: [...page.links].map(a => a.getAttribute('href')), ids: all.filter(e => e.id).map(e => e.id),
-      wide: page.documentElement.scrollWidth, groups, title: page.title,
+      wide: page.documentElement.scrollWidth, beyond: [...page.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText.slice(0, 300)), groups, title: page.title,
       ink: frame.contentWindow.getComputedStyle(page.body).color, paper: frame.contentWindow.getComputedStyle(page.body).backgroundColor,
     };
   });

@@ -37,6 +37,7 @@ def test_texts_of_an_attackers_stay_text_on_a_phone_in_the_dark(tmp_path):
         assert "<script>top.ran.push(1)</script>" in page["text"]
         assert "\u202e" not in page["text"]
         assert page["wide"] <= PHONE
+        assert page["beyond"] == []  # tables that one would have to scroll, and would not know
         assert max(map(int, page["paper"][4:-1].split(","))) < 64 < 200 < min(map(int, page["ink"][4:-1].split(",")))
     groups = told["pages"][0]["groups"]
     assert [len(group) for group in groups] == [

@@ -16,9 +16,11 @@ from tiny_cache import DATA, build_tiny_cache
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
+from vlm_distill_cache.common.files.signed import write_signed
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage2_student import run as run_module
 from vlm_distill_cache.stage2_student.cli import main
+from vlm_distill_cache.stage2_student.final_folder import read_provenance
 from vlm_distill_cache.stage2_student.run import (
     LEFT,
     find_lost,
@@ -27,6 +29,8 @@ from vlm_distill_cache.stage2_student.run import (
     set_up_libraries,
     write_report_again,
 )
+from vlm_distill_cache.stage2_student.scores.metrics import Score
+from vlm_distill_cache.stage2_student.scores.results import EvaluationReport, other_items_note
 from vlm_distill_cache.stage2_student.training.output_folder import claim_output, refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.preparation import prepare
 from vlm_distill_cache.stage2_student.training.resolve import open_caches
@@ -55,9 +59,25 @@ def test_the_teachers_scores_stand_only_beside_those_on_its_own_test_set(tiny_ca
 
     monkeypatch.setattr(run_module, "open_caches", told)
     (copied / "report.html").unlink()
-    assert "teacher" in run(make_config(tiny_cache[0], copied)).table.splitlines()[0]
+    summary = run(make_config(tiny_cache[0], copied))
+    assert "teacher" in summary.table.splitlines()[0]
+    here = json.loads((copied / "evaluation.json").read_text())["distilled"]["scores"]["likelihood"]["items"]
+    for told in (summary.table, summary.report.read_text(), (copied / "distilled" / "final" / "README.md").read_text()):
+        assert f"(captions by likelihood: 10 items, here {here})" in told.replace("&#x27;", "'")
     for other in ("evaluation.split=validation", "evaluation.data='shapes:images=4,seed=3'"):
         assert "teacher" not in run(make_config(tiny_cache[0], copied, other)).table.splitlines()[0]
+
+
+def test_a_note_tells_that_a_teacher_was_scored_on_more_or_fewer_items():
+    def report(**items):
+        return EvaluationReport(
+            scores={name: Score(value=0.5, low=0, high=1, items=count) for name, count in items.items()}
+        )
+
+    teacher = report(likelihood=2100, questions=10, other=3)
+    assert other_items_note(teacher, report(likelihood=2100, other=4)) == ""
+    told = other_items_note(teacher, report(likelihood=700, questions=11))
+    assert "by likelihood: 2,100 items, here 700; questions, exact match: 10 items, here 11)" in told
 
 
 def flip(path):
@@ -324,6 +344,31 @@ def test_evaluate_report_and_export_work_from_the_folders_alone(finished, tmp_pa
     refused = runner.invoke(main, ["export", str(student), "--output", str(tmp_path / "half")])
     assert refused.exit_code == 1
     assert "error: " in refused.output
+
+
+def test_a_run_says_where_the_best_students_on_the_way_lie(tiny_cache, copied):
+    score = {"value": 0.5, "low": 0.4, "high": 0.6, "items": 9}
+    line = {"step": 2, "phase": "dft", "best": True, "split": "test", "limit": 9, "scores": {"likelihood": score}}
+    (copied / "distilled" / "evaluation.jsonl").write_text(json.dumps(line) + "\n")
+    best = shutil.copytree(copied / "distilled" / "final", copied / "distilled" / "best")
+    kept = {"step": 2, "by": "likelihood", "value": 0.5, "of": "x", "run": "y"}
+    write_signed(best / "distillation.json", {**read_provenance(best), "best": kept})
+    arguments = [
+        "run",
+        "--student",
+        "mobilevlm",
+        "--data",
+        DATA,
+        "--cache",
+        str(tiny_cache[0]),
+        "--output",
+        str(copied),
+    ]
+    arguments += [part for item in FAST for part in ("--set", item)]
+    told = CliRunner().invoke(main, arguments)
+    assert f"Best on the way: {best}, after step 2, by likelihood 0.500 (distill evaluate {best} " in told.output
+    told = CliRunner().invoke(main, [*arguments, "--json"])
+    assert json.loads(told.stdout)["best"] == {"distilled": kept}
 
 
 def test_train_prints_a_summary_and_the_next_command(tiny_cache, tmp_path):

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.final_folder import BEST, FINAL, read_final, read_provenance
-from vlm_distill_cache.stage2_student.scores.milestones import EVALUATIONS, read_evaluations, read_kept
+from vlm_distill_cache.stage2_student.scores.on_the_way import EVALUATIONS, read_evaluations, read_kept
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.training.checkpoint import CHECKPOINTS
 from vlm_distill_cache.stage2_student.training.trackers import Trackers

@@ -77,9 +77,14 @@ cursor:pointer;max-width:100%;overflow-wrap:anywhere}}
 .panes>*{{display:none}}{_SHOWN}{{display:block}}
 .view{{position:relative;width:fit-content}}.view>img{{filter:grayscale(1)}}.view .panes{{position:absolute;inset:0}}
 .view .panes img{{width:100%;height:100%}}
-@media(max-width:600px){{body{{padding:12px}}svg text{{font-size:19px}}th,td{{padding:5px 8px}}
+@media(max-width:600px){{body{{padding:12px}}svg text{{font-size:19px}}th,td{{padding:5px 8px}}th{{overflow-wrap:anywhere}}
 dl{{grid-template-columns:1fr}}dd{{margin-bottom:6px}}
-.bars{{grid-template-columns:1fr max-content}}.bars>.name{{grid-column:1/-1}}}}
+.bars{{grid-template-columns:1fr max-content}}.bars>.name{{grid-column:1/-1}}
+.stacked,.stacked tbody,.stacked tr,.stacked td{{display:block;min-width:0}}.stacked tr:first-child,
+.stacked td:empty{{display:none}}.stacked td{{border:0;padding:2px 8px;text-align:left;overflow-wrap:anywhere}}
+.stacked td:first-child{{position:static;font-weight:600}}
+.stacked tr{{border-top:1px solid var(--line);padding:4px 0}}.stacked td[data-head]::before{{
+content:attr(data-head) ": ";color:var(--soft)}}}}
 @media print{{nav{{display:none}}}}
 """
 
@@ -144,7 +149,13 @@ def table(head: Sequence[object], rows: Iterable[Sequence[str]], *, kind: str = 
     rows, top = list(rows), [words(name, 60) for name in head]
     if not kind and len(top) > MOST_COLUMNS and len(rows) < len(top):
         top, *rows = map(list, zip(top, *rows, strict=True))
-    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    # What a phone has no room for beside each other stands there below each other, each cell behind its heading.
+    narrow = len(top) < 3
+    heads = [""] * len(top) if narrow else [f' data-head="{name}"' if name else "" for name in top]
+    lines = "".join(
+        f"<tr>{''.join(f'<td{head}>{cell}</td>' for head, cell in zip(heads, row, strict=True))}</tr>" for row in rows
+    )
+    kind = kind if narrow else f"{kind} stacked".strip()
     first = "".join(f"<th>{name}</th>" for name in top)
     return f'<div class="scroll"><table class="{kind}"><tr>{first}</tr>{lines}</table></div>'
 

@@ -127,7 +127,7 @@ def _headline(page: RunPage, headlines: Sequence[Row], models: Sequence[str]) ->
     cost = f"<h3>What it cost</h3>{table(['', *page.cost], rows)}" if rows else ""
     told = {"interval": INTERVAL, "gain": GAIN, **explain(headlines), **{row[0]: COST[row[0]] for row in rows}}
     told[TEACHER] = (
-        "Its own scores where whoever built the cache put them there, on the same test set; it is not loaded."
+        "Its own scores where whoever built the cache put them there, on the whole test set of its data; it is not loaded."
     )
     return f'<div class="row">{"".join(cards)}</div>{cost}{legend(told)}'
 

@@ -233,7 +233,8 @@ class _Table:
         self.add("letters_right_second", [_mean(values) for values in second], "letters, right caption second")
         bias = [_mean([sign[letter] for letter in letters]) for letters in given]
         self.add("letter_bias", bias, "share of A less share of B", gains=None)
-        self.add("unparsed", [_mean([letter is None for letter in letters]) for letters in given], gains=False)
+        unparsed = [_mean([letter is None for letter in letters]) for letters in given]
+        self.add("unparsed", unparsed, "unparsed: no single letter", gains=False)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -146,8 +146,8 @@ class _Counted:
 
     @cached_property
     def kinds(self) -> Sequence[str]:
-        """The subsets that it is of."""
-        return [kind for kind in (self.item.kind, *self.item.extra.get("kinds", ())) if kind]
+        """The subsets that it is of, one a level; empty: none."""
+        return [self.item.kind, *self.item.extra.get("kinds", ())]
 
     @property
     def is_first(self) -> bool:
@@ -184,7 +184,8 @@ class ChoiceMetric:
         if self.circular:
             groups = _complete(counted)
             found += _by_kind("circular", groups, _all_said, heading="all rotations right")
-        found += _by_kind("accuracy", [[each] for each in first], _first_said)
+        as_asked = "accuracy as asked" if self.circular else ""
+        found += _by_kind("accuracy", [[each] for each in first], _first_said, heading=as_asked)
         if self.circular:
             found += _by_kind(
                 "circular_likelihood", groups, _all_likely, heading="all rotations right, by letters' likelihood"
@@ -275,15 +276,24 @@ def _by_kind(
     *,
     heading: str = "",
 ) -> Iterator[Measure]:
-    """The share of groups that are right, of all and of each subset in the order in which these come."""
-    of_kind: dict[str, list[Sequence[_Counted]]] = {"": list(groups)} if groups else {}
+    """The share of groups that are right, of all and of each subset in the order in which these come.
+
+    A name on two levels (MMBench's category and l2-category) is two subsets, unless they hold the same.
+    """
+    of_kind: dict[tuple[str, int], list[Sequence[_Counted]]] = {("", 0): list(groups)} if groups else {}
     for group in groups:
-        for kind in group[0].kinds:
-            of_kind.setdefault(kind, []).append(group)
-    for kind, chosen in of_kind.items():
+        for level, kind in enumerate(group[0].kinds):
+            if kind:
+                of_kind.setdefault((kind, level), []).append(group)
+    lowest = dict(sorted(of_kind, reverse=True))
+    for (kind, level), chosen in of_kind.items():
+        first = lowest[kind]
+        if level > first and chosen == of_kind[kind, first]:
+            continue
+        called = f"{kind} (level {level + 1})" if level > first else kind
         units = [group[0].item.group or group[0].item.item_id for group in chosen]
         hits = [float(is_right(group)) for group in chosen]
-        yield mean_measure(f"{name}/{kind}" if kind else name, units, hits, heading="" if kind else heading)
+        yield mean_measure(f"{name}/{called}" if kind else name, units, hits, heading=called or heading)
 
 
 def _by_question(counted: Sequence[_Counted]) -> Mapping[str, list[_Turn]]:
@@ -295,12 +305,19 @@ def _by_question(counted: Sequence[_Counted]) -> Mapping[str, list[_Turn]]:
 
 
 def _biases(counted: Sequence[_Counted]) -> Iterator[Measure]:
-    """How much more often each letter is answered than it is right, of the questions that have it; 0 without bias."""
-    turns = _by_question(counted)
-    most = max((turn.count for each in turns.values() for turn in each), default=0)
+    """How much more often each letter is answered than it is right, of the questions that have it; 0 without bias.
+
+    Answers that name no option tell nothing of a bias.
+    """
+    every = _by_question(counted)
+    most = max((turn.count for each in every.values() for turn in each), default=0)
+    turns = {unit: [turn for turn in each if turn.said is not None] for unit, each in every.items()}
     for place in range(most):
-        having = {unit: [turn for turn in each if place < turn.count] for unit, each in turns.items()}
-        having = {unit: each for unit, each in having.items() if each}
+        having = {
+            unit: [turn for turn in turns[unit] if place < turn.count]
+            for unit, each in every.items()
+            if any(place < turn.count for turn in each)
+        }
         yield Measure(
             name=f"bias/{LETTERS[place]}" if place else "bias",
             units=list(having),
@@ -308,7 +325,7 @@ def _biases(counted: Sequence[_Counted]) -> Iterator[Measure]:
                 sum(float(turn.said == place) - float(turn.right == place) for turn in each) for each in having.values()
             ],
             of=[float(len(each)) for each in having.values()],
-            heading=f"{LETTERS[place]} is answered more often than it is right",
+            heading=f"bias to the letter {LETTERS[place]}",
             gains=None,
         )
 
@@ -321,7 +338,7 @@ def _unparsed(counted: Sequence[_Counted]) -> Iterator[Measure]:
             units=list(turns),
             hits=[float(sum(turn.said is None for turn in each)) for each in turns.values()],
             of=[float(len(each)) for each in turns.values()],
-            heading="answers without one option",
+            heading="unparsed: no single option",
             gains=False,
         )
 

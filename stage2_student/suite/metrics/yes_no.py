@@ -79,7 +79,7 @@ class _Answer:
     @property
     def unit(self) -> str:
         """What is resampled: questions about one picture together."""
-        return self.item.group or self.item.item_id
+        return self.item.group or str(self.item.extra.get("picture") or self.item.item_id)
 
 
 Count = Callable[[Sequence[_Answer], str], list[Measure]]
@@ -119,7 +119,11 @@ class YesNoMetric:
         if not said:
             return []
         neither = mean_measure(
-            "unparsed", [answer.item.item_id for answer in said], unread, heading="neither yes nor no", gains=False
+            "unparsed",
+            [answer.item.item_id for answer in said],
+            unread,
+            heading="unparsed: neither yes nor no",
+            gains=False,
         )
         return [*self.count(said, ""), *self.count(likely, _BY_LIKELIHOOD), neither]
 

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.benchmarks.documents import KEY, documents_in, open_document, without_part
-from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem, item_digest
+from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem, item_digest, missing_kinds
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
 
@@ -187,17 +189,47 @@ def test_a_fingerprint_moves_with_what_is_asked_and_what_is_right_and_not_with_p
     assert len(set(digests)) == 4  # an item has no instruction
 
 
+def test_an_entry_that_cannot_be_is_left_out_alone_and_names_can_be_written(tmp_path: Path):
+    entry = {"filename": "a.png", "caption": "one", "negative_caption": "two"}
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    found = {str(number): entry for number in range(3)} | {"5": None, "6": {**entry, "filename": True}}
+    (tmp_path / "replace_att.json").write_text(json.dumps(found))
+    odd = {"question": "Which?", "options": ["red", "blue"], "category": "c" * 300}
+    rows = [
+        {"id": name, **odd, "answer": answer} for name, answer in (("\ud800", "A"), ("\\ud800 \U0001f600", 10**400))
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / os.fsdecode(b"\xff.json")).write_text("[]")
+    read = find_benchmarks(tmp_path)
+    captions, options = read.benchmarks["sugarcrepe"], read.benchmarks["q"]
+    assert [item.item_id for item in captions.items] == [f"replace_att/{number}" for number in range(3)]
+    assert "row 4: entry 4 is null; an object" in " ".join(captions.left_out.values())
+    assert len(captions.left_out) == 2
+    assert "6 of its 7 subsets are not in the score, as they are not there: add_att, add_obj, " in captions.notes[0]
+    assert [item.item_id for item in options.items] == [r"\ud800"]
+    assert len(options.items[0].kind) == 200
+    assert list(options.left_out) == ["\\ud800 \U0001f600"]
+    assert set(read.unread) == {r"\udcff.json"}
+    assert missing_kinds("splits", "ab", "ab") == missing_kinds("splits", "ab", "") == []
+    json.dumps([{**options.left_out}, dict(read.unread)], ensure_ascii=False).encode()
+
+
 def test_thousands_of_other_files_are_not_read_to_the_end_and_packed_ones_are_said(tmp_path: Path):
     (tmp_path / "annotations").mkdir()
     for number in range(60):
         (tmp_path / "annotations" / f"{number:02d}.json").write_text('{"bars": [1]}')
     (tmp_path / "other.json").write_text('{"x": 1}')
+    questions = [{"question": "Which?", "options": ["red", "blue"], "answer": "A"}] * 2
+    (tmp_path / "annotations" / "zz.json").write_text(json.dumps(questions))
+    (tmp_path / "annotations" / "zy.json").write_text('[{"question": "Which?"')
     (tmp_path / "images.zip").write_bytes(b"PK")
-    unread = find_benchmarks(tmp_path).unread
-    assert set(unread) == {"annotations/*.json", "other.json", "images.zip"}
+    found = find_benchmarks(tmp_path)
+    unread = found.unread
+    assert found.benchmarks["zz"].files == ["annotations/zz.json"]
+    assert set(unread) == {"annotations/*.json", "annotations/zy.json", "other.json", "images.zip"}
     assert "unpack it" in unread["images.zip"]
     assert "50 files" in unread["annotations/*.json"]
-    assert "10 more were not opened: no known layout; it has bars" in unread["annotations/*.json"]
+    assert re.search("10 more were not opened, .*: no known layout; it has bars", unread["annotations/*.json"])
 
 
 def test_numbered_parts_are_one_table_and_missing_ones_are_said(tmp_path: Path):

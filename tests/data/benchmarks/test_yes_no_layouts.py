@@ -38,7 +38,7 @@ def test_pope_is_the_same_in_each_form(tmp_path: Path, form: str):
     assert len(items) == (5 if form == "tsv" else 6)
     assert (benchmark.name, benchmark.metric) == ("pope", "pope")
     if form != "tsv":
-        pictured = {(item.group.removesuffix(".jpg"), seen(item.image)) for item in items}
+        pictured = {(item.extra["picture"].removesuffix(".jpg"), seen(item.image)) for item in items}
         assert pictured == {("COCO_val2014_000000000010", 10), ("COCO_val2014_000000000020", 20)}
 
 

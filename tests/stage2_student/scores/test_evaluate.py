@@ -394,7 +394,7 @@ def test_a_model_is_back_in_training_mode_after_an_error(items):
 
 
 def test_table_leads_with_what_matters_and_leaves_out_what_says_nothing():
-    half, none = Score(value=0.5, low=0.25, high=0.75, items=8), Score(value=0, low=0, high=0, items=8)
+    half, none = Score(value=0.5, low=0.25, high=0.75, items=80), Score(value=0, low=0, high=0, items=80)
     both = {"likelihood": half, "likelihood/swap_att": half, "likelihood/swap_obj": none, "questions": half}
     both |= {"letters/mean": none, "teacher/top1": half}
     table = render_table(

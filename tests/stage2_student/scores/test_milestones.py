@@ -15,11 +15,11 @@ from vlm_distill_cache.common.files.atomic import remove
 from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.stage2_student.final_folder import BEFORE, BEST, PROVENANCE
 from vlm_distill_cache.stage2_student.scores.metrics import Score
-from vlm_distill_cache.stage2_student.scores.milestones import (
+from vlm_distill_cache.stage2_student.scores.milestones import Milestones, Scorer
+from vlm_distill_cache.stage2_student.scores.on_the_way import (
     EVALUATIONS,
     Kept,
-    Milestones,
-    Scorer,
+    best_on_the_way,
     read_evaluations,
     read_kept,
 )
@@ -166,6 +166,20 @@ def test_after_a_kill_lines_and_best_are_those_of_the_steps_that_count(tmp_path,
             value > max([0, *values[:step]]) for step, value in enumerate(values)
         ]
         assert not (output / BEFORE).exists()
+
+
+def test_it_is_said_where_the_best_lies_and_whether_the_last_step_is_as_good_by_chance(tmp_path):
+    live(tmp_path, [0.5, 0.9, 0.3])
+    lines = read_evaluations(tmp_path)
+    assert best_on_the_way(tmp_path, []) == (None, [])
+    kept, (first, second) = best_on_the_way(tmp_path, lines)
+    assert kept == read_kept(tmp_path)
+    assert first.startswith(f"Best on the way: {tmp_path / BEST}, after step 2, by likelihood 0.900 (distill evaluate ")
+    assert "step's 0.300 lies in the interval of that, [0.000, 1.000]" in second
+    for low, high in ((0.31, 1), (0, 0.29), (0.3, 0.95)):
+        lines[1]["scores"]["likelihood"].update(low=low, high=high)
+        assert len(best_on_the_way(tmp_path, lines)[1]) == 1 + (low <= 0.3 <= high)
+    assert len(best_on_the_way(tmp_path, lines[:2])[1]) == 1  # the last is the best
 
 
 def test_a_best_student_of_steps_that_are_to_come_is_chosen_anew(tmp_path, caplog):

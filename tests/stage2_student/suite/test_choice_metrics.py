@@ -117,6 +117,20 @@ def values(measures: Sequence[Measure]) -> dict[str, float]:
     return {name: round(each.value, 6) for name, each in found.items() if each is not None}
 
 
+def test_a_subset_of_two_levels_is_two_and_one_that_is_the_same_is_one():
+    items = [item(name, 2, 0, kind=kind, extra={"kinds": [wide]}) for name, kind, wide in ("axy", "byx", "czz")]
+    said: list[list[Result]] = [[letter, weighed(0, 2), weighed(0, 2)] for letter in "ABA"]
+    measures = [each for each in METRICS["choices"].measures(items, said) if each.name.startswith("accuracy/")]
+    assert {each.name.partition("/")[2]: list(each.units) for each in measures} == {
+        "x": ["a"],
+        "y (level 2)": ["a"],
+        "y": ["b"],
+        "x (level 2)": ["b"],
+        "z": ["c"],
+    }
+    assert [each.heading for each in measures] == [each.name.partition("/")[2] for each in measures]
+
+
 def test_hand_made_answers_have_the_values_of_a_count_by_hand():
     items = [
         item("p", 2, 0, kind="one", extra={"kinds": ["low"]}),
@@ -149,6 +163,12 @@ def test_hand_made_answers_have_the_values_of_a_count_by_hand():
         "bias/C": -0.5,  # of two questions that have it
         "unparsed": 0.0,
     }
+    silent: list[list[Result]] = [["nothing", *result[1:]] for result in results]
+    more = values(METRICS["choices"].measures([*items, item("t", 3, 0)], [*results, silent[1]]))
+    assert more["unparsed"] == 0.25
+    # What names no option tells nothing of a bias.
+    assert [more[f"bias{letter}"] for letter in ("", "/B", "/C")] == [0.0, round(1 / 3, 6), -0.5]
+    assert not any(name.startswith("bias") for name in values(METRICS["choices"].measures(items, silent)))
     assert METRICS["choices"].measures(items[3:], results[3:]) == []
     assert METRICS["circular"].measures([], []) == []
 

@@ -9,12 +9,13 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from page_inputs import write_suite
+from page_inputs import without_heads, write_suite
 
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.signed import read_signed, write_signed
 from vlm_distill_cache.stage2_student.cli import main
-from vlm_distill_cache.stage2_student.scores.metrics import paired_difference
+from vlm_distill_cache.stage2_student.scores.metrics import Score, paired_difference
+from vlm_distill_cache.stage2_student.scores.results import format_score
 from vlm_distill_cache.stage2_student.suite.cli import suite
 from vlm_distill_cache.stage2_student.suite.compare import name_outputs
 from vlm_distill_cache.stage2_student.suite.legends import explain_measures
@@ -27,7 +28,7 @@ def compare(tmp_path, *folders, code=0):
     page = tmp_path / "page.html"
     result = CliRunner().invoke(main, ["compare", *map(str, folders), "--output", str(page), "--json"])
     assert result.exit_code == code, result.output
-    return (page.read_text(), json.loads(result.stdout)) if not code else result.output
+    return (without_heads(page.read_text()), json.loads(result.stdout)) if not code else result.output
 
 
 def rewrite(path, change):
@@ -81,7 +82,25 @@ def test_runs_on_other_items_have_no_gain_and_the_page_says_in_what_they_differ(
     assert told["runs"]["other"]["gain_over_baseline"]
     assert len(told["notes"]) == 1
     assert "other was scored on other items than run (split validation there, test here)" in told["notes"][0]
+    assert told["notes"][0].endswith(": no gain is told")
     assert told["notes"][0] in page
+
+
+def test_of_runs_on_other_items_the_agreement_on_the_same_samples_is_told_and_said(finished, tmp_path):
+    agreement = {"value": 0.5, "low": 0.4, "high": 0.6, "items": 50}
+    for name, limit in {"first": None, "other": 100}.items():
+        shutil.copytree(finished.output, tmp_path / name)
+        rewrite(
+            tmp_path / name / "evaluation.json",
+            lambda stored: stored["distilled"]["scores"].setdefault("teacher/top1", agreement),
+        )
+        rewrite(tmp_path / name / "run.json", lambda stored, limit=limit: stored["evaluation"].update(limit=limit))
+    _, told = compare(tmp_path, tmp_path / "first", tmp_path / "other")
+    assert told["runs"]["other"]["gain_over_first"].keys() == {"teacher/top1"}
+    assert told["notes"] == [
+        "other was scored on other items than first (limit 100 there, all here): no gain is told but of the agreement with the "
+        "teacher, which is on the same cached samples"
+    ]
 
 
 def test_a_log_that_lacks_steps_is_told(finished, copied, tmp_path):
@@ -299,6 +318,71 @@ def test_damaged_suites_are_refused_with_the_remedy(tmp_path, name, change, said
     output = compare(tmp_path, tmp_path / "a", tmp_path / "b", code=1)
     assert said in output
     assert "distill suite` command again" in output
+
+
+def test_models_are_called_by_their_names_and_where_these_are_the_same_by_their_folders_too(tmp_path):
+    for folder, name in {"a": "x distilled", "b": "y distilled", "c": "y distilled", "d": "a (b)"}.items():
+        write_suite(tmp_path / folder, seed=0, name=name)
+    for folders, names in {
+        "ab": ["x distilled", "y distilled"],
+        "abc": ["x distilled", "y distilled (b)", "y distilled (c)"],
+        "ad": ["x distilled", "a (b)"],
+    }.items():
+        _, told = compare(tmp_path, *(tmp_path / folder for folder in folders))
+        assert list(told["suites"]) == names
+        assert told["folders"] == {name: str(tmp_path / folder) for name, folder in zip(names, folders, strict=True)}
+
+
+def test_the_terminal_tells_scores_and_gains_with_their_intervals(finished, copied, tmp_path):
+    shutil.move(copied, tmp_path / "other")
+    for seed, name in enumerate("ab"):
+        write_suite(tmp_path / name, seed=seed)
+    folders = [finished.output, tmp_path / "other", tmp_path / "a", tmp_path / "b"]
+    _, told = compare(tmp_path, *folders)
+    said = CliRunner().invoke(main, ["compare", *map(str, folders), "--output", str(tmp_path / "page.html")]).stdout
+
+    def shown(score, sign=""):
+        return " ".join(format_score(Score(**score), 100, sign=sign))
+
+    for name, of in told["runs"].items():
+        found = [
+            " ".join([name, shown(of["scores"][key]), shown(of["gain_over_baseline"][key], "+"),
+                      *([shown(of["gain_over_first"][key], "+")] if key in of["gain_over_first"] else [])])
+            for key in ("likelihood", "questions")
+        ]  # fmt: skip
+        plain = re.sub(" +", " ", said)
+        assert all(line in plain for line in found), plain
+    values = {
+        name: {key: of["sugarcrepe"]["measures"][0][key] for key in ("value", "low", "high")} | {"items": 60}
+        for name, of in told["suites"].items()
+    }
+    gained = shown(told["suites"]["b"]["sugarcrepe"]["gain_over_first"]["likelihood"], "+")
+    assert f"sugarcrepe likelihood a {shown(values['a'])}\n b {shown(values['b'])} {gained}\n" in plain
+    assert len(said.splitlines()) < 20
+
+
+def test_what_was_said_stands_beside_wins_where_it_is_counted_with_all_items_of_a_unit(tmp_path):
+    for seed, name in enumerate("ab"):
+        measures = write_suite(tmp_path / name, seed=seed)
+    unit = measures["likelihood/swap"].units[0]
+    page, _ = compare(tmp_path, tmp_path / "a", tmp_path / "b")
+    assert "a said" in page
+    for name in "ab":  # items of other names, two of each unit
+        path = tmp_path / name / "sugarcrepe" / "results.jsonl"
+        head, *lines = map(json.loads, path.read_text().splitlines())
+        twice = [line | {"item": f"{line['item']}/{place}"} for line in lines for place in range(2)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in (head, *twice)))
+        path = path.with_name("measures.json")
+        groups = {line["item"]: line["item"][:-2] for line in twice}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"groups": groups}))
+    assert SuiteOutput(tmp_path / "a").answers("sugarcrepe", [unit]) == {
+        unit: f"{unit}/0: a on {unit}; {unit}/1: a on {unit}"
+    }
+    for name in "ab":
+        change_suite(tmp_path / name, metric="sugarcrepe")  # known by its likelihood, which no answer tells
+    page, _ = compare(tmp_path, tmp_path / "a", tmp_path / "b")
+    assert "b better" in page
+    assert "a said" not in page
 
 
 def test_folders_of_one_name_are_told_apart_by_those_around_them(tmp_path):

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from vlm_distill_cache.stage2_student.scores.metrics import summarise
+from vlm_distill_cache.stage2_student.scores.results import format_score
 from vlm_distill_cache.stage2_student.suite import measures
 from vlm_distill_cache.stage2_student.suite.measures import Measure, gain, mean_measure, score
 
@@ -78,3 +80,16 @@ def test_without_a_denominator_there_is_no_score():
     assert score(Measure(name="empty"), {}) is None
     assert gain(mean_measure("a", ["1"], [1]), mean_measure("a", ["2"], [1]), ({}, {})) is None
     assert gain(Measure(name="a", parts=["b"]), mean_measure("a", ["1"], [1]), ({}, {})) is None
+
+
+def test_rounding_keeps_no_interval_from_0_and_none_without_width_is_shown_without_how_many_it_counts():
+    nothing = summarise(0.1 + 0.2 - 0.3, np.full(9, 0.3 - 0.1 - 0.2), 9)
+    assert (nothing.value, nothing.low, nothing.high) == (0, 0, 0)
+    assert format_score(nothing, 100, sign="+") == ("+0.0", "[+0.0, +0.0] of 9")
+    called_yes = [1.0] * 12 + [0.0] * 48
+    precision = score(Measure(name="p", units=[str(unit) for unit in range(60)], hits=called_yes, of=called_yes), {})
+    assert format_score(precision, 100) == ("100.0", "[100.0, 100.0] of 12")
+    many = mean_measure("many", [str(unit) for unit in range(10)], [1, 0] * 5)
+    assert format_score(score(many, {}), 100)[1].endswith("]")
+    assert " of " not in format_score(score(many, {}), 100)[1]
+    assert format_score(score(mean_measure("few", "abcd", [1, 0, 1, 0]), {}), 100)[1].endswith("] of 4")

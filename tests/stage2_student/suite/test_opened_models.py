@@ -40,7 +40,7 @@ def test_a_model_reads_as_it_does_as_a_teacher(name, tmp_path):
 def test_a_student_reads_as_it_was_trained(finished):
     folder = finished.output / "distilled" / "final"
     found = find_model(HubFolder(folder, "final", ""), None)
-    assert found.name == "distilled"
+    assert found.name == f"{finished.output.name} distilled"
     assert found.said["student"] == read_provenance(folder)["fingerprint"]
     model, encoder = load_model(found)
     student = open_student(folder)

@@ -1,6 +1,7 @@
 """A suite: the same results whatever stops or divides it, of one model alone, with all that is missing said."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,9 @@ from vlm_distill_cache.data.shapes.dataset import shapes_evaluation
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.suite import ask as asking
 from vlm_distill_cache.stage2_student.suite import run as running
+from vlm_distill_cache.stage2_student.suite.limits import take
 from vlm_distill_cache.stage2_student.suite.opened import find_model, load_model
-from vlm_distill_cache.stage2_student.suite.run import RESULTS, Suite, find_tasks, run_suite, take
+from vlm_distill_cache.stage2_student.suite.run import RESULTS, Suite, find_tasks, outlook, run_suite
 from vlm_distill_cache.stage2_student.suite.table import render_suite
 
 ITEMS = 2
@@ -108,8 +110,9 @@ def test_results_of_something_else_are_refused(suite, tmp_path):
         "limit": {"limit": 5},
     }
     for word, change in others.items():
-        with pytest.raises(ConfigError, match=rf"results of something else \({word}: .* give another --output"):
-            run_suite(replace(suite, **change))
+        for refuses in (run_suite, outlook):
+            with pytest.raises(ConfigError, match=rf"results of something else \({word}: .* give another --output"):
+                refuses(replace(suite, **change))
     folder = tmp_path / "changed"
     shutil.copytree(suite.benchmarks, folder)
     examples = folder / "winoground" / "examples.jsonl"
@@ -126,8 +129,101 @@ def test_results_of_something_else_are_refused(suite, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match=r"holds other things \(thesis.tex\)"):
-        run_suite(replace(suite, output=foreign))
+    for refuses in (run_suite, outlook):
+        with pytest.raises(ConfigError, match=r"holds other things \(thesis.tex\)"):
+            refuses(replace(suite, output=foreign))
+
+
+def test_pictures_that_changed_are_asked_about_again_and_copies_are_not(suite, tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    shutil.copytree(suite.benchmarks / "winoground", folder / "winoground")
+    suite = replace(suite, benchmarks=folder)
+    pictures = sorted(folder.rglob("*.png"))
+    whole = pictures[0].read_bytes()
+    pictures[0].write_bytes(b"no picture")
+    left_out = run_suite(suite)["benchmarks"]["winoground"]
+    assert (left_out["items"], left_out["left_out"]["items"]) == (ITEMS - 1, 1)
+    asked, ask = [], asking.ask
+    monkeypatch.setattr(asking, "ask", lambda *given: asked.append(given) or ask(*given))
+    run_suite(suite)
+    assert not asked  # it still cannot be read
+    pictures[0].write_bytes(whole)
+    planned = outlook(suite)["benchmarks"]["winoground"]
+    assert planned["to_ask"] == ITEMS
+    said = []
+    mended = run_suite(suite, say=said.append)
+    assert mended["benchmarks"]["winoground"]["items"] == ITEMS
+    assert len(asked) == 1
+    assert said[0] == f"winoground: pictures have changed since they were asked about; {ITEMS} items are asked again"
+    answers = results(suite.output)
+
+    for path in pictures:  # other times, the same pictures
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data)
+    assert run_suite(suite)["benchmarks"] == mended["benchmarks"]
+    assert len(asked) == 1
+    moved = results(suite.output)
+    assert moved != answers  # their times are kept, so that they are not read each time
+    pictures[0].write_bytes(pictures[-1].read_bytes())
+    run_suite(suite)
+    assert len(asked) == 2
+    answered = [
+        [json.loads(line)["results"] for line in lines["winoground"]] for lines in (moved, results(suite.output))
+    ]
+    assert answered[0] != answered[1]
+
+
+def test_results_follow_a_benchmark_that_is_called_otherwise_and_others_are_told(suite, tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    shutil.copytree(suite.benchmarks / "winoground", folder / "winoground")
+    suite = replace(suite, benchmarks=folder)
+    run_suite(suite)
+    (suite.output / "winoground").rename(suite.output / "winoground-x")
+    monkeypatch.setattr(asking, "ask", None)
+    assert outlook(suite)["benchmarks"]["winoground"]["to_ask"] == 0
+    assert run_suite(suite)["notes"] == []
+    shutil.copytree(suite.output / "winoground", suite.output / "gone")
+    summary = run_suite(suite)
+    assert "gone holds results of a benchmark that is not there now" in summary["notes"][0]
+    assert f"note: {summary['notes'][0]}" in render_suite(summary)
+
+
+def test_results_of_another_shape_are_damaged(suite):
+    suite = replace(suite, only=("winoground",))
+    run_suite(suite)
+    path = suite.output / "winoground" / RESULTS
+    head, line, *others = map(json.loads, path.read_text().splitlines())
+    short, null = line["results"][:-1], [None] * len(line["results"])
+    for lines in (
+        [{"of": head["of"]}, line],
+        [{**head, "seconds": None}, line],
+        *([head, {"item": line["item"], "results": wrong}] for wrong in (short, null, None, "")),
+        [head, {"item": line["item"]}],
+        [head, "text"],
+    ):
+        path.write_text("".join(json.dumps(each) + "\n" for each in (*lines, *others)))
+        with pytest.raises(ConfigError, match=r"damaged.* delete it: its items are then asked again"):
+            run_suite(suite)
+
+
+def test_items_without_a_right_answer_and_many_subsets_are_said(suite, tmp_path):
+    folder = tmp_path / os.fsdecode(b"many\xff")
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xfe.json")).write_text("[]")
+    row = {"question": "Which?", "options": ["red", "blue"]}
+    rows = [{"id": place, **row, "category": f"cat {place}", "answer": "AB"[place % 2]} for place in range(20)]
+    rows += [{"id": "long", **row, "question": "Which? " * 5000, "answer": "A"}]
+    (folder / "q.json").write_text(json.dumps([*rows, {"id": "\ud800", **row, "answer": None}]))
+    summary = run_suite(replace(suite, benchmarks=folder))
+    entry = summary["benchmarks"]["q"]
+    assert (entry["items"], entry["scored"], entry["measures"][0]["units"]) == (21, 20, 20)
+    assert entry["left_out"]["reasons"][0].endswith("tokens can hold; this model takes no longer ones")
+    assert "1 of 21 items have no right answer in the files: not scored" in entry["notes"]
+    shown = render_suite(summary)
+    assert "    cat 15 " in shown
+    assert "cat 16" not in shown
+    assert "and 4 more, in summary.json" in shown
 
 
 def test_what_is_missing_is_said(suite, tmp_path):
@@ -216,6 +312,8 @@ def test_a_limit_takes_all_kinds_alike_and_whole_groups():
     alone = [Item(item_id=str(place), kind="ab"[place >= 90]) for place in range(100)]
     assert [item.kind for item in take(alone, 10)].count("b") == 5
     assert take(alone, 100) == take(alone, None) == alone
+    together = [Item(item_id=str(place), group=str(place // 6)) for place in range(12)]
+    assert [len(take(together, limit)) for limit in (1, 5, 6, 11)] == [1, 5, 6, 6]
 
 
 def test_the_command_answers_with_the_summary_and_a_dry_run_writes_nothing(suite):

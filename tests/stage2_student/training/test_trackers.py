@@ -133,8 +133,14 @@ def test_a_service_that_fails_is_left_out_and_the_training_goes_on(services, tmp
 
 
 def test_a_service_that_does_not_start_is_refused_before_the_first_step(services, tmp_path):
-    services["mlflow"].search_experiments = lambda **_: 1 / 0
-    with pytest.raises(ConfigError, match=r"report_to: mlflow does not start: division by zero; .*leave mlflow out"):
+    said = f"{'this is why, ' * 40}and set `MLFLOW_X=1` to mend it."  # what helps stands at the end
+
+    def refuse(**_):
+        raise RuntimeError(said)
+
+    services["mlflow"].search_experiments = refuse
+    told = r"--log-with \(report_to\): mlflow does not start: this .*MLFLOW_X=1.* leave mlflow out \(--log-with none\); MLFLOW_"
+    with pytest.raises(ConfigError, match=told):
         train_steps(tmp_path, 1, 1, ("mlflow",))
     train_steps(tmp_path, 1, 2, ("wandb",))
     services["wandb"].init = lambda **_: 1 / 0
@@ -144,10 +150,12 @@ def test_a_service_that_does_not_start_is_refused_before_the_first_step(services
 
 def test_a_tracker_that_is_not_installed_is_refused_with_the_command(services, monkeypatch, tmp_path):
     refuse_missing(TRACKERS)
-    monkeypatch.delitem(sys.modules, "trackio")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    (tmp_path / "trackio").mkdir()  # a folder of that name is no package
-    with pytest.raises(
-        ConfigError, match=r"trackio is not installed: run `pip install trackio`.*--log-with wandb,mlflow"
-    ):
-        refuse_missing(("wandb", "mlflow", "trackio"))
+    for missing in (["trackio"], ["wandb", "trackio"]):
+        monkeypatch.delitem(sys.modules, missing[0])
+        (tmp_path / missing[0]).mkdir()  # a folder of that name is no package
+        with pytest.raises(ConfigError, match=rf"--log-with \(report_to\).*`pip install {' '.join(missing)}`") as told:
+            refuse_missing(TRACKERS)
+        rest = ",".join(name for name in TRACKERS if name not in missing)
+        assert f"(--log-with {rest})" in str(told.value)
+        refuse_missing(rest.split(","))

@@ -1,0 +1,47 @@
+"""What is told of a benchmark's measures, and of what was left out: plain values for JSON."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.stage2_student.suite.measures import Measure, score
+
+SHOWN_REASONS = 5
+_NAMES = re.compile(r"""'[^']*'|"[^"]*"|\S*[\d/\\.]\S*""")  # what differs between two items of one fault
+
+
+def counted(measure: Measure, others: Mapping[str, Measure]) -> dict[str, Any]:
+    """A measure's value with its interval, as the summary has it; ``others`` by name, among which its parts are."""
+    found = score(measure, others)
+    return {
+        "name": measure.name,
+        "heading": measure.heading or measure.name,
+        "factor": measure.factor,
+        "gains": measure.gains,
+        "mean_of": 0 if measure.summed else len(measure.parts),
+        "value": None if found is None else found.value,
+        "low": None if found is None else found.low,
+        "high": None if found is None else found.high,
+        "units": len(measure.units) if found is None else found.items,
+    }
+
+
+def unit_by_unit(measure: Measure) -> dict[str, Any]:
+    """All of a measure, so that two models can be compared in pairs."""
+    stored = {name: getattr(measure, name) for name in ("name", "heading", "factor", "gains", "summed")}
+    counts = {"hits": [float(value) for value in measure.hits], "of": [float(value) for value in measure.of]}
+    return {**stored, "units": list(measure.units), **counts, "parts": list(measure.parts)}
+
+
+def reasons_of(left_out: Mapping[str, str]) -> list[str]:
+    """Of each kind of reason the first, with its item and how many more there are; kinds differ in more than names."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name, why in left_out.items():
+        kinds[_NAMES.sub("", why)].append(name)
+    shown = []
+    for first, *more in sorted(kinds.values(), key=len, reverse=True)[:SHOWN_REASONS]:
+        alike = f" (and {len(more):,} more alike)" if more else ""
+        shown.append(f"{one_line(first, limit=60)}: {one_line(left_out[first])}{alike}")
+    return shown

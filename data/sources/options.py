@@ -125,7 +125,8 @@ def says_nothing(value: Any) -> bool:
 
 def plain_option(text: str) -> str:
     """What two writings of an option are compared by."""
-    return " ".join(text.split()).rstrip(".").casefold()
+    plain = " ".join(text.split()).rstrip(".").casefold()
+    return plain.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", plain) else plain  # 2.0 is 2
 
 
 def with_options(entry: Mapping[str, Any], question: str, answer: Any, said: str) -> tuple[str, str]:

@@ -150,8 +150,8 @@ def with_options(entry: Mapping[str, Any], question: str, answer: Any, said: str
         if lost or (by_letter and said.strip(_SIGNS).isupper()):
             raise
         return question, said
-    if options is None:
-        if lost and (by_letter or _NUMBER.fullmatch(said)):
+    if options is None or len(options.texts) < 2:
+        if lost and (options is not None or by_letter or _NUMBER.fullmatch(said)):
             raise SampleError(
                 f"the answer {said!r} chooses among options that cannot be told; write them into the question"
             )
@@ -190,11 +190,9 @@ def with_options_beside(entry: Mapping[str, Any], question: str, answer: str) ->
     lists = {*_keys(entry)}
     told = {key: value for key, value in entry.items() if key not in lists or _are_texts(value)}
     options = options_of({key: value for key, value in told.items() if key not in _SMALL})  # a and b may be anything
-    if (
-        options is None
-        or _lists(question, options.texts, mentions=True)
-        or text_place(answer, options.texts) is not None
-    ):
+    if options is None or len(options.texts) < 2 or text_place(answer, options.texts) is not None:
+        return question, answer
+    if _lists(question, options.texts, mentions=True):
         return question, answer
     if (place := _place(answer, answer, options)) is None:
         return question, answer

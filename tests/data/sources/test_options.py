@@ -139,6 +139,7 @@ def test_an_answer_is_a_letter_where_it_chooses_one(entry, question, answer):
         ({"choices": {"text": ["x", "y"], "label": ["2", "3"]}, "answer": "2"}, "labelled '2'"),
         ({"choices": [{"id": "k1", "text": "x"}, {"id": "k2", "text": "y"}], "answer": "k2"}, "labelled 'K1'"),
         ({"choices": {"text": ["x", "y"], "label": ["A"]}, "answer": "A"}, "2 options and 1 labels"),
+        ({"choices": ["cat"], "answer": "cat"}, "'cat' chooses among options that cannot be told"),
         ({"choices": "x, y", "answer": "A"}, "'A' chooses none of the 2 options"),
         ({"choices": [{"label": "B", "text": "x"}, {"label": "A", "text": "y"}], "answer": "A"}, "labelled 'B'"),
         (
@@ -242,7 +243,8 @@ def test_what_is_no_list_of_options_changes_no_question(beside, answers):
     ],
 )
 def test_words_in_a_conversation_are_left_as_they_are(beside):
-    for answer in ("A dog runs.", "2", "yes"):
+    letters = {"options": ["greedy"]}, {"options": {"temperature": 0.2}}, {"options": ["b.png", "c.png"]}
+    for answer in ("A dog runs.", "2", "yes", *("A" if beside in letters else ())):
         talk = [{"role": "user", "content": "Is A left of B?"}, {"role": "assistant", "content": answer}]
         (turn,) = read_conversation({"messages": talk, **beside}).turns
         assert (turn.question, turn.answer) == ("Is A left of B?", answer)

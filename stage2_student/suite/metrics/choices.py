@@ -52,9 +52,9 @@ _DENIED = re.compile(
 )
 _THAN = r"\b(?:at\s+(?:least|most)|(?:more|less|fewer|other|rather|greater|larger|smaller|higher|lower|better)\s+than|up\s+to)"
 _DENYING = re.compile(rf"(?:{_NOT}|{_THAN})\s*(?:(?:an?|the|any)\s+)?\Z|\bno\s+\Z|不\Z")
-# "No" in front of these is an answer; in front of other words (no idea) it says that there is none of them.
+# "No" that says that nothing can be told is no answer.
 _BEHIND_NO = (
-    r"(?!\s+(?!(?:it|its|he|she|they|we|you|i|there|this|that|these|those|the|an?|because|since|as|not)\b)[a-z])"
+    r"(?!\s+(?:idea|clue|answer|option|choice|information|evidence|doubt|way\s+(?:to|of)|certainty|context)s?\b)"
 )
 _AMOUNT = re.compile(r"([-−]?)[$€£¥]?\s?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?")
 

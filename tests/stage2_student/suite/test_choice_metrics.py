@@ -83,7 +83,7 @@ CHINESE = ("狗", "猫", "一只鸟", "不知道")
         (("Answer is B because option A is a cat", "I think it's B, though C is possible", "__B__"), ANIMALS, 1),
         (("A. cat\nB. dog\nC. red car\nD. car\n\nB", "The answer is __B__", "It's B."), ANIMALS, 1),
         (("no idea", "There is no way to tell."), ("Yes", "No"), None),
-        (("no", "No, it is not.", "No it does not", "The answer is no."), ("Yes", "No"), 1),
+        (("no", "No, it is not.", "No it does not", "The answer is no.", "No people are there."), ("Yes", "No"), 1),
         (("at least 2", "more than 2", "It has fewer than 2.", "other than 2"), NUMBERS, None),
         (("2.0", "2.", "$2"), NUMBERS, 1),
         (("1,000", "$1000", "1000.0"), ("$10", "$1,000", "10,00"), 1),

@@ -32,6 +32,7 @@ _NUMBERED = re.compile(
 )  # (1), 1), 1. with a blank; 1: 2 is a ratio
 _SIGNS, _SMALL = " ()[].:,", frozenset(LETTERS.lower())
 _OR = re.compile(r"[\s,]*\b(?:or|and)\s+(?:(?:an?|the)\s+)?")  # between options that are mentioned, not listed
+_PARTS = re.compile(r"[^\w ]|\b(?:or|and)\b|\A (?:[b-z]|\d{1,2}) \Z")
 _NEAR = 24  # characters between two options of a list
 _TEXT_KEYS, _LABEL_KEYS = ("text", "value", "content", "option", "choice"), ("label", "key", "id", "letter")
 
@@ -229,14 +230,16 @@ def _lists(question: str, options: Sequence[str], *, mentions: bool = False) -> 
     end = 0
     for found in re.finditer(rf"(?<![a-z0-9_])(?:{any_of})(?![a-z0-9_])", text):
         gap = text[end : found.start()]
-        if not said or len(gap) > _NEAR or re.search(r"[^\w ]|\b(?:or|and)\b", gap) is None:
+        if not said or len(gap) > _NEAR or not (_PARTS.search(gap) or (gap == " " and len(plain) > 2)):
             said, gaps = set(), []
         else:
             gaps.append(gap)
         said.add(found[0])
         end = found.end()
         if plain <= said:
-            return mentions or not any(map(_OR.fullmatch, gaps))
+            if mentions or not any(map(_OR.fullmatch, gaps)):
+                return True
+            said = set()  # they may be listed behind it
     return False
 
 

@@ -496,14 +496,9 @@ def _count(suite: Suite, task: Task) -> dict[str, Any]:
         "measures": [counted(measure, by_name) for measure in measures],
     }
     asked = {item.item_id: item_digest(item) for item in answered}
-<<<<<<< HEAD
     stored = [unit_by_unit(measure) for measure in measures]
-    write_json_atomic(task.folder / MEASURES, {**entry, "asked": asked, "measures": stored})
-=======
-    stored = [_unit_by_unit(measure) for measure in measures]
     groups = {item.item_id: item.group for item in answered if item.group}
     write_json_atomic(task.folder / MEASURES, {**entry, "asked": asked, "groups": groups, "measures": stored})
->>>>>>> page
     requests = [task.requests(item) for item in answered]
     whole = replace(benchmark, items=answered)
     lines_out = answer_lines(whole, requests, given, suite.model.name)

@@ -151,11 +151,9 @@ class Task:
             stored = {number: read_json(path) for number in range(self.blocks) if (path := self.block(number)).exists()}
         else:
             share, known = others
-            parts = {
-                number: [known.get(item.item_id) for item in self.items_of(number)] for number in range(self.blocks)
-            }
+            by_block = {n: [known.get(item.item_id) for item in self.items_of(n)] for n in range(self.blocks)}
             stored = {
-                n: {"seconds": share * len(part), "items": part} for n, part in found_of.items() if None not in part
+                n: {"seconds": share * len(part), "items": part} for n, part in by_block.items() if None not in part
             }
         found = {}
         for number, block in stored.items():

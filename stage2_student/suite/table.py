@@ -42,10 +42,14 @@ def _details(measures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     rows += [["    " + heading, *cells] for heading, *cells in map(_cells, kinds[:MOST_KINDS])]
     if len(kinds) > MOST_KINDS:
         rows.append([f"    and {len(kinds) - MOST_KINDS:,} more kinds", "", ""])
+    unread = (
+        next((each["value"] for each in measures if each["name"] == "unparsed"), None) == 1
+    )  # then letters say nothing
     shown: set[tuple[str, ...]] = {_cells(measures[0])[1:]}
-    for heading, *cells in [
-        _cells(each) for each in measures[1:] if "/" not in each["name"] and each["value"] is not None
-    ]:
+    for measure in measures[1:]:
+        if "/" in measure["name"] or measure["value"] is None or (unread and measure["name"].startswith("letter")):
+            continue
+        heading, *cells = _cells(measure)
         if tuple(cells) not in shown and len(shown) <= MOST_OTHERS:
             rows.append(["  " + heading, *cells])
             shown.add(tuple(cells))

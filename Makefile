@@ -19,7 +19,7 @@ CACHE_SET ?=
 EVAL_DATA ?=
 # A folder of published benchmarks, or the small ones of drawn scenes.
 BENCHMARKS ?= shapes
-# How they are asked: options of `distill suite`.
+# How they are asked: options of `distill suite`, --output among them.
 SUITE_OPTIONS ?=
 
 # A misspelt variable would be ignored, and another student trained.

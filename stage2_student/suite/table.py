@@ -37,7 +37,8 @@ def _details(measures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     if not measures:
         return []
     own = f"{measures[0]['name']}/"
-    kinds = [measure for measure in measures if measure["name"].startswith(own)]
+    # A kind that all items are of says nothing new.
+    kinds = [each for each in measures if each["name"].startswith(own) and each["units"] != measures[0]["units"]]
     rows = [[f"  {one_line(measures[0]['heading'], limit=60)}, by kind:", "", ""]] if kinds else []
     rows += [["    " + heading, *cells] for heading, *cells in map(_cells, kinds[:MOST_KINDS])]
     if len(kinds) > MOST_KINDS:

@@ -12,6 +12,7 @@ from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable
 from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import Pictures
+from vlm_distill_cache.data.benchmarks.vqa_files import is_multiple_choice
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.inline_options import split_options
 from vlm_distill_cache.data.sources.options import letter_place, options_of, says_nothing
@@ -99,7 +100,7 @@ def _is_llava_scienceqa(document: Document) -> bool:
 
 def _is_options(document: Document) -> bool:
     rows = _first(_listed(document))
-    if not rows:
+    if not rows or is_multiple_choice(document):
         return False
     return sum(map(_asks, rows)) * 2 >= len(rows) or all(map(_asks_inline, rows))
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.benchmarks.documents import KEY, Document, readable
 from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
@@ -198,7 +199,11 @@ def _gqa_benchmark(
         for index, row in entries.each(found.left_out):
             item_id = str(row_id(row, "id", "questionId", "question_id", "index", default=index))
             image = str(row.get("imageId") or "")
-            extra = _gqa_extra(row, choices.get(item_id, {}))
+            try:
+                extra = _gqa_extra(row, choices.get(item_id, {}))
+            except SampleError as error:
+                found.left_out[item_id] = f"{document.shown}: {error}"
+                continue
             if balanced:
                 extra["balanced"] = _is_balanced(row)
             entailed_by_any |= set(extra.get("entailed", ()))
@@ -253,14 +258,20 @@ def _gqa_extra(row: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, 
     entailed = row.get("entailed")
     entailed = re.findall(r"\w+", entailed) if isinstance(entailed, str) else entailed
     if entailed:
-        extra["entailed"] = [str(other) for other in entailed]
+        extra["entailed"] = _texts("entailed", entailed)
     groups = row.get("groups")
     if isinstance(groups, Mapping) and groups.get("global"):
         extra["group"] = str(groups["global"])
     for name in ("valid", "plausible"):
         if name in choices:
-            extra[name] = list(_GQA_COMMON) if "Common" in detailed else [str(answer) for answer in choices[name]]
+            extra[name] = list(_GQA_COMMON) if "Common" in detailed else _texts(name, choices[name])
     return extra
+
+
+def _texts(key: str, value: Any) -> list[str]:
+    if not isinstance(value, list | tuple):
+        raise SampleError(f"{key!r} must be a list, got {str(value)[:60]!r}")
+    return [str(each) for each in value]
 
 
 # DocVQA and InfographicVQA

@@ -49,6 +49,11 @@ _KNOWLEDGE = {
     "other": "Other",
 }
 
+_OF_EIGHTEEN = (
+    "its questions are VQA v1's multiple choice among 18 answers, which is not scored; give the questions for open answers "
+    "(OpenEnded_..._questions.json), which have the same annotations"
+)
+
 Annotations = Mapping[tuple[str, str], Mapping[str, Any]]  # by question and picture
 
 
@@ -64,6 +69,12 @@ def _questions(document: Document) -> Sequence[Mapping[str, Any]]:
 
 def _annotations(document: Document) -> Sequence[Mapping[str, Any]]:
     return _listed(document, "annotations", _ANNOTATION)
+
+
+def is_multiple_choice(document: Document) -> bool:
+    """Whether a file has VQA v1's questions with 18 answers to choose from, whose right ones are in another file."""
+    asked = _questions(document)[:32]
+    return any("multiple_choices" in each and not any("answer" in key for key in each) for each in asked)
 
 
 def _is_vqa(document: Document) -> bool:
@@ -83,6 +94,7 @@ def _read_vqa(documents: Sequence[Document], pictures: Pictures) -> list[Benchma
         if _questions(document):
             fitting, problem = _fitting(document, answered)
             used |= {id(each) for each in fitting}
+            problem = _OF_EIGHTEEN if is_multiple_choice(document) else problem
             found.append(Unread(document, problem) if problem else _of_files(document, fitting, pictures))
         elif not _annotations(document):
             found.append(_of_rows(document, pictures))

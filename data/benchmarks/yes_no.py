@@ -13,7 +13,7 @@ import xxhash
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.benchmarks import question_files, statements
 from vlm_distill_cache.data.benchmarks.documents import LONGEST_INDEX, Document
-from vlm_distill_cache.data.benchmarks.items import Benchmark, YesNoItem, missing_kinds
+from vlm_distill_cache.data.benchmarks.items import Benchmark, Item, YesNoItem, missing_kinds
 from vlm_distill_cache.data.benchmarks.layouts import Layout, Unread
 from vlm_distill_cache.data.benchmarks.pictures import ENDINGS, Pictures
 from vlm_distill_cache.data.benchmarks.question_rows import (
@@ -47,7 +47,16 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 MME_TASKS = (*PERCEPTION, *COGNITION)
 _TASK_OF = {task.lower(): task for task in MME_TASKS}
 _SPLIT = re.compile(rf"(?<![a-z])({'|'.join(POPE_SPLITS)})(?![a-z])")
-_QUESTION = re.compile(r"[?\uff1f]|^\s*(?:is|are|was|were|do|does|did|can|could|has|have)\b", re.IGNORECASE)
+_THERE = re.compile(r"\b(?:is|are|was|were)\s+there\b", re.IGNORECASE)
+# A mark, or without one the verb in front of what is asked about, first in a sentence or a clause.
+_QUESTION = re.compile(
+    rf"[?\uff1f]|{_THERE.pattern}|\byes or no\b|"
+    r"(?:^|[\n>,.:])\s*(?:(?:is|are|was|were|does|did|can|could|has)\s+"
+    r"(?:the|an?|this|that|it|one|two|each|every|some|his|her|its|their|he|she)|"
+    r"(?:are|were|do|did|can|could|have)\s+(?:you|we|they|these|those|any|all|both)|is any)\b",
+    re.IGNORECASE,
+)
+_MME_ENDS = re.compile(r"\byes or no\b", re.IGNORECASE)
 _COCO = re.compile(r"\d{12}")
 _FIGURE = ("category", "subcategory", "set_id", "figure_id")
 
@@ -55,7 +64,8 @@ _FIGURE = ("category", "subcategory", "set_id", "figure_id")
 def _is_pope(document: Document) -> bool:
     rows = probe(document)
     if document.has("text", "label") and not document.columns.isdisjoint(("image", "image_path")):
-        return says_yes_or_no(rows, "label", YES_NO) and _ask(rows, "text")
+        published = document.has("question_id") or most(rows, lambda row: _asks_for_things(row.get("text")))
+        return published and says_yes_or_no(rows, "label", YES_NO) and _ask(rows, "text")
     if (
         not document.has("question", "answer")
         or not says_yes_or_no(rows, "answer", YES_NO)
@@ -70,6 +80,21 @@ def _is_pope(document: Document) -> bool:
 def _ask(rows: Sequence[Row], key: str) -> bool:
     """Whether the texts under a key are questions; a sentence with its label is other data, and so is an answer."""
     return most(rows, lambda row: _QUESTION.search(str(row.get(key))) is not None)
+
+
+def _asks_for_things(text: Any) -> bool:
+    """Whether a text asks as POPE does: whether there is something."""
+    return _THERE.search(str(text)) is not None
+
+
+def _told_by_keys(items: Sequence[Item], asks: str, as_published: re.Pattern[str]) -> list[str]:
+    """A note where most questions are none that the authors of a benchmark publish."""
+    alike = sum(as_published.search(item.question) is not None for item in items if isinstance(item, YesNoItem))
+    return (
+        [f"told by its keys alone, and may be other data: {asks}, most of these do not"]
+        if 2 * alike < len(items)
+        else []
+    )
 
 
 def _splits_told(row: Row) -> list[str]:
@@ -94,7 +119,8 @@ def _read_pope(documents: Sequence[Document], pictures: Pictures) -> list[Benchm
                 own = f"{kind}/{id_of(row, index + 1)}".lstrip("/")
                 gathered.take(own, where, partial(_pope_item, document, index, row, kind, pictures))
         notes = [
-            "as POPE's own script has it, an answer without no or not is a yes; how many say neither is told beside it"
+            "as POPE's own script has it, an answer without no or not is a yes; how many say neither is told beside it",
+            *_told_by_keys(gathered.items, "POPE asks whether there is something", _THERE),
         ]
         told = [split for item in gathered.items for split in item.kind.split(",")]
         notes += missing_kinds("splits", POPE_SPLITS, told)
@@ -178,6 +204,7 @@ def _read_mme(documents: Sequence[Document], pictures: Pictures) -> list[Benchma
         gathered = Gathered()
         for document in group:
             _gather_mme(gathered, document, document in templates, pictures)
+        _leave_out_other_tasks(gathered)
         pairs = Counter(item.group for item in gathered.items)
         odd = sum(count != 2 for count in pairs.values())
         if 2 not in gathered.times.values():
@@ -187,8 +214,19 @@ def _read_mme(documents: Sequence[Document], pictures: Pictures) -> list[Benchma
         why = "have other than two questions that can be asked, and count nowhere: calculation.py takes pairs alone"
         notes = [f"{odd} of {len(pairs)} pictures {why}"] if odd else []
         notes += missing_kinds("tasks", MME_TASKS, [item.kind for item in gathered.items])
+        if gathered.items and not {item.kind for item in gathered.items} & set(MME_TASKS):
+            notes.append("its tasks are of MME's form, and none of MME's: acc and acc+ are no score of MME")
+        notes += _told_by_keys(gathered.items, "MME's questions end in 'Please answer yes or no.'", _MME_ENDS)
         found.append(gathered.benchmark(name, MME, "mme", group, notes=notes))
     return found
+
+
+def _leave_out_other_tasks(gathered: Gathered) -> None:
+    """A folder beside those of MME's tasks is none of its tasks; folders that are all one's own are MME's form."""
+    others = [item for item in gathered.items if item.kind not in MME_TASKS]
+    if len(others) < len(gathered.items):
+        gathered.items = [item for item in gathered.items if item.kind in MME_TASKS]
+        gathered.left_out |= {item.item_id: f"{item.kind!r} is none of MME's {len(MME_TASKS)} tasks" for item in others}
 
 
 def _task_folder(document: Document) -> PurePosixPath:
@@ -339,13 +377,15 @@ def _figure_of(document: Document, index: int, row: Row, told: Row, pictures: Pi
     if all(says_none(row.get(key)) for key in named):  # their get_image_file_location goes by the numbers
         row = {"filename": f"{told['category']}/{told['subcategory']}/{told['set_id']}_{told['figure_id']}.png"}
     image = picture_of(document, index, row, pictures, named)
-    if isinstance(image, ImageFile):  # 0_0.png is another figure in each folder, and both VD and VS have a folder ocr
+    # 0_0.png is another figure in each folder, and both VD and VS have a folder ocr; names with letters are one figure's
+    if isinstance(image, ImageFile) and not any(map(str.isalpha, image.path.stem)):
         above = [part.lower() for part in image.path.parts[-3:-1]]
         category, subcategory = str(told["category"]).lower(), str(told["subcategory"]).lower()
         if above[-1:] != [subcategory] or above[0] in {"vd", "vs"} - {category}:
             raise SampleError(
-                f"no picture {image.name!r} in a folder {told['category']}/{told['subcategory']}; {image.path} is another one: "
-                "put the folders of hallusion_bench.zip beside the questions, or name theirs with --images"
+                f"no picture {image.name!r} in a folder {told['category']}/{told['subcategory']}; {image.path} may be another one, "
+                "as each folder has one of that name: put the folders of hallusion_bench.zip beside the questions, or name "
+                "theirs with --images"
             )
     return image
 
@@ -353,8 +393,8 @@ def _figure_of(document: Document, index: int, row: Row, told: Row, pictures: Pi
 POPE = Layout(
     name="pope",
     title="POPE",
-    looks_for="rows of image, text (a question) and label (yes or no); or of question, answer (yes or no), image, and category "
-    "(random, popular, adversarial) or image_source (COCO's)",
+    looks_for="rows of image, text (a question) and label (yes or no), with question_id or asking whether something is there; or "
+    "of question, answer (yes or no), image, and category (random, popular, adversarial) or image_source (COCO's)",
     source="https://github.com/AoiDragon/POPE, folder output; https://huggingface.co/datasets/lmms-lab/POPE; pictures of COCO "
     "val2014",
     licence="MIT; pictures as COCO says",

@@ -299,10 +299,10 @@ def _run_lines(runs: Mapping[str, RunOutput]) -> list[list[str]]:
 
 
 def name_suites(suites: Mapping[str, SuiteOutput], taken: Iterable[str]) -> dict[str, SuiteOutput]:
-    """Suites by what their models are called; where that is the name of several, with that of the folder."""
+    """Suites by what their models are called; where that is the name of several, with the folder behind it."""
     called = {name: one_line(output.summary["student"]["name"], limit=40) for name, output in suites.items()}
     counts = Counter([*called.values(), *taken])
-    names = {name: own if counts[own] == 1 else f"{own}, {name}" for name, own in called.items()}
+    names = {name: own if counts[own] == 1 else f"{own} ({name})" for name, own in called.items()}
     unique = len({*names.values(), *taken}) == len(names) + len([*taken])
     return {names[name] if unique else name: output for name, output in suites.items()}
 

@@ -9,7 +9,8 @@ INTERVAL = (
     "In brackets: the 95 % interval. The items were drawn again with replacement, 2000 times, and 95 % of the means lie in it. "
     "It tells what other items of this kind could have given, not what another training would. Items that are all alike give an "
     "interval without width, which is no certainty: of N such items up to 3 in N others may differ. Where they are all alike, or "
-    "fewer than 10, N stands behind it; it counts those that the score is about, as answers with yes are for precision."
+    "fewer than 10, N stands behind it; it counts the items (or pictures with all their questions, where these are drawn together) "
+    "that the score is about, as those answered with yes for precision."
 )
 GAIN = (
     "What a student scores more than the baseline on the same items, in the same unit; items are resampled in pairs. An "

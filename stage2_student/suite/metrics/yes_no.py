@@ -20,9 +20,14 @@ _LONG_TOKENS = 1024  # LLaVA's model_vqa.py
 _WORDS = {"yes": True, "true": True, "no": False, "false": False}
 _LETTERS = re.compile(r"[^\W\d_]+")
 _SAYS = re.compile(r"\b(yes|no|true|false)\b")
-_BOTH = re.compile(r"\W*(yes|no|true|false)\W+(?:(?:and|or)\W+)?(yes|no|true|false)\b")
-_CLAUSE = re.compile(r"[.,;:!?\n]")
-_NEGATION = re.compile(r"(?:\bnot|n't|\bcannot|\bnever|\bnor|\bneither)\b")
+_SURE = re.compile(r"\b(?:no|without|beyond) (?:an?y? )?doubt\b")
+# "yes, and no", "no problem: yes"
+_BOTH = re.compile(r"\W*(yes|no|true|false)(?:\W+(?:and|or)| (?!not\b)\w+)?\W+(yes|no|true|false)\b")
+_CLAUSE = re.compile(r"[.,;:!?\n]|\b(?:therefore|thus|hence|so (?=it|the|yes|no)|(?<!anything )but)\b")
+_NEGATION = re.compile(  # and whatever else leaves open, or takes back, what is said after it in its clause
+    r"(?:n't|\b(?:not|cannot|never|nor|neither|none|nothing|nobody|hardly|scarcely|barely|rarely|seldom|far from|doubt\w*|"
+    r"unlikely|unsure|unclear|uncertain|whether|if|anything but|almost|nearly|part(?:ial)?ly|(?:wrong|incorrect) (?:to|that)))\b"
+)
 _DENIED = re.compile(r"(?:\bnot|n't)(?: (?:(?!only)\w+ly|quite|at all|a|the))? $")  # directly before the word
 _BY_LIKELIHOOD = "p_yes_"
 
@@ -31,10 +36,10 @@ def parse_yes_no(text: str) -> bool | None:
     """Read yes or no (true or false) out of an answer; None where it says neither, or both.
 
     The first word decides ("No, it is true that ..."), unless its contrary follows ("yes and no"); else what is said anywhere,
-    if it is said alone. A not directly before a word turns it round ("it is not true"); one further off in its clause leaves
-    open what is meant ("I do not know whether that is true").
+    if it is said alone. A not directly before a word turns it round ("it is not true"); one further off in its clause, or
+    a word like hardly, leaves open what is meant ("I do not know whether that is true").
     """
-    text = text.lower().replace("\u2019", "'")
+    text = _SURE.sub("", text.lower().replace("\u2019", "'"))
     both, first = _BOTH.match(text), _LETTERS.search(text)
     if both and _WORDS[both[1]] != _WORDS[both[2]]:
         return None

@@ -8,6 +8,7 @@ from typing import cast
 import answers_files as files
 import pytest
 
+from vlm_distill_cache.data.benchmarks import short_answers
 from vlm_distill_cache.data.benchmarks.items import Benchmark, OpenItem
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
 
@@ -16,6 +17,15 @@ def read(folder: Path) -> dict[str, Benchmark]:
     found = find_benchmarks(folder)
     assert not found.unread
     return dict(found.benchmarks)
+
+
+class _Breaks:
+    """In place of a pattern: stops a reader at a file of that name."""
+
+    def sub(self, new: str, text: str) -> str:
+        if text == "breaks":
+            raise TypeError("of another kind")
+        return text
 
 
 def items(benchmark: Benchmark) -> list[OpenItem]:
@@ -238,9 +248,9 @@ def test_entries_that_hold_other_things_are_said_and_nothing_breaks_off(tmp_path
     files.write(tmp_path / "text.json", {"data": [7, {"question": "Q?"}]})
     (tmp_path / "empty.csv").write_text("")
     found = find_benchmarks(tmp_path)
-    assert set(found.benchmarks) == {"docvqa-val"}
-    assert set(found.unread) == {"gqa.json", "text.json", "empty.csv"}
-    assert "its entries hold other things" in found.unread["gqa.json"]
+    assert set(found.benchmarks) == {"docvqa-val", "gqa"}
+    assert found.benchmarks["gqa"].left_out == {"1": "gqa.json: 'entailed' must be a list, got '5'"}
+    assert set(found.unread) == {"text.json", "empty.csv"}
 
 
 def test_other_tasks_about_the_same_pictures_are_not_taken_for_questions(tmp_path: Path):
@@ -291,14 +301,44 @@ def test_files_of_the_challenge_fit_together_whatever_their_folder_is_called(tmp
     assert "secret" not in notes
 
 
-def test_a_file_that_cannot_be_read_takes_no_other_along(tmp_path: Path):
+def test_an_odd_value_leaves_out_its_question_of_gqa_alone(tmp_path: Path):
+    files.write_gqa(tmp_path)
+    expected = {item.item_id for item in items(read(tmp_path)["gqa-val-all"])}
+    (path,) = tmp_path.rglob("val_all_questions.json")
+    files.write(path, {**json.loads(path.read_text()), "9": {**files.gqa_question("101"), "entailed": 5}})
+    (path,) = tmp_path.rglob("*choices.json")
+    files.write(path, {**json.loads(path.read_text()), "101": {"valid": "red", "plausible": []}})
+    benchmark = find_benchmarks(tmp_path).benchmarks["gqa-val-all"]
+    assert {item.item_id for item in benchmark.items} == expected - {"101"}
+    assert "'valid' must be a list, got 'red'" in benchmark.left_out["101"]
+    assert "'entailed' must be a list, got '5'" in benchmark.left_out["9"]
+
+
+def test_multiple_choice_of_vqa_v1_is_refused_and_its_open_questions_are_read(tmp_path: Path):
+    files.write_vqav2(tmp_path)
+    path = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
+    told = json.loads(path.read_text())
+    for question in told["questions"]:
+        question["multiple_choices"] = ["yes", "no", *map(str, range(16))]
+    files.write(tmp_path / "MultipleChoice_mscoco_val2014_questions.json", told)
+    found = find_benchmarks(tmp_path)
+    assert [len(items(benchmark)) for benchmark in found.benchmarks.values()] == [3]
+    path.unlink()
+    found = find_benchmarks(tmp_path)
+    assert not found.benchmarks
+    (why,) = found.unread.values()
+    assert "multiple choice among 18 answers, which is not scored; give the questions for open answers" in why
+
+
+def test_a_file_that_cannot_be_read_takes_no_other_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     files.write_gqa(tmp_path / "ok")
+    monkeypatch.setattr(short_answers, "_PARTS", _Breaks())
     for name in ("bad", "worse"):
-        files.write(tmp_path / name / "questions.json", {"9": {**files.gqa_question("101"), "entailed": 5}})
+        files.write(tmp_path / name / "breaks.json", {"9": files.gqa_question("101")})
         found = find_benchmarks(tmp_path)
         assert [len(benchmark.items) for benchmark in found.benchmarks.values()] == [4]
         assert all("its entries hold other things" in why for why in found.unread.values())
-    assert set(found.unread) == {"bad/questions.json", "worse/questions.json"}
+    assert set(found.unread) == {"bad/breaks.json", "worse/breaks.json"}
 
 
 def test_answers_that_pandas_wrote_are_several_and_a_cut_list_is_left_out(tmp_path: Path):

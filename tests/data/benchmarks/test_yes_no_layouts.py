@@ -194,6 +194,7 @@ def test_texts_with_yes_and_no_that_are_not_about_pictures_are_not_mmes(tmp_path
     (tmp_path / "labels.txt").unlink()
     (benchmark,) = find_benchmarks(tmp_path).benchmarks.values()
     assert [(item.kind, seen(item.image)) for item in items_of(benchmark)] == [(tmp_path.name, 10)] * 2
+    assert any("none of MME's: acc and acc+ are no score of MME" in note for note in benchmark.notes)
 
 
 def _rows(folder: Path, text: str) -> Found:
@@ -210,6 +211,9 @@ def _rows(folder: Path, text: str) -> Found:
         {"question_id": 1, "text": "Is it red?"},
         {"image": "a.png", "text": "I love it.", "label": "1"},
         {"image": "a.png", "text": "I love it.", "label": "yes"},
+        {"image": "a.png", "text": "Do you like it?", "label": "yes"},
+        {"question_id": 1, "image": "a.png", "text": "Can do!", "label": "yes"},
+        {"question_id": 1, "image": "a.png", "text": "Do the best.", "label": "yes"},
         {"image": "a.png", "text": "Is it red?", "label": "1"},
         {"question_id": 1, "image": "a.png", "text": "Yes", "label": "yes"},
         {"image": "a.png", "question": "Is it red?", "answer": "yes", "image_source": "a camera"},
@@ -220,6 +224,29 @@ def _rows(folder: Path, text: str) -> Found:
 def test_rows_that_only_resemble_a_layout_are_not_read_as_it(tmp_path: Path, row: dict[str, object]):
     names = _rows(tmp_path, json.dumps([row] * 3)).benchmarks
     assert not [name for name in names if name.startswith(("pope", "mme", "hallusion", "nlvr", "llava"))]
+
+
+def test_questions_of_pope_need_no_mark_and_those_that_ask_other_things_are_told_as_such(tmp_path: Path):
+    files.put(tmp_path / "a.png", 10)
+    asked = {
+        "<image>\nIs there a dog": False,
+        "In this image, is there a dog": False,
+        "In this image, is the dog red": True,
+        "Tell whether a dog is shown. Answer yes or no.": True,
+    }
+    for place, (text, is_other) in enumerate(asked.items()):
+        files.lines(tmp_path / f"{place}.jsonl", [{"question_id": 1, "image": "a.png", "text": text, "label": "no"}])
+        (benchmark,) = (
+            each for each in find_benchmarks(tmp_path).benchmarks.values() if f"{place}.jsonl" in each.files
+        )
+        assert benchmark.layout == "pope"
+        assert any("told by its keys alone" in note for note in benchmark.notes) == is_other
+    for name, question in (("own", "Is it red?"), ("mme", "Is it red? Please answer yes or no.")):
+        rows = [{"image": "a.png", "question": question, "answer": "no", "category": "scene"}] * 2
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    for name, benchmark in find_benchmarks(tmp_path).benchmarks.items():
+        if benchmark.layout == "mme":
+            assert any("told by its keys alone" in note for note in benchmark.notes) == ("own" in name)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +286,7 @@ BOX = {"identifier": "5-0", "sentence": "It is red.", "label": "true"}
 @pytest.mark.parametrize(
     ("layout", "row", "bad"),
     [
-        ("pope", {"image": "a.png", "text": "Is it red?", "label": "yes"}, {"label": None}),
+        ("pope", {"image": "a.png", "text": "Is there a dog?", "label": "yes"}, {"label": None}),
         ("pope", {"image": "a.png", "question": "Is it?", "answer": "yes", "category": "random"}, {"category": "all"}),
         (
             "mme",
@@ -320,6 +347,30 @@ def test_figures_of_hallusionbench_go_by_their_numbers_and_results_are_no_questi
     assert "a model's answers" in find_benchmarks(tmp_path).unread["HallusionBench_result_sample.json"]
     (tmp_path / "HallusionBench.json").write_text(json.dumps([{**row, "filename": None} for row in rows]))
     assert [(item.item_id, seen(item.image)) for item in items_of(only(tmp_path))] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "is_told"),
+    [("images/first.png", True), ("VD_ocr_0_1.png", True), ("images/0_1.png", False), ("VS/ocr/0_1.png", False)],
+)
+def test_a_figure_of_hallusionbench_that_its_row_names_in_words_is_that_one(tmp_path: Path, name: str, is_told: bool):
+    numbers = {"category": "VD", "subcategory": "ocr", "set_id": 0, "figure_id": 1, "question_id": 0}
+    row = {**numbers, "visual_input": "1", "question": "Is it red?", "gt_answer": 1, "filename": name}
+    (tmp_path / "HallusionBench.json").write_text(json.dumps([row]))
+    files.put(tmp_path / name, 10)
+    (benchmark,) = find_benchmarks(tmp_path).benchmarks.values()
+    assert [seen(item.image) for item in items_of(benchmark)] == [10] * is_told
+    assert all("may be another one" in why for why in benchmark.left_out.values())
+    assert len(benchmark.left_out) == (not is_told)
+
+
+def test_a_folder_beside_those_of_mmes_tasks_is_left_out(tmp_path: Path):
+    for task in ("count", "Count2"):
+        files.put(tmp_path / f"{task}/a.png", 10)
+        (tmp_path / f"{task}/a.txt").write_text("Is it red?\tYes\nIs it blue?\tNo\n")
+    (benchmark,) = find_benchmarks(tmp_path).benchmarks.values()
+    assert [item.kind for item in benchmark.items] == ["count"] * 2
+    assert list(benchmark.left_out.values()) == ["'Count2' is none of MME's 14 tasks"] * 2
 
 
 def test_what_is_told_of_mme_and_nlvr_says_how_to_go_on(tmp_path: Path):

@@ -321,12 +321,12 @@ def test_damaged_suites_are_refused_with_the_remedy(tmp_path, name, change, said
 
 
 def test_models_are_called_by_their_names_and_where_these_are_the_same_by_their_folders_too(tmp_path):
-    for folder, name in {"a": "x distilled", "b": "y distilled", "c": "y distilled", "d": "a, b"}.items():
+    for folder, name in {"a": "x distilled", "b": "y distilled", "c": "y distilled", "d": "a (b)"}.items():
         write_suite(tmp_path / folder, seed=0, name=name)
     for folders, names in {
         "ab": ["x distilled", "y distilled"],
-        "abc": ["x distilled", "y distilled, b", "y distilled, c"],
-        "ad": ["x distilled", "a, b"],
+        "abc": ["x distilled", "y distilled (b)", "y distilled (c)"],
+        "ad": ["x distilled", "a (b)"],
     }.items():
         _, told = compare(tmp_path, *(tmp_path / folder for folder in folders))
         assert list(told["suites"]) == names

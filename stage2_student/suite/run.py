@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.errors import ConfigError, DataError, ModelError, SampleError
+from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, DataError, ModelError, SampleError
 from vlm_distill_cache.common.files.atomic import (
     clean_stale,
     hold_folder,
@@ -147,14 +147,16 @@ class Task:
             share = head["seconds"] / max(len(lines), 1)
             parts = {number: lines[number * BLOCK : (number + 1) * BLOCK] for number in range(self.blocks)}
             stored = {number: {"seconds": share * len(part), "items": part} for number, part in parts.items()}
-        elif others is None:
-            stored = {number: read_json(path) for number in range(self.blocks) if (path := self.block(number)).exists()}
         else:
-            share, known = others
+            share, known = others or (0.0, {})
             by_block = {n: [known.get(item.item_id) for item in self.items_of(n)] for n in range(self.blocks)}
             stored = {
                 n: {"seconds": share * len(part), "items": part} for n, part in by_block.items() if None not in part
             }
+            if not (self.folder / RESULTS).exists():
+                stored |= {
+                    number: read_json(path) for number in range(self.blocks) if (path := self.block(number)).exists()
+                }
         found = {}
         for number, block in stored.items():
             if not isinstance(block, dict) or len(block.get("items", ())) != len(self.items_of(number)):
@@ -166,18 +168,32 @@ class Task:
         return found, others is None and found == stored
 
     def _of_other_items(self) -> tuple[float, dict[str, dict[str, Any]]] | None:
-        """Joined results by item, with the seconds of each, where all else is the same but other items could be asked then."""
+        """Results by item, with the seconds of each, of a time when other items could be asked and all else was the same.
+
+        Of joined results all must be answers to what is asked now; of blocks those that are count.
+        """
         try:
-            with (self.folder / RESULTS).open(encoding="utf-8") as file:
-                head = json.loads(file.readline())
-                if head["of"] == self.identity:
-                    return None
-                known = {line["item"]: line for line in map(json.loads, file)}
-            there = [(item, known[item.item_id]) for item in self.items if item.item_id in known]
-            same = all(line.get("asked") == self.asked_of(item) for item, line in there)
-            return (float(head["seconds"]) / len(known), known) if there and same else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            if (self.folder / RESULTS).exists():
+                with (self.folder / RESULTS).open(encoding="utf-8") as file:
+                    head = json.loads(file.readline())
+                    if head["of"] == self.identity:
+                        return None
+                    known, seconds = {line["item"]: line for line in map(json.loads, file)}, float(head["seconds"])
+            else:
+                blocks = [read_json(path) for path in self._other_blocks()]
+                known = {line["item"]: line for block in blocks for line in block["items"]}
+                seconds = sum(float(block["seconds"]) for block in blocks)
+            there = [item for item in self.items if item.item_id in known]
+            same = {item.item_id for item in there if known[item.item_id].get("asked") == self.asked_of(item)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, CacheFormatError):
             return None  # `is_asked` says what is wrong
+        if not same or ((self.folder / RESULTS).exists() and len(same) < len(there)):
+            return None
+        return seconds / len(known), {name: known[name] for name in same}
+
+    def _other_blocks(self) -> list[Path]:
+        blocks = sorted((self.folder / BLOCKS).glob("*.json"))
+        return [path for path in blocks if not path.name.startswith(self.identity[:16])]
 
     def put_aside(self) -> int:
         """Take back what was answered about other pictures or items, so that it is asked again; how many items these are."""
@@ -191,6 +207,8 @@ class Task:
             write_json_atomic(self.block(number), block)
         for number in stale:
             self.block(number).unlink(missing_ok=True)
+        for path in self._other_blocks():
+            path.unlink()
         (self.folder / RESULTS).unlink(missing_ok=True)
         return sum(len(self.items_of(number)) for number in stale)
 

@@ -203,6 +203,19 @@ def test_items_that_could_not_be_asked_are_asked_alone_once_their_pictures_are_t
     lost.unlink()
     assert run_suite(suite)["benchmarks"]["winoground"]["items"] == ITEMS - 1
     assert len(asked) == 1
+
+    begun = replace(suite, output=tmp_path / "begun")
+    monkeypatch.setattr(running, "_summarise", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # stopped before its blocks were joined
+        run_suite(begun)
+    monkeypatch.undo()
+    monkeypatch.setattr(running, "BLOCK", 1)
+    monkeypatch.setattr(asking, "ask", lambda *given: asked.append(given) or ask(*given))
+    lost.write_bytes(picture)
+    assert outlook(begun)["benchmarks"]["winoground"]["to_ask"] == 1
+    assert len(asked) == 2
+    assert run_suite(begun)["benchmarks"]["winoground"]["measures"] == whole["measures"]
+    assert len(asked) == 3
     examples = folder / "winoground" / "examples.jsonl"
     examples.write_text(examples.read_text().replace('"caption_0": "', '"caption_0": "No '))
     lost.write_bytes(picture)

@@ -131,8 +131,9 @@ def test_results_of_something_else_are_refused(suite, tmp_path):
     path.write_text("{")
     with pytest.raises(ConfigError, match=r"damaged .* delete it"):
         run_suite(suite)
-    with pytest.raises(ConfigError, match="/proc cannot be written"):
-        outlook(replace(suite, output=Path("/proc/x")))
+    if Path("/proc/self").exists():  # of Linux; its mode says that root may write there
+        with pytest.raises(ConfigError, match="/proc cannot be written"):
+            outlook(replace(suite, output=Path("/proc/x")))
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").touch()

@@ -19,9 +19,11 @@ CACHE_SET ?=
 EVAL_DATA ?=
 # A folder of published benchmarks, or the small ones of drawn scenes.
 BENCHMARKS ?= shapes
+# How they are asked: options of `distill suite`, --output among them.
+SUITE_OPTIONS ?=
 
 # A misspelt variable would be ignored, and another student trained.
-KNOWN   := PYTHON VENV STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES NPROC SIGNALS CACHE_CONFIG SET CACHE_SET EVAL_DATA BENCHMARKS CACHE OUTPUT UPGRADE
+KNOWN   := PYTHON VENV STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES NPROC SIGNALS CACHE_CONFIG SET CACHE_SET EVAL_DATA BENCHMARKS SUITE_OPTIONS CACHE OUTPUT UPGRADE
 UNKNOWN := $(filter-out $(KNOWN),$(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name))))
 $(if $(strip $(UNKNOWN)),$(error there is no variable $(strip $(UNKNOWN)); those that can be set: $(KNOWN)))
 
@@ -77,6 +79,7 @@ help: ## Show this list
 	echo "             OUTPUT=$$OUTPUT PHASES=\"dpt dft sft\" CONFIG=student.yaml NPROC=$$NPROC"
 	echo "             SIGNALS=logits,answer_attention CACHE_CONFIG=cache.yaml EVAL_DATA=heldout.json BENCHMARKS=folder PYTHON=python3"
 	echo "             SET=\"dft.lr=1e-3 dft.losses.answer_attention=0\" (any options of distill)"
+	echo "             SUITE_OPTIONS=\"--prompts plain --limit 500\" (any options of distill suite)"
 	echo "             CACHE_SET=\"max_failed_share=0.1\" (any options of teacher-cache)"
 
 setup: $(STAMP) ## Create .venv and install everything, once
@@ -91,7 +94,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # Values reach the shell through its environment, so that blanks and quotes in a path are safe.
-export STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES CACHE OUTPUT SIGNALS CACHE_CONFIG EVAL_DATA BENCHMARKS SET CACHE_SET NPROC DATA_NAME
+export STUDENT DATA STORE TEACHER IMAGES CONFIG PHASES CACHE OUTPUT SIGNALS CACHE_CONFIG EVAL_DATA BENCHMARKS SUITE_OPTIONS SET CACHE_SET NPROC DATA_NAME
 
 # The options of each stage. A CONFIG with the sections of both has its own; only what somebody gave is put in their place.
 STAGE_ONE = --data "$$DATA" --cache "$$CACHE" --store "$$STORE" $(if $(IMAGES),--images "$$IMAGES") $(if $(TEACHER),--teacher "$$TEACHER") $(if $(SIGNALS),--signals "$$SIGNALS") $(if $(CACHE_CONFIG),--config "$$CACHE_CONFIG") $(if $(strip $(CACHE_SET)),$$(printf -- '--set %s ' $$CACHE_SET)) $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
@@ -128,7 +131,7 @@ report: $(STAMP) ## Write the HTML report of OUTPUT again
 	$(BIN)/distill report "$$OUTPUT"
 
 suite: $(STAMP) ## Ask the distilled student of OUTPUT published benchmarks: BENCHMARKS, or small ones of drawn scenes
-	exec $(BIN)/distill suite "$$OUTPUT/distilled/final" "$$BENCHMARKS" --output "$$OUTPUT/suite-$$(basename "$$BENCHMARKS")" $(if $(IMAGES),--images "$$IMAGES") $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC")
+	exec $(BIN)/distill suite "$$OUTPUT/distilled/final" "$$BENCHMARKS" --output "$$OUTPUT/suite-$$(basename "$$BENCHMARKS")" $(if $(IMAGES),--images "$$IMAGES") $(if $(filter-out 1,$(NPROC)),--nproc "$$NPROC") $$SUITE_OPTIONS
 endif
 
 demo: distill ## Both stages with the built-in teacher and data, on the CPU

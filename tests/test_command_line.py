@@ -134,8 +134,8 @@ def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
     assert "--set" not in arguments("distill", "CACHE=s3://b/c", "SET= ")
     # Recipes are not echoed: what is seen is what the programs print.
     assert arguments("report", "OUTPUT=o") == "<report><o>"
-    shown = arguments("suite", "OUTPUT=o", "BENCHMARKS=a/b c", "NPROC=2")
-    assert shown == "<suite><o/distilled/final><a/b c><--output><o/suite-b c><--nproc><2>"
+    shown = arguments("suite", "OUTPUT=o", "BENCHMARKS=a/b c", "NPROC=2", "SUITE_OPTIONS=--prompts plain")
+    assert shown == "<suite><o/distilled/final><a/b c><--output><o/suite-b c><--nproc><2><--prompts><plain>"
     # A finished cache is compared with options of stage one that somebody gave, and taken as it is without any.
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "manifest.json").touch()

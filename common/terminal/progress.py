@@ -41,7 +41,7 @@ class ProgressLines:
             self.n, self.total or 0, self._said - self._began, prefix=self._desc, unit=f" {self._unit}",
             unit_scale=self._unit_scale, initial=self.initial, bar_format=line,
         )  # fmt: skip
-        say(text.replace("  ", " "), err=True)
+        say(text.replace("  ", " ").replace("s/ ", " s/"), err=True)
 
     def __enter__(self) -> ProgressLines:
         return self

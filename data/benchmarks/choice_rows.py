@@ -130,7 +130,7 @@ def ask_row(
     inline = split_options(question) if options is None or lists_options(question, options.texts) else None
     if inline:
         asked, question = question, inline[0]
-        options = options or Options(inline[1], "its question", sure=True, lettered=True)
+        options = options or Options(inline[1], "its question", lettered=True)
     if options is None or len(options.texts) < 2:
         raise SampleError(
             "it has no options: none under choices, options or A, B, ..., and none told by letters in its question"
@@ -386,7 +386,10 @@ def _with_turns(asked: Sequence[Asked], left_out: _LeftOut) -> tuple[list[Asked]
     found = []
     for base, group in groups.items():
         group.sort(key=lambda each: (_index(each) != base, int(_index(each)) if _index(each).isdigit() else 0))
-        turns = len({each.item.options for each in group})
+        options = group[0].item.options  # equal ones make equal rotations
+        rotations = {(*options[turn:], *options[:turn]) for turn in range(len(options))}
+        rotated = len({each.item.options for each in group}) == len(rotations)
+        turns = len({_index(each) for each in group} if rotated else {each.item.options for each in group})
         if _index(group[0]) != base or not turns == len(group) == len(group[0].item.options):
             for each in group:
                 left_out[each.split][each.item.item_id] = (
@@ -408,11 +411,15 @@ def _index(each: Asked) -> str:
 _Read = Callable[[Asked], int | None]
 # How answers may be meant, the likeliest first.
 _READINGS: Mapping[str, _Read] = {
-    "letters": lambda each: letter_place(each.answer, each.item.options),
-    "numbers": lambda each: number_place(each.answer, each.item.options, first=each.options.first),
+    "letters": lambda each: None if each.options.commas else letter_place(each.answer, each.item.options),
+    "numbers": lambda each: _number(each, each.options.first),
     "texts": lambda each: text_place(each.answer, each.item.options) if _may_be_text(each) else None,
-    "numbers from 1": lambda each: number_place(each.answer, each.item.options, first=1),
+    "numbers from 1": lambda each: _number(each, 1),
 }
+
+
+def _number(each: Asked, first: int) -> int | None:
+    return None if each.options.commas else number_place(each.answer, each.item.options, first=first)
 
 
 def _may_be_text(each: Asked) -> bool:

@@ -38,6 +38,7 @@ _GQA_COMMON = ("color", "material", "shape")  # what GQA's questions about thing
 _FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 _ANOTHER_TASK = re.compile(r"caption|reference|label|grounding|rationale|src_dataset")
 _CHART = re.compile(r"(?:(?:train|val|test)[_ -]?)?(human|augmented|machine)(?:[_ -]?(?:train|val|test))?")
+_OTHER_CHARTS = re.compile(r"(?:plot|figure|dv|leaf)[_-]?qa|chartqa[_-]?pro|opencqa")  # their keys are the same
 _IN_A_NAME = re.compile(r"(?<![a-z])(human|augmented|machine)(?![a-z])")
 _PARTS = re.compile(r"_\d+$")
 
@@ -330,13 +331,14 @@ def _read_docvqa(documents: Sequence[Document], pictures: Pictures) -> list[Benc
 
 def _is_chartqa(document: Document) -> bool:
     entries = entries_of(document)
-    first = entries.first
-    who = "human_or_machine" in entries.keys or any(
-        _CHART.fullmatch(str(first.get(key)).lower()) for key in ("type", "split")
-    )
+    first, path = entries.first, document.shown.lower()
+    said = [str(first.get(key)).lower() for key in ("type", "split")]
+    who = "human_or_machine" in entries.keys or any(map(_CHART.fullmatch, said))
+    if not entries.has("query", "label") and "chart" not in path:  # else "human" may be said of anything
+        who = any("_" in each and _CHART.fullmatch(each) for each in said)
     asked = entries.has("query", "label") or entries.has("question", "answer")
     published = entries.has("imgname", "query", "label") or (asked and who and "image" in entries.keys)
-    return published or _is_evalkit(entries, "chartqa")
+    return (published and not _OTHER_CHARTS.search(path)) or _is_evalkit(entries, "chartqa")
 
 
 def _chart_kind(*said: Any) -> str:
@@ -448,7 +450,8 @@ LAYOUTS: tuple[Layout, ...] = (
         name="chartqa",
         title="ChartQA",
         looks_for="entries with imgname, query, label; or with image, query and label (or question and answer), and "
-        "human_or_machine, or a type or split that is human or augmented; ChartQA_TEST.tsv",
+        "human_or_machine, or a type or split that is human_test or augmented_test; not below a folder called after another set of "
+        "charts (PlotQA, FigureQA); ChartQA_TEST.tsv",
         source="https://github.com/vis-nlp/ChartQA (ChartQA Dataset/test); hub: HuggingFaceM4/ChartQA, lmms-lab/ChartQA",
         licence="GPL-3.0",
         scores="relaxed accuracy (5 %), of people's and of a model's questions",

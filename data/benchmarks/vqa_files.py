@@ -156,7 +156,7 @@ def _of_files(document: Document, answered: Sequence[Document], pictures: Pictur
         _add(found, entries, index, annotation, split, {**_KNOWLEDGE, **told} if is_ok else {})
     version = top_text(document, "info", "version")
     is_first = not is_ok and version.startswith("1")
-    abstract = "abstract" in top_text(document, "data_type")
+    abstract = "abstract" in _pictured(document, split)
     name = "okvqa" if is_ok else "vqav1" if is_first else "vqav2"
     title = "OK-VQA" if is_ok else "VQA v1" if is_first else "VQAv2"
     return _benchmark(
@@ -226,13 +226,22 @@ def _picture(entries: Entries, index: int, pictures: Pictures, split: str) -> Im
             entries, index, pictures, named=[str(row.get("image_id") or "")], hints=[split] if split else []
         )
     folder = split.replace("testdev", "test")
-    kind = top_text(entries.document, "data_type")
+    kind = _pictured(entries.document, split)
     if kind and kind != "mscoco":
         return pictures.find(f"{kind}_{folder}_{number:012d}", near=near, hints=[folder])
     try:
         return pictures.numbered(number, near=near, hints=[folder] if folder else [])
     except SampleError as error:
         raise SampleError(f"question {row.get('question_id')}: {error}") from error
+
+
+def _pictured(document: Document, split: str) -> str:
+    """What names of its pictures begin with; of abstract scenes also where the file does not say it as theirs do."""
+    said = top_text(document, "data_type").lower()
+    texts = (said, top_text(document, "info", "description").lower(), document.shown.lower())
+    if any("abstract" in text for text in texts if said != "mscoco") or split in ("train2015", "val2015"):
+        return said if said.startswith("abstract_v") else "abstract_v002"
+    return said
 
 
 def _benchmark(

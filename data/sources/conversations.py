@@ -20,7 +20,7 @@ from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.images.recognise import names_picture
 from vlm_distill_cache.data.sample import Turn
 from vlm_distill_cache.data.sources.markers import IMAGE_MARKER, take_markers
-from vlm_distill_cache.data.sources.options import INSTRUCTION, says_nothing, with_options
+from vlm_distill_cache.data.sources.options import says_nothing, with_options, with_options_beside
 from vlm_distill_cache.data.sources.pictures import (
     MODEL_NAMES,
     SYSTEM_KEYS,
@@ -390,18 +390,11 @@ def _read_messages(messages: Sequence[Any], found: Conversation) -> list[tuple[i
 
 def _with_options_beside(entry: Mapping[str, Any], plain: Sequence[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
     """Messages whose one question is asked with the options that stand beside them in the entry."""
-    (first, _, question), (second, _, answer) = plain[:2] if len(plain) > 1 else [(1, "", "")] * 2
-    if [role for _, role, _ in plain[:2]] != ["user", "assistant"]:
+    *before, (first, asks, question), (second, answers, answer) = plain if len(plain) > 1 else [(1, "", "")] * 2
+    if (asks, answers) != ("user", "assistant") or [role for _, role, _ in before] not in ([], ["assistant"]):
         return list(plain)
-    asked, said = with_options(entry, question, answer, answer)
-    if len(plain) == 2:
-        return [(first, "user", asked), (second, "assistant", said)]
-    if asked.endswith(INSTRUCTION) and asked != question:
-        raise SampleError(
-            f"its first answer {answer[:60]!r} chooses one of the options beside its messages, and these have several turns; "
-            "write the options into the question that they belong to"
-        )
-    return list(plain)
+    asked, said = with_options_beside(entry, question, answer)
+    return [*before, (first, asks, asked), (second, answers, said)]
 
 
 def _known_role(message: Mapping[str, Any], position: int) -> str:

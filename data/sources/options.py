@@ -21,14 +21,19 @@ _LISTS = ("choices", "options", "candidates")
 _MORE_LISTS = frozenset(
     "choice option answer_choices answer_options multiple_choices multi_choice_options mc_options".split()  # noqa: SIM905
 )
+_SINGULAR = ("choice", "option")  # a text under these is the one that is right
 _COLUMN = re.compile(r"(option|choice|opt)s?(?:_([a-z])|_?(\d{1,2}))")
 _NUMBER = re.compile(r"\s*-?\d+\s*")
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,]?")
 _LABEL = r"(?:[(\[]{0}[)\]]|{0}\s?[.:)])\s*"  # (A), [A], A., A:, A)
-_LABELLED = re.compile(_LABEL.format("([A-Z])") + r"(.+)", re.DOTALL)
+_LABELLED = re.compile(_LABEL.format("([A-Za-z])") + r"(.+)", re.DOTALL)
 _NUMBERED = re.compile(
-    r"(?:[(\[](\d{1,2})[)\]]\s*|(\d{1,2})(?:[)]\s*|[.:]\s+))(.+)", re.DOTALL
-)  # (1), 1), 1. with a blank
+    r"(?:[(\[](\d{1,2})[)\]]\s*|(\d{1,2})(?:[)]\s*|\.\s+|:\s+(?=\D)))(.+)", re.DOTALL
+)  # (1), 1), 1. with a blank; 1: 2 is a ratio
+_SIGNS, _SMALL = " ()[].:,", frozenset(LETTERS.lower())
+_OR = re.compile(r"[\s,]*\b(?:or|and)\s+(?:(?:an?|the)\s+)?")  # between options that are mentioned, not listed
+_PARTS = re.compile(r"[^\w ]|\b(?:or|and)\b|\A (?:[b-z]|\d{1,2}) \Z")
+_NEAR = 24  # characters between two options of a list
 _TEXT_KEYS, _LABEL_KEYS = ("text", "value", "content", "option", "choice"), ("label", "key", "id", "letter")
 
 
@@ -39,18 +44,20 @@ class Options:
     Attributes:
         texts: At least one, in order, without letters in front.
         where: The keys that they stand under, for errors.
-        sure: Whether such keys mean nothing but options; else an answer that chooses by letter or number tells.
         first: What the first of them is called where they stand under numbers; else 0.
+        numbered: Whether they stand under numbers, so that a number as answer is one of these.
         lettered: Whether they stand under letters, so that a letter as answer is one of these.
         numbers: Whether some are numbers, so that a number may be the answer itself.
+        commas: Whether nothing but commas parts them, which may be part of one: only its whole text tells which is meant.
     """
 
     texts: tuple[str, ...]
     where: str
-    sure: bool
     first: int = 0
+    numbered: bool = False
     lettered: bool = False
     numbers: bool = False
+    commas: bool = False
 
 
 def options_of(entry: Mapping[str, Any]) -> Options | None:
@@ -62,11 +69,10 @@ def options_of(entry: Mapping[str, Any]) -> Options | None:
     for key in _keys(entry):
         if (found := _listed(entry[key], key)) is not None:
             return found
-    for where, labelled, sure in _columns(entry):
+    for where, labelled in _columns(entry):
         texts, first = _in_order(labelled, where)
         if len(texts) > 1:
-            found = _options(texts, where, sure=sure and sum(isinstance(text, str) for text in texts) > 1)
-            return replace(found, first=first, lettered="A" in labelled)
+            return replace(_options(texts, where), first=first, numbered="A" not in labelled, lettered="A" in labelled)
     return None
 
 
@@ -88,7 +94,7 @@ def letter_place(answer: Any, options: Sequence[str]) -> int | None:
     text = answer.strip() if isinstance(answer, str) else ""
     found = _LETTER.fullmatch(text)
     if found is None and (behind := _LABELLED.fullmatch(text)):
-        place = LETTERS.index(behind[1] or behind[2])
+        place = LETTERS.index((behind[1] or behind[2]).upper())
         return place if place < len(options) and plain_option(behind[3]) == plain_option(options[place]) else None
     if found is None or (place := LETTERS.index(found[1].upper())) >= len(options):
         return None
@@ -120,13 +126,15 @@ def says_nothing(value: Any) -> bool:
 
 def plain_option(text: str) -> str:
     """What two writings of an option are compared by."""
-    return " ".join(text.split()).rstrip(".").casefold()
+    plain = " ".join(text.split()).rstrip(".").casefold()
+    return plain.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", plain) else plain  # 2.0 is 2
 
 
 def with_options(entry: Mapping[str, Any], question: str, answer: Any, said: str) -> tuple[str, str]:
     """A question with the options that it is asked with, and its answer: a letter where it chooses by letter or number.
 
-    A question that holds its options already stays as it is, and so does an answer in words.
+    A question that lists its options already stays as it is, and so does an answer in words. Nothing is added where the
+    answer chooses none of the options for certain: a number does only by the numbers that the options are labelled with.
 
     Args:
         answer: As it stands in the entry.
@@ -135,60 +143,128 @@ def with_options(entry: Mapping[str, Any], question: str, answer: Any, said: str
     Raises:
         SampleError: The options cannot be understood, or which of them the answer means cannot be told.
     """
+    lost = _are_lost(entry, question)
+    by_letter = _LETTER.fullmatch(said.strip()) is not None
     try:
         options = options_of(entry)
     except SampleError:
-        if _has_sure_options(entry) or _NUMBER.fullmatch(said) or _LETTER.fullmatch(said.strip()):
+        if lost or (by_letter and said.strip(_SIGNS).isupper()):
             raise
         return question, said
-    if options is None:
-        return question, said
-    texts = options.texts
-    inline = split_options(question)
-    listed = inline is not None and [*map(plain_option, inline[1])] == [*map(plain_option, texts)]
-    inside = listed or all(text in question for text in texts)
-    if inside and text_place(said, texts) is not None:
-        return question, said
-    place = _chosen(answer, said, options)
-    if place is None:
-        asked = options.sure or text_place(said, texts) is not None
-        return (ask_options(question, texts) if asked and not inside else question), said
-    if listed or (inside and lists_options(question, texts)):
-        return question, said if letter_place(said, texts) is not None else LETTERS[place]
-    return f"{ask_options(question, texts)}\n{INSTRUCTION}", LETTERS[place]
-
-
-def _has_sure_options(entry: Mapping[str, Any]) -> bool:
-    listed = any(not says_none(entry.get(key)) and not isinstance(entry[key], str) for key in _LISTS)
-    return listed or sum(isinstance(entry.get(letter), str) for letter in LETTERS[:4]) > 1
-
-
-def _chosen(answer: Any, said: str, options: Options) -> int | None:
-    """The option that an answer chooses by letter or number; None if it is given in words."""
-    texts = options.texts
-    if not isinstance(answer, str) and not options.numbers:  # a number among texts counts them
-        place = number_place(answer, texts, first=options.first)
-    else:
-        meant = text_place(said, texts)
-        place = letter_place(said, texts)
-        if place is not None and options.lettered:
-            return place
-        place = number_place(said, texts, first=options.first) if place is None else place
-        if meant is not None and place not in (None, meant):
+    if options is None or len(options.texts) < 2:
+        if lost and (options is not None or by_letter or _NUMBER.fullmatch(said)):
             raise SampleError(
-                f"the answer {said!r} is option {LETTERS[place or 0]} by its letter or number (counted from {options.first}), and "
-                f"option {LETTERS[meant]} by its text ({options.where}); write the letter of the right one as the answer, and "
-                "options that are no letters or numbers"
+                f"the answer {said!r} chooses among options that cannot be told; write them into the question"
             )
-        if meant is not None:
-            return place
-    is_letter = len(said.strip(" ()[].:,")) == 1 and said.strip(" ()[].:,").isupper()
-    if place is None and (is_letter or (options.sure and _NUMBER.fullmatch(said))):
-        raise SampleError(
-            f"the answer {said!r} chooses none of the {len(texts)} options in {options.where} (numbers are counted from "
-            f"{options.first})"
-        )
-    return place
+        return question, said
+    texts, worded = options.texts, text_place(said, options.texts)
+    if _lists(question, texts, mentions=worded is not None):
+        if worded is None and _NUMBER.fullmatch(said) and split_options(question):
+            raise _unclear(said, options, "the question calls them by letters")
+        return question, said
+    place = None if split_options(question) else _place(answer, said, options)
+    if place is not None:
+        return f"{ask_options(question, texts)}\n{INSTRUCTION}", LETTERS[place]
+    unclear = letter_place(said, texts) not in (None, worded) or _may_count(said, texts)
+    if worded is not None and not (lost and unclear) and not split_options(question):
+        return ask_options(question, texts), said
+    labelled = options.lettered or options.numbered
+    letter = by_letter and said.strip(_SIGNS).isupper() and (labelled or options.commas)
+    listed = labelled or (options.where.strip("'") in _LISTS and not options.commas)
+    number = _NUMBER.fullmatch(said) and listed and not any(map(str.isdigit, "".join(texts)))
+    if lost or (worded is None and (letter or number)):
+        raise _unclear(said, options, "no letter or label of theirs, and not the text of one alone")
+    return question, said
+
+
+def with_options_beside(entry: Mapping[str, Any], question: str, answer: str) -> tuple[str, str]:
+    """The one question of a finished conversation and its answer, with the options that stand beside the messages.
+
+    Only an answer that is a letter, to a question that lists no options, is asked with them; whatever is no list of texts
+    is another thing's.
+
+    Raises:
+        SampleError: The options are texts, and cannot be understood.
+    """
+    if _LETTER.fullmatch(answer.strip()) is None or split_options(question):
+        return question, answer
+    lists = {*_keys(entry)}
+    told = {key: value for key, value in entry.items() if key not in lists or _are_texts(value)}
+    options = options_of({key: value for key, value in told.items() if key not in _SMALL})  # a and b may be anything
+    if options is None or len(options.texts) < 2 or text_place(answer, options.texts) is not None:
+        return question, answer
+    if _lists(question, options.texts, mentions=True):
+        return question, answer
+    if (place := _place(answer, answer, options)) is None:
+        return question, answer
+    return f"{ask_options(question, options.texts)}\n{INSTRUCTION}", LETTERS[place]
+
+
+def _are_texts(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values()) if all(re.fullmatch(r"[A-Z]", str(key)) for key in value) else None
+    if isinstance(value, str):
+        return True
+    texts = isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+    return texts and not any(map(names_picture, value))
+
+
+def _are_lost(entry: Mapping[str, Any], question: str) -> bool:
+    """Whether an entry has options for certain, and its question does not say them all."""
+    for key in _LISTS:
+        options = entry.get(key)
+        texts = list(options.values()) if isinstance(options, Mapping) else options
+        if isinstance(texts, list | tuple) and any(str(text).strip() not in question for text in texts):
+            return True
+    letters = [key for key in LETTERS[:4] if isinstance(entry.get(key), str) and entry[key].strip() not in question]
+    return len(letters) > 1
+
+
+def _lists(question: str, options: Sequence[str], *, mentions: bool = False) -> bool:
+    """Whether a question lists all options in any way and order; ``mentions``: or says them, as in ``a cat or a dog``."""
+    plain = {plain_option(option) for option in options}
+    any_of = "|".join(re.escape(option) for option in sorted(plain, key=len, reverse=True))
+    text = "\n".join(" ".join(line.split()) for line in question.casefold().splitlines())
+    said: set[str] = set()
+    gaps: list[str] = []
+    end = 0
+    for found in re.finditer(rf"(?<![a-z0-9_])(?:{any_of})(?![a-z0-9_])", text):
+        gap = text[end : found.start()]
+        if not said or len(gap) > _NEAR or not (_PARTS.search(gap) or (gap == " " and len(plain) > 2)):
+            said, gaps = set(), []
+        else:
+            gaps.append(gap)
+        said.add(found[0])
+        end = found.end()
+        if plain <= said:
+            if mentions or not any(map(_OR.fullmatch, gaps)):
+                return True
+            said = set()  # they may be listed behind it
+    return False
+
+
+def _place(answer: Any, said: str, options: Options) -> int | None:
+    """The option that an answer chooses by its letter, or by the number that it is labelled with; None if it is unclear."""
+    texts, worded = options.texts, text_place(said, options.texts)
+    if options.commas:
+        return None
+    if (place := letter_place(said, texts)) is not None:
+        letters = _LETTER.fullmatch(said.strip()) and any(re.fullmatch(r"[A-Za-z]", text) for text in texts)
+        return place if options.lettered or not letters else None
+    place = number_place(answer, texts, first=options.first) if options.numbered else None
+    return place if worded in (None, place) else None
+
+
+def _may_count(said: str, options: Sequence[str]) -> bool:
+    """Whether a number may be the text of an option as well as its place, counted from 0 or from 1."""
+    return any(number_place(said, options, first=first) not in (None, text_place(said, options)) for first in (0, 1))
+
+
+def _unclear(said: str, options: Options, why: str) -> SampleError:
+    return SampleError(
+        f"the answer {said!r} chooses none of the {len(options.texts)} options in {options.where} for certain: {why}; write the "
+        "letter of the right one as the answer, or the options into the question"
+    )
 
 
 def _keys(entry: Mapping[str, Any]) -> Iterator[str]:
@@ -203,10 +279,14 @@ def _keys(entry: Mapping[str, Any]) -> Iterator[str]:
 
 def _listed(value: Any, key: str) -> Options | None:
     """Options under one key; None if what stands there is no list of them."""
-    sure = key in _LISTS and not isinstance(value, str)
+    commas = False
     if isinstance(value, str):
-        value = _of_text(value, key)
-    first, lettered = 0, False
+        parts = [part.strip() for part in value.split(",")]
+        found_in = _of_text(value, key)
+        commas = found_in is None and len(parts) > 1 and all(parts) and normal_key(key) not in _SINGULAR
+        value = parts if commas else found_in
+    first: int | None = None
+    lettered = False
     if isinstance(value, Mapping):
         value, first, lettered = _of_object(value, key)
     if not isinstance(value, str | int | float | list | tuple | None):
@@ -227,38 +307,37 @@ def _listed(value: Any, key: str) -> Options | None:
         texts.pop()
     if not texts:
         return None
-    found = _options(texts, repr(key), sure=sure)
-    return replace(found, first=first or found.first, lettered=lettered or found.lettered)
+    found = replace(_options(texts, repr(key)), commas=commas)
+    if first is None:
+        return found
+    return replace(found, first=first, numbered=not lettered, lettered=lettered)
 
 
 def _of_text(text: str, key: str) -> Any:
     """The options that a text holds: a list, each behind its letter, one a line, or between ``|``; None if it holds none."""
-    if (found := printed(text, where=repr(key))) is not None or normal_key(key) in ("choice", "option"):
+    if (found := printed(text, where=repr(key))) is not None or normal_key(key) in _SINGULAR:
         return found
     lower = text.lstrip().startswith("(a)")
     inline = split_options(re.sub(r"\([a-z]\)", lambda found: found[0].upper(), text) if lower else text)
-    if inline is not None and not inline[0]:
+    parts = [part.strip() for part in text.strip().split("|")]
+    if inline is not None and not inline[0] and len(parts) != len(inline[1]):
         return [f"({letter}) {option}" for letter, option in zip(LETTERS, inline[1], strict=False)]
     for sign in ("\n", "|", ";"):
         parts = [part.strip() for part in text.strip().split(sign)]
         if len(parts) > 1 and all(parts):
-            return parts
-    if says_nothing(text) or text.strip().lower() in ("n/a", "none", "null", "-"):
-        return None
-    raise SampleError(
-        f"{key!r} holds what can be answered, but {text[:60]!r} is no list; give a list of texts, each option behind its "
-        "letter (A. cat B. dog), one a line, or with | between them"
-    )
+            bullets = sign == "\n" and all(part.startswith(("- ", "* ", "• ")) for part in parts)
+            return [part[2:].strip() for part in parts] if bullets else parts
+    return None
 
 
-def _of_object(value: Mapping[str, Any], key: str) -> tuple[list[Any], int, bool]:
+def _of_object(value: Mapping[str, Any], key: str) -> tuple[list[Any], int | None, bool]:
     """Options by letter or number, or a list of texts beside one of labels; as what the first is counted; if by letter."""
     for name in _TEXT_KEYS:
         if isinstance(value.get(name), list | tuple):
             texts = list(value[name])
             labels = next((value[each] for each in _LABEL_KEYS if isinstance(value.get(each), list | tuple)), None)
             if labels is None:
-                return texts, 0, False
+                return texts, None, False
             if len(labels) != len(texts):
                 raise SampleError(f"{key!r} holds {len(texts)} options and {len(labels)} labels; give each its label")
             return texts, *_labelled(labels, key)
@@ -272,15 +351,15 @@ def _of_object(value: Mapping[str, Any], key: str) -> tuple[list[Any], int, bool
     )
 
 
-def _labelled(labels: Sequence[Any], key: str) -> tuple[int, bool]:
-    """What the first option is counted as by labels that stand beside the options, and whether these are letters.
+def _labelled(labels: Sequence[Any], key: str) -> tuple[int | None, bool]:
+    """What the first option is counted as by labels beside the options (None: nobody answers these), and if they are letters.
 
     Raises:
         SampleError: They could be answered, and are not A, B, ..., 0, 1, ... or 1, 2, ... in order.
     """
     names = [str(label).strip(" ().").upper() for label in labels]
     if all(len(name) > 7 or re.fullmatch(r"\d{3,}", name) for name in names):  # of a data base
-        return 0, False
+        return None, False
     if names == list(LETTERS[: len(names)]):
         return 0, True
     for first in (0, 1):
@@ -304,20 +383,20 @@ def _of_item(item: Any, place: int, key: str) -> Any:
     return text
 
 
-def _columns(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], bool]]:
-    """Options that stand in columns of their own, by letter or number; and whether such keys mean nothing else."""
+def _columns(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Options that stand in columns of their own, by letter or number."""
     for letters, least, sure in ((LETTERS, "A", True), (LETTERS.lower(), "ab", False)):
         named = [letter for letter in letters if letter in entry]
         filled = [letter for letter in named if _is_filled(entry[letter])]
         texts = sure or all(isinstance(entry[letter], str) for letter in filled)  # a and b may be anything
         if len(filled) > 1 and texts and (sure or {*least} <= {*filled}) and least[0] in named:
-            yield f"{filled}", {letter.upper(): entry[letter] for letter in named}, sure
+            yield f"{filled}", {letter.upper(): entry[letter] for letter in named}
     columns: dict[str, dict[str, Any]] = {}
     for key, value in entry.items():
         if isinstance(key, str) and (found := _COLUMN.fullmatch(normal_key(key))):
             columns.setdefault(found[1], {})[(found[2] or found[3]).upper()] = value
     for name, labelled in columns.items():
-        yield f"{name} {', '.join(sorted(labelled))}", labelled, False
+        yield f"{name} {', '.join(sorted(labelled))}", labelled
 
 
 def _is_filled(value: Any) -> bool:
@@ -347,7 +426,7 @@ def _in_order(labelled: Mapping[str, Any], where: str) -> tuple[list[Any], int]:
     return texts, first
 
 
-def _options(values: Sequence[Any], where: str, *, sure: bool) -> Options:
+def _options(values: Sequence[Any], where: str) -> Options:
     texts: list[str] = []
     for place, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, str | int | float) or says_none(value):
@@ -362,16 +441,21 @@ def _options(values: Sequence[Any], where: str, *, sure: bool) -> Options:
             )
     if len(texts) > len(LETTERS):
         raise SampleError(f"{where} holds {len(texts)} options, more than there are letters ({len(LETTERS)})")
-    numbers = not all(isinstance(value, str) for value in values)
-    labelled = [_LABELLED.fullmatch(text) for text in texts]
-    if all(found and (found[1] or found[2]) == letter for found, letter in zip(labelled, LETTERS, strict=False)):
-        return Options(
-            tuple(found[3].strip() for found in labelled if found), where, sure, lettered=True, numbers=numbers
-        )
-    counted = [_NUMBERED.fullmatch(text) for text in texts]
-    for first in (0, 1) if len(texts) > 1 else ():  # "1. cat", "2. dog": so are they called by a number as answer
-        if all(found and int(found[1] or found[2]) == first + place for place, found in enumerate(counted)):
-            return Options(
-                tuple(found[3].strip() for found in counted if found), where, sure, first=first, numbers=numbers
+    plain = Options(tuple(texts), where, numbers=not all(isinstance(value, str) for value in values))
+    in_order = [[*letters[: len(texts)]] for letters in (LETTERS, LETTERS.lower())]
+    counts = [[*map(str, range(first, first + len(texts)))] for first in (0, 1)] if len(texts) > 1 else []
+    for way, ordered in ((_LABELLED, in_order), (_NUMBERED, counts)):
+        found = [each for text in texts if (each := way.fullmatch(text))]
+        labels = [(each[1] or each[2]).lstrip("0") or "0" for each in found]
+        if labels in ordered:  # "1. cat", "2. dog": so are they called by a number as answer
+            numbered = way is _NUMBERED
+            bare = tuple(each[3].strip() for each in found)
+            return replace(
+                plain, texts=bare, first=int(labels[0]) if numbered else 0, numbered=numbered, lettered=not numbered
             )
-    return Options(tuple(texts), where, sure, numbers=numbers)
+        if any(sorted(labels) == sorted(each) for each in ordered):
+            raise SampleError(
+                f"{where} holds options out of order: they are labelled {', '.join(labels)}; sort them by their labels, or take "
+                "these away"
+            )
+    return plain

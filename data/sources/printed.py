@@ -5,6 +5,7 @@ import io
 import json
 import re
 import tokenize
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import accumulate
 from typing import Any
@@ -17,6 +18,7 @@ _BEGINS_AS_TEXTS = re.compile(r"\s*(?:array\(\s*)?[\[{]\s*(?:array\(\s*)?[\[{]*\
 _BARE = re.compile(
     r"\s*\[[^\[\]\"']*,[^\[\]\"']*\]\s*"
 )  # [one, two]: texts without quotes, of which commas may be part
+_OBJECTS = re.compile(r"\s*\[?\s*\{")
 _ENDS = re.compile(r"[\]})]\s*$")
 _NEIGHBOURS = re.compile(r"[\"']\s*[\"']")
 _NAMES = ("True", "False", "None", "nan", "array")
@@ -38,7 +40,10 @@ def printed(text: str, *, where: str = "") -> Any:
         return None
     with suppress(*_NOT_READ):
         return json.loads(text)
-    for spelt in (_as_python, _as_numpy):
+    ways: list[Callable[[str], str | ast.Expression]] = [_as_python, _as_numpy]
+    if _OBJECTS.match(text):  # in an object, pprint breaks long texts into neighbours
+        ways.append(str)
+    for spelt in ways:
         with suppress(*_NOT_READ):
             if isinstance(found := ast.literal_eval(spelt(text.strip())), list | dict):
                 return found
@@ -70,7 +75,7 @@ def _with_commas(text: str) -> str:
         value = token.type in (tokenize.STRING, tokenize.NUMBER) or token.string in _NAMES
         negative = token.string == "-" and not text[end : end + 1].isspace()
         if ended and (value or token.string in ("[", "{") or (negative and text[at - 1].isspace())):
-            if not text[at - 1].isspace() and token.type == tokenize.STRING:
+            if value and not text[at - 1].isspace():  # 'it''s', 007
                 raise SyntaxError(text)
             out.append(text[done:at] + ",")
             done = at

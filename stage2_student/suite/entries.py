@@ -2,13 +2,14 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.stage2_student.suite.measures import Measure, score
 
 SHOWN_REASONS = 5
+_MOSTLY = 0.5  # from this share on answers that say nothing are worth a note
 _NAMES = re.compile(r"""'[^']*'|"[^"]*"|\S*[\d/\\.]\S*""")  # what differs between two items of one fault
 
 
@@ -26,6 +27,19 @@ def counted(measure: Measure, others: Mapping[str, Measure]) -> dict[str, Any]:
         "high": None if found is None else found.high,
         "units": len(measure.units) if found is None else found.items,
     }
+
+
+def unparsed_note(measures: Sequence[Mapping[str, Any]], instruction: str) -> list[str]:
+    """A note where most answers were not understood: the scores of answers then tell the form, not what the model knows."""
+    found = next((measure for measure in measures if measure["name"] == "unparsed"), None)
+    if found is None or found["value"] is None or found["value"] < _MOSTLY:
+        return []
+    hint = "measures by likelihood or P(yes) do not depend on that"
+    if instruction:
+        hint += (
+            "; a model that was never shown such instructions may answer with --prompts plain (and another --output)"
+        )
+    return [f"{found['value']:.0%} of the answers could not be used ({found['heading']}): {hint}"]
 
 
 def unit_by_unit(measure: Measure) -> dict[str, Any]:

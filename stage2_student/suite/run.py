@@ -1,15 +1,15 @@
 """A folder of benchmarks asked of one model: block by block, so that a kill at any time costs a block.
 
-``OUTPUT/suite.json`` says whose results the folder holds. A block of items is asked in one go and then published whole, so
-that several processes share a benchmark without talking to each other, and what is asked anew after a kill gives the same
-numbers. Once all blocks of a benchmark are there they become ``OUTPUT/NAME/results.jsonl``. Scores are counted from what
-was answered each time, without the model.
+``OUTPUT/distill-suite.json`` says whose results the folder holds. A block of items is asked in one go and then published
+whole, so that several processes share a benchmark without talking to each other, and what is asked anew after a kill gives
+the same numbers. Once all blocks of a benchmark are there they become ``OUTPUT/NAME/results.jsonl``. Scores are counted from
+what was answered each time, without the model.
 """
 
 import json
 import logging
-import os
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -34,25 +34,31 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.processes import run_processes
 from vlm_distill_cache.common.terminal.progress import progress
-from vlm_distill_cache.data.benchmarks.documents import OWN_STAMP, writable
+from vlm_distill_cache.data.benchmarks.documents import writable
 from vlm_distill_cache.data.benchmarks.drawn import write_drawn
 from vlm_distill_cache.data.benchmarks.items import Benchmark, Item, item_digest
 from vlm_distill_cache.data.benchmarks.layouts import Found
 from vlm_distill_cache.data.benchmarks.search import find_benchmarks
 from vlm_distill_cache.stage2_student.suite.answer_file import answer_lines, submissions
-from vlm_distill_cache.stage2_student.suite.entries import SHOWN_REASONS, counted, reasons_of, unit_by_unit
+from vlm_distill_cache.stage2_student.suite.entries import (
+    SHOWN_REASONS,
+    counted,
+    reasons_of,
+    unit_by_unit,
+    unparsed_note,
+)
 from vlm_distill_cache.stage2_student.suite.limits import take
 from vlm_distill_cache.stage2_student.suite.metrics.table import METRICS
 from vlm_distill_cache.stage2_student.suite.opened import Model, load_model
+from vlm_distill_cache.stage2_student.suite.owner import FORMAT, STAMP, check_stamp
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, Result, Weigh, is_result
 from vlm_distill_cache.stage2_student.suite.seen import seen, seen_again, watched
 
-STAMP, SUMMARY, RESULTS, MEASURES = OWN_STAMP, "summary.json", "results.jsonl", "measures.json"
+SUMMARY, RESULTS, MEASURES = "summary.json", "results.jsonl", "measures.json"
 ANSWERS, SUBMISSION = "answers.jsonl", "submission"  # for outside scorers
 BLOCKS = "blocks"
 DRAWN = "drawn"  # benchmarks of drawn scenes, written where they are asked for
 BLOCK = 64  # items
-FORMAT = 1
 _ASKED = re.compile(r"^sample '(?:request|prompt)': ")  # how an error calls what is asked; the item's id says more
 # What to do about a text that is too long: settings of a training, which are not asked for here.
 _LONGER = re.compile(r"; (?:raise max_length|shorten the conversation).*", re.DOTALL)
@@ -66,7 +72,7 @@ class Suite:
     Attributes:
         benchmarks: Folder of their files.
         images: Further folders of pictures.
-        only: Names of benchmarks or of layouts; empty: all.
+        only: Names or titles of benchmarks, or names of layouts, in any case; empty: all.
         limit: Most items of each benchmark, taken from all of its kinds; None: all.
         prompts: ``published``: with the instructions of published evaluations; ``plain``: without.
     """
@@ -113,6 +119,10 @@ class Task:
         """What is asked about one item."""
         return METRICS[self.benchmark.metric].requests(item, self.instruction)
 
+    def asked_of(self, item: Item) -> str:
+        """Hash of an item and of all that is asked about it, pictures apart; the folder is one model's."""
+        return fingerprint([item_digest(item), [_described(request) for request in self.requests(item)]])[:16]
+
     def missing(self) -> list[int]:
         """The blocks that are still to be asked; none once their results are joined."""
         if self.is_asked():
@@ -131,13 +141,22 @@ class Task:
         Raises:
             ConfigError: Results are damaged, or of something else.
         """
-        if self.is_asked():
+        others = self._of_other_items()
+        if others is None and self.is_asked():
             head, lines = _read(self)
             share = head["seconds"] / max(len(lines), 1)
             parts = {number: lines[number * BLOCK : (number + 1) * BLOCK] for number in range(self.blocks)}
             stored = {number: {"seconds": share * len(part), "items": part} for number, part in parts.items()}
         else:
-            stored = {number: read_json(path) for number in range(self.blocks) if (path := self.block(number)).exists()}
+            share, known = others or (0.0, {})
+            by_block = {n: [known.get(item.item_id) for item in self.items_of(n)] for n in range(self.blocks)}
+            stored = {
+                n: {"seconds": share * len(part), "items": part} for n, part in by_block.items() if None not in part
+            }
+            if not (self.folder / RESULTS).exists():
+                stored |= {
+                    number: read_json(path) for number in range(self.blocks) if (path := self.block(number)).exists()
+                }
         found = {}
         for number, block in stored.items():
             if not isinstance(block, dict) or len(block.get("items", ())) != len(self.items_of(number)):
@@ -146,19 +165,50 @@ class Task:
             lines = [{**line, "pictures": seen_again(line.get("pictures"), item)} for line, item in pairs]
             if all(line["pictures"] is not None for line in lines):
                 found[number] = {**block, "items": lines}
-        return found, found == stored
+        return found, others is None and found == stored
+
+    def _of_other_items(self) -> tuple[float, dict[str, dict[str, Any]]] | None:
+        """Results by item, with the seconds of each, of a time when other items could be asked and all else was the same.
+
+        Of joined results all must be answers to what is asked now; of blocks those that are count.
+        """
+        try:
+            if (self.folder / RESULTS).exists():
+                with (self.folder / RESULTS).open(encoding="utf-8") as file:
+                    head = json.loads(file.readline())
+                    if head["of"] == self.identity:
+                        return None
+                    known, seconds = {line["item"]: line for line in map(json.loads, file)}, float(head["seconds"])
+            else:
+                blocks = [read_json(path) for path in self._other_blocks()]
+                known = {line["item"]: line for block in blocks for line in block["items"]}
+                seconds = sum(float(block["seconds"]) for block in blocks)
+            there = [item for item in self.items if item.item_id in known]
+            same = {item.item_id for item in there if known[item.item_id].get("asked") == self.asked_of(item)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, CacheFormatError):
+            return None  # `is_asked` says what is wrong
+        if not same or ((self.folder / RESULTS).exists() and len(same) < len(there)):
+            return None
+        return seconds / len(known), {name: known[name] for name in same}
+
+    def _other_blocks(self) -> list[Path]:
+        blocks = sorted((self.folder / BLOCKS).glob("*.json"))
+        return [path for path in blocks if not path.name.startswith(self.identity[:16])]
 
     def put_aside(self) -> int:
-        """Take back blocks that were answered about other pictures, so that they are asked again; how many items these are."""
+        """Take back what was answered about other pictures or items, so that it is asked again; how many items these are."""
         kept, as_stored = self.kept()
         if as_stored:
             return 0
-        stale = {*range(self.blocks)} - {*self.missing()} - kept.keys()
+        joined = (self.folder / RESULTS).exists()
+        stale = {number for number in range(self.blocks) if joined or self.block(number).exists()} - kept.keys()
         for number, block in kept.items():
             self.block(number).parent.mkdir(parents=True, exist_ok=True)
             write_json_atomic(self.block(number), block)
         for number in stale:
             self.block(number).unlink(missing_ok=True)
+        for path in self._other_blocks():
+            path.unlink()
         (self.folder / RESULTS).unlink(missing_ok=True)
         return sum(len(self.items_of(number)) for number in stale)
 
@@ -203,14 +253,17 @@ def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
                 else "No JSON, CSV, TSV or parquet file is there"
             )
         )
-    known = {*found.benchmarks, *(benchmark.layout for benchmark in found.benchmarks.values())}
-    if unknown := [name for name in suite.only if name not in known]:
+    names = {
+        name: {word.casefold() for word in (name, each.layout, each.title)} for name, each in found.benchmarks.items()
+    }
+    only = {name.casefold() for name in suite.only}
+    if unknown := [name for name in suite.only if not any(name.casefold() in words for words in names.values())]:
         raise ConfigError(
             f"--only: no benchmark {unknown[0]!r} in {suite.benchmarks}; there are {', '.join(found.benchmarks)}"
         )
     tasks = []
     for name, benchmark in found.benchmarks.items():
-        wanted = not suite.only or bool({name, benchmark.layout} & {*suite.only})
+        wanted = not only or bool(names[name] & only)
         if not wanted and not (suite.output / name / RESULTS).exists():
             continue
         _refuse_repeats(benchmark)
@@ -236,8 +289,8 @@ def _refuse_repeats(benchmark: Benchmark) -> None:
     if repeated:
         shown = ", ".join(one_line(name, limit=60) for name in repeated[:3])
         raise DataError(
-            f"{', '.join(benchmark.files)}: {len(repeated)} items of {benchmark.name} have an id that another one has, too "
-            f"({shown}); are two copies of a file below the folder? Take one away"
+            f"{', '.join(benchmark.files)}: items of {benchmark.name} have an id that another one has, too; {len(repeated)} such "
+            f"ids ({shown}); are two copies of a file below the folder? Take one away"
         )
 
 
@@ -261,7 +314,8 @@ def run_suite(suite: Suite, *, processes: int = 1, say: Callable[[str], None] = 
     suite.output.mkdir(parents=True, exist_ok=True)
     with hold_folder(suite.output, busy="another process works there; wait for it, or give another --output"):
         clean_stale(suite.output)
-        _stamp(suite)
+        if (stamp := check_stamp(suite.output, suite.model, prompts=suite.prompts, limit=suite.limit)) is not None:
+            write_json_atomic(suite.output / STAMP, stamp)
         if suite.benchmarks == suite.output / DRAWN and not suite.benchmarks.is_dir():
             with new_directory(suite.benchmarks) as folder:
                 write_drawn(folder)
@@ -271,12 +325,13 @@ def run_suite(suite: Suite, *, processes: int = 1, say: Callable[[str], None] = 
                 home.rename(task.folder)
             if again := task.put_aside():
                 say(
-                    f"{task.benchmark.name}: pictures have changed since they were asked about; {again:,} items are asked again"
+                    f"{task.benchmark.name}: pictures or items have changed since they were asked about; {again:,} "
+                    "items are asked now"
                 )
         missing = sum(len(task.missing()) for task in tasks)
         if missing:
             asked = sum(len(task.items_of(number)) for task in tasks for number in task.missing())
-            say(f"asking {suite.model.name} about {asked:,} items of {len(tasks)} benchmarks")
+            say(f"asking {suite.model.name}; items to ask: {asked:,}; benchmarks: {len(tasks)}")
             _ask_all(suite, tasks, processes=min(processes, missing))
         summary = _summarise(suite, found, tasks)
         write_json_atomic(suite.output / SUMMARY, summary)
@@ -289,10 +344,15 @@ def run_suite(suite: Suite, *, processes: int = 1, say: Callable[[str], None] = 
 
 def outlook(suite: Suite) -> dict[str, Any]:
     """What would be asked, without asking it or writing anything; raises what `run_suite` would before it asks."""
-    _check_stamp(suite)
+    check_stamp(suite.output, suite.model, prompts=suite.prompts, limit=suite.limit)
     place = nearest_there(suite.output)
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"{place} cannot be written; give another --output, or make it writable")
+    try:
+        with tempfile.TemporaryFile(dir=place):  # has no name on Linux; rights say nothing to root, nor of /proc
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{place} cannot be written ({error.strerror}); give another --output, or make it writable"
+        ) from error
     found, tasks = find_tasks(suite)
     said = {}
     for task in tasks:
@@ -341,7 +401,8 @@ def _notes(task: Task, items: Sequence[Item]) -> list[str]:
     notes = list(task.benchmark.notes)
     known = sum(item.has_answer for item in items)
     if 0 < known < len(items):
-        notes.append(f"{len(items) - known:,} of {len(items):,} items have no right answer in the files: not scored")
+        have = "has" if len(items) - known == 1 else "have"
+        notes.append(f"{len(items) - known:,} of {len(items):,} items {have} no right answer in the files: not scored")
     if len(task.items) < len(task.benchmark.items):
         asked = Counter(item.group for item in task.items)
         whole = Counter(item.group for item in task.benchmark.items)
@@ -352,43 +413,6 @@ def _notes(task: Task, items: Sequence[Item]) -> list[str]:
 
 def _unread(found: Found) -> dict[str, str]:
     return {file: one_line(why) for file, why in found.unread.items()}
-
-
-def _stamp(suite: Suite) -> None:
-    """Claim the folder for one model and one way of asking."""
-    if (stamp := _check_stamp(suite)) is not None:
-        write_json_atomic(suite.output / STAMP, stamp)
-
-
-def _check_stamp(suite: Suite) -> dict[str, Any] | None:
-    """The claim that is to be written; None where it is there.
-
-    Raises:
-        ConfigError: The folder is something else's.
-    """
-    stamp = {
-        "format": FORMAT,
-        "student": suite.model.fingerprint,
-        "prompts": suite.prompts,
-        "limit": suite.limit,
-    }
-    path = suite.output / STAMP
-    try:
-        stored = read_json(path)
-    except FileNotFoundError:
-        inside = suite.output.iterdir() if suite.output.exists() else ()
-        if foreign := sorted(entry.name for entry in inside if entry.name != STAMP):
-            raise ConfigError(
-                f"{suite.output} holds other things ({foreign[0]}), and no {STAMP}; give a new folder, or that of a suite"
-            ) from None
-        return stamp
-    except CacheFormatError as error:
-        raise ConfigError(f"{error}; give another --output, or delete {suite.output}") from error
-    stored = stored if isinstance(stored, dict) else {}
-    if differs := [name for name, value in stamp.items() if stored.get(name) != value]:
-        shown = "; ".join(f"{name}: {stored.get(name)} there, {stamp[name]} now" for name in differs)
-        raise ConfigError(f"{suite.output} holds results of something else ({shown}); give another --output")
-    return None
 
 
 def _ask_all(suite: Suite, tasks: Sequence[Task], *, processes: int) -> None:
@@ -442,7 +466,7 @@ def _ask_blocks(model: Model, tasks: Sequence[Task], rank: int, processes: int, 
                     "there, take fewer processes (--nproc), or run it on the CPU (CUDA_VISIBLE_DEVICES= in front of the command)"
                 ) from error
             lines = [
-                {**_line(item, list(islice(results, len(of)))), "pictures": seen(item)}
+                {**_line(item, list(islice(results, len(of)))), "asked": task.asked_of(item), "pictures": seen(item)}
                 for item, of in zip(items, requests, strict=True)
             ]
             path = task.block(number)
@@ -481,6 +505,7 @@ def _count(suite: Suite, task: Task) -> dict[str, Any]:
     measures = METRICS[benchmark.metric].measures(answered, given) if answered else []
     by_name = {measure.name: measure for measure in measures}
     assert len(by_name) == len(measures), f"{benchmark.metric}: two measures of one name"
+    told = [counted(measure, by_name) for measure in measures]
     entry = {
         "layout": benchmark.layout,
         "title": benchmark.title,
@@ -489,11 +514,11 @@ def _count(suite: Suite, task: Task) -> dict[str, Any]:
         "scored": sum(item.has_answer for item in answered),
         "of": len(benchmark.items) + len(benchmark.left_out),
         "left_out": {"items": len(left_out), "reasons": reasons_of(left_out)},
-        "notes": _notes(task, answered),
+        "notes": [*_notes(task, answered), *unparsed_note(told, task.instruction)],
         "instruction": task.instruction,
         "fingerprint": benchmark.fingerprint,
         "seconds": head["seconds"],
-        "measures": [counted(measure, by_name) for measure in measures],
+        "measures": told,
     }
     asked = {item.item_id: item_digest(item) for item in answered}
     stored = [unit_by_unit(measure) for measure in measures]

@@ -8,39 +8,52 @@ from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.results import format_score
 
 MOST_KINDS = 16  # subsets of a benchmark; MME has 14
+MOST_OTHERS = 8
 
 
 def render_suite(summary: Mapping[str, Any]) -> str:
     """Lay out what `summary.json` holds: value and 95 % interval, percent where the factor is 100; and the notes.
 
-    Kinds are shown of the headlines alone: the rest is in the summary and on the page.
+    Kinds are shown of the headlines alone, and of other measures the first that differ.
     """
     benchmarks: Mapping[str, Mapping[str, Any]] = summary["benchmarks"]
     heads = [["", "scored", "score", one_line(summary["student"]["name"], limit=40), "95 %"]]
     for name, entry in benchmarks.items():
         measures = entry["measures"][:1] or [
-            {"heading": "no score: " + ("answers are kept secret" if entry["items"] else "no item was asked")}
+            {"heading": "no score: " + ("its files hold no answers" if entry["items"] else "no item was asked")}
         ]
         heads += [[one_line(name, limit=40), f"{entry['scored']:,}", *_cells(measures[0])]]
     details: list[list[str]] = []
     for name, entry in benchmarks.items():
         rows = _details(entry["measures"])
         details += [[one_line(name, limit=40), "", ""], *rows] if rows else []
-    parts = [laid_out(heads, right=(1, 3)), laid_out(details, right=(1,)), "\n".join(notes_of(summary))]
+    rest = "all other measures, and those of equal value: in summary.json and on the page" if details else ""
+    parts = [laid_out(heads, right=(1, 3)), laid_out(details, right=(1,)), rest, "\n".join(notes_of(summary))]
     return "\n\n".join(part for part in parts if part)
 
 
 def _details(measures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The kinds of the headline, then the other scores as a whole."""
+    """The kinds of the headline under its name, then other scores as a whole, where they differ from what is shown."""
     if not measures:
         return []
     own = f"{measures[0]['name']}/"
-    kinds = [measure for measure in measures if measure["name"].startswith(own)]
-    others = [measure for measure in measures[1:] if "/" not in measure["name"]]
-    marked = [("    ", measure) for measure in kinds[:MOST_KINDS]] + [("  ", measure) for measure in others]
-    rows = [[indent + heading, *cells] for indent, measure in marked for heading, *cells in [_cells(measure)]]
+    # A kind that all items are of says nothing new.
+    kinds = [each for each in measures if each["name"].startswith(own) and each["units"] != measures[0]["units"]]
+    rows = [[f"  {one_line(measures[0]['heading'], limit=60)}, by kind:", "", ""]] if kinds else []
+    rows += [["    " + heading, *cells] for heading, *cells in map(_cells, kinds[:MOST_KINDS])]
     if len(kinds) > MOST_KINDS:
-        rows.insert(MOST_KINDS, [f"    and {len(kinds) - MOST_KINDS:,} more, in summary.json and on the page", "", ""])
+        rows.append([f"    and {len(kinds) - MOST_KINDS:,} more kinds", "", ""])
+    unread = (
+        next((each["value"] for each in measures if each["name"] == "unparsed"), None) == 1
+    )  # then letters say nothing
+    shown: set[tuple[str, ...]] = {_cells(measures[0])[1:]}
+    for measure in measures[1:]:
+        if "/" in measure["name"] or measure["value"] is None or (unread and measure["name"].startswith("letter")):
+            continue
+        heading, *cells = _cells(measure)
+        if tuple(cells) not in shown and len(shown) <= MOST_OTHERS:
+            rows.append(["  " + heading, *cells])
+            shown.add(tuple(cells))
     return rows
 
 
@@ -51,9 +64,12 @@ def render_outlook(planned: Mapping[str, Any]) -> str:
         counts = [f"{entry[key]:,}" for key in ("items", "generated", "weighed", "to_ask")]
         lines.append([one_line(name, limit=40), *counts, one_line(entry["title"])])
     head = f"{one_line(planned['student'])} would be asked:"
-    return "\n".join(
-        [head, laid_out(lines, right=(1, 2, 3, 4)), "", *notes_of(planned), "Dry run: nothing was written"]
+    columns = (
+        "generated: questions that are answered in words; weighed: given answers whose likelihood is taken; to ask: items whose "
+        "results are not there yet"
     )
+    table = laid_out(lines, right=(1, 2, 3, 4))
+    return "\n".join([head, table, columns, "", *notes_of(planned), "Dry run: nothing was written"])
 
 
 def notes_of(summary: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from vlm_distill_cache.stage2_student.suite.requests import Generate, Request, R
 FOLDER = "VLM_DISTILL_BENCHMARKS"  # environment: the folder of benchmarks
 IMAGES = "VLM_DISTILL_IMAGES"  # environment: further folders of pictures, written as PATH is
 SPLIT = "test"
-_OPTIONS = frozenset({"task", "class", "metric", "benchmark", "folder", "images"})
+_OPTIONS = frozenset({"task", "class", "metric", "benchmark", "folder", "images", "prompts"})
 _TRIALS = 16  # of made-up lengths, each a power of 2 below
 _MOST_DOUBLED = 11
 _MOST_UNREAD = 5  # files that an error names
@@ -60,8 +60,8 @@ class _Told:
 class BenchmarkTask(Task):
     """The benchmark of a folder that a task's YAML names.
 
-    Its keys: ``metric`` (which metric it is counted by), ``benchmark`` (its name, or a pattern), or both; and ``folder`` and
-    ``images`` in place of the environment's.
+    Its keys: ``metric`` (which metric it is counted by), ``benchmark`` (its name, or a pattern), or both; ``folder`` and
+    ``images`` in place of the environment's; and ``prompts: plain`` for questions without published instructions.
     """
 
     VERSION = 1
@@ -78,7 +78,12 @@ class BenchmarkTask(Task):
             raise ConfigError(
                 f"task {self.task_name}: unknown {', '.join(unknown)}; known: {', '.join(sorted(_OPTIONS))}"
             )
+        prompts = config.get("prompts", "published")
+        if prompts not in ("published", "plain"):
+            raise ConfigError(f"task {self.task_name}: prompts: {prompts!r}; it is published or plain")
         self.benchmark = _open(config)
+        if prompts == "plain":
+            self.benchmark = replace(self.benchmark, instruction="")
         self.items = self.benchmark.items
         self.metric = METRICS[self.benchmark.metric]
         self.asked = [self.metric.requests(item, self.benchmark.instruction) for item in self.items]

@@ -21,20 +21,23 @@ from vlm_distill_cache.stage2_student.suite.measures import Measure, mean_measur
 from vlm_distill_cache.stage2_student.suite.requests import Generate, Metric, Request, Result, Weigh
 
 ANSWER_TOKENS = 16  # of a letter with the option's text behind it
-_WHOLE = re.compile(r"[\s\"'*(\[]*([A-Za-z])[\s\"'*)\].:,。]*")
+_WHOLE = re.compile(r"[\s\"'*_(\[]*([A-Za-z])[\s\"'*_)\].:,。]*")
 _CLEAR = r"(?<![A-Za-z0-9_'’-]){}(?![A-Za-z0-9_'’-])"  # alone among Latin words; Chinese may stand beside it
 # A and I are words where a word follows that joins no letters.
-_LETTER = _CLEAR.format(r"[(\[]?(?:[B-HJ-Z]|[AI](?!\s+(?!(?:and|or|nor|is|as|because|since)\b)[a-z]))[)\]]?")
-_LETTERS = rf"{_LETTER}(?:[\s,/&、;.]*(?:\b(?:and|or|nor)\b|和|或|与|及)?\s*{_LETTER})*"
+_LETTER = _CLEAR.format(r"[(\[]?(?:[B-HJ-Z]|[AI](?!\s+(?!(?:and|or|nor|to|through|is|as|because|since)\b)[a-z]))[)\]]?")
+_LETTERS = rf"{_LETTER}(?:[\s,/&、;.]*(?:\b(?:and|or|nor|to|through)\b|和|或|与|及)?\s*{_LETTER})*"
 _LEADING = re.compile(r"[\s\"'*]*(?:[(\[]([A-Z])[)\]]|([A-Z])\s*[).:])")
 _LABELS = re.compile(r"(?<![A-Za-z0-9_'’.])([A-Z])[).:](?=\s)")  # of a text that repeats the options
 _SEVERAL = re.compile(_LETTERS)
-_NAMED = re.compile(
-    rf"(?:\b(?i:option|choice|letter)(?i:\s+is)?\s*:?\s*\**\s*({_LETTERS}|[A-Z]\b(?!'))"
-    rf"|\b(?i:answer|ans)(?i:\s+is)?\s*[:-]?\s*\**\s*({_LETTERS})"
-    r"|\b(?i:answer|ans|option|choice|letter)(?i:\s+is)?\s*:?\s*\**\s*(\([a-z]\)|[a-z](?=[).:]|\W*\Z)))"
-    rf"|(?:答案|选项)(?:是|为|选)?\s*:?\s*({_LETTERS})"
+# What is called the answer; else an option, or what "it is".
+_ANSWERED, _CHOSEN = (
+    re.compile(
+        rf"(?:\b(?i:{words})(?i:\s+is)?\s*[:-]?\s*\**\s*({_LETTERS}{more})"
+        rf"|\b(?i:{words})(?i:\s+is)?\s*:?\s*\**\s*(\([a-z]\)|[a-z](?=[).:]|\W*\Z)))|{chinese}(?:是|为|选)?\s*:?\s*({_LETTERS})"
+    )
+    for words, more, chinese in (("answer|ans", "", "答案"), ("option|choice|letter", r"|[A-Z]\b(?!')", "选项"))
 )
+_IT_IS = re.compile(rf"\b(?i:it['’]s|it\s+is|I\s+(?:think|choose|pick|select))\s+({_LETTERS})")
 _BRACKETED = re.compile(r"[(\[]([A-Z])[)\]]")
 _LONE = re.compile(
     _CLEAR.format(
@@ -47,7 +50,13 @@ _DENIED = re.compile(
     rf"{_NOT}\s*(?:(?:be|the|option|choice|answer)\s+)*{_LETTERS}"
     rf"|{_LETTER}\s*(?:\b(?:is|are)(?:\s+not\b|n['’]t\b|\s+(?:wrong|incorrect|false)\b)|不|是?错)"
 )
-_DENYING = re.compile(rf"{_NOT}\s*(?:(?:an?|the|any)\s+)?\Z|\bno\s+\Z|不\Z")
+_THAN = r"\b(?:at\s+(?:least|most)|(?:more|less|fewer|other|rather|greater|larger|smaller|higher|lower|better)\s+than|up\s+to)"
+_DENYING = re.compile(rf"(?:{_NOT}|{_THAN})\s*(?:(?:an?|the|any)\s+)?\Z|\bno\s+\Z|不\Z")
+# "No" that says that nothing can be told is no answer.
+_BEHIND_NO = (
+    r"(?!\s+(?:idea|clue|answer|option|choice|information|evidence|doubt|way\s+(?:to|of)|certainty|context)s?\b)"
+)
+_AMOUNT = re.compile(r"([-−]?)[$€£¥]?\s?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?")
 
 
 def parse_option(text: str, options: Sequence[str]) -> int | None:
@@ -69,23 +78,28 @@ def parse_option(text: str, options: Sequence[str]) -> int | None:
         return _only({whole[1].upper()}, letters)
     if (same := _only_text(text, options, lambda option, answer: option == answer)) is not None:
         return same
+    amounts = [_amount(option) for option in options]
+    if (said := _amount(text)) is not None and amounts.count(said) == 1:
+        return amounts.index(said)
     if (place := letter_place(text, options)) is not None:  # with the option's text behind it
         return place
-    bare = _ABBREVIATED.sub(" ", text)
+    bare = _ABBREVIATED.sub(" ", text.replace("__", " "))
+    last = _WHOLE.fullmatch(bare.strip().rpartition("\n")[2])
+    if last and len({*_LABELS.findall(bare)}) > 1:  # alone behind a list of the options
+        return _only({last[1].upper()}, letters)
     for option in sorted(options, key=len, reverse=True):
         if len(option.strip()) > 1 and re.search(_CLEAR.format("[A-Z]"), option):
             bare = re.sub(re.escape(option.strip()), " _ ", bare, flags=re.IGNORECASE)
     bare = _DENIED.sub(" _ ", bare)
-    parts = _NAMED.findall(bare)
-    named = {letter for upper, other, lower, last in parts for letter in upper + other + lower.upper() + last}
+    named = [{each for parts in way.findall(bare) for each in "".join(parts).upper()} for way in (_ANSWERED, _CHOSEN)]
     leading = _LEADING.match(bare)
     told = {*_LABELS.findall(bare), *((leading[1] or leading[2],) if leading else ())}
     for several in _SEVERAL.findall(bare):
         both = {*re.findall("[A-Z]", several)}
         told |= both if len(both) > 1 else set()
-    lone = set(_LONE.findall(bare))
+    lone, thought = set(_LONE.findall(bare)), {*"".join(_IT_IS.findall(bare))}
     in_words = _only_text(text, options, _holds)
-    for found in (named, told, set(_BRACKETED.findall(bare)), lone):
+    for found in (*named, thought, told, set(_BRACKETED.findall(bare)), lone):
         if found := found & set(letters):
             place = _only(found, letters)
             first = in_words is not None and _starts(plain_option(options[in_words]), plain_option(text))
@@ -116,9 +130,17 @@ def _holds(option: str, answer: str) -> bool:
     before = r"(?<![A-Za-z0-9_])" if option[0].isascii() else ""
     behind = r"(?![A-Za-z0-9_])" if option[-1].isascii() else ""
     before += number[0] if option[0].isdigit() else ""
-    behind += number[1] if option[-1].isdigit() else ""
+    behind += number[1] if option[-1].isdigit() else _BEHIND_NO if option == "no" else ""
     places = re.finditer(before + re.escape(option) + behind, answer)
     return any(_DENYING.search(answer[: place.start()]) is None for place in places)
+
+
+def _amount(text: str) -> float | None:
+    """The number that a text is, whatever its currency: 1000 of ``$1,000``; None if it is more than a number."""
+    found = _AMOUNT.fullmatch(text.strip().rstrip("."))
+    if found is None:
+        return None
+    return float(found[2].replace(",", "") + (found[3] or "")) * (-1 if found[1] else 1)
 
 
 def _starts(option: str, answer: str) -> bool:

@@ -41,7 +41,9 @@ def test_short_steps_and_unknown_totals_have_lines_too(clock, capsys):
     with progress.progress("importance", unit="sample") as bar:
         clock[0] += 40
         bar.update()
-    assert capsys.readouterr().err.splitlines()[0].startswith("importance: 1 samples, 00:40 elapsed")
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith("importance: 1 samples, 00:40 elapsed")
+    assert said.endswith(" 40.00 s/sample")
 
 
 def test_a_terminal_gets_a_bar_and_a_silent_process_nothing(monkeypatch):

@@ -105,6 +105,43 @@ def test_a_question_that_lacks_a_rotation_is_left_out_whatever_is_missing(tmp_pa
         assert any(said in why for why in benchmark.left_out.values()), missing
 
 
+def test_options_of_the_same_text_have_all_their_rotations(tmp_path: Path):
+    row = {"question": "Which?", "image": text_png("red"), "category": "own", "l2-category": "own"}
+    asked = {4: ["same", "same"], 6: ["x", "y", "x", "y"], 7: ["x", "same", "same"]}
+    rows = [
+        {
+            "index": index + turn * 1_000_000,
+            **row,
+            **dict.fromkeys("ABCD", ""),
+            **dict(zip("ABCD", [*texts[turn:], *texts[:turn]], strict=False)),
+        }
+        | {"answer": "ABCD"[-turn % len(texts)]}
+        for index, texts in asked.items()
+        for turn in range(len(texts))
+    ]
+    write_table(tmp_path / "MMBench_DEV_EN.tsv", rows)
+    benchmark = read(tmp_path)
+    assert not benchmark.left_out
+    assert [(item.group, item.extra["turn"]) for item in items_of(benchmark)] == [
+        (str(index), turn) for index, texts in asked.items() for turn in range(len(texts))
+    ]
+
+
+def test_options_between_commas_are_chosen_by_their_whole_text(tmp_path: Path):
+    rows = [{"question": "Which?", "choices": "3,1,2", "answer": "1", "image": text_png("red")}]
+    rows += [{**rows[0], "choices": "square,circle", "answer": answer} for answer in ("circle", "A", "0")]
+    (tmp_path / "iconqa.json").write_text(json.dumps(rows))
+    benchmark = read(tmp_path)
+    assert [(item.options, item.right) for item in items_of(benchmark)] == [
+        (("3", "1", "2"), 1),
+        (("square", "circle"), 1),
+    ]
+    assert all(
+        "is none of its 2 options (the answers of this file are texts)" in why for why in benchmark.left_out.values()
+    )
+    assert len(benchmark.left_out) == 2
+
+
 def test_a_table_that_pandas_wrote_with_floats_keeps_rotations_and_shared_pictures(tmp_path: Path):
     rows = [{**row, "index": float(row["index"])} for row in mmbench_rows()]
     rows = [{key: value for key, value in row.items() if key not in ("hint", "source", "comment")} for row in rows]
@@ -317,6 +354,8 @@ def test_a_table_with_rotations_of_any_name_is_counted_in_a_circle(tmp_path: Pat
     ("rows", "why"),
     [
         ([{**CATS, "options": ["1", "2", "3"], "answer": "1"}], "its answers may be numbers or texts"),
+        ([{**CATS, "options": [1.0, 2.0, 3.0], "answer": 1}], "its answers may be numbers or texts"),
+        ([{**CATS, "options": ["B. cat", "A. dog"], "answer": "B"}], "options out of order: they are labelled B, A"),
         ([{**CATS, "answer": 1}, {**CATS, "answer": 2}], "may be counted from 0 or from 1; write letters"),
         ([{**CATS, "answer": "A"}, {**CATS, "answer": "hen"}], "'hen' is none of its 3 options"),
         ([{**CATS, "answer": "A"}, {**CATS, "answer": "A", "image": "b.png"}], r"no picture 'b.png' below"),

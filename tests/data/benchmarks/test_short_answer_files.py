@@ -193,6 +193,31 @@ def test_the_authors_json_of_text_blind_documents_and_charts(tmp_path: Path):
     ]
 
 
+def test_other_charts_with_the_same_keys_are_no_chartqa(tmp_path: Path):
+    for folder in ("PlotQA", "figureqa", "own"):
+        files.write_chartqa(tmp_path / folder)
+    row = {"question": "Which crop?", "answer": "Wheat", "type": "human", "image": "human0.png"}
+    files.write(tmp_path / "answers.json", [row])
+    files.write(tmp_path / "chart.json", [row])
+    found = find_benchmarks(tmp_path)
+    charts = [benchmark for benchmark in found.benchmarks.values() if benchmark.layout == "chartqa"]
+    assert sorted(name for benchmark in charts for name in benchmark.files) == [
+        "chart.json",
+        "own/test/test_augmented.json",
+        "own/test/test_human.json",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["abstract_v002", "abstract", ""])
+def test_abstract_scenes_are_found_by_their_numbers(tmp_path: Path, kind: str):
+    files.write_vqav2(tmp_path, "val2015")
+    for file in tmp_path.glob("*.json"):
+        file.write_text(file.read_text().replace('"mscoco"', f'"{kind}"'))
+    for file in tmp_path.rglob("COCO_*"):
+        file.rename(tmp_path / file.name.replace("COCO_", "abstract_v002_"))
+    assert [shade(item) for item in items(read(tmp_path)["vqav2-abstract-val2015"])] == [42, 42, 73]
+
+
 def test_evalkits_tables_list_answers_in_a_text_and_share_pictures(tmp_path: Path):
     rows = [
         {"index": 0, "image": files.picture(5), "question": "When is it open?", "answer": ["9 am"] * 10},

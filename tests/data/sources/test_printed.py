@@ -46,11 +46,13 @@ def test_plain_texts_are_none() -> None:
         "array of stars",
         "[a] and ['b']",
         "['it''s']",
+        "[007 012]",
         "[1], [2]",
         "[",
     )
     assert [printed(text) for text in texts] == [None] * len(texts)
     assert printed("{'A': 'x', 'B': nan}") == {"A": "x", "B": None}
+    assert printed("[{'role': 'user', 'content': 'Is it '\n  'red?'}]") == [{"role": "user", "content": "Is it red?"}]
 
 
 def test_a_list_that_was_cut_is_refused_where_a_list_is_meant(tmp_path: Path) -> None:
@@ -58,7 +60,7 @@ def test_a_list_that_was_cut_is_refused_where_a_list_is_meant(tmp_path: Path) ->
     assert printed(cut) is None
     with pytest.raises(SampleError, match=r"'answers' holds a list that is neither JSON .* json\.dumps"):
         printed(cut, where="'answers'")
-    for text in (cut, "[New York, new york city]"):
+    for text in (cut, "[New York, new york city]", "[01, 02]"):
         with pytest.raises(SampleError, match="'answers' holds a list"):
             with_rows({"question": "Q?", "answers": text})
     (tmp_path / "a.csv").write_text(f"question,answers\nQ?,\"{cut}\"\nQ?,['a' 'b']\nQ?,[illegible]\n", encoding="utf-8")
@@ -70,6 +72,6 @@ def test_a_list_that_was_cut_is_refused_where_a_list_is_meant(tmp_path: Path) ->
 
 
 def test_options_that_numpy_printed_reach_the_prompt() -> None:
-    question, answer = with_options({"choices": "['W' 'M' 'K']"}, "Which?", 1, "1")
-    assert question.startswith("Which?\nA. W\nB. M\nC. K\n")
+    question, answer = with_options({"choices": "['WW' 'MM' 'KK']"}, "Which?", "B", "B")
+    assert question.startswith("Which?\nA. WW\nB. MM\nC. KK\n")
     assert answer == "B"

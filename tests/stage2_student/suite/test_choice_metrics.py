@@ -78,6 +78,15 @@ CHINESE = ("狗", "猫", "一只鸟", "不知道")
         (("The answer is sample A.", "B. sample A", "sample A", "I see sample A"), ("sample B", "sample A", "none"), 1),
         (("The answer is A and B", "A and B"), ("x", "y", "z", "A and B"), 3),
         (("Yes. The man is B.",), ("Yes", "No"), None),
+        # Ranges and what is ruled out are none; what is called the answer comes before options that are spoken of.
+        (("A through D", "A to C", "from B to D"), ANIMALS, None),
+        (("Answer is B because option A is a cat", "I think it's B, though C is possible", "__B__"), ANIMALS, 1),
+        (("A. cat\nB. dog\nC. red car\nD. car\n\nB", "The answer is __B__", "It's B."), ANIMALS, 1),
+        (("no idea", "There is no way to tell."), ("Yes", "No"), None),
+        (("no", "No, it is not.", "No it does not", "The answer is no.", "No people are there."), ("Yes", "No"), 1),
+        (("at least 2", "more than 2", "It has fewer than 2.", "other than 2"), NUMBERS, None),
+        (("2.0", "2.", "$2"), NUMBERS, 1),
+        (("1,000", "$1000", "1000.0"), ("$10", "$1,000", "10,00"), 1),
         # Numbers are whole ones.
         (("2.5", "-2", "1,200", "10:30", "3/4", "3-4"), NUMBERS, None),
         (("2", "It is 2.", "There are 2 cats", "(2)"), NUMBERS, 1),

@@ -57,7 +57,7 @@ def test_every_layout_is_asked_counted_and_written_for_scorers(tiny_llava, tmp_p
 
     shown = render_suite(summary)
     assert all(name in shown for name in found)
-    assert "no score: answers are kept secret" in shown
+    assert "no score: its files hold no answers" in shown
     page = write_suite_page(output).read_text()
     assert all(name in page for name in found)
     shutil.copytree(output, tmp_path / "again")

@@ -194,7 +194,7 @@ def test_a_student_answers_other_tasks_as_they_ask(finished, monkeypatch):
 
 
 @with_lmms_eval
-def test_a_task_without_its_benchmark_says_what_is_there(folder, monkeypatch):
+def test_a_task_without_its_benchmark_says_what_is_there_and_prompts_can_be_plain(folder, monkeypatch, tmp_path):
     task = import_module("vlm_distill_cache.stage2_student.suite.harness.benchmark").BenchmarkTask
     monkeypatch.delenv("VLM_DISTILL_BENCHMARKS", raising=False)
     with pytest.raises(ConfigError, match=r"task t: no folder of benchmarks; .* export VLM_DISTILL_BENCHMARKS=FOLDER"):
@@ -203,6 +203,15 @@ def test_a_task_without_its_benchmark_says_what_is_there(folder, monkeypatch):
         task(config={"task": "t", "metric": "winoground", "folder": str(folder)})
     with pytest.raises(ConfigError, match=r"unknown layout; known: .*metric"):
         task(config={"task": "t", "layout": "sugarcrepe", "folder": str(folder)})
+    with pytest.raises(ConfigError, match="prompts: 'none'; it is published or plain"):
+        task(config={"task": "t", "metric": "sugarcrepe", "folder": str(folder), "prompts": "none"})
+    rows = [{"question": "Which?", "options": ["red", "blue"], "answer": letter} for letter in "AB"]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    asked = [
+        str(task(config={"task": "t", "benchmark": "q", "folder": str(tmp_path), "prompts": prompts}).asked)
+        for prompts in ("published", "plain")
+    ]
+    assert ["directly" in one for one in asked] == [True, False]
 
 
 def test_every_compositional_metric_is_a_task_that_can_be_found():

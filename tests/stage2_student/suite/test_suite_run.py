@@ -105,13 +105,18 @@ def test_the_numbers_are_those_of_an_evaluation_of_the_same_pairs(suite):
 def test_results_of_something_else_are_refused(suite, tmp_path):
     run_suite(replace(suite, only=("winoground",)))
     others = {
-        "student": {"model": replace(suite.model, fingerprint="another")},
+        "student: tiny-llava with other weights or settings there": {
+            "model": replace(suite.model, fingerprint="another")
+        },
+        "student: tiny-llava there, another now": {
+            "model": replace(suite.model, fingerprint="another", name="another")
+        },
         "prompts": {"prompts": "plain"},
-        "limit": {"limit": 5},
+        "limit: none there, 5 now": {"limit": 5},
     }
     for word, change in others.items():
         for refuses in (run_suite, outlook):
-            with pytest.raises(ConfigError, match=rf"results of something else \({word}: .* give another --output"):
+            with pytest.raises(ConfigError, match=rf"results of something else \({word}.* give another --output"):
                 refuses(replace(suite, **change))
     folder = tmp_path / "changed"
     shutil.copytree(suite.benchmarks, folder)
@@ -126,6 +131,9 @@ def test_results_of_something_else_are_refused(suite, tmp_path):
     path.write_text("{")
     with pytest.raises(ConfigError, match=r"damaged .* delete it"):
         run_suite(suite)
+    if Path("/proc/self").exists():  # of Linux; its mode says that root may write there
+        with pytest.raises(ConfigError, match="/proc cannot be written"):
+            outlook(replace(suite, output=Path("/proc/x")))
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").touch()
@@ -154,7 +162,10 @@ def test_pictures_that_changed_are_asked_about_again_and_copies_are_not(suite, t
     mended = run_suite(suite, say=said.append)
     assert mended["benchmarks"]["winoground"]["items"] == ITEMS
     assert len(asked) == 1
-    assert said[0] == f"winoground: pictures have changed since they were asked about; {ITEMS} items are asked again"
+    assert (
+        said[0]
+        == f"winoground: pictures or items have changed since they were asked about; {ITEMS} items are asked now"
+    )
     answers = results(suite.output)
 
     for path in pictures:  # other times, the same pictures
@@ -172,6 +183,45 @@ def test_pictures_that_changed_are_asked_about_again_and_copies_are_not(suite, t
         [json.loads(line)["results"] for line in lines["winoground"]] for lines in (moved, results(suite.output))
     ]
     assert answered[0] != answered[1]
+
+
+def test_items_that_could_not_be_asked_are_asked_alone_once_their_pictures_are_there(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "BLOCK", 1)
+    folder = tmp_path / "mine"
+    shutil.copytree(suite.benchmarks / "winoground", folder / "winoground")
+    suite = replace(suite, benchmarks=folder)
+    whole = run_suite(replace(suite, output=tmp_path / "whole"))["benchmarks"]["winoground"]
+    lost = min(folder.rglob("*.png"))
+    picture = lost.read_bytes()
+    lost.unlink()
+    assert run_suite(suite)["benchmarks"]["winoground"]["items"] == ITEMS - 1
+    lost.write_bytes(picture)
+    assert outlook(suite)["benchmarks"]["winoground"]["to_ask"] == 1
+    asked, ask = [], asking.ask
+    monkeypatch.setattr(asking, "ask", lambda *given: asked.append(given) or ask(*given))
+    assert run_suite(suite)["benchmarks"]["winoground"]["measures"] == whole["measures"]
+    assert len(asked) == 1
+    lost.unlink()
+    assert run_suite(suite)["benchmarks"]["winoground"]["items"] == ITEMS - 1
+    assert len(asked) == 1
+
+    begun = replace(suite, output=tmp_path / "begun")
+    monkeypatch.setattr(running, "_summarise", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # stopped before its blocks were joined
+        run_suite(begun)
+    monkeypatch.undo()
+    monkeypatch.setattr(running, "BLOCK", 1)
+    monkeypatch.setattr(asking, "ask", lambda *given: asked.append(given) or ask(*given))
+    lost.write_bytes(picture)
+    assert outlook(begun)["benchmarks"]["winoground"]["to_ask"] == 1
+    assert len(asked) == 2
+    assert run_suite(begun)["benchmarks"]["winoground"]["measures"] == whole["measures"]
+    assert len(asked) == 3
+    examples = folder / "winoground" / "examples.jsonl"
+    examples.write_text(examples.read_text().replace('"caption_0": "', '"caption_0": "No '))
+    lost.write_bytes(picture)
+    with pytest.raises(ConfigError, match="answers to other questions"):
+        run_suite(suite)
 
 
 def test_results_follow_a_benchmark_that_is_called_otherwise_and_others_are_told(suite, tmp_path, monkeypatch):
@@ -219,11 +269,18 @@ def test_items_without_a_right_answer_and_many_subsets_are_said(suite, tmp_path)
     entry = summary["benchmarks"]["q"]
     assert (entry["items"], entry["scored"], entry["measures"][0]["units"]) == (21, 20, 20)
     assert entry["left_out"]["reasons"][0].endswith("tokens can hold; this model takes no longer ones")
-    assert "1 of 21 items have no right answer in the files: not scored" in entry["notes"]
+    assert "1 of 21 items has no right answer in the files: not scored" in entry["notes"]
     shown = render_suite(summary)
+    assert "  accuracy, by kind:\n    cat " in shown
     assert "    cat 15 " in shown
     assert "cat 16" not in shown
-    assert "and 4 more, in summary.json" in shown
+    assert "and 4 more kinds" in shown
+    names = {measure["name"]: measure for measure in entry["measures"]}
+    note = next((note for note in entry["notes"] if "could not be used" in note), "")
+    assert (names["unparsed"]["value"] >= 0.5) == ("--prompts plain" in note)
+    rows = [line for line in shown.splitlines() if line.startswith("  ") and line[2] != " "]
+    values = [row.split("  ", 2)[-1].split() for row in rows if "kind:" not in row]
+    assert len({*map(tuple, values)}) == len(values)
 
 
 def test_what_is_missing_is_said(suite, tmp_path):
@@ -254,6 +311,9 @@ def test_what_is_missing_is_said(suite, tmp_path):
     shutil.rmtree(folder / "winoground")
     with pytest.raises(DataError, match=r"no benchmark of a known layout(.|\n)*prices.json: .*currency, price"):
         run_suite(replace(suite, benchmarks=folder, output=tmp_path / "none"))
+    for only in ("WINOGROUND", "SugarCrepe"):
+        tasks = find_tasks(replace(suite, only=(only,), output=tmp_path))[1]
+        assert [task.benchmark.title.casefold() for task in tasks] == [only.casefold()]
     with pytest.raises(ConfigError, match=r"no benchmark 'winogrande'.* there are .*winoground"):
         run_suite(replace(suite, only=("winogrande",), output=tmp_path / "none"))
 
@@ -277,7 +337,9 @@ def test_items_of_one_id_are_refused(suite, monkeypatch):
     benchmark = found.benchmarks["winoground"]
     twice = replace(benchmark, items=[*benchmark.items, benchmark.items[0]])
     monkeypatch.setattr(running, "find_benchmarks", lambda *_, **__: replace(found, benchmarks={"winoground": twice}))
-    with pytest.raises(DataError, match=r"examples.jsonl: 1 items of winoground have an id .* Take one away"):
+    with pytest.raises(
+        DataError, match=r"examples.jsonl: items of winoground have an id .* 1 such ids .* Take one away"
+    ):
         run_suite(suite)
 
 

@@ -166,6 +166,8 @@ def with_options(entry: Mapping[str, Any], question: str, answer: Any, said: str
     if place is not None:
         return f"{ask_options(question, texts)}\n{INSTRUCTION}", LETTERS[place]
     unclear = letter_place(said, texts) not in (None, worded) or _may_count(said, texts)
+    if worded is not None and _may_be_others(entry, options):
+        return question, said
     if worded is not None and not (lost and unclear) and not split_options(question):
         return ask_options(question, texts), said
     labelled = options.lettered or options.numbered
@@ -175,6 +177,17 @@ def with_options(entry: Mapping[str, Any], question: str, answer: Any, said: str
     if lost or (worded is None and (letter or number)):
         raise _unclear(said, options, "no letter or label of theirs, and not the text of one alone")
     return question, said
+
+
+def _may_be_others(entry: Mapping[str, Any], options: Options) -> bool:
+    """Whether what is called so may be no options, so that only a letter as answer tells that it is.
+
+    Columns ``a`` and ``b``, or of numbers, may be any two things, and candidates may be answers that a model wrote.
+    """
+    if options.where == "'candidates'":
+        return True
+    named = re.findall(r"'([A-Za-z])'", options.where) if options.where.startswith("[") else []
+    return any(name.islower() or not isinstance(entry[name], str) for name in named)
 
 
 def with_options_beside(entry: Mapping[str, Any], question: str, answer: str) -> tuple[str, str]:

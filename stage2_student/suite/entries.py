@@ -1,11 +1,13 @@
 """What is told of a benchmark's measures, and of what was left out: plain values for JSON."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.common.printing import one_line
+from vlm_distill_cache.data.benchmarks.items import Benchmark
 from vlm_distill_cache.stage2_student.suite.measures import Measure, score
 
 SHOWN_REASONS = 5
@@ -59,3 +61,14 @@ def reasons_of(left_out: Mapping[str, str]) -> list[str]:
         alike = f" (and {len(more):,} more alike)" if more else ""
         shown.append(f"{one_line(first, limit=60)}: {one_line(left_out[first])}{alike}")
     return shown
+
+
+def refuse_repeats(benchmark: Benchmark) -> None:
+    """Raise a DataError where two items have one id: results are kept by item, so that the two would count as one."""
+    repeated = [name for name, count in Counter(item.item_id for item in benchmark.items).items() if count > 1]
+    if repeated:
+        shown = ", ".join(one_line(name, limit=60) for name in repeated[:3])
+        raise DataError(
+            f"{', '.join(benchmark.files)}: items of {benchmark.name} have an id that another one has, too; {len(repeated)} such "
+            f"ids ({shown}); are two copies of a file below the folder? Take one away"
+        )

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from vlm_distill_cache.stage2_student.suite.entries import (
     SHOWN_REASONS,
     counted,
     reasons_of,
+    refuse_repeats,
     unit_by_unit,
     unparsed_note,
 )
@@ -266,7 +267,7 @@ def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
         wanted = not only or bool(names[name] & only)
         if not wanted and not (suite.output / name / RESULTS).exists():
             continue
-        _refuse_repeats(benchmark)
+        refuse_repeats(benchmark)
         instruction = benchmark.instruction if suite.prompts == "published" else ""
         task = Task(
             benchmark=benchmark,
@@ -281,17 +282,6 @@ def find_tasks(suite: Suite) -> tuple[Found, list[Task]]:
         if wanted or task.is_there():
             tasks.append(task)
     return found, tasks
-
-
-def _refuse_repeats(benchmark: Benchmark) -> None:
-    """Results are kept by item, so that two of one name would count as one."""
-    repeated = [name for name, count in Counter(item.item_id for item in benchmark.items).items() if count > 1]
-    if repeated:
-        shown = ", ".join(one_line(name, limit=60) for name in repeated[:3])
-        raise DataError(
-            f"{', '.join(benchmark.files)}: items of {benchmark.name} have an id that another one has, too; {len(repeated)} such "
-            f"ids ({shown}); are two copies of a file below the folder? Take one away"
-        )
 
 
 def _described(request: Request) -> list[Any]:
@@ -320,9 +310,8 @@ def run_suite(suite: Suite, *, processes: int = 1, say: Callable[[str], None] = 
             with new_directory(suite.benchmarks) as folder:
                 write_drawn(folder)
         found, tasks = find_tasks(suite)
+        _move(_homes(suite, tasks))
         for task in tasks:
-            if (home := _home(suite, found, task)) != task.folder:
-                home.rename(task.folder)
             if again := task.put_aside():
                 say(
                     f"{task.benchmark.name}: pictures or items have changed since they were asked about; {again:,} "
@@ -354,10 +343,11 @@ def outlook(suite: Suite) -> dict[str, Any]:
             f"{place} cannot be written ({error.strerror}); give another --output, or make it writable"
         ) from error
     found, tasks = find_tasks(suite)
+    homes = _homes(suite, tasks)
     said = {}
     for task in tasks:
         benchmark = task.benchmark
-        kept, _ = replace(task, folder=_home(suite, found, task)).kept()
+        kept, _ = replace(task, folder=homes.get(task.folder, task.folder)).kept()
         requests = [request for item in task.items for request in task.requests(item)]
         said[benchmark.name] = {
             "layout": benchmark.layout,
@@ -375,16 +365,36 @@ def outlook(suite: Suite) -> dict[str, Any]:
     return {"student": suite.model.name, "limit": suite.limit, "benchmarks": said, "unread": _unread(found)}
 
 
-def _home(suite: Suite, found: Found, task: Task) -> Path:
-    """Where a benchmark's results are: its folder, or that of the name that it had before others stood beside it."""
-    if not task.folder.exists() and suite.output.is_dir():
-        for other in sorted(suite.output.iterdir()):
-            if other.is_dir() and other.name not in found.benchmarks:
-                there = replace(task, folder=other)
-                begun = (other / BLOCKS).is_dir() and any(there.block(number).exists() for number in range(task.blocks))
-                if begun or there.is_there():
-                    return other
-    return task.folder
+def _homes(suite: Suite, tasks: Sequence[Task]) -> dict[Path, Path]:
+    """Where results are of benchmarks that were called otherwise, with others beside them: by the folder that they belong in."""
+    folders = sorted(path for path in suite.output.iterdir() if path.is_dir()) if suite.output.is_dir() else []
+    free = [path for path in folders if not any(path == task.folder and _is_of(task, path) for task in tasks)]
+    homes: dict[Path, Path] = {}
+    for task in tasks:
+        if not _is_of(task, task.folder) and (home := next((path for path in free if _is_of(task, path)), None)):
+            homes[task.folder] = home
+            free.remove(home)
+    return homes
+
+
+def _is_of(task: Task, folder: Path) -> bool:
+    """Whether a folder holds a benchmark's results, or some of its blocks."""
+    there = replace(task, folder=folder)
+    return any(there.block(number).exists() for number in range(task.blocks)) or there.is_there()
+
+
+def _move(homes: Mapping[Path, Path]) -> None:
+    """Bring results home. They may have to change places; whatever is in the way and nobody's now stays under another name."""
+    moving = {target: home.rename(_unused(target, "moving")) for target, home in homes.items()}
+    for target, there in moving.items():
+        if target.exists():
+            target.rename(_unused(target, "before"))
+        there.rename(target)
+
+
+def _unused(folder: Path, word: str) -> Path:
+    names = (folder.with_name(f"{folder.name}.{word}{number or ''}") for number in count())
+    return next(name for name in names if not name.exists())
 
 
 def _elsewhere(suite: Suite, told: Collection[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -237,6 +238,31 @@ def test_results_follow_a_benchmark_that_is_called_otherwise_and_others_are_told
     summary = run_suite(suite)
     assert "gone holds results of a benchmark that is not there now" in summary["notes"][0]
     assert f"note: {summary['notes'][0]}" in render_suite(summary)
+
+
+def test_results_of_benchmarks_whose_names_change_places_stay_theirs(suite, tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    shutil.copytree(suite.benchmarks / "winoground", folder / "m1" / "winoground")
+    suite = replace(suite, benchmarks=folder)
+    run_suite(suite)
+    first = results(suite.output)["winoground"]
+    other = folder / "a0" / "winoground"  # is looked at before, and is called as the first one was
+    shutil.copytree(folder / "m1" / "winoground", other)
+    path = next(other.glob("*.jsonl"))
+    path.write_text(re.sub(r'("caption_0": "[^"]*)', r"\1 indeed", path.read_text()))
+    assert "indeed" in path.read_text()
+    run_suite(suite)
+    kept = results(suite.output)
+    assert len(kept) == 2
+    assert first in kept.values()
+    monkeypatch.setattr(asking, "ask", None)  # nothing is asked from here on
+    for name, new in (("a0", "z9"), ("m1", "b1")):
+        (folder / name).rename(folder / new)
+        run_suite(suite)
+        assert sorted(map(str, results(suite.output).values())) == sorted(map(str, kept.values()))
+    shutil.rmtree(folder / "b1")
+    assert run_suite(suite)["notes"]
+    assert first in results(suite.output).values()  # under another name
 
 
 def test_results_of_another_shape_are_damaged(suite):

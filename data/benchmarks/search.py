@@ -55,7 +55,7 @@ def find_benchmarks(folder: Path, *, images: Sequence[Path] = ()) -> Found:
             document = open_document(paths, shown)
             layout = next((layout for layout in LAYOUTS if layout.recognises(document)), None)
         except _UNREADABLE as error:
-            unread[shown] = _why(error)
+            unread[shown] = _why(error).removeprefix(f"{shown} ")
         else:
             if layout is not None:
                 of_layout[layout.name].append(document)

@@ -27,13 +27,13 @@ def render_suite(summary: Mapping[str, Any]) -> str:
     for name, entry in benchmarks.items():
         rows = _details(entry["measures"])
         details += [[one_line(name, limit=40), "", ""], *rows] if rows else []
-    rest = "all other measures, and those of equal value: in summary.json and on the page" if details else ""
+    rest = "all other measures: in summary.json and on the page" if details else ""
     parts = [laid_out(heads, right=(1, 3)), laid_out(details, right=(1,)), rest, "\n".join(notes_of(summary))]
     return "\n\n".join(part for part in parts if part)
 
 
 def _details(measures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The kinds of the headline under its name, then other scores as a whole, where they differ from what is shown."""
+    """The kinds of the headline under its name, then other scores as a whole."""
     if not measures:
         return []
     own = f"{measures[0]['name']}/"
@@ -46,14 +46,15 @@ def _details(measures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     unread = (
         next((each["value"] for each in measures if each["name"] == "unparsed"), None) == 1
     )  # then letters say nothing
-    shown: set[tuple[str, ...]] = {_cells(measures[0])[1:]}
-    for measure in measures[1:]:
-        if "/" in measure["name"] or measure["value"] is None or (unread and measure["name"].startswith("letter")):
-            continue
-        heading, *cells = _cells(measure)
-        if tuple(cells) not in shown and len(shown) <= MOST_OTHERS:
-            rows.append(["  " + heading, *cells])
-            shown.add(tuple(cells))
+    others = [
+        measure
+        for measure in measures[1:]
+        if "/" not in measure["name"]
+        and measure["value"] is not None
+        and not (unread and measure["name"].startswith("letter"))
+    ]
+    for heading, *cells in map(_cells, others[:MOST_OTHERS]):
+        rows.append(["  " + heading, *cells])
     return rows
 
 

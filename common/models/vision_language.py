@@ -16,6 +16,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.changed import apply_changes
 from vlm_distill_cache.common.models.llava import AS_IDS, image_places, look_up_row_0, loss_on_words, put_images
 from vlm_distill_cache.common.models.projectors import (
     LDPProjector,
@@ -45,6 +46,7 @@ class VisionLanguageConfig(PreTrainedConfig):
         vision_feature_layer: Which of the tower's hidden states is projected; -2 as published.
         vision_feature_select_strategy: ``patch`` or ``full``, see ``VisionTower``.
         image_aspect_ratio: How a picture becomes the tower's square: ``pad`` or ``square``.
+        distilled: What is changed in the model beyond all this (`common.models.changed`).
     """
 
     text_config: Any = None
@@ -57,6 +59,7 @@ class VisionLanguageConfig(PreTrainedConfig):
     vision_feature_select_strategy: str = "patch"
     image_aspect_ratio: str = "pad"
     tie_word_embeddings: bool = False
+    distilled: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Make configurations of what a ``config.json`` holds as plain objects; older libraries do not."""
@@ -212,12 +215,14 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"position_ids"]  # noqa: RUF012
 
     decoder_class: ClassVar[Any]
+    applies_changes: ClassVar[bool] = True
 
     def __init__(self, config: VisionLanguageConfig) -> None:
         super().__init__(config)
         self.model = self.decoder_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+        apply_changes(self)
 
     @property
     def language_model(self) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.hub import is_without_weights
+from vlm_distill_cache.common.models.changed import CHANGES, changed_class
 from vlm_distill_cache.common.models.checkpoint import Checkpoint
 from vlm_distill_cache.common.models.explained import explained_errors
 from vlm_distill_cache.common.models.llava import llava_class, take_image_tokens
@@ -170,7 +171,7 @@ def describe_family_model(directory: Path) -> FamilyModel:
     if not family.model_class:
         raise ModelError(f"{directory}: what it holds is known once its weights are here; `hf download` brings them")
     with explained_errors(directory), torch.device("meta"):
-        shell = getattr(transformers, family.model_class)._from_config(config)
+        shell = _class_of(family, config.to_dict())._from_config(config)
     return FamilyModel(shell, family, tokenizer, processor, image_encoder)
 
 
@@ -278,8 +279,8 @@ def _look_through(directory: Path, vision_tower: Path | None) -> _Found:
         )
     refuse_unusable(directory)
     stored = read_config(directory)
-    family, depth = family_of(str(stored.get("model_type"))), stored.get("projector_depth")
-    model_class = getattr(transformers, family.model_class) if depth is None else llava_class(depth)
+    family = family_of(str(stored.get("model_type")))
+    model_class = _class_of(family, stored)
     # On no device: names, shapes and kinds are compared, no memory is taken.
     if "quantization_config" in stored:  # of packed weights that can only be done when they are loaded
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -289,6 +290,13 @@ def _look_through(directory: Path, vision_tower: Path | None) -> _Found:
         shell = _load_library_model(directory, model_class, device_map="meta")
     load = partial(_load_library_model, directory, model_class)
     return _Found(family, shell, load, directory)
+
+
+def _class_of(family: Family, stored: Mapping[str, Any]) -> Any:
+    """The library's class of a configuration, with what it says is changed."""
+    depth = stored.get("projector_depth")
+    model_class: Any = getattr(transformers, family.model_class) if depth is None else llava_class(depth)
+    return model_class if stored.get(CHANGES) is None else changed_class(model_class)
 
 
 def _open_image_encoder(

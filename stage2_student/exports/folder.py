@@ -24,6 +24,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import parse_json, read_bounded
 from vlm_distill_cache.common.files.rules import OBJECT, check, maybe, record, whole
+from vlm_distill_cache.common.models.changed import Changed
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 from vlm_distill_cache.common.models.processing import VisionLanguageProcessor
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
@@ -84,6 +85,8 @@ def save_processor(
         if source is not None:
             keep_files(source, target)
         _write_library(target, model.config, encoder)
+        if isinstance(model, Changed) and (target / "config.json").exists():
+            _write_code(target, dict.fromkeys(_AUTO_MODELS, type(model)))
     for name in ("tokenizer_config.json", "processor_config.json"):
         path = target / name
         if path.exists():
@@ -124,7 +127,7 @@ def _our_classes(model: Any, encoder: SampleEncoder) -> dict[str, type[Any]]:
         return {"AutoConfig": type(model.config), **dict.fromkeys(_AUTO_MODELS, type(model))}
     has_token = encoder.image_token_id in encoder.tokenizer.added_tokens_decoder
     if model.config.model_type == "llava" and (isinstance(model, LlavaOfAnyDepth) or not has_token):
-        return dict.fromkeys(_AUTO_MODELS, LlavaOfAnyDepth)
+        return dict.fromkeys(_AUTO_MODELS, type(model) if isinstance(model, Changed) else LlavaOfAnyDepth)
     return {}
 
 
@@ -132,11 +135,7 @@ def _write_own(target: Path, ours: Mapping[str, type[Any]], encoder: SampleEncod
     """Code, of the model where that lies there, and who reads pictures and texts with it."""
     has_model = (target / "config.json").exists()
     ours = {**(ours if has_model else {}), "AutoProcessor": VisionLanguageProcessor}
-    for name, source in code_of({one.__module__ for one in ours.values()}).items():
-        (target / f"{name}.py").write_text(source, encoding="utf-8")
-    auto_map = {auto: f"{one.__module__.rpartition('.')[2]}.{one.__name__}" for auto, one in ours.items()}
-    if has_model:
-        _update(target / "config.json", auto_map=auto_map)
+    auto_map = _write_code(target, ours)
     (target / "processor_config.json").write_bytes(
         _json(
             {
@@ -152,6 +151,16 @@ def _write_own(target: Path, ours: Mapping[str, type[Any]], encoder: SampleEncod
     )
     template = chat_template_of(encoder.template, encoder.tokenizer, encoder.image_token)
     (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _write_code(target: Path, classes: Mapping[str, type[Any]]) -> dict[str, str]:
+    """Write the code of classes, name them in ``config.json`` if there is one, and return how they are named."""
+    for name, source in code_of({one.__module__ for one in classes.values()}).items():
+        (target / f"{name}.py").write_text(source, encoding="utf-8")
+    auto_map = {auto: f"{one.__module__.rpartition('.')[2]}.{one.__name__}" for auto, one in classes.items()}
+    if (target / "config.json").exists():
+        _update(target / "config.json", auto_map=auto_map)
+    return auto_map
 
 
 def code_of(modules: Iterable[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.around import Around
 from vlm_distill_cache.common.models.changed import apply_changes
 from vlm_distill_cache.common.models.llava import AS_IDS, image_places, look_up_row_0, loss_on_words, put_images
 from vlm_distill_cache.common.models.projectors import (
@@ -74,7 +75,7 @@ OnRows = Callable[[Tensor, Any], Any]
 """Takes hidden states ``[A, D]`` and the output projection."""
 
 
-class VisualDecoder:
+class VisualDecoder(Around):
     """Mixed into a decoder of the library (``LlamaModel``, ``Qwen2Model``): adds projector and vision tower."""
 
     embed_tokens: nn.Embedding
@@ -167,8 +168,11 @@ class VisualDecoder:
         if input_ids is not None and inputs_embeds is not None:
             raise ModelError("got input_ids and inputs_embeds; give one of them")
         past = kwargs.get(PAST, kwargs.get("past_key_values"))
+        self.visual_mask = None if input_ids is None else input_ids == self.image_token_id
         if inputs_embeds is not None and pixel_values is not None:
-            places = image_places(self.embed_tokens, self._image_row, inputs_embeds, attention_mask, past)
+            self.visual_mask = places = image_places(
+                self.embed_tokens, self._image_row, inputs_embeds, attention_mask, past
+            )
             inputs_embeds = self._put_images(inputs_embeds, places, pixel_values, AS_IDS)
         elif input_ids is not None and pixel_values is not None:
             inputs_embeds = self.embed_multimodal(input_ids, pixel_values)
@@ -186,7 +190,8 @@ class VisualDecoder:
             attention_mask = torch.zeros_like(attention_mask, dtype=dtype).masked_fill(
                 ~attention_mask, torch.finfo(dtype).min
             )
-        outputs: BaseModelOutputWithPast = super().forward(  # type: ignore[misc]
+        outputs: BaseModelOutputWithPast = self.run_around(
+            super().forward,  # type: ignore[misc]
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,

@@ -1,0 +1,73 @@
+"""Functions around the passes of a model's decoder, which know where the visual tokens stand.
+
+They see the decoder's own arguments, words and pictures embedded already, and call the decoder in their turn, with fewer
+tokens or others. The outermost was added last. Wrapped decoders keep their class's name and weights.
+
+Dims: B batch, T tokens of this pass.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any
+
+from torch import Tensor
+
+Run = Callable[..., Any]
+Wrapper = Callable[..., Any]
+"""Called as ``wrapper(run, decoder, **arguments)`` with the decoder's keyword arguments; returns what ``run(**...)`` does."""
+
+
+class Around:
+    """Put in front of a decoder's class, or among the bases of one of ours.
+
+    Attributes:
+        wrappers: In the order that they were added.
+        visual_mask: Which tokens of this pass are visual, bool ``[B, T]``; None where only embeddings were given.
+    """
+
+    wrappers: tuple[Wrapper, ...] = ()
+    visual_mask: Tensor | None = None
+
+    def run_around(self, run: Run, **arguments: Any) -> Any:
+        """Run the decoder inside all wrappers."""
+        for wrapper in self.wrappers:
+            run = partial(wrapper, run, self)
+        return run(**arguments)
+
+
+class _Decoder(Around):
+    """A decoder of the library, whose model has told it where the visual tokens are."""
+
+    def forward(self, input_ids: Tensor | None = None, **arguments: Any) -> Any:
+        """As the library's, whose models call it with names."""
+        try:
+            return self.run_around(super().forward, input_ids=input_ids, **arguments)  # type: ignore[misc]
+        finally:
+            self.visual_mask = None
+
+
+@cache
+def _around(decoder_class: Any) -> Any:
+    if issubclass(decoder_class, Around):
+        return decoder_class
+    return type(decoder_class.__name__, (_Decoder, decoder_class), {"__module__": decoder_class.__module__})
+
+
+def surround(model: Any, parts: Mapping[str, str], wrapper: Wrapper) -> Any:
+    """Put a function around the passes of a model's decoder, and return the decoder.
+
+    Args:
+        model: Ours or the library's; ``parts["language_model"]`` is the decoder's path in it.
+    """
+    decoder = model.get_submodule(parts["language_model"])
+    if not isinstance(decoder, Around):
+        decoder_class: Any = type(decoder)
+        decoder.__class__ = _around(decoder_class)
+        model.register_forward_pre_hook(partial(_tell, decoder), with_kwargs=True)
+    decoder.wrappers = (*decoder.wrappers, wrapper)
+    return decoder
+
+
+def _tell(decoder: Any, model: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    ids = named.get("input_ids", inputs[0] if inputs else None)
+    decoder.visual_mask = None if ids is None else ids == model.config.image_token_id

@@ -255,8 +255,8 @@ def measure(
     for place, (answers, its_kinds) in enumerate(zip(records, kinds, strict=True)):
         for one, kind in zip(answers, its_kinds, strict=True):
             shift = one.shift
-            if not shift.measured[0]:
-                blind += 1
+            if not shift.measured.any():
+                blind += bool(one.rows)  # an empty answer is none
                 continue
             if len(one.rows) == 1:
                 single[kind] += 1

@@ -71,10 +71,8 @@ def _show(
     own, received = _observed[module]
     with torch.no_grad():
         received.append(received_attention(query, key, attention_mask, scaling=kwargs.get("scaling")))
-    if own == "eager":
-        run = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        run = AttentionInterface()[own]
+    eager = own == "eager"
+    run = sys.modules[type(module).__module__].eager_attention_forward if eager else AttentionInterface()[own]
     return run(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -222,7 +220,7 @@ def _shares(fine: int, coarse: int) -> Tensor:
 def _merged(tower: Any, received: Tensor, grids: Tensor) -> Tensor:
     """Qwen-VL: patches stand in groups that become one token; those of 2.5 in the order of its windows."""
     side = int(tower.config.spatial_merge_size)
-    tokens = received.unflatten(0, (-1, side**2)).sum(dim=1)
+    tokens: Tensor = received.unflatten(0, (-1, side**2)).sum(dim=1)
     if not hasattr(tower, "window_size"):
         return tokens
     if hasattr(tower, "get_window_index"):
@@ -253,5 +251,6 @@ def _packed(inner: Any, received: Tensor, sizes: Tensor) -> Tensor:
         else {"vision_aspect_ratio": ratio}
     )
     nothing = torch.zeros(1, device=places.device)
+    parts: Sequence[Tensor]
     parts, _ = inner.pack_image_features(list(places.split(counts)), sizes, image_newline=nothing, **how)
     return torch.cat(list(parts))[:, 0]

@@ -9,7 +9,7 @@ Dims: B batch, T sequence, G layer groups, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -50,7 +50,7 @@ class Sides:
     student_tiles: tuple[Tile, ...]
     match: GroupMatch | None
     where: str
-    sinks: Mapping[str, SinkMap] = NO_SINKS
+    sinks: Mapping[str, SinkMap] = field(default_factory=dict)
 
     @cached_property
     def teacher_tiles(self) -> tuple[Tile, ...]:

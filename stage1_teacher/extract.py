@@ -226,7 +226,7 @@ def finish(work: Build, cache_dir: Path, *, samples: int, known: Collection[str]
     """
     refuse_nothing_usable(cache_dir, work.plan)
     fidelity = measure_fidelity(work, cache_dir, samples=samples)
-    write_card(cache_dir, work.plan, fidelity)
+    write_card(cache_dir, work.plan, fidelity, dataset=work.dataset)
     refuse_unlisted(cache_dir, known)
     drop_damaged_manifest(cache_dir)
     return seal(cache_dir, fidelity=fidelity, rewritten=rewritten)

@@ -72,7 +72,8 @@ def measure_cache(cache: TeacherCache, data: Asks | None, *, name: str) -> Shift
 
 def shift_lines(report: ShiftReport, place: str) -> Iterator[str]:
     """All figures as lines of a terminal."""
-    yield f"shift of the gaze   {place}: {_looked_at(report)}"
+    yield f"shift of the gaze   {place}"
+    yield f"{'':<20}{_looked_at(report)}"
     yield f"{'':<20}{_answers(report)}"
     if not report.answers:
         yield f"{'':<20}no answer of two tokens that looks at a picture: nothing can shift"
@@ -108,15 +109,16 @@ def shift_section(report: ShiftReport | None) -> str:
         for one in report.largest[:_CARD_LARGEST]
     )
     legend = "".join(f"- {name}: {said}\n" for name, said in LEGEND.items())
+    facts, kept, events = shift_facts(report)
     return f"""
 ## Shift of the gaze within answers
 
-{_looked_at(report)}; {_answers(report)}. Kept: {_kept(report)}.
+{facts}. {kept}.
 
 | token | tokens | gaze on the kept | its own best | in common |
 |---|---|---|---|---|
 {spans}
-Events: {number(report.events)} an answer; {percent(report.shifting)} of these answers have at least one.
+{events}.
 
 | {_kinds_of(report)} | answers | gaze on the kept | its own best | events | with an event |
 |---|---|---|---|---|---|
@@ -127,6 +129,15 @@ The largest shifts:
 {legend}
 More of it, and pictures: `cachectl inspect THIS_FOLDER --shift`.
 """
+
+
+def shift_facts(report: ShiftReport) -> tuple[str, str, str]:
+    """What was looked at, what is kept, and how often that fails, in sentences without their full stops."""
+    return (
+        f"{_looked_at(report)}; {_answers(report)}",
+        f"Kept: {_kept(report)}",
+        f"Events: {number(report.events)} an answer; {percent(report.shifting)} of these answers have at least one",
+    )
 
 
 def span_rows(report: ShiftReport) -> list[tuple[str, int, str, str, str]]:
@@ -176,7 +187,7 @@ def _shown(of: Interval, factor: int, digits: int) -> str:
 
 
 def _looked_at(report: ShiftReport) -> str:
-    some = "all" if report.samples == report.total else f"{report.samples:,} evenly spaced of"
+    some = "All" if report.samples == report.total else f"{report.samples:,} evenly spaced of"
     return f"{some} {report.total:,} samples, {report.pictures:,} with a picture"
 
 

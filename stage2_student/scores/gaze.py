@@ -5,10 +5,11 @@ Dims: A supervised rows of a batch, C cells on which student and teacher are com
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import PIL.Image
 import torch
 from torch import Tensor
 
@@ -36,10 +37,12 @@ class RunShift:
 
     Attributes:
         teacher: Over evenly spaced records of the cache, on its grid.
+        sheets: The first of its largest shifts, drawn (`draw_shift`).
         beside: The teacher and the students by name, on the same few samples and cells; empty where they cannot be compared.
     """
 
     teacher: ShiftReport
+    sheets: Sequence[PIL.Image.Image] = ()
     beside: Mapping[str, ShiftReport] = field(default_factory=dict)
 
 

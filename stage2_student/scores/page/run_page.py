@@ -263,7 +263,14 @@ def _shift(shift: RunShift | None) -> str:
         if shift.beside
         else ""
     )
-    return f"{said}{spans}{kinds}<h3>The largest shifts</h3><ul>{largest}</ul>{students}{legend(SHIFT_LEGEND)}"
+    sheets = "".join(picture(sheet, "where token 0 and the shifted token look") for sheet in shift.sheets)
+    drawn = (
+        "<p>The picture; where token 0 looks and where the shifted one does, each with its own scale and the share of its "
+        f"attention that lies on the picture; what is kept, and what the shifted token's gaze has there.</p>{sheets}"
+        if sheets
+        else ""
+    )
+    return f"{said}{spans}{kinds}<h3>The largest shifts</h3><ul>{largest}</ul>{drawn}{students}{legend(SHIFT_LEGEND)}"
 
 
 def _on_the_way(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -65,5 +65,6 @@ def test_the_page_of_a_run_tells_of_teacher_and_students_with_a_legend_for_each_
         assert percent(report.spans["1"].first) in section
         assert percent(report.shifting) in section
     assert set(re.findall(r"<dt>(.*?)</dt>", section)) == set(LEGEND)
+    assert section.count("<img ") == len(shift.sheets) == 3
     unlooked = show_shift(students, make_config(path, finished.output, "evaluation.agreement_samples=0"), cache)
     assert unlooked.beside == {}

@@ -481,7 +481,13 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
     """
     from vlm_distill_cache.stage2_student.scores.on_the_way import read_evaluations
     from vlm_distill_cache.stage2_student.scores.page.run_page import RunPage, render_run_page, run_costs, run_facts
-    from vlm_distill_cache.stage2_student.trained_student import describe_size, open_student, show_flips, show_taught
+    from vlm_distill_cache.stage2_student.trained_student import (
+        describe_size,
+        open_student,
+        show_flips,
+        show_shift,
+        show_taught,
+    )
     from vlm_distill_cache.stage2_student.training.log import read_log
 
     stored = read_scores(output)
@@ -503,6 +509,7 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
         flips=flips,
         no_flips=no_flips,
         taught=show_taught(students, config, cache),
+        shift=show_shift(students, config, cache),
         provenance=students[DISTILLED].provenance,
         notes=notes,
     )

@@ -20,6 +20,7 @@ from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import (
     CacheFormatError,
+    CacheMismatchError,
     ConfigError,
     DataError,
     DistillError,
@@ -33,10 +34,14 @@ from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.models.weight_files import read_weights
 from vlm_distill_cache.common.printing import size_words
+from vlm_distill_cache.common.tools.record_view import load_token_text
+from vlm_distill_cache.common.tools.shift import cache_shift
+from vlm_distill_cache.common.tools.shift_view import draw_shift
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.families.models import unify_dtype
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
+from vlm_distill_cache.data.questions import AskedData
 from vlm_distill_cache.data.sample import Dataset, EvaluationSet
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate
@@ -50,6 +55,7 @@ from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.scores.card import has_edited_card, read_scores, write_card
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.scores.flips import Flips, collect_flips
+from vlm_distill_cache.stage2_student.scores.gaze import RunShift, compare_shifts
 from vlm_distill_cache.stage2_student.scores.held_out import OpenedItems, open_items, scored_items
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
 from vlm_distill_cache.stage2_student.scores.taught import TEACHER, Taught, collect_taught
@@ -69,6 +75,8 @@ from vlm_distill_cache.stage2_student.training.preparation import encoder_for, o
 
 COMPARED_SIGNALS = (LogitCodec.signal, RowAttentionCodec.signal)
 _log = logging.getLogger(__name__)
+_SHIFT_RECORDS, _SHIFT_SAMPLES = 512, 64  # of the cache for the teacher's shifts, and to run students on
+_SHIFT_SHEETS = 3  # of the largest shifts that are drawn
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -362,6 +370,27 @@ def show_taught(students: Mapping[str, Student], config: TrainConfig, cache: Tea
         match=match_groups(cache.plan, _depth(first)) if looking else None,
         count=count,
     )
+
+
+def show_shift(students: Mapping[str, Student], config: TrainConfig, cache: TeacherCache) -> RunShift | None:
+    """How the teacher's gaze shifts within its answers, and the students' on some of them; None: no gaze is cached."""
+    if RowAttentionCodec.signal not in cache.plan.signals:
+        return None
+    asked: AskedData | None = None
+    with contextlib.suppress(ConfigError, DataError):  # they were there when it was trained; kinds are of answers then
+        asked = AskedData(_data_of_cache(config, cache))
+    teacher = cache_shift(cache, asked=None if asked is None else asked.questions, most=_SHIFT_RECORDS)
+    text, sheets = load_token_text(cache), []
+    for one in teacher.largest[:_SHIFT_SHEETS]:
+        with contextlib.suppress(CacheMismatchError):  # the data have other pictures now
+            image = None if asked is None else asked.picture(one.sample_id)
+            sheets.append(draw_shift(cache, teacher, one, text, image))
+    first, count = next(iter(students.values())), min(_SHIFT_SAMPLES, config.evaluation.agreement_samples)
+    looking = all(RowAttentionCodec.signal in comparable_signals(student, cache) for student in students.values())
+    cached = join_cached(first, config, cache, limit=count) if looking and count and asked is not None else None
+    models = {name: student.model for name, student in students.items()}
+    beside = {} if cached is None else compare_shifts(models, cached, text)
+    return RunShift(teacher=teacher, sheets=sheets, beside=beside)
 
 
 def show_flips(

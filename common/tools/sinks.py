@@ -101,7 +101,7 @@ class Sinks:
     def from_dict(cls, data: Any, where: str) -> Sinks:
         """Read what ``to_dict`` wrote; a CacheFormatError if it is something else."""
         stored = check(data, RULE, where)
-        maps = {}
+        maps: dict[str, SinkMap] = {}
         for part, values in stored["maps"].items():
             tiles = tiles_from_array(np.array(values["tiles"], np.float32).reshape(-1, 6))
             count = sum(tile.token_count for tile in tiles)
@@ -120,8 +120,9 @@ class Sinks:
                 often=often.astype(np.int64),
                 scores=scores.astype(np.float64),
             )
-        signals = {part: values["signal"] for part, values in stored["maps"].items()}
-        return cls(samples=stored["samples"], maps=maps, signals=signals)
+        ordered = {part: maps[part] for part in PARTS if part in maps}  # JSON is stored by name
+        signals = {part: stored["maps"][part]["signal"] for part in ordered}
+        return cls(samples=stored["samples"], maps=ordered, signals=signals)
 
 
 def _rounded(value: float) -> float:
@@ -392,7 +393,7 @@ def card_lines(found: Sinks | None) -> str:
     """The section of a cache's card; empty where nothing is known."""
     if found is None or not found.maps:
         return ""
-    lines = ["## Sinks: places that attract attention whatever the picture shows", ""]
+    lines = ["", "## Sinks: places that attract attention whatever the picture shows", ""]
     for part, sinks in found.maps.items():
         lines += [
             f"Of the {_WORDS[part]}, from {markdown(found.signals[part])} of {sinks.pictures} pictures; {_layout_words(sinks)}.",

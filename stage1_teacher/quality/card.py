@@ -62,11 +62,8 @@ def card_text(
         fidelity: Figures of ``measure_fidelity``, or None if skipped.
         counts: Of all shards.
         field_bytes: Decoded bytes of all records by field.
-    <<<<<<< HEAD
         sinks: Of `write_sinks`.
-    =======
         shift: How the gaze moves within answers; None: the cache does not hold it.
-    >>>>>>> shift
     """
     rows, samples = max(1, counts.rows), max(1, counts.samples)
     signals = ""
@@ -135,12 +132,7 @@ Bytes are those of the decoded arrays; on disk they are packed.
 | figure | mean over the probe |
 |---|---|
 {figures}
-<<<<<<< HEAD
-
-{card_lines(sinks)}
-=======
-{shift_section(shift)}
->>>>>>> shift
+{shift_section(shift)}{card_lines(sinks)}
 ## Fingerprints
 
 | of | value |

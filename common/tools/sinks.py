@@ -251,7 +251,7 @@ def _lack(plan: Plan, of: Part) -> str:
             f"attention ({_sources(plan)[of]}); give a cache of samples with pictures"
         )
     wanted = _SOURCES[of][0]
-    where = f"teacher-cache extend CACHE --signals {wanted}"
+    where = f"teacher-cache extend CACHE --data DATA --teacher TEACHER --signals {wanted}"
     single = " where that keeps single values" if VisualMapCodec.signal in _SOURCES[of] else ""
     return (
         f"no sinks of its teacher's {_WORDS[of]} are known: they are found in {' or '.join(_SOURCES[of])}{single}, and the cache "

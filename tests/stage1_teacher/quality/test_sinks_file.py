@@ -143,7 +143,7 @@ def test_a_cache_that_holds_nothing_of_them_says_what_to_add(family_cache, tmp_p
     assert SINKS not in cache.manifest.files
     said = run("inspect", cache.path, "--sinks")
     assert "vision tower: no sinks of its teacher's vision tower are known: they are found in tower_attention" in said
-    assert "add it with `teacher-cache extend CACHE --signals visual_columns`" in said
+    assert "add it with `teacher-cache extend CACHE --data DATA --teacher TEACHER --signals visual_columns`" in said
     with pytest.raises(CacheMismatchError, match=r"holds logits; add it with .* --signals tower_attention"):
         sink_map(cache, "tower", (grid_tile(3, 3),))
     pull_partial(str(family_cache("llava").path), tmp_path / "seen", Selection(signals=("visual_columns",)))

@@ -58,6 +58,7 @@ _MAX_BYTES = 64 << 20
 _SHOWN = 10  # places
 _DRAWN = 8  # tiles
 _DIGITS = 6
+_NEAR = 1e-3  # of scores: other libraries sum in another order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ class Sinks:
                 often=often.astype(np.int64),
                 scores=scores.astype(np.float64),
             )
-        ordered = {part: maps[part] for part in PARTS if part in maps}  # JSON is stored by name
+        ordered: dict[str, SinkMap] = {part: maps[part] for part in PARTS if part in maps}  # JSON is stored by name
         signals = {part: stored["maps"][part]["signal"] for part in ordered}
         return cls(samples=stored["samples"], maps=ordered, signals=signals)
 
@@ -221,6 +222,25 @@ def read_sinks(cache: TeacherCache) -> Sinks:
             )
         )
     return _find(cache.plan, lambda names, most: spaced_records(cache, list(names), most=most))
+
+
+def sinks_damage(cache_dir: Path, plan: Plan) -> str | None:
+    """What ``sinks.json`` says that the records of a sound cache do not; None: nothing."""
+    path = cache_dir / SINKS
+    try:
+        stored = Sinks.from_dict(read_document(path, max_bytes=_MAX_BYTES), str(path))
+    except CacheFormatError as error:
+        return str(error)
+    found = _find(plan, lambda names, most: spaced_unsealed(cache_dir, plan, list(names), most=most))
+    if (list(stored.maps), stored.signals, stored.samples) != (list(found.maps), found.signals, found.samples):
+        said, given = ([one.samples, *one.signals.values()] for one in (stored, found))
+        return f"is of samples and signals {said}; the records give {given}"
+    for part, sinks in found.maps.items():
+        kept = stored.maps[part]
+        same = (kept.places, kept.pictures, len(kept.scores)) == (sinks.places, sinks.pictures, len(sinks.scores))
+        if not same or np.abs(kept.scores - sinks.scores).max() > _NEAR:
+            return f"has other sinks of the {_WORDS[part]} than the records"
+    return None
 
 
 def sinks_of(cache: TeacherCache, of: Part, *, known: Sinks | None = None) -> SinkMap:

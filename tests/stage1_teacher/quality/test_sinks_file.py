@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hostile_documents import hostile_documents
+from hostile_documents import hostile_documents, sign
 
 from vlm_distill_cache.common.attention.sinks import sink_scores
 from vlm_distill_cache.common.attention.tiles import Tile, box_array, carries_image, grid_tile, tiles_from_array
@@ -14,6 +14,7 @@ from vlm_distill_cache.common.cache.manifest import read_manifest, seal
 from vlm_distill_cache.common.cache.side_files import CARD, SINKS
 from vlm_distill_cache.common.cli import main as cachectl
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, DistillError
+from vlm_distill_cache.common.files.signed import document_bytes
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.convert import convert
 from vlm_distill_cache.common.tools.merge import merge
@@ -107,6 +108,14 @@ def test_it_is_the_same_after_sealing_again_repair_and_conversion_and_own_for_wh
     run("seal", tmp_path / "cache", main=teacher_cache)
     assert (tmp_path / "cache" / SINKS).read_bytes() == known
     assert verify(tmp_path / "cache", deep=True) == []
+    changed = json.loads(known)
+    changed["maps"]["tower"]["scores"].reverse()
+    (tmp_path / "cache" / SINKS).write_bytes(document_bytes({k: v for k, v in changed.items() if k != "checksum"}))
+    sign(tmp_path / "cache", SINKS)  # an author who knows this code
+    assert verify(tmp_path / "cache") == []
+    assert [(damage.path, damage.reason) for damage in verify(tmp_path / "cache", deep=True)] == [
+        (SINKS, "has other sinks of the vision tower than the records")
+    ]
     convert(source, tmp_path / "tar", "webdataset")
     assert (tmp_path / "tar" / SINKS).read_bytes() == known
     halves = []

@@ -155,16 +155,18 @@ def _find(plan: Plan, records: Callable[[Iterable[str], int], Iterable[tuple[str
     samples, maps = 0, dict[Part, SinkMap]()
     for most, parts in runs.items():
         codecs = {part: codec_from_dict(plan.signals[sources[part]]) for part in parts}
-        names = {"tiles", *(entry.name for part in parts for entry in plan.fields[sources[part]])}
+        names = {"tiles", "image_hash", *(entry.name for part in parts for entry in plan.fields[sources[part]])}
         pictures: dict[Part, list[tuple[tuple[Tile, ...], Floats]]] = {part: [] for part in parts}
-        seen = 0
+        seen, known = 0, set[bytes]()
         for _, record in records(names, most):
             seen += 1
             if not len(record["tiles"]):
                 continue
-            tiles = tiles_from_array(np.asarray(record["tiles"]))
+            tiles, image = tiles_from_array(np.asarray(record["tiles"])), record["image_hash"].tobytes()
             for part, codec in codecs.items():
-                pictures[part].append((codec.cells_of(tiles), _received(codec, record)))
+                if part == "language_model" or image not in known:  # where text looks depends on the text
+                    pictures[part].append((codec.cells_of(tiles), _received(codec, record)))
+            known.add(image)
         samples = max(samples, seen)
         for part, shown in pictures.items():
             codec = codecs[part]
@@ -307,11 +309,17 @@ def place_name(found: SinkMap, place: int) -> str:
     raise ValueError("there is no such place")
 
 
+def _of_words(found: SinkMap, part: str) -> str:
+    """How many were looked at, and what a place is."""
+    counted = "samples with a picture" if part == "language_model" else "pictures"
+    return f"of {found.pictures:,} {counted}; {_layout_words(found)}"
+
+
 def _layout_words(found: SinkMap) -> str:
     shape = " and ".join(f"{tile.rows} x {tile.cols}" for tile in found.tiles)
     return {
         "token": f"a place is a visual token of {shape}, which all pictures have",
-        "tile": f"pictures differ in tiles: a place is a visual token of a tile ({shape}), each tile counts as a picture",
+        "tile": f"layouts differ in tiles: a place is a visual token of a tile ({shape}), each tile counts as a picture",
         "cell": f"a place is a cell of a grid of {shape} over the picture",
     }[found.places]
 
@@ -349,7 +357,7 @@ def describe_sinks(cache: TeacherCache, found: Sinks, *, shades: str = BLOCKS) -
         sinks = found.maps[part]
         lines += [
             "",
-            f"{_WORDS[part]}: {found.signals[part]} of {sinks.pictures:,} pictures; {_layout_words(sinks)}",
+            f"{_WORDS[part]}: {found.signals[part]} {_of_words(sinks, part)}",
             f"  {'place':<26}{'score':>7}{'of the attention':>18}{'a sink in':>12}",
         ]
         lines += [
@@ -362,7 +370,7 @@ def describe_sinks(cache: TeacherCache, found: Sinks, *, shades: str = BLOCKS) -
         ]
     lines += [
         "",
-        "a sink in: the share of pictures in which the place receives more than their mean plus one standard deviation",
+        "a sink in: the share of those in which the place receives more than the mean plus one standard deviation",
     ]
     return "\n".join(lines)
 
@@ -416,12 +424,12 @@ def card_lines(found: Sinks | None) -> str:
     lines = ["", "## Sinks: places that attract attention whatever the picture shows", ""]
     for part, sinks in found.maps.items():
         lines += [
-            f"Of the {_WORDS[part]}, from {markdown(found.signals[part])} of {sinks.pictures} pictures; {_layout_words(sinks)}.",
+            f"Of the {_WORDS[part]}, from {markdown(found.signals[part])} {_of_words(sinks, part)}.",
             "",
             "| place | score | share of the attention | a sink in |",
             "|---|---|---|---|",
             *(
-                f"| {name} | {score:.3f} | {share:.2%} | {often:.0%} of pictures |"
+                f"| {name} | {score:.3f} | {share:.2%} | {often:.0%} |"
                 for name, score, share, often in _rows(sinks)[:5]
             ),
             "",

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.cache.spaced import FEW_RECORDS
 from vlm_distill_cache.common.cache.versions import kept_versions
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
@@ -75,8 +76,7 @@ from vlm_distill_cache.stage2_student.training.preparation import encoder_for, o
 
 COMPARED_SIGNALS = (LogitCodec.signal, RowAttentionCodec.signal)
 _log = logging.getLogger(__name__)
-_SHIFT_RECORDS, _SHIFT_SAMPLES = 512, 64  # of the cache for the teacher's shifts, and to run students on
-_SHIFT_SHEETS = 3  # of the largest shifts that are drawn
+_SHIFT_SAMPLES, _SHIFT_SHEETS = 64, 3  # that students are run on; largest shifts that are drawn
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -379,7 +379,7 @@ def show_shift(students: Mapping[str, Student], config: TrainConfig, cache: Teac
     asked: AskedData | None = None
     with contextlib.suppress(ConfigError, DataError):  # they were there when it was trained; kinds are of answers then
         asked = AskedData(_data_of_cache(config, cache))
-    teacher = cache_shift(cache, asked=None if asked is None else asked.questions, most=_SHIFT_RECORDS)
+    teacher = cache_shift(cache, asked=None if asked is None else asked.questions, most=FEW_RECORDS)
     text, sheets = load_token_text(cache), []
     for one in teacher.largest[:_SHIFT_SHEETS]:
         with contextlib.suppress(CacheMismatchError):  # the data have other pictures now

@@ -365,6 +365,11 @@ class TrainConfig:
         fixed = self.decoding_selection == "fixed" and self.shift_threshold != _default("shift_threshold")
         require(not fixed, "shift_threshold", self.shift_threshold, need)
 
+    @property
+    def follows_gaze(self) -> bool:
+        """Whether the teacher's gaze chooses visual tokens in training."""
+        return self.visual_tokens is not None and self.token_selection == "gaze"
+
     def sample_limit(self, samples: int) -> int | None:
         """How many of a data set's samples a run uses at most; None: all."""
         if self.data_share == 1:

@@ -272,7 +272,8 @@ def _refuse_layers(layers: Any, decoder: Any) -> None:
         why = "forgets what lies behind its window" if "Sliding" in kind else "is no plain list of keys and values"
         raise ModelError(
             f"{NAME}: layer {index} of {type(decoder).__name__} keeps keys and values in a {kind}, which {why}; expected "
-            f"DynamicLayer in all. Leave cache_implementation out of generate, or {NAME} out of this model"
+            f"DynamicLayer in all. Leave cache_implementation out of generate, or {NAME} out of this model: feed it fewer visual "
+            "tokens instead (visual_tokens)"
         )
 
 

@@ -27,6 +27,7 @@ class Reference:
 
     def __init__(self, model, parts, layers):
         self.model, self.layers, self.blocked, self.seen = model, layers, None, {}
+        self.unfed = torch.zeros(1, 1, dtype=torch.bool)  # prompt tokens that none sees
         AttentionInterface.register("reference", self.attend)
         AttentionMaskInterface.register("reference", AttentionMaskInterface()["eager"])
         model.get_submodule(parts["language_model"]).set_attn_implementation("reference")
@@ -35,6 +36,9 @@ class Reference:
         key, value = (one.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for one in (key, value))
         scores = query @ key.transpose(2, 3) * scaling
         scores = scores if mask is None else scores + mask
+        unfed = torch.zeros(len(query), 1, 1, scores.shape[3], dtype=torch.bool)
+        unfed[..., : self.unfed.shape[1]] = self.unfed[:, None, None]
+        scores = scores.masked_fill(unfed, torch.finfo(scores.dtype).min)
         self.seen[module.layer_idx] = scores.softmax(-1).mean(dim=1)  # [B, T, T]
         weights = scores.masked_fill(self.blocked[:, None], torch.finfo(scores.dtype).min).softmax(-1)
         return (weights @ value).transpose(1, 2).contiguous(), None
@@ -113,6 +117,27 @@ def test_steps_are_whole_passes_that_see_what_is_kept(name, tmp_path):
     change_model(model, parts, decoding_tokens=None)
     assert torch.equal(answers_and_logits(model, inputs)[1], full_logits)
     assert getattr(model.config, CHANGES).keys() == {"parts"}
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl", "paligemma", "mobilevlm_v2"])
+def test_of_fewer_tokens_that_are_fed_fewer_are_attended(name, tmp_path):
+    opened = open_with_prompts(name, tmp_path / name)
+    model, parts, inputs = opened.model, opened.parts, opened.inputs
+    reference = Reference(copy.deepcopy(model), parts, middle_span(len(opened.decoder.layers)))
+    # The order in which they are asked for is not that in which they run.
+    change_model(model, parts, decoding_tokens={"keep": 0.4, "by": "shift", "shift_threshold": 1.0})
+    change_model(model, parts, visual_tokens={"keep": 0.6, "by": "random"})
+    with torch.no_grad():
+        model(**inputs)
+    visual = inputs["input_ids"] == model.config.image_token_id
+    reference.unfed = visual & (opened.decoder.places < 0)
+    fed = visual & ~reference.unfed
+    assert fed.sum(1).tolist() == [kept_count(0.6, int(count)) if count else 0 for count in visual.sum(1)]
+    answers, logits = answers_and_logits(model, inputs)
+    expected, events = reference.decode(inputs, answers, fed, keep=0.4, threshold=1.0)
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+    assert torch.equal(torch.stack(decoding_counts(model).events, dim=1), events[:, 1:])
+    assert events.any()
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ import torch
 from decoding_models import NEW, answers_and_logits, decode, open_with_prompts
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest, watch
 from vlm_distill_cache.common.attention.layers import middle_span
 from vlm_distill_cache.common.attention.shift import gaze_shift
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.around import surround
 from vlm_distill_cache.common.models.budget import kept_count
 from vlm_distill_cache.common.models.changed import CHANGES, change_model
 from vlm_distill_cache.common.models.decoding_tokens import best_places, decoding_counts, find_shift
@@ -140,6 +141,42 @@ def test_of_fewer_tokens_that_are_fed_fewer_are_attended(name, tmp_path):
     assert events.any()
 
 
+@pytest.mark.parametrize("form", ["dict", "float"])
+def test_masks_may_be_ready(form, tmp_path):
+    opened = open_with_prompts("qwen2_vl", tmp_path / "qwen2_vl")
+    settings = {"keep": 3, "by": "shift", "shift_threshold": 0.9}
+    change_model(opened.model, opened.parts, decoding_tokens=settings)
+    expected = answers_and_logits(opened.model, opened.inputs)[1]
+
+    def prepare(run, _, **arguments):
+        mask, rows = arguments["attention_mask"].bool(), arguments["inputs_embeds"].shape[1]
+        whole = mask[:, None, None] & torch.ones(mask.shape[1], mask.shape[1]).tril().bool()
+        whole = whole[:, :, -rows:]
+        if form == "float":
+            arguments["attention_mask"] = torch.zeros(whole.shape).masked_fill(~whole, torch.finfo(torch.float32).min)
+        else:
+            arguments["attention_mask"] = {"full_attention": whole}
+        return run(**arguments)
+
+    surround(opened.model, opened.parts, prepare)
+    torch.testing.assert_close(answers_and_logits(opened.model, opened.inputs)[1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_is_watched_once_and_where_it_is(opened):
+    def watcher(*_, **__):
+        pass
+
+    nothing = pytest.raises(ModelError, match=r"seen 0 times, expected once in each of the layers \[0, 2\]")
+    with nothing, watch(opened.decoder, (0, 2), watcher):
+        pass
+    with watch(opened.decoder, (), watcher):
+        opened.model(**opened.inputs, use_cache=False)
+    twice = pytest.raises(ModelError, match="two threads at once")
+    with twice, watch(opened.decoder, (1,), watcher), watch(opened.decoder, (1,), watcher):
+        pass
+    assert opened.decoder.config._attn_implementation == "sdpa"
+
+
 @pytest.fixture(scope="module")
 def once_opened(tmp_path_factory):
     return open_with_prompts("mobilevlm_v2", tmp_path_factory.mktemp("models") / "mobilevlm_v2")
@@ -166,6 +203,16 @@ def test_steps_hold_few_keys_and_tell_the_whole_length(opened):
         cache.crop(-NEW)
     cache.crop(-1)
     assert cache.get_seq_length() == visual.shape[1] + NEW - 2
+    with pytest.raises(ModelError, match="more than were decoded"):
+        cache.layers[0].crop(3)  # older libraries give the length to come
+    cache.layers[0].crop(visual.shape[1] + 1)
+    assert cache.get_seq_length() == visual.shape[1] + 1
+    kept, keys = cache.layers[0].slots.kept, cache.layers[2].visual[0]
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([5, 1]))
+    assert torch.equal(cache.layers[0].slots.kept, kept[[2, 0]])
+    assert torch.equal(cache.layers[2].visual[0], keys[[2, 0]])
+    assert len(cache.layers[1].keys) == 2
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
     splits_and_limits,
     was_cut,
 )
+from vlm_distill_cache.stage2_student.batches.gaze import GAZE, GazeTerm
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm
@@ -482,7 +483,8 @@ def _prepare_phases(
         if source not in opened:
             opened[source] = _open_parts(phase, caches)
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
-        join = (*source, tuple(terms), match)
+        read = terms | ({GAZE: GazeTerm()} if config.follows_gaze else {})
+        join = (*source, tuple(read), match)
         if join not in joined:
             compares = same_tokenizer(cache, parts.tokenizer) and template == PromptTemplate.from_dict(
                 cache.plan.template
@@ -495,7 +497,7 @@ def _prepare_phases(
                     part.dataset,
                     _reading(encoder, template, part.cache, compares=compares, limited=config.max_length is not None),
                     part.cache,
-                    terms=terms,
+                    terms=read,
                     pad_token_id=encoder.tokenizer.pad_token_id or 0,
                     limit=limit,
                     memory=memories.setdefault((*source, part.place), SampleMemory(memory)),

@@ -94,24 +94,35 @@ def blocked(mask, gone):
     return mask.masked_fill(gone[:, None, None], False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
 
-@pytest.mark.parametrize("by", ["attention", "grid", "random"])
-def test_fewer_tokens_are_the_whole_sequence_with_the_others_masked(opened, by):
-    model, inputs = copy.deepcopy(opened.model), opened.inputs(0, 1, 2)
-    change_model(model, opened.parts, visual_tokens={"keep": 0.5, "by": by})
-    decoder = model.get_submodule(opened.parts["language_model"])
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    stands = decoder.stands_for
-    visual = inputs["input_ids"] == model.config.image_token_id
-    kept = (stands == torch.arange(stands.shape[1])) & visual
-    for row, count in zip(kept.sum(1).tolist(), visual.sum(1).tolist(), strict=True):
-        assert row == 0 == count or 0 < row <= max(1, int(count / 2 + 0.5))
-    reference = masked(copy.deepcopy(opened.model), opened.parts, stands)
-    with torch.no_grad():
-        expected = reference(**inputs).logits
+def select(opened, **settings):
+    """A copy of a model that feeds fewer visual tokens."""
+    model = copy.deepcopy(opened.model)
+    change_model(model, opened.parts, visual_tokens={"keep": 0.5, **settings})
+    return model
+
+
+def decoder_of(model, opened):
+    return model.get_submodule(opened.parts["language_model"])
+
+
+@torch.no_grad()
+def test_every_family_says_what_the_whole_sequence_says_with_the_others_masked(opened):
+    inputs = opened.inputs(0, 1, 2)
+    visual = inputs["input_ids"] == opened.model.config.image_token_id
     text = inputs["attention_mask"].bool() & ~visual
-    torch.testing.assert_close(logits[text | kept], expected[text | kept], atol=2e-4, rtol=1e-4)
+    for by in ("attention", "grid", "random"):
+        model = select(opened, by=by)
+        logits = model(**inputs).logits
+        stands = decoder_of(model, opened).stands_for
+        kept = (stands == torch.arange(stands.shape[1])) & visual
+        for row, count in zip(kept.sum(1).tolist(), visual.sum(1).tolist(), strict=True):
+            assert row == 0 == count or 0 < row <= max(1, int(count / 2 + 0.5))
+        reference = masked(copy.deepcopy(opened.model), opened.parts, stands)
+        expected = reference(**inputs).logits
+        torch.testing.assert_close(logits[text | kept], expected[text | kept], atol=2e-4, rtol=1e-4)
+        assert not logits[visual & ~kept].any() or model.config.model_type == "paligemma"
     how = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [model.config.image_token_id]}
-    slow = reference.generate(**inputs, **how, use_cache=False).tolist()
-    assert model.generate(**inputs, **how).tolist() == slow
-    assert model.generate(**inputs, **how, use_cache=False).tolist() == slow
+    assert torch.equal(model.generate(**inputs, **how), reference.generate(**inputs, **how, use_cache=False))
+    everything = select(opened, keep=10_000, by="attention")
+    assert torch.equal(everything(**inputs).logits, opened.model(**inputs).logits)
+    assert decoder_of(everything, opened).places is None

@@ -56,6 +56,7 @@ from vlm_distill_cache.stage2_student.final_folder import (
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
 from vlm_distill_cache.stage2_student.scores.on_the_way import best_on_the_way, read_evaluations
 from vlm_distill_cache.stage2_student.scores.results import read_scores, render_table
+from vlm_distill_cache.stage2_student.scores.token_words import token_words
 from vlm_distill_cache.stage2_student.students.presets import student_names
 from vlm_distill_cache.stage2_student.suite.cli import suite
 from vlm_distill_cache.stage2_student.suite.compare import compare
@@ -389,7 +390,9 @@ def evaluate(
     seen = compared if trained or (settings.data is None and how.data is None) else None
     notes += scoring_notes(settings, seen, scorable=scorable, option=EVALUATE_OPTION, known=not unknown)
     notes += filter(None, [unreadable_note(report.unreadable)])
-    answer(student=student, **report.to_dict(), notes=notes)
+    tokens = token_words(folder.path)
+    notes += tokens.values()
+    answer(student=student, **report.to_dict(), notes=notes, **tokens)
     own = folder.path.resolve()
     name = folder.name if folder.revision else own.parent.name if own.name == FINAL else own.name
     say(render_table({name: report}))

@@ -39,6 +39,7 @@ from vlm_distill_cache.stage2_student.scores.results import (
     format_score,
     table_rows,
 )
+from vlm_distill_cache.stage2_student.scores.token_words import token_words
 
 SCORES = "scores.json"
 PLACE = "PATH_OR_NAME"  # of the student, in the lines that load it
@@ -247,6 +248,7 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
         ("student", markdown(student)),
         ("run", markdown_code(provenance["fingerprint"])),
         *_kept(provenance.get("best", {})),
+        *((of.replace("_", " "), markdown(said)) for of, said in token_words(folder).items()),
         *((f"export: {key}", markdown_code(export[key])) for key in ("layout", "dtype", "quantise") if export.get(key)),
         *(fact for number, cache in enumerate(caches, 1) for fact in _facts(cache, number if len(caches) > 1 else 0)),
         *(

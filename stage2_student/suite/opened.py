@@ -16,6 +16,7 @@ from vlm_distill_cache.common.hub import HubFolder
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.stage2_student.final_folder import BEFORE, BEST, FINAL, IS_READ, PROVENANCE, read_openable
+from vlm_distill_cache.stage2_student.scores.token_words import token_words
 from vlm_distill_cache.stage2_student.training.stamp import COMPARED
 
 LONGEST = 32_768  # tokens of a sequence, where a model does not say how many positions it knows
@@ -56,16 +57,17 @@ def find_model(folder: HubFolder, cache: str | None) -> Model:
     """
     path = folder.path
     name = folder.name if folder.revision else _called(path.resolve())
+    tokens = token_words(path)
     if (path / PROVENANCE).exists():
         if cache is not None:
             raise ConfigError(f"--cache: {path} says itself how it reads ({PROVENANCE}); leave the option out")
         provenance = read_openable(path)
-        said = {"trained_from": sorted(provenance["caches"]), "student": provenance["fingerprint"]}
+        said = {"trained_from": sorted(provenance["caches"]), "student": provenance["fingerprint"], **tokens}
         identity = [provenance["fingerprint"], provenance.get("files"), provenance.get("export")]
         return Model(folder=path, cache=None, name=name, fingerprint=fingerprint(identity), trained=True, said=said)
     names = sorted(file.name for file in path.iterdir() if file.is_file() and IS_READ.fullmatch(file.name))
     read = {"files": list_files(path, names), "cache": None if cache is None else open_trusted(cache).manifest_hash}
-    said = {} if cache is None else {"reads_as": cache}
+    said = tokens | ({} if cache is None else {"reads_as": cache})
     return Model(folder=path, cache=cache, name=name, fingerprint=fingerprint(read), trained=False, said=said)
 
 

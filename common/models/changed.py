@@ -84,9 +84,10 @@ def change_model(model: Any, parts: Mapping[str, str], **changes: Any) -> None:
     Args:
         model: Ours or the library's, without wrappers.
         parts: Paths of ``language_model``, ``vision_tower`` and ``projector``.
-        changes: By name as in `APPLIED`, JSON.
+        changes: By name as in `APPLIED`, JSON; None takes one back that can be taken back.
     """
-    setattr(model.config, CHANGES, {**(getattr(model.config, CHANGES, None) or {}), "parts": dict(parts), **changes})
+    stored = {**(getattr(model.config, CHANGES, None) or {}), "parts": dict(parts), **changes}
+    setattr(model.config, CHANGES, {name: value for name, value in stored.items() if value is not None})
     if not getattr(model, "applies_changes", False):
         model_class: Any = type(model)
         model.__class__ = changed_class(model_class)

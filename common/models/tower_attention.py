@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,7 +26,20 @@ _CHUNK = 1 << 24  # numbers of an attention map that exist at a time: 64 MiB
 _observed: "WeakKeyDictionary[nn.Module, tuple[str, list[Tensor]]]" = WeakKeyDictionary()
 
 
-def received_attention(query: Tensor, key: Tensor, mask: Tensor | None = None, *, scaling: float | None = None) -> Tensor:
+@dataclass(frozen=True)
+class TowerRequest:
+    """That the attention of a teacher's tower is wanted.
+
+    Attributes:
+        counts: Visual tokens of each sample of the batch, 0 without a picture.
+    """
+
+    counts: tuple[int, ...]
+
+
+def received_attention(
+    query: Tensor, key: Tensor, mask: Tensor | None = None, *, scaling: float | None = None
+) -> Tensor:
     """The attention that each key receives, mean over heads and query rows.
 
     Args:
@@ -51,7 +65,9 @@ def received_attention(query: Tensor, key: Tensor, mask: Tensor | None = None, *
     return total / (heads * rows)
 
 
-def _show(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+def _show(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
     own, received = _observed[module]
     with torch.no_grad():
         received.append(received_attention(query, key, attention_mask, scaling=kwargs.get("scaling")))
@@ -226,7 +242,9 @@ def _packed(inner: Any, received: Tensor, sizes: Tensor) -> Tensor:
 
     config = inner.config
     side = config.vision_config.image_size // config.vision_config.patch_size
-    counts = [image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in sizes]
+    counts = [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in sizes
+    ]
     places = _pooled(received, side**2)[..., None]  # [M, N, 1]
     ratio = getattr(config, "vision_aspect_ratio", None)
     how = (

@@ -14,6 +14,7 @@ import transformers
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.decoding_tokens import decode_with_fewer
+from vlm_distill_cache.common.models.fewer_tokens import apply_visual_tokens
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 
 CHANGES = "distilled"
@@ -21,6 +22,7 @@ CHANGES = "distilled"
 
 APPLIED: dict[str, Callable[[Any, Mapping[str, str], Any], None]] = {
     "decoding_tokens": decode_with_fewer,
+    "visual_tokens": apply_visual_tokens,
 }
 """By name: what applies one change to a model without values or with them, given its parts' paths and what is stored."""
 

@@ -46,6 +46,25 @@ def words_of(changes: object) -> dict[str, str]:
     return said
 
 
+def select_command(folder: Path, config: Mapping[str, Any]) -> str:
+    """The command that chose tokens of a finished student, if its training, of this configuration, did not; else empty."""
+    found = read_settings(folder / "config.json").get("distilled")
+    said = words_of(found)
+    given = []
+    for head, by in (("visual_tokens", "token_selection"), ("decoding_tokens", "decoding_selection")):
+        if head in said and config.get(head) is None and isinstance(found, Mapping):
+            options = {head: found[head]["keep"], by: found[head]["by"]}
+            if found[head]["by"] == "sinks":
+                options["sink_penalty"] = _number(found[head].get("sink_penalty"))
+            if found[head]["by"] == "shift":
+                options["shift_threshold"] = _number(found[head].get("shift_threshold"))
+            if merge := _number(found[head].get("merge_frames")):
+                options["merge_frames"] = merge
+            given += [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
+            given += ["--cache CACHE"] if found[head]["by"] in ("sinks", "gaze") else []
+    return f"distill select-tokens OUTPUT/final --output SELECTED {' '.join(given)}" if given else ""
+
+
 def _count(keep: object) -> str:
     """A share or a number of tokens; empty if it is neither."""
     number = _number(keep)

@@ -19,8 +19,6 @@ from vlm_distill_cache.stage2_student.final_folder import BEFORE, BEST, FINAL, I
 from vlm_distill_cache.stage2_student.scores.token_words import token_words
 from vlm_distill_cache.stage2_student.training.stamp import COMPARED
 
-LONGEST = 32_768  # tokens of a sequence, where a model does not say how many positions it knows
-
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -95,8 +93,7 @@ def load_model(found: Model, *, device: str | None = None) -> tuple[Any, SampleE
     """
     import torch
 
-    from vlm_distill_cache.data.families.inputs import known_positions
-    from vlm_distill_cache.stage2_student.students.parts import lone_parts
+    from vlm_distill_cache.stage2_student.students.parts import lone_encoder, lone_parts
     from vlm_distill_cache.stage2_student.trained_student import open_model, open_student
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,14 +104,4 @@ def load_model(found: Model, *, device: str | None = None) -> tuple[Any, SampleE
         student = open_model(found.folder, found.cache)
         return student.model.to(device), student.encoder
     parts = lone_parts(found.folder, dtype="float32" if device == "cpu" else "bfloat16")
-    assert parts.template is not None
-    positions = known_positions(parts.model.config)
-    encoder = SampleEncoder(
-        tokenizer=parts.tokenizer,
-        image_encoder=parts.image_encoder,
-        template=parts.template,
-        image_token_id=parts.image_token_id,
-        max_length=positions or LONGEST,
-        positions=positions,
-    )
-    return parts.load().eval().to(device), encoder
+    return parts.load().eval().to(device), lone_encoder(parts)

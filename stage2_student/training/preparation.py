@@ -68,6 +68,7 @@ from vlm_distill_cache.stage2_student.training.checks import (
     same_tokenizer,
 )
 from vlm_distill_cache.stage2_student.training.resolve import open_caches
+from vlm_distill_cache.stage2_student.training.token_choice import check_choice, choose_tokens
 
 FEW_PICTURES = 0.5  # of a cache's samples: fewer are worth a line
 BUILT_IN_DATA = ("shapes", "easy-vqa")
@@ -107,6 +108,7 @@ class Preparation:
         cache_hashes: Manifest hash of each cache, by path.
         caches: These caches, by path.
         source: The student's own folder, whose processor files it keeps; None: it is made from its preset.
+        gaze: The regression that expects the teacher's gaze, if that chooses visual tokens.
     """
 
     student: StudentModel
@@ -119,6 +121,7 @@ class Preparation:
     cache_hashes: Mapping[str, str]
     caches: Mapping[str, TeacherCache]
     source: Path | None = None
+    gaze: Mapping[str, Any] | None = None
 
 
 def built_in_data(cache: TeacherCache) -> str | None:
@@ -283,6 +286,14 @@ def prepare(
         for cache in caches.values():
             check_vision_tower(cache, tower)
     hashes = {path: cache.manifest_hash for path, cache in caches.items()}
+    gaze = choose_tokens(
+        config,
+        student,
+        cache=caches[str(config.phase(config.phases[0]).cache)],
+        encoder=parts.image_encoder,
+        dataset=phases[0].dataset,
+        where=parts.where,
+    )
     return Preparation(
         student=student,
         tokenizer=parts.tokenizer,
@@ -294,6 +305,7 @@ def prepare(
         cache_hashes=hashes,
         caches=caches,
         source=source,
+        gaze=gaze,
     )
 
 
@@ -321,6 +333,7 @@ def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: 
     for cache in caches.values():
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
+    check_choice(config, caches.values(), parts.model, parts.image_encoder, where=parts.where)
     encoder = encoder_for(config, parts, {str(config.phase(config.phases[0]).cache): first, **caches})
     return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
 

@@ -8,6 +8,7 @@ import torch
 from tiny_cache import DATA
 from train_runs import make_config
 
+from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.signed import list_files
@@ -24,7 +25,7 @@ from vlm_distill_cache.stage2_student.students.library import core_of
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.trained_student import export_student, open_student
 
-QUICK = {"phases": ["dft"], "dft": {"steps": 3, "batch_size": 4, "losses": {"logits": 1.0}}}
+QUICK = {"phases": ["dft"], "dft": {"steps": 3, "batch_size": 4, "losses": {"logits": 1.0, "answer_attention": 1.0}}}
 
 
 def options(**given):
@@ -138,7 +139,7 @@ def test_training_and_the_oracle_feed_what_the_teacher_looked_at(by_gaze, tiny_c
     phase, student = result.preparation.phases[0], result.model
     batch = phase.dataset.batch(range(4))
     with torch.no_grad():
-        phase.objective(student, None, batch, Shares())
+        phase.objective(student, AttentionCapture(student.language_model), batch, Shares())
     trained = kept_places(student, batch)
     cache = open_cache(tiny_cache[0])
     codec, tiles = cache.codec("answer_attention"), [found for found in batch.inputs.tiles if found]

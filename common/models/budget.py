@@ -14,7 +14,7 @@ def check_budget(name: str, keep: Any) -> float:
         raise ModelError(
             f"{name}: keep is {str(keep)[:80]!r}; expected a share above 0 and below 1, or a whole number of tokens, 2 or more"
         )
-    return keep
+    return float(keep)
 
 
 def kept_count(keep: float, count: int) -> int:

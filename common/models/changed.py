@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.decoding_tokens import decode_with_fewer
 from vlm_distill_cache.common.models.fewer_tokens import apply_visual_tokens
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth as _LlavaOfAnyDepth  # as found here, it is changed
 
@@ -20,6 +21,7 @@ CHANGES = "distilled"
 """The key of the configuration: ``{"parts": {"language_model": PATH, "vision_tower": PATH, "projector": PATH}, ...}``."""
 
 APPLIED: dict[str, Callable[[Any, Mapping[str, str], Any], None]] = {
+    "decoding_tokens": decode_with_fewer,
     "visual_tokens": apply_visual_tokens,
 }
 """By name: what applies one change to a model without values or with them, given its parts' paths and what is stored."""

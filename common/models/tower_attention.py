@@ -252,6 +252,7 @@ def _packed(inner: Any, received: Tensor, sizes: Tensor, counts: Sequence[int] |
         else {"vision_aspect_ratio": ratio}
     )
     nothing = torch.zeros(places.shape[2], device=places.device)
+    parts: Sequence[Tensor]
     parts, _ = inner.pack_image_features(list(places.split(list(counts))), sizes, image_newline=nothing, **how)
     joined = torch.cat(list(parts))  # [N, 1 or D]
     return joined[:, 0] if received.ndim == 2 else joined

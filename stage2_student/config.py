@@ -24,6 +24,7 @@ BestBy = Literal[
 ]
 RATES: tuple[RateName, ...] = ("lr", "projector_lr", "tower_lr")
 PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
+SHARE_OF = "samples drawn at random from each source"
 MODELS = ("student", "student_weights", "teacher", "vision_tower", "language_model")
 # Options that change when a run ends and what it prints, not what it learns.
 MOST, MOST_SAMPLES = 2**40, 2**20  # larger ones are slips of the finger
@@ -211,8 +212,10 @@ class TrainConfig:
         data: Data set, as for stage one; none: what the cache was built from. A mixture's weights say how often its samples
             are seen in an epoch.
         images: Folder that relative image paths start from.
-        limit: Use only the first samples; none: all.
-        data_share: Use only this share of each phase's samples, the first ones, in (0, 1].
+        limit: Use only the first samples, in the order of the cache (of a mixture, those of each entry in proportion); none: all.
+        data_share: Use only this share of each phase's samples (of the first ``limit`` where that is set), drawn at random by
+            ``seed``, of each source alike: entries of a mixture, files, what an entry calls its ``source``, folders of
+            pictures; in (0, 1].
         cache: Teacher cache: a folder, or an address (``s3://``, ``hf://datasets/``, ``https://``). Of a mixture whose entries
             have a cache each, any of these; all are read.
         output: Folder for everything the run writes.
@@ -223,7 +226,7 @@ class TrainConfig:
         lora: Adapters of the phases that set ``trainable=lora``.
         gradient_checkpointing: Compute each decoder layer again in the backward pass: less memory, a third more time, the
             same result.
-        seed: Seed of the student's fresh weights and of the order of samples.
+        seed: Seed of the student's fresh weights, of the order of samples, and of which samples are a ``data_share``.
         dtype: ``float32``, or ``bfloat16`` for mixed precision: the arithmetic; weights stay in float32.
         device: ``auto`` (an accelerator if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         clip: Gradients are clipped to this norm.
@@ -313,13 +316,6 @@ class TrainConfig:
         need = f"the directory of the teacher (--teacher) that student {self.student} is cut out of"
         require(kept_share(self.student) is None or self.teacher is not None, "teacher", self.teacher, need)
 
-    def sample_limit(self, samples: int) -> int | None:
-        """How many of a data set's samples a run uses at most; None: all."""
-        if self.data_share == 1:
-            return self.limit
-        shared = max(1, math.ceil(self.data_share * samples))
-        return shared if self.limit is None else min(shared, self.limit)
-
     def phase(self, name: PhaseName) -> PhaseConfig:
         """A phase's configuration with the run's data, images and cache filled in."""
         phase: PhaseConfig = getattr(self, name)
@@ -377,6 +373,8 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
         del described[name]
     described["precision"] = _PRECISIONS[described.pop("dtype")]
     described["cache"] = cache_hashes.get(config.cache)
+    if config.data_share < 1:
+        described["data_share_of"] = SHARE_OF  # versions before took the first samples, which are other ones
     if pruned := pruning_record(config.student):
         # Cut out of its teacher on the way: what it is, not where the run has put it.
         described["student"] = pruned

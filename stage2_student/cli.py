@@ -55,6 +55,15 @@ from vlm_distill_cache.stage2_student.final_folder import (
 )
 from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
 from vlm_distill_cache.stage2_student.scores.on_the_way import best_on_the_way, read_evaluations
+from vlm_distill_cache.stage2_student.scores.quantised import (
+    QUANTISATIONS,
+    WRITTEN,
+    Quantisation,
+    quantise_option,
+    quantised_lines,
+    quantised_values,
+    reports_of,
+)
 from vlm_distill_cache.stage2_student.scores.results import read_scores, render_table
 from vlm_distill_cache.stage2_student.students.presets import student_names
 from vlm_distill_cache.stage2_student.suite.cli import suite
@@ -323,7 +332,8 @@ def prune(
 
 def _is_report(content: bytes) -> bool:
     """Whether a file is what `evaluate` wrote; those of a run hold more, and are its own."""
-    return any(json_of("scores", "items", *more, others=False)(content) for more in ((), ("unreadable",)))
+    parts = [(*left, *more) for left in ((), ("unreadable",)) for more in ((), WRITTEN)]
+    return any(json_of("scores", "items", *part, others=False)(content) for part in parts)
 
 
 @main.command()
@@ -339,6 +349,7 @@ def _is_report(content: bytes) -> bool:
 @click.option("--limit", type=click.IntRange(min=1), help="Score at most so many items.")
 @click.option("--output", type=ResultFile(_is_report), help="JSON file to write.")
 @click.option("--card", is_flag=True, help="Write the scores into the card (README.md) in the student's folder, too.")
+@quantise_option
 @JSON
 def evaluate(
     student: str,
@@ -350,6 +361,7 @@ def evaluate(
     limit: int | None,
     output: Path | None,
     card: bool,
+    quantise: Sequence[Quantisation],
 ) -> None:
     """Score a trained student: its `final` folder, or that of a name on the hub."""
     from vlm_distill_cache.stage2_student.scores.card import write_card
@@ -360,6 +372,7 @@ def evaluate(
         unreadable_note,
     )
     from vlm_distill_cache.stage2_student.trained_student import (
+        evaluate_quantised,
         evaluate_student,
         open_compared,
         open_model,
@@ -382,24 +395,28 @@ def evaluate(
     how = replace(how, split=split or how.split)
     settings = replace(settings, cache=cache or settings.cache, evaluation=how)
     compared, notes = open_compared(opened, settings, given=cache is not None)
-    report = evaluate_student(opened, settings, compared, unfit=None if cache else notes.append)
+    unfit = None if cache else notes.append
+    quantised = evaluate_quantised(opened, settings, compared, quantise, unfit=unfit)
+    report = evaluate_student(opened, settings, compared, unfit=unfit)
+    stored = report.to_dict() | quantised_values(report, quantised)
     scorable = bool({"likelihood", "questions"} & report.scores.keys())
     trained = compared is None or compared.manifest_hash in opened.provenance["caches"].values()
     # Another cache's data are not what the student has seen.
     seen = compared if trained or (settings.data is None and how.data is None) else None
     notes += scoring_notes(settings, seen, scorable=scorable, option=EVALUATE_OPTION, known=not unknown)
     notes += filter(None, [unreadable_note(report.unreadable)])
-    answer(student=student, **report.to_dict(), notes=notes)
+    notes = list(dict.fromkeys(notes))
+    answer(student=student, **stored, notes=notes)
     own = folder.path.resolve()
     name = folder.name if folder.revision else own.parent.name if own.name == FINAL else own.name
-    say(render_table({name: report}))
+    say("\n".join([render_table({name: report, **reports_of(quantised)}), *quantised_lines(report, quantised)]))
     if card:
         scores = card_scores({name: report}, settings, compared, notes, trained=trained)
         write_card(folder.path, opened.provenance, scores=scores)
     for note in notes:
         say(f"note: {note}")
     if output is not None:
-        write_json_atomic(output, report.to_dict())
+        write_json_atomic(output, stored)
         say(f"Scores: {output}")
     if not unknown:
         tell(f"Next: distill export {quoted(student)} --output FOLDER")
@@ -437,7 +454,7 @@ main.add_command(compare)
 )
 @click.option(
     "--quantise",
-    type=click.Choice(["8bit", "4bit"]),
+    type=click.Choice(QUANTISATIONS),
     help="The language model's weights, by bitsandbytes; in gguf as Q8_0 or Q4_0.",
 )
 @JSON

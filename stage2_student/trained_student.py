@@ -45,7 +45,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, merg
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.exports.layouts import LAYOUTS
-from vlm_distill_cache.stage2_student.exports.source import Quantise, Source
+from vlm_distill_cache.stage2_student.exports.source import Quantise, Source, unpack_odd_layers
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_openable
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.scores.card import has_edited_card, read_scores, write_card
@@ -110,6 +110,8 @@ def open_student(folder: Path, *, device: str | None = None) -> Student:
         opened = open_library_student(folder)
         model, tokenizer, image_processor = opened.model, opened.tokenizer, opened.image_processor
         image_encoder = opened.image_encoder
+    if _quantised(provenance):
+        unpack_odd_layers(model)
     return Student(
         path=folder,
         model=model.eval().to(device),
@@ -404,6 +406,8 @@ def evaluate_quantised(
 ) -> dict[str, Quantised]:
     """Score a student as `export_student` quantises it, on the same items; the exports are not kept.
 
+    They are for this machine alone, so that 4 bits may be scored of layers that not all processors compute with.
+
     Args:
         kinds: Which; of none nothing is done. The others are as of `evaluate_student`.
 
@@ -419,7 +423,7 @@ def evaluate_quantised(
     own = weight_bytes(student.path)
     with TemporaryDirectory(prefix="quantised-") as scratch:
         for kind in kinds:  # what is refused is refused before anything is scored
-            _write_export(student.path, Path(scratch) / kind, layout="auto", dtype=None, quantise=kind)
+            _write_export(student.path, Path(scratch) / kind, layout="auto", dtype=None, quantise=kind, portable=False)
         return {
             kind: Quantised(
                 report=evaluate_student(open_student(Path(scratch) / kind), config, cache, unfit=unfit),
@@ -472,7 +476,9 @@ def export_student(
     return dtype
 
 
-def _write_export(folder: Path, target: Path, *, layout: str, dtype: str | None, quantise: Quantise | None) -> str:
+def _write_export(
+    folder: Path, target: Path, *, layout: str, dtype: str | None, quantise: Quantise | None, portable: bool = True
+) -> str:
     student = open_student(folder, device="cpu")
     if _quantised(student.provenance):
         raise ModelError(
@@ -488,6 +494,7 @@ def _write_export(folder: Path, target: Path, *, layout: str, dtype: str | None,
         dtype=DTYPES[dtype],
         quantise=quantise,
         trained=partial(_trained, folder, student.provenance["fingerprint"]),
+        portable=portable,
     )
     made_from = {"files": student.provenance.get("files", {}), "export": student.provenance.get("export")}
     said = {"layout": layout, "dtype": dtype, "quantise": quantise, "made_from": made_from}

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
-from vlm_distill_cache.data.families.models import placement
+from vlm_distill_cache.data.families.models import BLOCK, PACKED_ROWS, placement
 from vlm_distill_cache.data.families.table import family_of
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 
 Quantise = Literal["8bit", "4bit"]
-_BLOCK, _ROWS = 64, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +109,7 @@ def exported_model(source: Source) -> Any:
         if type(module) is nn.Linear and not name.startswith(kept) and not _fits_blocks(module):
             raise ModelError(
                 f"{where}: {name} reads {module.in_features} values and writes {module.out_features}, and some processors "
-                f"compute with 4-bit weights in whole blocks of {_BLOCK} values and {_ROWS} rows alone; take --quantise 8bit, or "
+                f"compute with 4-bit weights in whole blocks of {BLOCK} values and {PACKED_ROWS} rows alone; take --quantise 8bit, or "
                 "leave it out"
             )
     state = cast(core.state_dict(), source.dtype, where=where)
@@ -151,4 +150,4 @@ def unpack_4bit(packed: Tensor, scales: Tensor, code: Tensor, shape: torch.Size,
 
 
 def _fits_blocks(layer: Any) -> bool:
-    return not (int(layer.in_features) % _BLOCK or int(layer.out_features) % _ROWS)
+    return not (int(layer.in_features) % BLOCK or int(layer.out_features) % PACKED_ROWS)

@@ -109,8 +109,8 @@ def exported_model(source: Source) -> Any:
         if type(module) is nn.Linear and not name.startswith(kept) and not _fits_blocks(module):
             raise ModelError(
                 f"{where}: {name} reads {module.in_features} values and writes {module.out_features}, and some processors "
-                f"compute with 4-bit weights in whole blocks of {BLOCK} values and {PACKED_ROWS} rows alone; take --quantise 8bit, or "
-                "leave it out"
+                f"compute with 4-bit weights in whole blocks of {BLOCK} values and {PACKED_ROWS} rows alone; take --quantise "
+                "8bit, or leave it out"
             )
     state = cast(core.state_dict(), source.dtype, where=where)
     model = type(core).from_pretrained(None, config=core.config, state_dict=state, dtype=source.dtype, **options)

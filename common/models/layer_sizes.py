@@ -47,7 +47,9 @@ def _refuse_misfit(where: str, layer: Any, sizes: Any) -> None:
         "channels": layer.mlp.down_proj.in_features,
     }
     if larger := [name for name in SIZES if sizes[name] > most[name]]:
-        raise ModelError(f"{where}: {larger[0]} is {sizes[larger[0]]}, the configuration gives its layers {most[larger[0]]}")
+        raise ModelError(
+            f"{where}: {larger[0]} is {sizes[larger[0]]}, the configuration gives its layers {most[larger[0]]}"
+        )
     if sizes["heads"] % sizes["key_value_heads"]:
         raise ModelError(
             f"{where}: {sizes['heads']} heads cannot share {sizes['key_value_heads']} heads of keys and values evenly"

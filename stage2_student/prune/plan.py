@@ -51,9 +51,7 @@ class LayerParts:
     @property
     def sizes(self) -> Widths:
         """Of the layer that they make."""
-        return Widths(
-            heads=len(self.heads), key_value_heads=len(self.key_value_heads), channels=len(self.channels)
-        )
+        return Widths(heads=len(self.heads), key_value_heads=len(self.key_value_heads), channels=len(self.channels))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -196,6 +196,8 @@ def measure_importance(
             gradients = _Gradients(model, layers, hooks)
         with torch.enable_grad() if by_loss else nullcontext():
             _run(model, batches, gradients)
+        if gradients is not None and not gradients.rows:
+            raise DataError("no sample with an answer to measure importance=taylor on; give data with answers")
         if not seen[0].rows:
             raise DataError("no sample to measure the importance of heads and channels on; give more data")
         of_heads = torch.stack([layer.head_importance() for layer in seen])
@@ -206,8 +208,6 @@ def measure_importance(
         if influence is not None:
             of_layers = 1 - (influence.cosines / seen[0].rows).float()
         if gradients is not None:
-            if not gradients.rows:
-                raise DataError("no sample with an answer to measure importance=taylor on; give data with answers")
             by_taylor = gradients.importance(heads)
             if width == "taylor":
                 of_heads, of_served, of_channels = by_taylor

@@ -24,13 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.errors import DataError, ModelError
+from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.stage2_student.prune.plan import Importance
 from vlm_distill_cache.stage2_student.pruned_folder import DepthImportance, WidthImportance
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
+from vlm_distill_cache.stage2_student.students.prunable import ATTENTION, MLP, prunable_layers
 
 
 class Measured(NamedTuple):
@@ -223,24 +221,6 @@ def _run(model: Any, batches: Iterable[Measured], gradients: _Gradients | None) 
                 model(**batch.inputs, use_cache=False)
         else:
             gradients.see(model, batch)
-
-
-def prunable_layers(language_model: Any) -> list[nn.Module]:
-    """The decoder layers, if all are built as Llama's."""
-    layers = list(getattr(language_model, "layers", []))
-    for index, layer in enumerate(layers):
-        for part, names in (("self_attn", ATTENTION), ("mlp", MLP)):
-            found = getattr(layer, part, None)
-            missing = [name for name in names if not isinstance(getattr(found, name, None), nn.Linear)]
-            if missing:
-                raise ModelError(
-                    f"{type(language_model).__name__}, layer {index}: no linear {part}.{', '.join(missing)}; expected "
-                    "layers built as Llama's (Llama, Qwen, Mistral, Gemma): this teacher cannot be pruned, choose "
-                    "another student"
-                )
-    if not layers:
-        raise ModelError(f"{type(language_model).__name__} keeps no list of decoder `layers`: it cannot be pruned")
-    return layers
 
 
 def _linears(layer: Any) -> dict[str, nn.Linear]:

@@ -27,7 +27,7 @@ from vlm_distill_cache.stage2_student.prune.cut import (
     prune_directory,
     shallower_config,
 )
-from vlm_distill_cache.stage2_student.prune.importance import measure_importance, prunable_layers
+from vlm_distill_cache.stage2_student.prune.importance import measure_importance
 from vlm_distill_cache.stage2_student.prune.plan import (
     Importance,
     Widths,
@@ -35,7 +35,8 @@ from vlm_distill_cache.stage2_student.prune.plan import (
     keep_over_layers,
     rank_over_layers,
 )
-from vlm_distill_cache.stage2_student.pruned_folder import Kept, PruningConfig
+from vlm_distill_cache.stage2_student.pruned_folder import Kept, PruningConfig, layers_kept
+from vlm_distill_cache.stage2_student.students.prunable import prunable_layers
 
 TAYLOR = PruningConfig(importance="taylor", depth_importance="taylor", ratios="global", spare_first=0, spare_last=0)
 ENDS = PruningConfig(spare_first=1, spare_last=0)
@@ -201,23 +202,26 @@ def test_influence_is_one_minus_the_cosine_of_what_enters_a_layer_and_the_next(n
     assert found.rows == len(cosines[0])
 
 
-@given(
-    st.lists(st.floats(0, 9, width=32), min_size=1, max_size=12),
-    st.floats(0.05, 1),
-    st.integers(0, 3),
-    st.integers(0, 3),
-)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.floats(0.05, 1), st.integers(0, 3), st.integers(0, 3))
 def test_the_most_influential_layers_stay_and_the_ends_that_are_spared(importance, keep, first, last):
     depth = len(importance)
-    count = max(1, math.floor(keep * depth + 0.5))
-    if first + last > count and count < depth:
+    expected_count = max(1, math.floor(keep * depth + 0.5))
+    kept, how = Kept(depth=keep), PruningConfig(spare_first=first, spare_last=last)
+    if first + last > expected_count and expected_count < depth:
         with pytest.raises(ConfigError, match="fewer than the"):
-            choose_layers(torch.tensor(importance), keep, first=first, last=last)
+            layers_kept(depth, kept, how)
         return
+    count, first, last = layers_kept(depth, kept, how)
     ends = {*range(first), *range(depth - last, depth)} if count < depth else set(range(depth))
     between = sorted(set(range(depth)) - ends, key=lambda layer: (-importance[layer], layer))
-    expected = sorted([*ends, *between[: count - len(ends)]])
-    assert choose_layers(torch.tensor(importance), keep, first=first, last=last) == expected
+    expected = sorted([*ends, *between[: expected_count - len(ends)]])
+    assert choose_layers(torch.tensor(importance).float(), count, first=first, last=last) == expected
+
+
+def test_one_layer_at_either_end_is_spared_of_depth_unless_told_and_none_of_width():
+    found = [layers_kept(4, Kept(depth=depth), PruningConfig()) for depth in (0.2, 0.5, 0.75, 1.0)]
+    assert found == [(1, 0, 0), (2, 1, 1), (3, 1, 1), (4, 0, 0)]
+    assert layers_kept(4, Kept(width=0.5, depth=0.75), PruningConfig(spare_last=0)) == (3, 1, 0)
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.floats(0.01, 1), st.randoms())

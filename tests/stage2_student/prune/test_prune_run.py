@@ -18,7 +18,7 @@ from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import describe
 from vlm_distill_cache.stage2_student.prune import for_run as prune_for_run
 from vlm_distill_cache.stage2_student.prune.for_run import prune_for_cache
-from vlm_distill_cache.stage2_student.pruned_folder import Kept, pruning_record, refuse_damaged
+from vlm_distill_cache.stage2_student.pruned_folder import Kept, cut_words, pruning_record, refuse_damaged
 from vlm_distill_cache.stage2_student.run import load_run_config, run, with_pruned_student, write_report_again
 from vlm_distill_cache.stage2_student.training.resolve import open_caches
 
@@ -80,6 +80,11 @@ def test_layers_of_unequal_sizes_are_cut_trained_scored_and_reported_and_the_way
         size["channels"] for size in record["sizes"]
     ]
     assert decoder.config.kept_layers == {"of": 4, "kept": record["layers"]}
+    assert cut_words(tmp_path / "run" / "distilled" / "final") == {
+        "layers of its teacher": f"{str(record['layers'])[1:-1]} of 4, counted from 0",
+        "sizes of layers": ", ".join("/".join(map(str, size.values())) for size in record["sizes"])
+        + " (heads/heads of keys and values/channels)",
+    }
     write_report_again(tmp_path / "run")  # which knows the student by its fingerprint
     assert not run(config).fresh
     with pytest.raises(ConfigError, match=r"pruning(.|\n)*another --output"):

@@ -12,6 +12,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.signed import list_files
 from vlm_distill_cache.common.models.changed import changes_of
+from vlm_distill_cache.common.models.layer_sizes import SIZES
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.families.models import open_family_model
 from vlm_distill_cache.stage2_student.cli import main
@@ -82,7 +83,7 @@ def test_layers_of_unequal_sizes_are_cut_trained_scored_and_reported_and_the_way
     assert decoder.config.kept_layers == {"of": 4, "kept": record["layers"]}
     assert cut_words(tmp_path / "run" / "distilled" / "final") == {
         "layers of its teacher": f"{str(record['layers'])[1:-1]} of 4, counted from 0",
-        "sizes of layers": ", ".join("/".join(map(str, size.values())) for size in record["sizes"])
+        "sizes of layers": ", ".join("/".join(str(size[name]) for name in SIZES) for size in record["sizes"])
         + " (heads/heads of keys and values/channels)",
     }
     write_report_again(tmp_path / "run")  # which knows the student by its fingerprint

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, get_args
 
-from vlm_distill_cache.common.config import NOT_HERE, SAYS_NOTHING, SHARED_WORDS, Word, config_to_dict, take_paths
+from vlm_distill_cache.common.config import Word, config_to_dict, take_paths
 from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import is_url, public_location
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights, require
+from vlm_distill_cache.stage2_student.presets.words import WORDS_OF_A_PHASE, WORDS_OF_ADAPTERS, words_of_a_run
 from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
 
 PhaseName = Literal["dpt", "dft", "sft"]
@@ -23,6 +24,7 @@ BestBy = Literal[
 ]
 RATES: tuple[RateName, ...] = ("lr", "projector_lr", "tower_lr")
 PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
+SHARE_OF = "samples drawn at random from each source"
 MODELS = ("student", "student_weights", "teacher", "vision_tower", "language_model")
 # Options that change when a run ends and what it prints, not what it learns.
 MOST, MOST_SAMPLES = 2**40, 2**20  # larger ones are slips of the finger
@@ -39,13 +41,6 @@ def _within(owner: object, name: str, low: int, high: int | None = None, unit: s
     value = getattr(owner, name)
     ok = value is None or (low <= value and (high is None or value <= high))
     require(ok, name, value, f"{low} {'or more' if high is None else f'to {high}'} {unit}".rstrip())
-
-
-_ACCUMULATION = Word(
-    values={1: SAYS_NOTHING},
-    note="it follows from batch_size, the samples of a step over all processes, and micro_batch_size, the most in one "
-    "pass of one process. Write batch_size=(samples a pass) x (processes) x (accumulation steps)",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,46 +69,7 @@ class PhaseConfig:
         cache: This phase's teacher cache; none: the run's.
     """
 
-    WORDS: ClassVar[Mapping[str, Word]] = {
-        "learning_rate": Word(options=("lr",)),
-        "mm_projector_lr": Word(options=("projector_lr",)),
-        "mm_vision_tower_lr": Word(options=("tower_lr",)),
-        "num_train_epochs": Word(options=("epochs",)),
-        "max_steps": Word(options=("steps",), values={-1: SAYS_NOTHING}, others=True),
-        "per_device_train_batch_size": Word(
-            options=("micro_batch_size",),
-            note="the most samples in one pass of one process. A step has batch_size samples, over all processes and passes",
-        ),
-        "warmup_ratio": Word(options=("warmup",)),
-        "lr_scheduler_type": Word(
-            options=("schedule",),
-            values={"cosine": "cosine", "constant_with_warmup": "constant"},
-            note="write schedule=cosine or schedule=constant, and warmup=0 for none",
-        ),
-        **dict.fromkeys(("gradient_accumulation_steps", "grad_accum"), _ACCUMULATION),
-        "global_batch_size": Word(options=("batch_size",)),
-        "bs": Word(
-            note="batch_size is the samples of a step over all processes, micro_batch_size the most in one pass"
-        ),
-        "wd": Word(options=("weight_decay",)),
-        "lr_rate": Word(note="write lr=RATE"),
-        "finetuning_type": Word(
-            options=("trainable",),
-            values={"full": "all", "lora": "lora"},
-            note="write trainable=all, lora, projector or tower",
-        ),
-        **dict.fromkeys(
-            ("freeze_vision_tower", "freeze_backbone"),
-            Word(
-                note="what is trained is an option of phases: write trainable=projector, all, lora or tower (the vision tower is "
-                "frozen but for tower), and freeze=[...] for parts of it"
-            ),
-        ),
-        "warmup_steps": Word(
-            values={0: SAYS_NOTHING},
-            note="the warm-up is a share of a phase's steps. Write warmup=(warm-up steps)/(steps)",
-        ),
-    }
+    WORDS: ClassVar[Mapping[str, Word]] = WORDS_OF_A_PHASE
 
     steps: int | None = None
     epochs: float | None = None
@@ -179,11 +135,7 @@ class LoraConfig:
         CompoDistill (arXiv:2510.12184): r = 128, alpha = 256. Dropout is off, as everywhere in this project.
     """
 
-    WORDS: ClassVar[Mapping[str, Word]] = {
-        "r": Word(options=("rank",)),
-        "lora_alpha": Word(options=("alpha",)),
-        "lora_dropout": Word(options=("dropout",)),
-    }
+    WORDS: ClassVar[Mapping[str, Word]] = WORDS_OF_ADAPTERS
 
     rank: int = 128
     alpha: float = 256.0
@@ -240,30 +192,7 @@ class EvaluationConfig:
         return replace(self, split=split, limit=min(self.items, self.limit or self.items))
 
 
-def _each(option: str) -> tuple[str, ...]:
-    """An option of phases, of each of them."""
-    return tuple(f"{phase}.{option}" for phase in PHASE_NAMES)
-
-
 _OF_PHASES = [part.name for part in fields(PhaseConfig) if part.name not in ("losses", "data", "images", "cache")]
-_DTYPES = {"no": "float32", False: "float32", "fp32": "float32", "bf16": "bfloat16"} | {
-    name: name for name in _PRECISIONS
-}
-_STAGE_ONE = (
-    "split store signals temperatures attention_dtype grid map_preset map_grid answers max_new_tokens "
-    "answer_temperature answer_top_p answer_seed hidden_layers hidden_dtype groups layers long_samples shard_size "
-    "device_map quantisation quantization max_failed_share max_unknown_share fidelity_samples threads "
-    "top_p do_sample teacher_license data_license source dataset_split quantise quantize per_device_eval_batch_size"
-)
-_TEMPERATURE = Word(
-    note="that of the losses on logits is an option of a phase, one of those that the cache was built for: write "
-    "dft.losses.temperature=T; that of answers which the teacher writes is answer_temperature in stage one"
-)
-_KD_WEIGHT = Word(
-    note="each loss of a phase has its own weight: write dft.losses.logits=W for the teacher's logits, dft.losses.lm=W for the "
-    "data's answers (the scale of adapters is lora.alpha)"
-)
-_LENGTH = Word(options=("max_length",), note="a longer sample is left out, not cut")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,8 +212,10 @@ class TrainConfig:
         data: Data set, as for stage one; none: what the cache was built from. A mixture's weights say how often its samples
             are seen in an epoch.
         images: Folder that relative image paths start from.
-        limit: Use only the first samples; none: all.
-        data_share: Use only this share of each phase's samples, the first ones, in (0, 1].
+        limit: Use only the first samples, in the order of the cache (of a mixture, those of each entry in proportion); none: all.
+        data_share: Use only this share of each phase's samples (of the first ``limit`` where that is set), drawn at random by
+            ``seed``, of each source alike: entries of a mixture, files, what an entry calls its ``source``, folders of
+            pictures; in (0, 1].
         cache: Teacher cache: a folder, or an address (``s3://``, ``hf://datasets/``, ``https://``). Of a mixture whose entries
             have a cache each, any of these; all are read.
         output: Folder for everything the run writes.
@@ -295,7 +226,7 @@ class TrainConfig:
         lora: Adapters of the phases that set ``trainable=lora``.
         gradient_checkpointing: Compute each decoder layer again in the backward pass: less memory, a third more time, the
             same result.
-        seed: Seed of the student's fresh weights and of the order of samples.
+        seed: Seed of the student's fresh weights, of the order of samples, and of which samples are a ``data_share``.
         dtype: ``float32``, or ``bfloat16`` for mixed precision: the arithmetic; weights stay in float32.
         device: ``auto`` (an accelerator if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         clip: Gradients are clipped to this norm.
@@ -315,140 +246,7 @@ class TrainConfig:
         license: Licence of the student, as an identifier of the Hugging Face Hub or free text; for its card.
     """
 
-    WORDS: ClassVar[Mapping[str, Word]] = {
-        **{name: Word(options=_each(name)) for name in _OF_PHASES},
-        **{
-            name: replace(word, options=tuple(found for option in word.options for found in _each(option)))
-            for name, word in PhaseConfig.WORDS.items()
-        },
-        **NOT_HERE,
-        **dict.fromkeys(
-            ("model_name_or_path", "model", "model_name", "student_model_name_or_path"), Word(options=("student",))
-        ),
-        "teacher_model_name_or_path": Word(
-            note="the teacher runs in stage one, `teacher-cache build --teacher`; here its cache is given, cache=FOLDER. Write "
-            "teacher=FOLDER for what a student pruned:KEEP is cut out of"
-        ),
-        "mm_projector_type": Word(note="write projector=ldpnet, ldpnetv2, mlp or taf"),
-        "data_seed": Word(options=("seed",), note="it is the seed of fresh weights, too"),
-        "output_dir": Word(options=("output",)),
-        **SHARED_WORDS,
-        "limit": Word(options=("limit",), values={0: None}, others=True),
-        "images": Word(options=("images",), values={"": None}, others=True),
-        "template": Word(options=("template",), values={"": None, "auto": None}, others=True),
-        "max_length": Word(options=("max_length",), values={0: None}, others=True),
-        **dict.fromkeys(("max_seq_length", "model_max_length", "cutoff_len", "sequence_len"), _LENGTH),
-        **dict.fromkeys(("temperature", "kd_temperature", "distill_temperature"), _TEMPERATURE),
-        **dict.fromkeys(("alpha", "beta", "kd_weight", "kd_alpha", "kd_ratio"), _KD_WEIGHT),
-        "losses": Word(note="each phase has losses of its own: write dft.KEY"),
-        **dict.fromkeys(
-            ("top_k", "k"),
-            Word(
-                note="how many of the teacher's tokens a student learns from is fixed when the cache is built: write "
-                "logits=fixed:K in stage one, `teacher-cache build`"
-            ),
-        ),
-        "dtype": Word(options=("dtype",), values=_DTYPES, others=True),
-        **dict.fromkeys(
-            ("precision", "mixed_precision"),
-            Word(options=("dtype",), values=_DTYPES, note="students are trained in these"),
-        ),
-        "bf16": Word(options=("dtype",), values={True: "bfloat16", False: "float32"}),
-        "fp16": Word(
-            values={False: SAYS_NOTHING}, note="students are trained in float32 or bfloat16. Write dtype=bfloat16"
-        ),
-        "torch_dtype": Word(note="weights are trained in float32. Write dtype=bfloat16 for mixed precision"),
-        "max_grad_norm": Word(options=("clip",)),
-        "save_steps": Word(options=("checkpoint_every",)),
-        "save_total_limit": Word(options=("keep_checkpoints",)),
-        "logging_steps": Word(options=("log_every",)),
-        **dict.fromkeys(
-            ("report_to", "log_with"),
-            Word(
-                options=("report_to",),
-                values={
-                    **{name: [name] for name in TRACKERS},
-                    **{nothing: [] for nothing in ("none", None, "no", "off", False)},
-                },
-                others=True,
-            ),
-        ),
-        **dict.fromkeys(("lora_r", "lora_rank"), Word(options=("lora.rank",))),
-        "lora_alpha": Word(options=("lora.alpha",)),
-        "lora_dropout": Word(options=("lora.dropout",)),
-        **{
-            name: Word(values={False: SAYS_NOTHING}, note="write trainable=lora")
-            for name in ("lora_enable", "use_peft")
-        },
-        **dict.fromkeys(
-            ("lora_target_modules", "lora_target"),
-            Word(
-                values={"all": SAYS_NOTHING},
-                note="adapters are on all linear layers of the language model; leave it out",
-            ),
-        ),
-        "cache_dir": Word(
-            note="write cache=FOLDER for the teacher's cache; downloads of the hub go where the variable HF_HOME says"
-        ),
-        **dict.fromkeys(
-            ("optim", "optimizer"),
-            Word(
-                values=dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"), SAYS_NOTHING),
-                note="students are trained by AdamW; leave it out",
-            ),
-        ),
-        **dict.fromkeys(
-            ("fsdp", "deepspeed"),
-            Word(
-                values=dict.fromkeys(("", None, False), SAYS_NOTHING),
-                note="each process holds the whole student; leave it out",
-            ),
-        ),
-        "resume_from_checkpoint": Word(
-            values=dict.fromkeys((True, False, None), SAYS_NOTHING),
-            note="the same command with the same output goes on from its last checkpoint; leave it out",
-        ),
-        "eval_steps": Word(options=("evaluation.every",)),
-        **dict.fromkeys(
-            ("eval_strategy", "evaluation_strategy", "do_eval"),
-            Word(
-                values=dict.fromkeys(("no", "steps", False, None), SAYS_NOTHING),
-                note="students are scored when they are trained, by `distill run` or `distill evaluate`, and while they are "
-                "with evaluation.every=STEPS",
-            ),
-        ),
-        "metric_for_best_model": Word(note="write evaluation.best=SCORE, such as likelihood or questions"),
-        "save_strategy": Word(
-            values={"steps": SAYS_NOTHING}, note="checkpoints are written by steps: write checkpoint_every=STEPS"
-        ),
-        "logging_strategy": Word(values={"steps": SAYS_NOTHING}, note="the log has a line a step; leave it out"),
-        "run_name": Word(note="a run is called by its folder: write output=FOLDER"),
-        "logging_dir": Word(note="the log and TensorBoard's files are in the output folder; leave it out"),
-        "do_train": Word(values={True: SAYS_NOTHING}, note="`distill evaluate` scores without training; leave it out"),
-        **dict.fromkeys(
-            (
-                "remove_unused_columns",
-                "group_by_length",
-                "push_to_hub",
-                "ddp_find_unused_parameters",
-            ),
-            Word(values=dict.fromkeys((False, None), SAYS_NOTHING), note="there is no such thing here; leave it out"),
-        ),
-        "load_best_model_at_end": Word(
-            values=dict.fromkeys((False, None), SAYS_NOTHING),
-            note="with evaluation.every=STEPS the best student is kept in OUTPUT/best, beside OUTPUT/final; leave it out",
-        ),
-        "overwrite_output_dir": Word(
-            values={False: SAYS_NOTHING}, note="give another output, or delete the folder to begin again"
-        ),
-        **dict.fromkeys(
-            ("load_in_4bit", "load_in_8bit", "bits"),
-            Word(values={False: SAYS_NOTHING, 16: SAYS_NOTHING}, note="students are trained unquantised; leave it out"),
-        ),
-        **dict.fromkeys(
-            _STAGE_ONE.split(), Word(note="it is an option of stage one, `teacher-cache build`, not of `distill`")
-        ),
-    }
+    WORDS: ClassVar[Mapping[str, Word]] = words_of_a_run(PHASE_NAMES, _OF_PHASES, TRACKERS)
 
     student: str = "mobilevlm"
     student_weights: str | None = None
@@ -518,13 +316,6 @@ class TrainConfig:
         need = f"the directory of the teacher (--teacher) that student {self.student} is cut out of"
         require(kept_share(self.student) is None or self.teacher is not None, "teacher", self.teacher, need)
 
-    def sample_limit(self, samples: int) -> int | None:
-        """How many of a data set's samples a run uses at most; None: all."""
-        if self.data_share == 1:
-            return self.limit
-        shared = max(1, math.ceil(self.data_share * samples))
-        return shared if self.limit is None else min(shared, self.limit)
-
     def phase(self, name: PhaseName) -> PhaseConfig:
         """A phase's configuration with the run's data, images and cache filled in."""
         phase: PhaseConfig = getattr(self, name)
@@ -582,6 +373,8 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
         del described[name]
     described["precision"] = _PRECISIONS[described.pop("dtype")]
     described["cache"] = cache_hashes.get(config.cache)
+    if config.data_share < 1:
+        described["data_share_of"] = SHARE_OF  # versions before took the first samples, which are other ones
     if pruned := pruning_record(config.student):
         # Cut out of its teacher on the way: what it is, not where the run has put it.
         described["student"] = pruned

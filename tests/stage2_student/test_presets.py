@@ -105,15 +105,6 @@ def test_options_override_a_preset():
     assert (config.dft.trainable, config.dft.freeze, config.sft.trainable) == ("all", ("embeddings",), "lora")
 
 
-def test_a_share_of_the_data_is_a_number_of_samples():
-    config = load("phases-pruned")
-    assert config.sample_limit(1000) == 50
-    assert config.sample_limit(3) == 1
-    assert load("phases-tiny").sample_limit(3) is None
-    both = resolve_config(None, [*GIVEN, "limit=7", "data_share=0.5"], teacher_width=96)
-    assert [both.sample_limit(count) for count in (10, 100)] == [5, 7]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -17,7 +17,7 @@ from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.training.preparation import prepare
 
 TERMS = ("hidden", "visual_hidden", "projector_output", "visual_logits")
-KINDS = ("relative_mse", "cosine", "relation")
+KINDS = ("relative_mse", "mse", "cosine", "relation")
 COUNTS = (3, 0, 4)
 
 
@@ -31,6 +31,8 @@ def slow_loss(student, teacher, kind):
                 s, t = student[row, layer], teacher[row, layer]
                 if kind == "relative_mse":
                     values.append(((s - t) ** 2).sum() / (t**2).sum())
+                elif kind == "mse":
+                    values.append(sum((a - b) ** 2 for a, b in zip(s, t, strict=True)) / len(s))
                 elif kind == "cosine":
                     values.append(1 - s @ t / (s.norm() * t.norm()))
                 else:

@@ -19,7 +19,7 @@ CUTS = tuple(f"pruned:{dimension}:{keep}" for dimension in DIMENSIONS for keep i
 DATA_SHARES = (5, 10, 100)  # percent of the data that a pruned student recovers on
 RECOVERIES: dict[str, dict[str, Any]] = {
     "SFT": {"lm": 1.0},
-    "hidden states": {"lm": 1.0, "hidden": 1.0},
+    "hidden states": {"lm": 0.5, "hidden": 0.5, "hidden_kind": "mse"},  # alpha * MSE + (1 - alpha) * CE, alpha 0.5
     "logits + answer attention": {"lm": 1.0, "logits": 1.0, "answer_attention": 1.0},
 }
 QUANTISED = ("8bit", "4bit")

@@ -38,7 +38,7 @@ COMMA   := ,
 CACHE   ?= build/cache/$(DATA_NAME)-$(STORE)$(if $(PRUNED),-hidden)
 # A revision on the hub may have slashes: org/name@refs/pr/3.
 PINNED  := $(if $(filter /% .%,$(STUDENT)),,$(findstring @,$(STUDENT)))
-OUTPUT  ?= build/runs/$(subst :,-,$(if $(PINNED),$(subst /,-,$(STUDENT)),$(notdir $(patsubst %/,%,$(STUDENT)))))-$(notdir $(patsubst %/,%,$(CACHE)))
+OUTPUT  ?= build/runs/$(subst $(COMMA),-,$(subst :,-,$(if $(PINNED),$(subst /,-,$(STUDENT)),$(notdir $(patsubst %/,%,$(STUDENT))))))-$(notdir $(patsubst %/,%,$(CACHE)))
 
 # Which options of stage one somebody gave.
 GIVEN := $(strip $(foreach name,SIGNALS CACHE_CONFIG CACHE_SET $(if $(BOTH_STAGES),STORE TEACHER),$(if $(filter-out file,$(origin $(name))),$(if $(strip $($(name))),$(name)))))

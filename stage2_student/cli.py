@@ -53,7 +53,8 @@ from vlm_distill_cache.stage2_student.final_folder import (
     read_provenance,
     trained_folder,
 )
-from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
+from vlm_distill_cache.stage2_student.prune.options import pruning_options
+from vlm_distill_cache.stage2_student.pruned_folder import Kept, PruningConfig, refuse_uncut
 from vlm_distill_cache.stage2_student.scores.on_the_way import best_on_the_way, read_evaluations
 from vlm_distill_cache.stage2_student.scores.results import read_scores, render_table
 from vlm_distill_cache.stage2_student.students.presets import student_names
@@ -92,7 +93,7 @@ _training_options = shared_options(
         "--student",
         shell_complete=completes(student_names),
         help="A name (mobilevlm: trained from scratch; its size follows the teacher, or add a suffix: mobilevlm-1.7b), a "
-        "folder or a name on the hub (org/name[@revision]), or pruned:KEEP (run only).",
+        "folder or a name on the hub (org/name[@revision]), or pruned:KEEP, pruned:depth:KEEP (run only).",
     ),
     click.option(
         "--data",
@@ -286,38 +287,35 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
 
 @main.command()
 @click.option("--teacher", required=True, help="What to cut the student out of: a folder or a name on the hub.")
-@click.option(
-    "--keep", required=True, type=click.FloatRange(0, 1, min_open=True), help="Share of heads and channels to keep."
-)
-@click.option("--data", required=True, help="Data to measure on which heads and channels matter.")
+@click.option("--data", required=True, help="Data to measure on which heads, channels and layers matter.")
 @click.option("--images", type=FOLDER, help="Folder that relative image paths start from.")
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
-@click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Samples to measure on.")
+@pruning_options
 @click.option("--template", help="Prompt template; default: the teacher's.")
 @JSON
 def prune(
-    teacher: str, keep: float, data: str, images: Path | None, output: Path, samples: int, template: str | None
+    teacher: str, keep: Kept, data: str, images: Path | None, output: Path, template: str | None, **how: Any
 ) -> None:
-    """Cut a narrower student out of a teacher, to be trained with its hidden states."""
+    """Cut a smaller student out of a teacher, to be trained with its hidden states."""
     from vlm_distill_cache.data.registry import open_dataset
     from vlm_distill_cache.data.sample import iterate_readable
     from vlm_distill_cache.stage2_student.prune.cut import prune_directory
 
     runs.set_up_libraries()
-    dataset = open_dataset(data, images=images, limit=samples)
-    widths = prune_directory(
+    settings = PruningConfig(**how)
+    dataset = open_dataset(data, images=images, limit=settings.samples)
+    pruning = prune_directory(
         model_folder(teacher, what="--teacher").path,
         output,
-        keep=keep,
+        kept=keep,
+        how=settings,
         samples=iterate_readable(dataset),
         template=template,
         described={"data": dataset.fingerprint()},
     )
-    answer(output=output, widths=widths)
-    say(
-        f"{output}: {widths.heads} heads ({widths.key_value_heads} of keys and values) and {widths.channels} "
-        "channels a layer"
-    )
+    same = len(set(pruning.sizes)) == 1
+    answer(output=output, widths=pruning.sizes[0] if same else None, layers=pruning.layers, sizes=pruning.sizes)
+    say(f"{output}: {pruning}")
     tell(f"Next: distill run --student {quoted(output)} --cache CACHE --output FOLDER")
 
 

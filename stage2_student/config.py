@@ -11,7 +11,7 @@ from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import is_url, public_location
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights, require
 from vlm_distill_cache.stage2_student.presets.words import WORDS_OF_A_PHASE, WORDS_OF_ADAPTERS, words_of_a_run
-from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
+from vlm_distill_cache.stage2_student.pruned_folder import PruningConfig, kept_share, one_name, pruning_record
 
 PhaseName = Literal["dpt", "dft", "sft"]
 Schedule = Literal["cosine", "constant"]
@@ -204,6 +204,7 @@ class TrainConfig:
             (``org/name[@revision]``); docs/families.md lists them.
         student_weights: The weights of a student given by its short name: a folder or a name on the hub.
         teacher: What a student ``pruned:KEEP`` is cut out of, a folder or a name on the hub; other students need none.
+        pruning: How a student ``pruned:KEEP`` is cut out of it.
         vision_tower: The student's vision tower, a folder or a name on the hub; none: the cache's, or the student's own.
         language_model: A language model to start from, a folder or a name on the hub; none: random weights.
         projector: Projector type: ``ldpnet``, ``ldpnetv2``, ``mlp`` or ``taf``; none: the student's own.
@@ -251,6 +252,7 @@ class TrainConfig:
     student: str = "mobilevlm"
     student_weights: str | None = None
     teacher: str | None = None
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     vision_tower: str | None = None
     language_model: str | None = None
     projector: str | None = None
@@ -314,7 +316,12 @@ class TrainConfig:
         _within(self, "max_length", 1, None, "tokens")
         require(0 < self.data_share <= 1, "data_share", self.data_share, "above 0 and at most 1")
         need = f"the directory of the teacher (--teacher) that student {self.student} is cut out of"
-        require(kept_share(self.student) is None or self.teacher is not None, "teacher", self.teacher, need)
+        kept = kept_share(self.student)
+        require(kept is None or self.teacher is not None, "teacher", self.teacher, need)
+        changed = [name for name, value in vars(self.pruning).items() if value != getattr(PruningConfig(), name)]
+        need = f"left out: only a student pruned:KEEP is cut, and student is {self.student}"
+        for name in changed[: kept is None]:
+            require(False, f"pruning.{name}", getattr(self.pruning, name), need)
 
     def phase(self, name: PhaseName) -> PhaseConfig:
         """A phase's configuration with the run's data, images and cache filled in."""
@@ -375,6 +382,9 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     described["cache"] = cache_hashes.get(config.cache)
     if config.data_share < 1:
         described["data_share_of"] = SHARE_OF  # versions before took the first samples, which are other ones
+    described["student"] = one_name(described["student"])
+    if config.pruning == PruningConfig():
+        del described["pruning"]  # as runs had it before there was a choice
     if pruned := pruning_record(config.student):
         # Cut out of its teacher on the way: what it is, not where the run has put it.
         described["student"] = pruned

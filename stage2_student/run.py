@@ -52,6 +52,7 @@ from vlm_distill_cache.stage2_student.final_folder import (
 )
 from vlm_distill_cache.stage2_student.pruned_folder import (
     FOLDER,
+    PruningConfig,
     kept_share,
     pruned_damage,
     pruning_record,
@@ -312,8 +313,8 @@ def with_pruned_student(
         ConfigError: If the cache's data cannot be opened.
         ModelError: If the teacher cannot be pruned, or is not the cache's.
     """
-    keep = kept_share(config.student)
-    if keep is None:
+    kept = kept_share(config.student)
+    if kept is None:
         return config
     folder = Path(config.output) / FOLDER
     if os.path.lexists(folder) and (damage := pruned_damage(folder)):
@@ -325,8 +326,8 @@ def with_pruned_student(
         from vlm_distill_cache.stage2_student.prune.for_run import prune_for_cache  # torch
 
         say(f"{config.student}: cutting it out of {public_name(config.teacher or '')}")
-        say(prune_for_cache(config, caches[str(config.phase(config.phases[0]).cache)], folder, keep=keep))
-    return replace(config, student=str(folder))
+        say(prune_for_cache(config, caches[str(config.phase(config.phases[0]).cache)], folder, kept=kept))
+    return replace(config, student=str(folder), pruning=PruningConfig())
 
 
 def train_arm(
@@ -553,8 +554,11 @@ def refuse_other_page(output: Path, config: TrainConfig, stamp: Mapping[str, Any
     )
     with contextlib.suppress(FileNotFoundError, CacheFormatError):  # whoever opens the student says so
         found = read_provenance(output / DISTILLED / FINAL)["fingerprint"]
-        cut = {} if kept_share(config.student) is None else {"student": pruning_record(output / FOLDER)}
-        if not problem and found != (expected := fingerprint({**stamp["run"], **cut})):
+        of_run = dict(stamp["run"])
+        if kept_share(config.student) is not None:
+            of_run["student"] = pruning_record(output / FOLDER)
+            of_run.pop("pruning", None)
+        if not problem and found != (expected := fingerprint(of_run)):
             problem = f"{output / DISTILLED / FINAL} is another student: fingerprint {found}, expected {expected}"
     if problem:
         raise ConfigError(f"{output}: no page can be written: {problem}; run the same `distill run` command again")

@@ -13,12 +13,13 @@ from typing import Any
 import transformers
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.layer_sizes import apply_layer_sizes
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 
 CHANGES = "distilled"
 """The key of the configuration: ``{"parts": {"language_model": PATH, "vision_tower": PATH, "projector": PATH}, ...}``."""
 
-APPLIED: dict[str, Callable[[Any, Mapping[str, str], Any], None]] = {}
+APPLIED: dict[str, Callable[[Any, Mapping[str, str], Any], None]] = {"layer_sizes": apply_layer_sizes}
 """By name: what applies one change to a model without values or with them, given its parts' paths and what is stored."""
 
 

@@ -17,7 +17,7 @@ from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import describe
 from vlm_distill_cache.stage2_student.prune import for_run as prune_for_run
 from vlm_distill_cache.stage2_student.prune.for_run import prune_for_cache
-from vlm_distill_cache.stage2_student.pruned_folder import refuse_damaged
+from vlm_distill_cache.stage2_student.pruned_folder import Kept, refuse_damaged
 from vlm_distill_cache.stage2_student.run import load_run_config, run, with_pruned_student
 from vlm_distill_cache.stage2_student.training.resolve import open_caches
 
@@ -67,7 +67,7 @@ def test_a_pruned_students_run_is_known_by_what_was_cut_not_by_where_it_lies(tin
     config = make_config(tiny_cache[0], tmp_path / "run", teacher)
     described = []
     for name in ("here", "there"):
-        prune_for_cache(config, open_cache(tiny_cache[0]), tmp_path / name, keep=0.5, samples=4)
+        prune_for_cache(config, open_cache(tiny_cache[0]), tmp_path / name, kept=Kept(width=0.5))
         described.append(describe(replace(config, student=str(tmp_path / name)), {}))
     assert described[0] == described[1]
     assert described[0]["student"]["keep"] == 0.5
@@ -99,7 +99,7 @@ def test_another_teacher_than_the_caches_is_refused(tiny_cache, tmp_path, teache
     LlavaForConditionalGeneration(made).save_pretrained(other)
     config = make_config(tiny_cache[0], tmp_path / "run", other)
     with pytest.raises(ModelError, match=r"width 16; the cache .* width 32: give the directory of the cache's own"):
-        prune_for_cache(config, open_cache(tiny_cache[0]), tmp_path / "student", keep=0.5)
+        prune_for_cache(config, open_cache(tiny_cache[0]), tmp_path / "student", kept=Kept(width=0.5))
 
 
 def test_the_command_writes_a_folder_and_says_what_comes_next(tmp_path, teacher):

@@ -25,6 +25,7 @@ from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImag
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.description import Codec
 from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
+from vlm_distill_cache.common.codecs.tower_attention import TowerAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 from vlm_distill_cache.common.errors import ConfigError, DataError, ModelError, SampleError
 from vlm_distill_cache.common.files.disk import folder_bytes
@@ -419,7 +420,7 @@ def _tell_time(took: float, samples: int, sets: int) -> None:
 
 def part_of(signal: str) -> str:
     """The part of the options that a signal belongs to."""
-    if EXTRACTORS[signal].attention:
+    if EXTRACTORS[signal].attention or signal == TowerAttentionCodec.signal:
         return "attention"
     return "words" if signal.endswith(LogitCodec.signal) else "states"
 

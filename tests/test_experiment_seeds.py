@@ -112,7 +112,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def test_a_student_of_each_part_is_trained_changed_and_scored(place: Place):
-    for arm in (BASE, recovered(UNPRUNED, 5, "hidden states")):
+    for arm in (BASE, recovered("pruned:depth:0.5", 5, "hidden states")):
         found = experiment.run_job(place, Job(arm, 101))
         assert set(found["scores"]) >= {"likelihood", "questions"}
         assert found["samples"] == (32 if arm == BASE else 2)

@@ -37,7 +37,9 @@ class TowerRequest:
     counts: tuple[int, ...]
 
 
-def received_attention(query: Tensor, key: Tensor, mask: Tensor | None = None, *, scaling: float | None = None) -> Tensor:
+def received_attention(
+    query: Tensor, key: Tensor, mask: Tensor | None = None, *, scaling: float | None = None
+) -> Tensor:
     """The attention that each key receives, mean over heads and query rows.
 
     Args:
@@ -63,7 +65,9 @@ def received_attention(query: Tensor, key: Tensor, mask: Tensor | None = None, *
     return total / (heads * rows)
 
 
-def _show(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+def _show(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
     own, received = _observed[module]
     with torch.no_grad():
         received.append(received_attention(query, key, attention_mask, scaling=kwargs.get("scaling")))
@@ -238,7 +242,9 @@ def _packed(inner: Any, received: Tensor, sizes: Tensor) -> Tensor:
 
     config = inner.config
     side = config.vision_config.image_size // config.vision_config.patch_size
-    counts = [image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in sizes]
+    counts = [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in sizes
+    ]
     places = _pooled(received, side**2)[..., None]  # [M, N, 1]
     ratio = getattr(config, "vision_aspect_ratio", None)
     how = (

@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import time
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.experiment_seeds_arms import ARMS, KEEP, SEEDS, Arm
+from tests.benchmarks.experiment_seeds_arms import ARMS, KEEP, SEEDS, Arm, cuts
 from tests.benchmarks.experiment_seeds_tables import in_order, tables, write_page
 from vlm_distill_cache.common.files.atomic import try_lock
 from vlm_distill_cache.common.terminal.command_line import end_with_parent
@@ -77,9 +78,9 @@ class Place:
         """A line for each job."""
         return self.root / "results.jsonl"
 
-    def cut(self, student: str) -> Path:
+    def cut(self, name: str) -> Path:
         """The folder of a pruned student before it recovers."""
-        return self.root / "cuts" / student.replace(":", "-").replace(",", "-")
+        return self.root / "cuts" / re.sub("[^0-9a-z.]+", "-", name)
 
     def trained(self, job: Job) -> Path:
         """The folder of a trained student that others are made of."""
@@ -113,17 +114,18 @@ def build_caches(place: Place) -> None:
         sys.stdout.write(summary_text(extract(config)) + "\n")
 
 
-def cut(place: Place, student: str) -> Path:
-    """Cut a student out of the built-in teacher, once; its folder. Not for several processes at once."""
+def cut(place: Place, name: str) -> Path:
+    """Cut one of `cuts` out of the built-in teacher, once; its folder. Not for several processes at once."""
     from vlm_distill_cache.common.config import config_from_dict
     from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
     from vlm_distill_cache.stage2_student.config import TrainConfig
     from vlm_distill_cache.stage2_student.run import with_pruned_student
     from vlm_distill_cache.stage2_student.training.resolve import open_caches
 
+    student, how = cuts()[name]
     options = {
         "student": student, "teacher": str(builtin_teacher_directory()), "cache": str(place.cache),
-        "output": str(place.cut(student)), "phases": ["dft"],
+        "output": str(place.cut(name)), "phases": ["dft"], "pruning": how,
     }  # fmt: skip
     config = config_from_dict(TrainConfig, options, where="experiment_seeds")
     return Path(with_pruned_student(config, open_caches(config), say=lambda line: None).student)
@@ -174,7 +176,7 @@ def score_cuts(place: Place) -> dict[str, dict[str, float]]:
     from vlm_distill_cache.stage2_student.trained_student import open_model
 
     found = {}
-    for name in sorted({arm.options["student"] for arm in ARMS.values() if arm.part == "pruning"}):
+    for name in cuts():
         student = open_model(cut(place, name), str(place.cache))
         found[name] = score(place, student.model, student.encoder)
     return found

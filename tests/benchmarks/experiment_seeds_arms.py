@@ -16,6 +16,12 @@ KEPT = (0.75, 0.5)
 DIMENSIONS = ("width", "depth")
 UNPRUNED = "pruned:1"
 CUTS = tuple(f"pruned:{dimension}:{keep}" for dimension in DIMENSIONS for keep in KEPT)
+IMPORTANCES: dict[str, dict[str, dict[str, str]]] = {  # options of `PruningConfig`, the first is the default
+    "width": {
+        "activation": {}, "taylor": {"importance": "taylor"}, "taylor, global": {"importance": "taylor", "ratios": "global"},
+    },
+    "depth": {"influence": {}, "taylor": {"depth_importance": "taylor"}},
+}  # fmt: skip
 DATA_SHARES = (5, 10, 100)  # percent of the data that a pruned student recovers on
 RECOVERIES: dict[str, dict[str, Any]] = {
     "SFT": {"lm": 1.0},
@@ -59,6 +65,16 @@ def recovered(cut: str, share: int, recovery: str) -> str:
 
 
 QUANTISED_STUDENT = recovered("pruned:width:0.5", 100, "logits + answer attention")
+
+
+def cuts() -> dict[str, tuple[str, dict[str, str]]]:
+    """Pruned students by name: what is kept, and how it is chosen."""
+    found: dict[str, tuple[str, dict[str, str]]] = {UNPRUNED: (UNPRUNED, {})}
+    for dimension, ways in IMPORTANCES.items():
+        for keep in KEPT:
+            cut = f"pruned:{dimension}:{keep}"
+            found |= {f"{cut}, {name}" if how else cut: (cut, how) for name, how in ways.items()}
+    return found
 
 
 def _answer(kind: str) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from tests.benchmarks.experiment_seeds_arms import (
     CUTS,
     DATA_SHARES,
     DECODINGS,
+    IMPORTANCES,
+    KEPT,
     LOGITS,
     ORACLE,
     QUANTISED,
@@ -147,6 +149,22 @@ def _pruning(found: Results, *, alike: bool) -> list[str]:
     return _table(head, *rows)
 
 
+def _importance(found: Results) -> list[str]:
+    """Scores before recovery, by what is kept and how it is chosen."""
+    head = ["kept by", *(f"{keep}: {score}, %" for keep in KEPT for score in ("captions", "questions"))]
+    rows = []
+    for dimension, ways in IMPORTANCES.items():
+        for way, how in ways.items():
+            cuts = [f"pruned:{dimension}:{keep}" + (f", {way}" if how else "") for keep in KEPT]
+            cells = [
+                f"{found.cuts[cut][name]:.1f}" if cut in found.cuts else "-"
+                for cut in cuts
+                for name in (CAPTIONS, QUESTIONS)
+            ]
+            rows.append([f"{dimension}, {way}", *cells])
+    return _table(head, *rows)
+
+
 def _quantised(found: Results) -> list[str]:
     head = ["weights", "captions, %", "questions, %", "captions: above 32 bits", "questions: above", "MB of weights"]
     arms = {"32 bits": QUANTISED_STUDENT} | {bits: f"{QUANTISED_STUDENT}, {bits}" for bits in QUANTISED}
@@ -180,6 +198,9 @@ TABLES: dict[str, tuple[str, str, Callable[[Results], list[str]]]] = {
     ),
     "Pruned students: percent of what an unpruned student keeps that was trained alike": (
         "pruning", "The same losses, share of the data, steps and seed.", lambda found: _pruning(found, alike=True),
+    ),
+    "Pruned students before they recover, by importance": (
+        "pruning", "The same samples are measured for all; nothing depends on a seed.", _importance,
     ),
     "Quantised weights": ("quantised", f"The student {QUANTISED_STUDENT}.", _quantised),
 }  # fmt: skip

@@ -160,6 +160,10 @@ _UNSUPPORTED = ("position_bias", "s_aux", "cache")
 _recorders: WeakKeyDictionary[nn.Module, "_Recorder"] = WeakKeyDictionary()
 _recorders_lock = threading.Lock()
 _repeated = threading.local()  # recorders of the pass that a checkpointed layer repeats in this thread
+_watching = threading.local()  # what `watch` shows layers to in this thread
+_WATCHED = f"watched by {__name__}"  # of this code: copies of it lie beside students
+Watcher = Callable[..., None]
+"""Called as attention functions are: ``watcher(module, query, key, attention_mask, causal=, scaling=, softcap=)``."""
 
 
 class AttentionMaps(Mapping[str, Tensor]):
@@ -392,6 +396,79 @@ def checkpoints_activations(modules: Iterable[nn.Module]) -> bool:
         and getattr(module, "_gradient_checkpointing_func", None) is not checkpoint_recorded
         for module in modules
     )
+
+
+@contextmanager
+def watch(language_model: Any, layers: Iterable[int], watcher: Watcher) -> Iterator[None]:
+    """Show queries and keys of some layers to a function, as attention gets them, in the one pass run inside the block.
+
+    `AttentionCapture` may be on or off, and record; the model's output stays bit-identical.
+
+    Args:
+        language_model: A decoder with ``layers``, on the library's SDPA or captured.
+        layers: Their indices, each once.
+        watcher: Must not change what it is shown.
+
+    Raises:
+        ModelError: If the model runs another attention than SDPA, is watched already, or a layer was not seen once.
+    """
+    modules = [attention_module(language_model, layer) for layer in layers]
+    configs = {id(module.config): module.config for module in modules}
+    before, name = {key: config._attn_implementation for key, config in configs.items()}, type(language_model).__name__
+    if _WATCHED in before.values():
+        raise ModelError(
+            f"{name} is run by two threads at once while its attention is watched: run one after the other"
+        )
+    if other := sorted({str(one) for one in before.values()} - {"sdpa", IMPLEMENTATION}):
+        raise ModelError(
+            f"{name} runs attention {other[0]!r}, in which queries and keys cannot be seen; expected 'sdpa': call "
+            "model.set_attn_implementation('sdpa'), or open it with attn_implementation='sdpa'"
+        )
+    AttentionInterface.register(_WATCHED, _watched_attention)
+    AttentionMaskInterface.register(_WATCHED, AttentionMaskInterface()["sdpa"])
+    seen: list[nn.Module] = []
+    _watching.now = before, dict.fromkeys(modules, watcher), seen
+    try:
+        for config in configs.values():
+            config._attn_implementation = _WATCHED
+        yield
+    finally:
+        del _watching.now
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+    if len(seen) != len(modules) or set(seen) != set(modules):
+        raise ModelError(
+            f"{name}: attention was seen {len(seen)} times, expected once in each of the layers {[*layers]}: it does not go "
+            "through the model library's attention interface"
+        )
+
+
+def _watched_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    """The attention that the module would run, after showing a watched one's queries and keys."""
+    before, watchers, seen = _watching.now
+    if module in watchers:
+        causal = _is_causal(module, kwargs.get("is_causal"), mask, query)
+        watchers[module](
+            module, query, key, mask, causal=causal, scaling=kwargs.get("scaling"), softcap=kwargs.get("softcap")
+        )
+        seen.append(module)
+    return AttentionInterface()[before[id(module.config)]](module, query, key, value, mask, **kwargs)
+
+
+def attention_module(language_model: Any, layer: int) -> Any:
+    """The attention of a decoder's layer; a ModelError where it has none, or it carries no index."""
+    for module in language_model.layers[layer].modules():
+        if getattr(module, "layer_idx", None) == layer and hasattr(module, "config") and hasattr(module, "scaling"):
+            return module
+    raise ModelError(
+        f"{type(language_model).__name__}: layer {layer} has no attention with an index (`layer_idx`), so what it looks at "
+        "cannot be seen"
+    )
+
+
+def is_recorded(module: nn.Module) -> bool:
+    """Whether a `record` block of `AttentionCapture` is active for an attention module."""
+    return module in _recorders
 
 
 def register_capture() -> None:

@@ -33,6 +33,7 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.terminal.command_line import tell
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.common.tools.derived_card import DERIVED
+from vlm_distill_cache.common.tools.sinks import write_sinks
 from vlm_distill_cache.data.sources.grouping import ChosenSamples
 from vlm_distill_cache.data.text.collate import image_key
 from vlm_distill_cache.data.text.encoding import EncodedSample
@@ -307,7 +308,7 @@ class Measured:
         shutil.copytree(self.folder / "parts", target, dirs_exist_ok=True)
         self._write_shards(target, plan, codecs)
         figures = self.figures(codecs)
-        write_card(target, plan, figures)
+        write_card(target, plan, figures, sinks=write_sinks(target))
         seal(target, fidelity=figures, rewritten=True)
 
     def _codecs_of(self, options: Options) -> dict[str, Codec]:

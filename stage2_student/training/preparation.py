@@ -42,6 +42,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
     splits_and_limits,
     was_cut,
 )
+from vlm_distill_cache.stage2_student.batches.gaze import GAZE, GazeTerm
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
 from vlm_distill_cache.stage2_student.batches.share import draw_share
@@ -71,6 +72,7 @@ from vlm_distill_cache.stage2_student.training.checks import (
     same_tokenizer,
 )
 from vlm_distill_cache.stage2_student.training.resolve import open_caches
+from vlm_distill_cache.stage2_student.training.token_choice import check_choice, choose_tokens
 
 FEW_PICTURES = 0.5  # of a cache's samples: fewer are worth a line
 BUILT_IN_DATA = ("shapes", "easy-vqa")
@@ -110,6 +112,7 @@ class Preparation:
         cache_hashes: Manifest hash of each cache, by path.
         caches: These caches, by path.
         source: The student's own folder, whose processor files it keeps; None: it is made from its preset.
+        gaze: The regression that expects the teacher's gaze, if that chooses visual tokens.
     """
 
     student: StudentModel
@@ -122,6 +125,7 @@ class Preparation:
     cache_hashes: Mapping[str, str]
     caches: Mapping[str, TeacherCache]
     source: Path | None = None
+    gaze: Mapping[str, Any] | None = None
 
 
 def built_in_data(cache: TeacherCache) -> str | None:
@@ -316,6 +320,14 @@ def prepare(
         for cache in caches.values():
             check_vision_tower(cache, tower)
     hashes = {path: cache.manifest_hash for path, cache in caches.items()}
+    gaze = choose_tokens(
+        config,
+        student,
+        cache=caches[str(config.phase(config.phases[0]).cache)],
+        encoder=parts.image_encoder,
+        dataset=phases[0].dataset,
+        where=parts.where,
+    )
     return Preparation(
         student=student,
         tokenizer=parts.tokenizer,
@@ -327,6 +339,7 @@ def prepare(
         cache_hashes=hashes,
         caches=caches,
         source=source,
+        gaze=gaze,
     )
 
 
@@ -354,6 +367,7 @@ def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: 
     for cache in caches.values():
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
+    check_choice(config, caches.values(), parts.model, parts.image_encoder, where=parts.where)
     encoder = encoder_for(config, parts, {str(config.phase(config.phases[0]).cache): first, **caches})
     return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
 
@@ -516,7 +530,8 @@ def _prepare_phases(
         if source not in opened:
             opened[source] = _take(_open_parts(phase, caches), config)
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
-        join = (*source, tuple(terms), match)
+        read = terms | ({GAZE: GazeTerm()} if config.follows_gaze else {})
+        join = (*source, tuple(read), match)
         if join not in joined:
             compares = same_tokenizer(cache, parts.tokenizer) and template == PromptTemplate.from_dict(
                 cache.plan.template
@@ -528,7 +543,7 @@ def _prepare_phases(
                     part.dataset,
                     _reading(encoder, template, part.cache, compares=compares, limited=config.max_length is not None),
                     part.cache,
-                    terms=terms,
+                    terms=read,
                     pad_token_id=encoder.tokenizer.pad_token_id or 0,
                     join=join_of_it,
                     memory=memories.setdefault((*source, part.place), SampleMemory(memory)),

@@ -17,12 +17,6 @@ from vlm_distill_cache.data.text.generation import left_padded_inputs
 from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 
 
-def parts_of(model):
-    """The paths of a student's parts, as the table of families has them."""
-    family = family_of(model.config.model_type)
-    return {"language_model": family.language_model, "vision_tower": family.vision_tower, "projector": family.projector}
-
-
 @pytest.mark.parametrize("name", ["mobilevlm_v2", "compodistill", "llava", "llava_original", "gemma3"])
 def test_a_changed_student_is_saved_and_opens_anywhere(name, tmp_path):
     model, encoder, processor = STUDENTS[name](tmp_path / "source")
@@ -30,7 +24,7 @@ def test_a_changed_student_is_saved_and_opens_anywhere(name, tmp_path):
     inputs = getattr(model, "generation_inputs", left_padded_inputs)(
         [build_prompt(encoder, None, "What?")], 0, torch.device("cpu")
     )
-    change_model(inner, parts_of(model))
+    change_model(inner, family_of(inner.config.model_type).parts)
     folder = tmp_path / "student"
     folder.mkdir()
     save_student_folder(folder, model=model, encoder=encoder, image_processor=processor, source=None)

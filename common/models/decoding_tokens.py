@@ -185,7 +185,7 @@ class _Layer(DynamicLayer):
 
     def __init__(self, layer: Any, slots: _Slots, *, leads: bool, stash: bool) -> None:
         super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
         self.slots, self._leads = slots, leads
         self.visual = (_take(layer.keys, slots.places), _take(layer.values, slots.places)) if stash else None
         self.keys, self.values = _take(layer.keys, slots.columns), _take(layer.values, slots.columns)
@@ -283,8 +283,9 @@ def _decode(settings: DecodingTokens, run: Run, decoder: Any, **arguments: Any) 
     slots = getattr(past.layers[0], "slots", None) if past is not None and past.layers else None
     if begun and slots is not None:
         return _step(settings, slots, past, run, decoder, arguments)
-    if past is None and arguments.get("use_cache") is False:
-        return run(**arguments)
+    trains = decoder.training and torch.is_grad_enabled()
+    if past is None and (trains or arguments.get("use_cache") is False):
+        return run(**arguments)  # nothing is decoded behind it
     count = _tokens(arguments).shape[1]
     if decoder.visual_mask is None and count > 1:
         raise ModelError(

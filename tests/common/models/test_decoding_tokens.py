@@ -3,64 +3,23 @@
 import copy
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
-from tiny_families import save_tiny
+from decoding_models import NEW, answers_and_logits, decode, open_with_prompts
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import middle_span
+from vlm_distill_cache.common.attention.shift import gaze_shift
+from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.budget import kept_count
-from vlm_distill_cache.common.models.changed import change_model
-from vlm_distill_cache.common.models.decoding_tokens import decoding_counts
-from vlm_distill_cache.data.families.models import open_family_model
-from vlm_distill_cache.data.images.load import ImageFile
-from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
-from vlm_distill_cache.data.text.templates import get_template
+from vlm_distill_cache.common.models.changed import CHANGES, change_model
+from vlm_distill_cache.common.models.decoding_tokens import best_places, decoding_counts, find_shift
 
-NEW = 5
 FAMILIES = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "paligemma",
     "mobilevlm_v2", "compodistill",
 )  # fmt: skip
-
-
-def opened_with_prompts(name, folder):
-    """A tiny model, its parts and the inputs of a left-padded batch: two pictures, and a sample without any."""
-    opened = open_family_model(save_tiny(name, folder))
-    model, family = opened.model, opened.family
-    encoder = SampleEncoder(
-        tokenizer=opened.tokenizer, image_encoder=opened.image_encoder, max_length=1000,
-        template=get_template(family.template, opened.tokenizer), image_token_id=family.image_token_id(model.config),
-    )  # fmt: skip
-    random = np.random.default_rng(0)
-    prompts = []
-    for size, question in (((48, 24), "What is it?"), ((24, 24), "Is it on the left of the other one?"), (None, "Hi")):
-        if size is not None:
-            PIL.Image.fromarray(random.integers(0, 255, (*size, 3), np.uint8)).save(folder / f"{size}.png")
-        prompts.append(build_prompt(encoder, None if size is None else ImageFile(folder / f"{size}.png"), question))
-    if family.visual_rows == "prefix":
-        prompts = prompts[:2]
-    inputs = family.generation_inputs(model.config, prompts, 0, torch.device("cpu"), dtype=torch.float32)
-    if name == "llava_next":
-        model.get_submodule(family.language_model).config.sliding_window = None
-    parts = {
-        "language_model": family.language_model,
-        "vision_tower": family.vision_tower,
-        "projector": family.projector,
-    }
-    return model, parts, dict(inputs)
-
-
-@torch.no_grad()
-def decode(model, inputs, **options):
-    """Generated ids ``[B, A]``, letters only, and raw logits ``[B, A, V]``."""
-    marks = [*range(260, model.get_output_embeddings().out_features)] or None
-    made = model.generate(
-        **inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
-        return_dict_in_generate=True, suppress_tokens=marks, **options,
-    )  # fmt: skip
-    return made.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(made.logits, dim=1)
 
 
 class Reference:
@@ -127,22 +86,22 @@ class Reference:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_steps_are_whole_passes_that_see_what_is_kept(name, tmp_path):
-    model, parts, inputs = opened_with_prompts(name, tmp_path / name)
-    full_answers, full_logits = decode(model, inputs)
+    opened = open_with_prompts(name, tmp_path / name)
+    model, parts, inputs = opened.model, opened.parts, opened.inputs
+    full_answers, full_logits = answers_and_logits(model, inputs)
     visual = inputs["input_ids"] == model.config.image_token_id
     plain = copy.deepcopy(model)
 
     change_model(model, parts, decoding_tokens={"keep": 1000, "by": "shift"})
-    answers, logits = decode(model, inputs)
+    answers, logits = answers_and_logits(model, inputs)
     assert torch.equal(answers, full_answers)
     assert torch.equal(logits, full_logits)
     assert decoding_counts(model).steps == NEW - 1
 
-    depth = len(model.get_submodule(parts["language_model"]).layers)
-    reference = Reference(plain, parts, middle_span(depth))
-    for by, threshold in (("fixed", 0.0), ("shift", 1.0)):
+    reference = Reference(plain, parts, middle_span(len(opened.decoder.layers)))
+    for by, threshold in (("shift", 1.0), *([("fixed", 0.0)] if name in FAMILIES[:3] else [])):
         change_model(model, parts, decoding_tokens={"keep": 0.33, "by": by, "shift_threshold": threshold or 0.75})
-        answers, logits = decode(model, inputs)
+        answers, logits = answers_and_logits(model, inputs)
         expected, events = reference.decode(inputs, answers, visual, keep=0.33, threshold=threshold)
         torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
         counts = decoding_counts(model)
@@ -150,3 +109,146 @@ def test_steps_are_whole_passes_that_see_what_is_kept(name, tmp_path):
         assert torch.equal(torch.stack(counts.swapped, dim=1) > 0, events[:, 1:])
         assert events[visual.any(1)].any() == (by == "shift")
         assert (logits - full_logits)[:, 1:][visual.any(1)].abs().max() > 1e-3
+
+    change_model(model, parts, decoding_tokens=None)
+    assert torch.equal(answers_and_logits(model, inputs)[1], full_logits)
+    assert getattr(model.config, CHANGES).keys() == {"parts"}
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """A MobileVLM that shifts whenever other tokens than those kept are looked at most."""
+    opened = open_with_prompts("mobilevlm_v2", tmp_path_factory.mktemp("models") / "mobilevlm_v2")
+    change_model(opened.model, opened.parts, decoding_tokens={"keep": 2, "by": "shift", "shift_threshold": 1.0})
+    return opened
+
+
+def test_steps_hold_few_keys_and_tell_the_whole_length(opened):
+    cache = decode(opened.model, opened.inputs).past_key_values
+    visual = opened.inputs["input_ids"] == opened.model.config.image_token_id
+    words = (opened.inputs["attention_mask"].bool() & ~visual).sum(1)
+    assert visual.sum(1).tolist() == [9, 9, 0]
+    for layer in cache.layers:
+        assert layer.keys.shape[2] == layer.values.shape[2] == words.max() + 2 + NEW - 1
+        assert layer.visual[0].shape[2] == 9
+    assert cache.get_seq_length() == visual.shape[1] + NEW - 1
+    with pytest.raises(ModelError, match="5 tokens were to be taken back, more than were decoded"):
+        cache.crop(-NEW)
+    cache.crop(-1)
+    assert cache.get_seq_length() == visual.shape[1] + NEW - 2
+
+
+@torch.no_grad()
+def test_padding_behind_prompts_changes_nothing(opened):
+    answers, expected = answers_and_logits(opened.model, opened.inputs)
+    ids, mask = opened.inputs["input_ids"], opened.inputs["attention_mask"]
+    lengths = mask.sum(1)
+    turned = [
+        (row.roll(int(length)), one.roll(int(length))) for row, one, length in zip(ids, mask, lengths, strict=True)
+    ]
+    ids, mask = (torch.stack(part) for part in zip(*turned, strict=True))
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    made = opened.model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=opened.inputs["pixel_values"]
+    )
+    torch.testing.assert_close(made.logits[range(len(ids)), lengths - 1], expected[:, 0], atol=1e-5, rtol=1e-5)
+    for token in range(NEW - 1):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        made = opened.model(
+            input_ids=answers[:, token : token + 1], attention_mask=mask, position_ids=(lengths + token)[:, None],
+            past_key_values=made.past_key_values,
+        )  # fmt: skip
+        torch.testing.assert_close(made.logits[:, 0], expected[:, token + 1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_can_be_captured_and_prompts_recorded(opened):
+    expected = answers_and_logits(opened.model, opened.inputs)[1]
+    capture = AttentionCapture(opened.decoder)
+    try:
+        assert torch.equal(answers_and_logits(opened.model, opened.inputs)[1], expected)
+        places = torch.tensor([[3, 4]] * len(opened.prompts))
+        requests = {"any": AttentionRequest(rows=places[:, 1:], keys=places, groups=((1,),))}
+        with capture.record(requests) as maps:
+            prompt = opened.model(**opened.inputs)
+        torch.testing.assert_close(prompt.logits[:, -1], expected[:, 0], atol=1e-5, rtol=1e-5)
+        with capture.record(requests) as plain:
+            opened.model(**opened.inputs, use_cache=False)
+        assert torch.equal(maps["any"], plain["any"])
+        with pytest.raises(ModelError, match="record a pass over the whole text"), capture.record(requests):
+            opened.model(input_ids=torch.tensor([[5]] * 3), past_key_values=prompt.past_key_values)
+    finally:
+        opened.decoder.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def test_what_cannot_be_decoded_with_fewer_is_refused(opened, tmp_path):
+    model, inputs = opened.model, opened.inputs
+    ids = inputs["input_ids"]
+    prompt = model(**inputs)
+    for message, arguments in (
+        ("2 tokens at once", {"input_ids": ids[:, :2], "past_key_values": prompt.past_key_values}),
+        ("embeddings alone", {"inputs_embeds": torch.zeros(1, 4, 32)}),
+        (
+            r"mask is \[3, 2\] for",
+            {"input_ids": ids[:, :1], "attention_mask": ids[:, :2], "past_key_values": prompt.past_key_values},
+        ),
+    ):
+        with pytest.raises(ModelError, match=message):
+            model(**arguments)
+    text = model(input_ids=ids[2:, -3:])
+    with pytest.raises(ModelError, match="pictures in a text that goes on"):
+        model(input_ids=ids[:1], past_key_values=text.past_key_values, pixel_values=inputs["pixel_values"][:1])
+    with pytest.raises(ModelError, match=r"StaticLayer, which is no plain list.*Leave cache_implementation out"):
+        decode(model, inputs, cache_implementation="static")
+    opened.decoder.set_attn_implementation("eager")
+    with pytest.raises(ModelError, match=r"runs attention 'eager'.*expected 'sdpa'"):
+        decode(model, inputs)
+    opened.decoder.set_attn_implementation("sdpa")
+    for name in ("gemma3", "paligemma2"):
+        other = open_with_prompts(name, tmp_path / name)
+        with pytest.raises(ModelError, match=r"layer \d of .* DynamicSlidingWindowLayer, which forgets"):
+            change_model(other.model, other.parts, decoding_tokens={"keep": 0.5, "by": "fixed"})
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (3, "expected an object of keep"),
+        ({"keep": 0.5}, "expected an object of keep"),
+        ({"keep": 0.5, "by": "fixed", "more": 1}, "expected an object of keep"),
+        ({"keep": 0.5, "by": "best"}, "by is 'best'; expected fixed or shift"),
+        ({"keep": 1, "by": "fixed"}, "keep is '1'; expected a share above 0 and below 1, or a whole number"),
+        ({"keep": 2.5, "by": "fixed"}, "keep is '2.5'; expected a share"),
+        ({"keep": 0.5, "by": "shift", "shift_threshold": 0}, "shift_threshold is '0'; expected"),
+        ({"keep": 0.5, "by": "shift", "layers": [3]}, r"layers are \[3\]; expected distinct layers .* 3 \(0 to 2\)"),
+        ({"keep": 0.5, "by": "shift", "layers": []}, "or null for the middle ones"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(opened, stored, message):
+    with pytest.raises(ModelError, match=message):
+        change_model(copy.deepcopy(opened.model), opened.parts, decoding_tokens=stored)
+
+
+def test_budgets_are_shares_or_numbers():
+    assert [kept_count(0.33, count) for count in (1, 2, 3, 4, 5, 9, 144)] == [1, 1, 1, 1, 2, 3, 48]
+    assert [kept_count(4, count) for count in (1, 3, 4, 9)] == [1, 3, 4, 4]
+
+
+def test_shifts_are_those_of_the_rule_for_cached_gaze():
+    random = np.random.default_rng(0)
+    events = 0
+    for _ in range(30):
+        tokens, places = random.integers(2, 9), random.integers(1, 12)
+        keep = int(random.integers(1, places + 1))
+        gaze = random.integers(0, 4, (tokens, places)) / 4  # with ties, and rows that look nowhere
+        gaze[0, 0] = 1
+        expected = gaze_shift(gaze, keep=keep)
+        kept = best_places(torch.tensor(gaze[:1]), torch.tensor([keep]))
+        assert sorted(kept[0].tolist()) == expected.kept.tolist()
+        for token in range(1, tokens):
+            event, best = find_shift(torch.tensor(gaze[token : token + 1]), kept, 0.75)
+            kept = best if event else kept
+            assert bool(event) == expected.event[token]
+        events += expected.event.sum()
+    assert events > 20

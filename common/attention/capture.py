@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -258,6 +258,7 @@ class AttentionCapture:
                 f"(it stays on {config._attn_implementation!r}): only its logits can be cached"
             )
         self.depth: int = int(config.num_hidden_layers)
+        self._decoder = language_model
         self._checkpointed = [m for m in language_model.modules() if hasattr(m, "gradient_checkpointing")]
         self._modules = [m for m in language_model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
         missing = set(range(self.depth)) - {int(module.layer_idx) for module in self._modules}
@@ -293,7 +294,9 @@ class AttentionCapture:
             )
         maps = AttentionMaps(requests)
         places = {name: SharedPlace() for name in requests}
-        recorder = _Recorder(requests=dict(requests), maps=maps, chunk_rows=self._chunk_rows, places=places)
+        recorder = _Recorder(
+            requests=dict(requests), maps=maps, chunk_rows=self._chunk_rows, places=places, decoder=self._decoder
+        )
         with _recorders_lock:
             if any(module in _recorders for module in self._modules):
                 raise ModelError(
@@ -318,6 +321,23 @@ class _Recorder:
     maps: AttentionMaps
     chunk_rows: int | None
     places: Mapping[str, SharedPlace]
+    decoder: Any
+    ran: dict[str, AttentionRequest] = field(default_factory=dict)
+
+    def _of_what_ran(self, name: str, request: AttentionRequest, *, batch: int) -> AttentionRequest:
+        """A request in positions of what runs of the sequence; found in the pass's first layer, so that a repeat has it."""
+        if name not in self.ran:
+            places = getattr(self.decoder, "places", None)
+            if places is not None:
+                request.check_fits(batch=batch, queries=places.shape[1], keys=places.shape[1])
+                moved = {id(tensor): renumber(tensor, places) for tensor in (request.rows, request.keys)}
+                for other in self.requests:
+                    if other in self.ran:  # rows and keys that two requests share stay shared
+                        old, new = self.requests[other], self.ran[other]
+                        moved |= {id(old.rows): new.rows, id(old.keys): new.keys}
+                request = replace(request, rows=moved[id(request.rows)], keys=moved[id(request.keys)])
+            self.ran[name] = request
+        return self.ran[name]
 
     def observe(
         self,
@@ -336,7 +356,8 @@ class _Recorder:
         wanted = {name: request for name, request in self.requests.items() if layer in request.layers}
         causal = _is_causal(module, is_causal, attention_mask, query)
         whole: dict[tuple[int, int], Tensor] = {}  # rows recorded, by where they were asked for
-        for name, request in wanted.items():
+        for name, asked_for in wanted.items():
+            request = self._of_what_ran(name, asked_for, batch=query.shape[0])
             request.check_fits(batch=query.shape[0], queries=query.shape[2], keys=key.shape[2])
             rows, keys, row_weights = request.on(query.device)
             asked = id(request.rows), id(request.keys)
@@ -362,6 +383,17 @@ class _Recorder:
                     whole[asked] = attention
             if not repeated:
                 self.maps.add(name, layer, attention)
+
+
+def renumber(positions: Tensor, places: Tensor) -> Tensor:
+    """Positions in a sequence as those in what ran of it; padding where they did not.
+
+    Args:
+        positions: int64 ``[B, R]``, -1 is padding.
+        places: Of each token of the sequence among those that ran, int64 ``[B, T]``, -1: it did not.
+    """
+    found = places.to(positions.device).gather(1, positions.clamp_min(0))
+    return found.masked_fill(positions < 0, -1)
 
 
 def checkpoint_recorded(function: Callable[..., Any], *inputs: Any) -> Any:

@@ -106,6 +106,7 @@ class Seen:
         rows: Whose logits were asked for, bool ``[B, T]``.
         logits: Of `rows`, float ``[rows, V]``, batch-row order; None if they were never held.
         divergence: Of the term that is computed `in_pass`; None without it.
+        fed: What each visual token stood for, of a student that feeds fewer of them (`losses.fed_tokens`); else None.
     """
 
     batch: TrainingBatch
@@ -115,6 +116,7 @@ class Seen:
     rows: Tensor
     logits: Tensor | None
     divergence: Tensor | None
+    fed: Tensor | None = None
 
 
 Requests = Mapping[str, AttentionRequest | HiddenRequest]

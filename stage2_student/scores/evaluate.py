@@ -29,6 +29,7 @@ from vlm_distill_cache.data.text.generation import Generated, device_of, generat
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.losses.attention import answer_attention_loss, has_mass
 from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget, student_cells
+from vlm_distill_cache.stage2_student.losses.fed_tokens import fed_shares
 from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
 from vlm_distill_cache.stage2_student.losses.objective import record, requests_of
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
@@ -283,6 +284,9 @@ def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> di
                 logits = supervised_logits(model, model_inputs_of(model, batch.inputs), supervised)
             chosen = batch.has_image.to(logits.device)
             image_rows = batch.rows[batch.has_image.cpu()]
+            fed = fed_shares(model, batch.keys)
+            if fed is not None:
+                target = target.of_fed_rows(fed[batch.has_image.to(fed.device)], image_rows)
             cells = student_cells(maps["answer"][chosen], target, image_rows)
             for rows in _row_ranges(image_rows):
                 for kind, value in _compare_attention(cells[rows], target, rows).items():

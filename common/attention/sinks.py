@@ -52,7 +52,8 @@ def sink_scores(attention: npt.ArrayLike, gamma: float = GAMMA, *, present: npt.
 
 def mean_received(attention: Floats, present: Flags) -> Floats:
     """The mean over the pictures in which a place carries image, ``[N]``; 0 for a place that never does."""
-    return np.where(present, attention, 0.0).sum(axis=0) / np.maximum(present.sum(axis=0), 1)
+    found: Floats = np.where(present, attention, 0.0).sum(axis=0) / np.maximum(present.sum(axis=0), 1)
+    return found
 
 
 def are_sinks(received: Floats, content: Flags) -> Flags:
@@ -144,13 +145,14 @@ def find_sinks(
         return None
     shapes = {tuple((tile.rows, tile.cols) for tile in tiles) for tiles, _ in found}
     places: Places
+    layout: tuple[Tile, ...]
     if grid is not None:
         places, layout = "cell", (grid_tile(*grid),)
         rows = [(received, np.ones(len(received), bool)) for _, received in found]
     elif len(shapes) == 1:
         places, layout = "token", found[0][0]
         rows = [(received, carries_image(box_array(tiles))) for tiles, received in found]
-    elif len({shape for layout in shapes for shape in layout}) == 1:
+    elif len({shape for shapes_of_one in shapes for shape in shapes_of_one}) == 1:
         first = found[0][0][0]
         places, layout = "tile", (grid_tile(first.rows, first.cols),)
         rows = [
@@ -163,7 +165,7 @@ def find_sinks(
         cells = box_array(layout)
         rows = [(received @ overlaps(box_array(tiles), cells), np.ones(len(cells), bool)) for tiles, received in found]
     attention, present = (np.stack(part) for part in zip(*rows, strict=True))
-    often = np.sum([are_sinks(*row) for row in rows], axis=0, dtype=np.int64)
+    often = np.stack([are_sinks(*row) for row in rows]).sum(axis=0, dtype=np.int64)
     return SinkMap(
         places=places,
         tiles=layout,

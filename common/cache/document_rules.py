@@ -290,7 +290,7 @@ SINKS = record(
                     "scores": items(number(0, 1), most=_PLACES),
                 }
             ),
-            most=2,
+            most=3,
         ),
     }
 )

@@ -221,7 +221,7 @@ def _shares(fine: int, coarse: int) -> Tensor:
 def _merged(tower: Any, received: Tensor, grids: Tensor) -> Tensor:
     """Qwen-VL: patches stand in groups that become one token; those of 2.5 in the order of its windows."""
     side = int(tower.config.spatial_merge_size)
-    tokens = received.unflatten(0, (-1, side**2)).sum(dim=1)
+    tokens: Tensor = received.unflatten(0, (-1, side**2)).sum(dim=1)
     if not hasattr(tower, "window_size"):
         return tokens
     if hasattr(tower, "get_window_index"):
@@ -252,6 +252,7 @@ def _packed(inner: Any, received: Tensor, sizes: Tensor, counts: Sequence[int] |
         else {"vision_aspect_ratio": ratio}
     )
     nothing = torch.zeros(places.shape[2], device=places.device)
+    parts: Sequence[Tensor]
     parts, _ = inner.pack_image_features(list(places.split(list(counts))), sizes, image_newline=nothing, **how)
     joined = torch.cat(list(parts))  # [N, 1 or D]
     return joined[:, 0] if received.ndim == 2 else joined

@@ -38,16 +38,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Part = Literal["tower", "language_model"]
+Part = Literal["tower", "language_model", "visual_rows"]
 PARTS: tuple[Part, ...] = get_args(Part)
-_WORDS: Mapping[str, str] = {"tower": "vision tower", "language_model": "language model"}
+_WORDS: Mapping[str, str] = {
+    "tower": "vision tower",
+    "language_model": "language model, where text looks",
+    "visual_rows": "language model, where visual tokens look",
+}
+_SHORT: Mapping[str, str] = {"tower": "tower", "language_model": "text", "visual_rows": "visual"}
 _SOURCES: Mapping[Part, tuple[str, ...]] = {
     "tower": (TowerAttentionCodec.signal,),
-    "language_model": (
-        VisualColumnsCodec.signal, VisualMapCodec.signal, RowAttentionCodec.signal, TextAttentionCodec.signal,
-    ),
-}  # fmt: skip
-"""Signals to find them in, the best first: of visual tokens rather than of cells, of all rows rather than of answers."""
+    "language_model": (RowAttentionCodec.signal, TextAttentionCodec.signal),
+    "visual_rows": (VisualColumnsCodec.signal, VisualMapCodec.signal),
+}
+"""Signals to find them in, the best first. Text sees all visual tokens; of visual tokens in causal order the first are seen by
+most, and receive more for that alone."""
 _MOST_MAPS = 256  # a whole map takes a thousand times as long to decode as its column means
 _MAX_BYTES = 64 << 20
 _SHOWN = 10  # places
@@ -145,7 +150,7 @@ def _find(plan: Plan, records: Callable[[Iterable[str], int], Iterable[tuple[str
     runs: dict[int, list[Part]] = {}
     for part, name in sources.items():
         runs.setdefault(_MOST_MAPS if name == VisualMapCodec.signal else MOST_RECORDS, []).append(part)
-    samples, maps = 0, dict[str, SinkMap]()
+    samples, maps = 0, dict[Part, SinkMap]()
     for most, parts in runs.items():
         codecs = {part: codec_from_dict(plan.signals[sources[part]]) for part in parts}
         names = {"tiles", *(entry.name for part in parts for entry in plan.fields[sources[part]])}
@@ -160,10 +165,11 @@ def _find(plan: Plan, records: Callable[[Iterable[str], int], Iterable[tuple[str
                 pictures[part].append((codec.cells_of(tiles), _received(codec, record)))
         samples = max(samples, seen)
         for part, shown in pictures.items():
-            grid = codecs[part].grid if isinstance(codecs[part], RowAttentionCodec) else None
+            codec = codecs[part]
+            grid = codec.grid if isinstance(codec, RowAttentionCodec) else None
             if (found := find_sinks(shown, grid=grid)) is not None:
                 maps[part] = found
-    ordered = {part: maps[part] for part in PARTS if part in maps}
+    ordered: dict[str, SinkMap] = {part: maps[part] for part in PARTS if part in maps}
     return Sinks(samples=samples, maps=ordered, signals={part: sources[part] for part in PARTS if part in maps})
 
 
@@ -172,12 +178,12 @@ def _received(codec: Any, record: Record) -> Floats:
     decoded = codec.decode(record)
     if isinstance(codec, RowAttentionCodec):
         cells = decoded.cells.astype(np.float64)  # [A, G, C]
-        return cells.mean(axis=(0, 1)) if len(cells) else np.zeros(codec.cells)
+        return np.asarray(cells.mean(axis=(0, 1)) if len(cells) else np.zeros(codec.cells))
     if isinstance(codec, VisualMapCodec):
         tiles = codec.cells_of(tiles_from_array(np.asarray(record["tiles"])))
         rows = decoded.values[:, carries_image(box_array(tiles))].astype(np.float64)  # [G, rows, N]
-        return rows.mean(axis=(0, 1)) if rows.shape[1] else np.zeros(rows.shape[2])
-    values = decoded.astype(np.float64)
+        return np.asarray(rows.mean(axis=(0, 1)) if rows.shape[1] else np.zeros(rows.shape[2]))
+    values: Floats = decoded.astype(np.float64)
     return values.mean(axis=0) if values.ndim == 2 else values
 
 
@@ -227,10 +233,12 @@ def sinks_of(cache: TeacherCache, of: Part, *, known: Sinks | None = None) -> Si
     """
     if of not in PARTS:
         raise ValueError(f"of is {of!r}; expected one of {PARTS}")
-    found = read_sinks(cache) if known is None else known
-    if of not in found.maps:
+    found = (read_sinks(cache) if known is None else known).maps
+    # A cache without attention of text still says which visual tokens the others look at.
+    chosen = "visual_rows" if of == "language_model" and of not in found else of
+    if chosen not in found:
         raise CacheMismatchError(f"{cache.place}: {_lack(cache.plan, of)}")
-    return found.maps[of]
+    return found[chosen]
 
 
 def _lack(plan: Plan, of: Part) -> str:
@@ -243,9 +251,10 @@ def _lack(plan: Plan, of: Part) -> str:
         )
     wanted = _SOURCES[of][0]
     where = f"teacher-cache extend CACHE --signals {wanted}"
+    single = " where that keeps single values" if VisualMapCodec.signal in _SOURCES[of] else ""
     return (
-        f"no sinks of its teacher's {_WORDS[of]} are known: they are found in {' or '.join(_SOURCES[of])} (a visual_map only "
-        f"where it keeps single values), and the cache holds {held}; "
+        f"no sinks of its teacher's {_WORDS[of]} are known: they are found in {' or '.join(_SOURCES[of])}{single}, and the cache "
+        f"holds {held}; "
         + with_more(plan, f"add it with `{where}`", options=f"--signals {','.join((*plan.signals, wanted))}")
     )
 
@@ -254,7 +263,8 @@ def sink_map(cache: TeacherCache, of: Part, tiles: Sequence[Tile]) -> list[float
     """The sink score of each visual token of a layout, which may be a student's.
 
     Args:
-        of: ``tower`` (inside the vision tower) or ``language_model``.
+        of: ``tower`` (inside the vision tower), ``language_model`` (where its text looks, or its visual tokens where the cache
+            says nothing of text), or ``visual_rows`` (where its visual tokens look).
         tiles: Of a picture, as an image encoder gives them.
 
     Returns:
@@ -302,7 +312,10 @@ def _rows(found: SinkMap) -> list[tuple[str, float, float, float]]:
 def _together(found: SinkMap) -> str:
     count = len(found.order[:_SHOWN])
     held, even = float(found.shares[found.order[:_SHOWN]].sum()), count / len(found.scores)
-    return f"these {count} of {len(found.scores)} places receive {held:.1%} of the attention on the picture; equal places would {even:.1%}"
+    return (
+        f"these {count} of {len(found.scores)} places receive {held:.1%} of the attention on the picture; equal places would "
+        f"receive {even:.1%}"
+    )
 
 
 def describe_sinks(cache: TeacherCache, found: Sinks, *, shades: str = BLOCKS) -> str:
@@ -340,7 +353,7 @@ def _drawn(found: SinkMap, part: str) -> list[WordMap]:
     several = len(found.tiles) > 1
     return [
         WordMap(
-            word=f"{part}{f' {number}' if several else ''}",
+            word=f"{_SHORT[part]}{f' {number}' if several else ''}",
             cells=scores.reshape(tile.rows, tile.cols),
             image_mass=float(shares.sum()),
         )

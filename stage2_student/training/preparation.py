@@ -47,6 +47,7 @@ from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
 from vlm_distill_cache.stage2_student.batches.share import draw_share
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm
+from vlm_distill_cache.stage2_student.batches.sinks import needed_sinks, sinks_for
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
 from vlm_distill_cache.stage2_student.losses.objective import Objective
@@ -531,7 +532,7 @@ def _prepare_phases(
             opened[source] = _take(_open_parts(phase, caches), config)
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
         read = terms | ({GAZE: GazeTerm()} if config.follows_gaze else {})
-        join = (*source, tuple(read), match)
+        join = (*source, tuple(read), match, needed_sinks(losses))
         if join not in joined:
             compares = same_tokenizer(cache, parts.tokenizer) and template == PromptTemplate.from_dict(
                 cache.plan.template
@@ -551,6 +552,7 @@ def _prepare_phases(
                     match=match,
                     compare_labels=compares,
                     vocabulary=vocabulary_rows(parts.model),
+                    sinks=sinks_for(part.cache, losses, where=where),
                 )
                 for part, join_of_it in taken
             ]

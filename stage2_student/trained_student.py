@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ from vlm_distill_cache.stage2_student.scores.card import has_edited_card, read_s
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.scores.flips import Flips, collect_flips
 from vlm_distill_cache.stage2_student.scores.held_out import OpenedItems, open_items, scored_items
+from vlm_distill_cache.stage2_student.scores.quantised import Quantised
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
 from vlm_distill_cache.stage2_student.scores.taught import TEACHER, Taught, collect_taught
 from vlm_distill_cache.stage2_student.students.build import load_student
@@ -395,11 +397,51 @@ def _models(students: Mapping[str, Student]) -> dict[str, tuple[Any, SampleEncod
     return {name: (student.model, student.encoder) for name, student in students.items()}
 
 
+def evaluate_quantised(
+    student: Student,
+    config: TrainConfig,
+    cache: TeacherCache | None,
+    kinds: Sequence[Quantise],
+    *,
+    unfit: Callable[[str], None] | None = None,
+) -> dict[str, Quantised]:
+    """Score a student as `export_student` quantises it, on the same items; the exports are not kept.
+
+    Args:
+        kinds: Which; of none nothing is done. The others are as of `evaluate_student`.
+
+    Raises:
+        ConfigError: If bitsandbytes is missing, or the student is none that was trained here.
+        ModelError: If it cannot be quantised, or is already.
+    """
+    if kinds and not (student.path / PROVENANCE).exists():
+        raise ConfigError(
+            f"--quantise: {student.path} has no {PROVENANCE}: it was not trained here, so it cannot be exported; train it "
+            "first (`distill train --student`), or leave the option out"
+        )
+    own = weight_bytes(student.path)
+    with TemporaryDirectory(prefix="quantised-") as scratch:
+        for kind in kinds:  # what is refused is refused before anything is scored
+            _write_export(student.path, Path(scratch) / kind, layout="auto", dtype=None, quantise=kind)
+        return {
+            kind: Quantised(
+                report=evaluate_student(open_student(Path(scratch) / kind), config, cache, unfit=unfit),
+                weight_bytes=weight_bytes(Path(scratch) / kind),
+                own_bytes=own,
+            )
+            for kind in kinds
+        }
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a student's weights on disk."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def describe_size(student: Student) -> dict[str, str]:
     """Parameters and weights of a student, in words."""
-    stored = sum(path.stat().st_size for path in student.path.glob("*.safetensors"))
     count = sum(parameter.numel() for parameter in student.model.parameters())
-    return {"parameters": f"{count:,}", "weights on disk": size_words(stored)}
+    return {"parameters": f"{count:,}", "weights on disk": size_words(weight_bytes(student.path))}
 
 
 def export_student(
@@ -424,6 +466,16 @@ def export_student(
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists; give a new folder to export to")
     refuse_inside(target)
+    dtype = _write_export(folder, target, layout=layout, dtype=dtype, quantise=quantise)
+    if has_edited_card(folder):
+        _log.warning(
+            "%s was edited; the export has a card of its own, as it is loaded otherwise: copy what you want to keep of yours",
+            folder / CARD,
+        )
+    return dtype
+
+
+def _write_export(folder: Path, target: Path, *, layout: str, dtype: str | None, quantise: Quantise | None) -> str:
     student = open_student(folder, device="cpu")
     if _quantised(student.provenance):
         raise ModelError(
@@ -449,11 +501,6 @@ def export_student(
         provenance["files"] = list_files(temporary)
         write_signed(temporary / PROVENANCE, provenance)
         write_card(temporary, provenance, scores=read_scores(folder))
-        if has_edited_card(folder):
-            _log.warning(
-                "%s was edited; the export has a card of its own, as it is loaded otherwise: copy what you want to keep of yours",
-                folder / CARD,
-            )
     return dtype
 
 

@@ -31,7 +31,7 @@ SURFACE = {
     "cachectl repair": "--deep --dry-run --json CACHE",
     "cachectl verify": "--deep --json CACHE",
     "distill compare": "--json --output OUTPUTS",
-    "distill evaluate": "--cache --card --data --images --json --limit --oracle --output --split STUDENT",
+    "distill evaluate": "--cache --card --data --images --json --limit --oracle --output --quantise --split STUDENT",
     "distill export": "--dtype --json --layout --output --quantise STUDENT",
     "distill import": "--json --output --vision-tower CHECKPOINT",
     "distill push": "--dry-run --json --message --overwrite --public --revision --which REPOSITORY STUDENT",

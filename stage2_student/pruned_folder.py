@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,6 +97,28 @@ def parse_kept(text: str) -> Kept | None:
         if not 0 < found[name] <= 1:
             return None
     return Kept(**found)
+
+
+def layers_kept(depth: int, kept: Kept, how: PruningConfig) -> tuple[int, int, int]:
+    """How many of a teacher's layers stay, and how many of these are spared at the beginning and at the end.
+
+    Raises:
+        ConfigError: If more are spared than stay, or, where layers are narrowed, all.
+    """
+    count = max(1, math.floor(kept.depth * depth + 0.5))
+    default = int(1 < count < depth)
+    first, last = (default if spared is None else spared for spared in (how.spare_first, how.spare_last))
+    if count < depth and first + last > count:
+        raise ConfigError(
+            f"depth:{kept.depth} keeps {count} of {depth} layers, fewer than the {first} first and {last} last ones that are "
+            "spared; keep more, or spare fewer (spare_first, spare_last)"
+        )
+    if kept.width != 1 and (how.spare_first or 0) + (how.spare_last or 0) >= count:
+        raise ConfigError(
+            f"spare_first={how.spare_first or 0} and spare_last={how.spare_last or 0} spare all {count} layers: none would be "
+            "narrowed; spare fewer, or keep a share of depth alone (depth:KEEP)"
+        )
+    return count, first, last
 
 
 def kept_share(student: str) -> Kept | None:

@@ -39,7 +39,8 @@ SURFACE = {
     "distill select-tokens": "--cache --data --decoding-selection --decoding-tokens --images --json --merge-frames --output "
     "--seed --shift-threshold --sink-penalty --token-selection --visual-tokens MODEL",
     "distill suite": "--cache --dry-run --images --json --limit --nproc --only --output --prompts BENCHMARKS STUDENT",
-    "distill prune": "--data --images --json --keep --output --samples --teacher --template",
+    "distill prune": "--data --depth-importance --images --importance --json --keep --output --ratios --samples --spare-first "
+    "--spare-last --teacher --template",
     "distill run": "--cache --config --data --dry-run --extend --images --json --log-with --nproc --output --phases --seed "
     "--set --sketch --student --teacher",
     "distill train": "--cache --config --data --dry-run --extend --images --json --log-with --output --phases --seed "
@@ -188,7 +189,8 @@ def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
 @pytest.mark.parametrize(
     ("student", "folder"),
     [
-        ("mobilevlm", "mobilevlm"), ("pruned:0.5", "pruned-0.5"), ("/models/mine/", "mine"), ("/of@me/mine", "mine"),
+        ("mobilevlm", "mobilevlm"), ("pruned:0.5", "pruned-0.5"), ("pruned:width:0.5,depth:0.75", "pruned-width-0.5-depth-0.75"),
+        ("/models/mine/", "mine"), ("/of@me/mine", "mine"),
         ("mtgv/MobileVLM_V2-1.7B", "MobileVLM_V2-1.7B"), ("org/name@v1", "org-name@v1"),
         ("org/name@refs/pr/3", "org-name@refs-pr-3"),
     ],

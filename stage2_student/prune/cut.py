@@ -37,7 +37,7 @@ from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
 from vlm_distill_cache.stage2_student.exports.folder import keep_files, write_model_code
-from vlm_distill_cache.stage2_student.prune.importance import MLP, Measured, measure_importance, prunable_layers
+from vlm_distill_cache.stage2_student.prune.importance import Measured, measure_importance
 from vlm_distill_cache.stage2_student.prune.plan import (
     LayerParts,
     Widths,
@@ -47,7 +47,8 @@ from vlm_distill_cache.stage2_student.prune.plan import (
     narrow_widths,
     rank_over_layers,
 )
-from vlm_distill_cache.stage2_student.pruned_folder import RECORD, Kept, PruningConfig, read_settings
+from vlm_distill_cache.stage2_student.pruned_folder import RECORD, Kept, PruningConfig, layers_kept, read_settings
+from vlm_distill_cache.stage2_student.students.prunable import MLP, prunable_layers, refuse_unlisted
 
 _log = logging.getLogger(__name__)
 MAX_LENGTH = 2048  # tokens of a sample
@@ -128,10 +129,7 @@ def prune_directory(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     how = how or PruningConfig()
     opened = open_family_model(teacher, dtype=stored_dtype(teacher))
-    if not opened.family.is_listed:
-        raise ModelError(
-            f"{teacher}: model_type {opened.model.config.model_type!r} is not listed in data/families/table.py"
-        )
+    refuse_unlisted(teacher, opened)
     opened.model.to(device)
     encoder = encoder or teacher_encoder(teacher, opened, template)
     pruning = plan_pruning(opened, model_batches(opened, encoder, samples, device), kept=kept, how=how)
@@ -186,6 +184,7 @@ def plan_pruning(opened: FamilyModel, batches: Iterable[Measured], *, kept: Kept
         channels=text.intermediate_size,
     )
     language_model = submodule(opened.model, opened.family.language_model)
+    count, first, last = layers_kept(len(prunable_layers(language_model)), kept, how)
     importance = measure_importance(
         opened.model,
         language_model,
@@ -194,13 +193,8 @@ def plan_pruning(opened: FamilyModel, batches: Iterable[Measured], *, kept: Kept
         width=how.importance,
         depth=None if kept.depth == 1 else how.depth_importance,
     )
-    layers = choose_layers(importance.layers, kept.depth, first=how.spare_first, last=how.spare_last)
+    layers = choose_layers(importance.layers, count, first=first, last=last)
     narrowed = layers[how.spare_first or 0 : len(layers) - (how.spare_last or 0)]
-    if kept.width != 1 and not narrowed:
-        raise ConfigError(
-            f"spare_first={how.spare_first or 0} and spare_last={how.spare_last or 0} spare all {len(layers)} layers: nothing "
-            "would be narrowed; spare fewer, or keep a share of depth alone (depth:KEEP)"
-        )
     chosen = dict.fromkeys(layers, all_parts(have))
     changed = kept.width != 1 and (how.ratios == "global" or narrowed != layers)
     if kept.width != 1 and how.ratios == "global":

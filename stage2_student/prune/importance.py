@@ -24,13 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.errors import DataError, ModelError
+from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.stage2_student.prune.plan import Importance
 from vlm_distill_cache.stage2_student.pruned_folder import DepthImportance, WidthImportance
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
+from vlm_distill_cache.stage2_student.students.prunable import ATTENTION, MLP, prunable_layers
 
 
 class Measured(NamedTuple):
@@ -196,6 +194,8 @@ def measure_importance(
             gradients = _Gradients(model, layers, hooks)
         with torch.enable_grad() if by_loss else nullcontext():
             _run(model, batches, gradients)
+        if gradients is not None and not gradients.rows:
+            raise DataError("no sample with an answer to measure importance=taylor on; give data with answers")
         if not seen[0].rows:
             raise DataError("no sample to measure the importance of heads and channels on; give more data")
         of_heads = torch.stack([layer.head_importance() for layer in seen])
@@ -206,8 +206,6 @@ def measure_importance(
         if influence is not None:
             of_layers = 1 - (influence.cosines / seen[0].rows).float()
         if gradients is not None:
-            if not gradients.rows:
-                raise DataError("no sample with an answer to measure importance=taylor on; give data with answers")
             by_taylor = gradients.importance(heads)
             if width == "taylor":
                 of_heads, of_served, of_channels = by_taylor
@@ -223,24 +221,6 @@ def _run(model: Any, batches: Iterable[Measured], gradients: _Gradients | None) 
                 model(**batch.inputs, use_cache=False)
         else:
             gradients.see(model, batch)
-
-
-def prunable_layers(language_model: Any) -> list[nn.Module]:
-    """The decoder layers, if all are built as Llama's."""
-    layers = list(getattr(language_model, "layers", []))
-    for index, layer in enumerate(layers):
-        for part, names in (("self_attn", ATTENTION), ("mlp", MLP)):
-            found = getattr(layer, part, None)
-            missing = [name for name in names if not isinstance(getattr(found, name, None), nn.Linear)]
-            if missing:
-                raise ModelError(
-                    f"{type(language_model).__name__}, layer {index}: no linear {part}.{', '.join(missing)}; expected "
-                    "layers built as Llama's (Llama, Qwen, Mistral, Gemma): this teacher cannot be pruned, choose "
-                    "another student"
-                )
-    if not layers:
-        raise ModelError(f"{type(language_model).__name__} keeps no list of decoder `layers`: it cannot be pruned")
-    return layers
 
 
 def _linears(layer: Any) -> dict[str, nn.Linear]:

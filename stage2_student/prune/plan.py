@@ -97,34 +97,23 @@ def narrow_widths(widths: Widths, keep: float, *, heads: bool = True) -> Widths:
     )
 
 
-def choose_layers(importance: Tensor, keep: float, *, first: int | None = None, last: int | None = None) -> list[int]:
+def choose_layers(importance: Tensor, count: int, *, first: int, last: int) -> list[int]:
     """The layers that stay: the ends that are spared, and the most important ones between them.
 
     Args:
         importance: float ``[L]``.
-        keep: Share of layers to keep, in (0, 1]; their number is rounded, and at least 1.
-        first: Layers at the beginning that always stay; None: one, where two or more are kept.
+        count: How many stay, with the ends.
+        first: Layers at the beginning that are spared.
         last: The same at the end.
 
     Returns:
         Indices, ascending; of equally important layers the first stay.
-
-    Raises:
-        ConfigError: If the share is no share, or more layers are spared than are kept.
     """
-    _refuse_no_share(keep)
     depth = len(importance)
-    count = max(1, math.floor(keep * depth + 0.5))
     if count == depth:
         return list(range(depth))
-    begin, end = (int(count > 1) if spared is None else spared for spared in (first, last))
-    if begin + end > count:
-        raise ConfigError(
-            f"depth {keep:g} keeps {count} of {depth} layers, fewer than the {begin} first and {end} last ones that are "
-            "spared; keep more, or spare fewer (spare_first, spare_last)"
-        )
-    between = largest(importance[None, begin : depth - end], count - begin - end)[0] + begin
-    return [*range(begin), *between.tolist(), *range(depth - end, depth)]
+    between = largest(importance[None, first : depth - last], count - first - last)[0] + first
+    return [*range(first), *between.tolist(), *range(depth - last, depth)]
 
 
 def choose_layer_parts(

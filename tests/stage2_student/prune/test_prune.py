@@ -25,9 +25,10 @@ from vlm_distill_cache.stage2_student.prune.cut import (
     prune_directory,
     teacher_encoder,
 )
-from vlm_distill_cache.stage2_student.prune.importance import measure_importance, prunable_layers
+from vlm_distill_cache.stage2_student.prune.importance import measure_importance
 from vlm_distill_cache.stage2_student.prune.plan import Widths, choose_layer_parts, narrow_widths
 from vlm_distill_cache.stage2_student.pruned_folder import Kept, PruningConfig
+from vlm_distill_cache.stage2_student.students.prunable import prunable_layers
 
 # Llama without and Qwen with biases, heads fixed by the width, heads with norms, several tiles, a prefix, ours.
 FAMILIES = (

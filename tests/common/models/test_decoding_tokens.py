@@ -116,9 +116,14 @@ def test_steps_are_whole_passes_that_see_what_is_kept(name, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory):
+def once_opened(tmp_path_factory):
+    return open_with_prompts("mobilevlm_v2", tmp_path_factory.mktemp("models") / "mobilevlm_v2")
+
+
+@pytest.fixture
+def opened(once_opened):
     """A MobileVLM that shifts whenever other tokens than those kept are looked at most."""
-    opened = open_with_prompts("mobilevlm_v2", tmp_path_factory.mktemp("models") / "mobilevlm_v2")
+    opened = once_opened
     change_model(opened.model, opened.parts, decoding_tokens={"keep": 2, "by": "shift", "shift_threshold": 1.0})
     return opened
 
@@ -140,6 +145,7 @@ def test_steps_hold_few_keys_and_tell_the_whole_length(opened):
 
 @torch.no_grad()
 def test_padding_behind_prompts_changes_nothing(opened):
+    change_model(opened.model, opened.parts, decoding_tokens={"keep": 2, "by": "fixed"})
     answers, expected = answers_and_logits(opened.model, opened.inputs)
     ids, mask = opened.inputs["input_ids"], opened.inputs["attention_mask"]
     lengths = mask.sum(1)

@@ -1,7 +1,7 @@
 """`make experiment-seeds`: one job of each part runs, a killed run goes on, and the tables say what the results are."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -10,9 +10,11 @@ from tests.benchmarks import experiment_seeds as experiment
 from tests.benchmarks.bench_docs import ROOT, TABLE_PAGE, table_in
 from tests.benchmarks.experiment_seeds import STORED, Budget, Job, Place
 from tests.benchmarks.experiment_seeds_arms import (
+    ARMS,
     BASE,
     CUTS,
     LOGITS,
+    ORACLE,
     SEEDS,
     UNPRUNED,
     Arm,
@@ -21,6 +23,8 @@ from tests.benchmarks.experiment_seeds_arms import (
     selected,
 )
 from tests.benchmarks.experiment_seeds_tables import BEGIN, END, in_order, tables
+from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.stage2_student.config import TrainConfig
 
 TINY = Budget(data="shapes:images=32", items=1, steps=2, pruned_steps=2)
 
@@ -111,13 +115,27 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return found
 
 
-def test_a_student_of_each_part_is_trained_changed_and_scored(place: Place):
-    for arm in (BASE, recovered("pruned:depth:0.5", 5, "hidden states")):
+def test_a_job_of_each_part_is_run(place: Place):
+    gaze = selected(25, "gaze", trained=True)
+    trained = (BASE, gaze, recovered("pruned:depth:0.5", 5, "hidden states"))
+    others = (selected(25, ORACLE, trained=True), selected(25, "sinks", trained=False), decoded(10, "shift"))
+    for arm in (*trained, *others):
         found = experiment.run_job(place, Job(arm, 101))
         assert set(found["scores"]) >= {"likelihood", "questions"}
-        assert found["samples"] == (32 if arm == BASE else 2)
+        if arm in trained:
+            assert found["samples"] == (2 if "5 % of the data" in arm else 32)
+    assert found["scores"].keys() == {"likelihood", "questions", "nats", "agreement", "events"}
     found = experiment.quantised(place, Job(BASE, 101), Arm("quantised", {"quantise": "8bit"}))
     assert found["megabytes"] < 2
+
+
+def test_the_options_of_all_arms_are_options_of_a_run():
+    known = {entry.name for entry in fields(TrainConfig)}
+    for name, arm in ARMS.items():
+        options = {key: value for key, value in arm.options.items() if key in known}
+        assert arm.part in experiment.WAYS or options.keys() == arm.options.keys()
+        given = {"cache": "c", "output": "o", "dft": {"losses": arm.losses or {}}, **options}
+        config_from_dict(TrainConfig, given | ({"teacher": "t"} if arm.part == "pruning" else {}), where=name)
 
 
 def test_the_tables_in_the_documentation_are_those_of_the_stored_results():

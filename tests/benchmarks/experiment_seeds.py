@@ -21,13 +21,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.experiment_seeds_arms import ARMS, KEEP, SEEDS, Arm, cuts
+from tests.benchmarks.experiment_seeds_arms import ARMS, BASE, KEEP, SEEDS, Arm, cuts
 from tests.benchmarks.experiment_seeds_tables import in_order, tables, write_page
 from vlm_distill_cache.common.files.atomic import try_lock
 from vlm_distill_cache.common.terminal.command_line import end_with_parent
 
 STORED = Path(__file__).parent / "results" / "experiment_seeds.json"
-SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map", "hidden")
+SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map", "hidden", "tower_attention")
+BATCH = 64  # captions or questions that are decoded at once
 FROM_SCRATCH = {"student": "mobilevlm-tiny", "projector": "mlp"}
 
 
@@ -182,6 +183,85 @@ def score_cuts(place: Place) -> dict[str, dict[str, float]]:
     return found
 
 
+def training_free(place: Place, base: Job, arm: Arm) -> dict[str, float]:
+    """Scores of a trained student that feeds fewer visual tokens than it was trained with, or those that an oracle names."""
+    from vlm_distill_cache.common.config import config_from_dict
+    from vlm_distill_cache.common.opening import open_cache
+    from vlm_distill_cache.stage2_student.config import TrainConfig
+    from vlm_distill_cache.stage2_student.prune.tokens import select_tokens
+    from vlm_distill_cache.stage2_student.scores.oracle import followed, read_oracle
+    from vlm_distill_cache.stage2_student.trained_student import open_student
+
+    options, folder = dict(arm.options), place.trained(base)
+    oracle = read_oracle(open_cache(str(place.held_out))) if options.pop("oracle", False) else None
+    target = (
+        place.root / "runs" / f"{base.seed}-{options['visual_tokens']}-{options['token_selection']}-{oracle is None}"
+    )
+    if base.arm == BASE:
+        shutil.rmtree(target, ignore_errors=True)
+        options |= {"cache": str(place.cache), "output": str(target), "seed": base.seed}
+        select_tokens(folder, target, config_from_dict(TrainConfig, options, where=str(folder)), cache=str(place.cache))
+        folder = target
+    student = open_student(folder, device="cpu")
+    with followed(oracle):
+        scores = score(place, student.model, student.encoder)
+    shutil.rmtree(target, ignore_errors=True)
+    return scores
+
+
+def decoding(place: Place, base: Job, arm: Arm) -> dict[str, float]:
+    """How a student decodes that looks at few visual tokens a step: given captions token by token, and own answers.
+
+    Returns:
+        Captions and questions that are right, percent; of the right captions ``nats`` a token, ``agreement`` with the
+        student's own decoding with all tokens, percent of the tokens, and ``events``, swaps of visual tokens a caption.
+    """
+    import numpy as np
+
+    from vlm_distill_cache.common.models.changed import change_model
+    from vlm_distill_cache.data.families.table import family_of
+    from vlm_distill_cache.data.registry import open_evaluation
+    from vlm_distill_cache.data.sample import Sample, Turn
+    from vlm_distill_cache.stage2_student.scores.evaluate import score_questions
+    from vlm_distill_cache.stage2_student.scores.forced import forced_decoding, prompt_and_answer
+    from vlm_distill_cache.stage2_student.scores.metrics import preference
+    from vlm_distill_cache.stage2_student.students.library import core_of
+    from vlm_distill_cache.stage2_student.students.model import generation_inputs_of
+    from vlm_distill_cache.stage2_student.trained_student import open_student
+
+    student = open_student(place.trained(base), device="cpu")
+    model, encoder = student.model, student.encoder
+    items = open_evaluation(place.budget.data, "test", place.budget.items)
+
+    def dictate(caption: str) -> list[Any]:
+        """Decode the right or the wrong captions, in batches."""
+        asked = []
+        for pair in items.pairs:
+            said = Turn(question="", answer=getattr(pair, caption))
+            asked.append(
+                prompt_and_answer(encoder, Sample(sample_id=pair.item_id, images=(pair.image,), turns=(said,)))
+            )
+        batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
+        make = generation_inputs_of(model)
+        return [forced_decoding(model, encoder, *zip(*batch, strict=True), inputs=make) for batch in batches]
+
+    whole = dictate("right")
+    core = core_of(model)
+    how = {"keep": arm.options["keep"], "by": arm.options["by"], "shift_threshold": 0.75, "layers": None}
+    change_model(core, family_of(core.config.model_type).parts, decoding_tokens=how)
+    right, wrong = dictate("right"), dictate("wrong")
+    sums = [np.concatenate([part.log_probs.sum(dim=1).numpy() for part in side]) for side in (right, wrong)]
+    tokens, captions = sum(int(part.real.sum()) for part in right), len(items.pairs)
+    same = sum(int(((part.best == other.best) & part.real).sum()) for part, other in zip(right, whole, strict=True))
+    events = sum(int(part.events.sum()) for part in right)
+    answers = score_questions(model, encoder, items.questions, batch_size=BATCH)
+    return {
+        "likelihood": round(100 * float(preference(*sums).mean()), 2), "questions": round(100 * float(answers.mean()), 2),
+        "nats": round(-float(sums[0].sum()) / tokens, 5), "agreement": round(100 * same / tokens, 3),
+        "events": round(events / captions, 3),
+    }  # fmt: skip
+
+
 def quantised(place: Place, base: Job, arm: Arm) -> dict[str, float]:
     """Scores with fewer bits, and the weights' size."""
     from vlm_distill_cache.stage2_student.trained_student import export_student, open_student
@@ -201,8 +281,8 @@ def megabytes(folder: Path) -> float:
 
 
 WAYS: dict[str, Callable[[Place, Job, Arm], dict[str, float]]] = {
-    "quantised": quantised,
-}
+    "training-free": training_free, "decoding": decoding, "quantised": quantised,
+}  # fmt: skip
 
 
 def run_job(place: Place, job: Job) -> dict[str, Any]:

@@ -9,7 +9,8 @@ BASE = "+ answer_attention"  # all visual tokens, and the losses that students w
 LOGITS = "logit KD"
 SHARES = (25, 50)  # percent of the visual tokens that are fed
 CHOICES = ("random", "grid", "attention", "sinks", "gaze")
-ORACLE = "gaze of the teacher"  # which looks at the scored picture; `gaze` is predicted and needs no teacher
+ORACLE = "gaze of the teacher"  # on the scored picture; `gaze` is predicted and needs no teacher
+VISUAL_TOKENS = 36  # of a picture, all of them
 BUDGETS = (10, 33, 50, 100)  # percent of the visual tokens that a decoding step attends
 DECODINGS = ("fixed", "shift")
 KEPT = (0.75, 0.5)
@@ -109,7 +110,7 @@ def _arms() -> Iterator[tuple[str, Arm]]:
         yield selected(share, ORACLE, trained=False), Arm("training-free", options, of=BASE)
     for budget in BUDGETS:
         for how in DECODINGS:
-            options = {"decoding_tokens": budget / 100, "decoding_selection": how}
+            options = {"keep": budget / 100 if budget < 100 else VISUAL_TOKENS, "by": how}
             yield decoded(budget, how), Arm("decoding", options, of=BASE)
     for cut in (UNPRUNED, *CUTS):
         for share in DATA_SHARES:

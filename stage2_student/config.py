@@ -4,13 +4,15 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from vlm_distill_cache.common.config import NOT_HERE, SAYS_NOTHING, SHARED_WORDS, Word, config_to_dict, take_paths
+from vlm_distill_cache.common.config import Word, config_to_dict, take_paths
 from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import is_url, public_location
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights, require
-from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
+from vlm_distill_cache.stage2_student.presets.words import WORDS_OF_A_PHASE, WORDS_OF_ADAPTERS, words_of_a_run
+from vlm_distill_cache.stage2_student.pruned_folder import PruningConfig, kept_share, one_name, pruning_record
 
 PhaseName = Literal["dpt", "dft", "sft"]
 Schedule = Literal["cosine", "constant"]
@@ -21,8 +23,11 @@ Split = Literal["validation", "test"]
 BestBy = Literal[
     "auto", "likelihood", "likelihood_per_token", "letters/mean", "questions", "teacher/top1", "teacher/kl"
 ]
+TokenSelection = Literal["attention", "sinks", "gaze", "grid", "random"]
+DecodingSelection = Literal["shift", "fixed"]
 RATES: tuple[RateName, ...] = ("lr", "projector_lr", "tower_lr")
 PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
+SHARE_OF = "samples drawn at random from each source"
 MODELS = ("student", "student_weights", "teacher", "vision_tower", "language_model")
 # Options that change when a run ends and what it prints, not what it learns.
 MOST, MOST_SAMPLES = 2**40, 2**20  # larger ones are slips of the finger
@@ -30,6 +35,11 @@ SPEED_OPTIONS = (
     "device", "num_workers", "memory_gib", "checkpoint_every", "keep_checkpoints", "log_every",
     "gradient_checkpointing", "verify", "report_to",
 )  # fmt: skip
+# How many visual tokens there are, and how they are chosen.
+TOKEN_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "visual_tokens": ("token_selection", "sink_penalty", "merge_frames"),
+    "decoding_tokens": ("decoding_selection", "shift_threshold"),
+}
 # How runs name it that were described before both stages had one word for it; fingerprints stay what they are.
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 
@@ -39,13 +49,6 @@ def _within(owner: object, name: str, low: int, high: int | None = None, unit: s
     value = getattr(owner, name)
     ok = value is None or (low <= value and (high is None or value <= high))
     require(ok, name, value, f"{low} {'or more' if high is None else f'to {high}'} {unit}".rstrip())
-
-
-_ACCUMULATION = Word(
-    values={1: SAYS_NOTHING},
-    note="it follows from batch_size, the samples of a step over all processes, and micro_batch_size, the most in one "
-    "pass of one process. Write batch_size=(samples a pass) x (processes) x (accumulation steps)",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,46 +77,7 @@ class PhaseConfig:
         cache: This phase's teacher cache; none: the run's.
     """
 
-    WORDS: ClassVar[Mapping[str, Word]] = {
-        "learning_rate": Word(options=("lr",)),
-        "mm_projector_lr": Word(options=("projector_lr",)),
-        "mm_vision_tower_lr": Word(options=("tower_lr",)),
-        "num_train_epochs": Word(options=("epochs",)),
-        "max_steps": Word(options=("steps",), values={-1: SAYS_NOTHING}, others=True),
-        "per_device_train_batch_size": Word(
-            options=("micro_batch_size",),
-            note="the most samples in one pass of one process. A step has batch_size samples, over all processes and passes",
-        ),
-        "warmup_ratio": Word(options=("warmup",)),
-        "lr_scheduler_type": Word(
-            options=("schedule",),
-            values={"cosine": "cosine", "constant_with_warmup": "constant"},
-            note="write schedule=cosine or schedule=constant, and warmup=0 for none",
-        ),
-        **dict.fromkeys(("gradient_accumulation_steps", "grad_accum"), _ACCUMULATION),
-        "global_batch_size": Word(options=("batch_size",)),
-        "bs": Word(
-            note="batch_size is the samples of a step over all processes, micro_batch_size the most in one pass"
-        ),
-        "wd": Word(options=("weight_decay",)),
-        "lr_rate": Word(note="write lr=RATE"),
-        "finetuning_type": Word(
-            options=("trainable",),
-            values={"full": "all", "lora": "lora"},
-            note="write trainable=all, lora, projector or tower",
-        ),
-        **dict.fromkeys(
-            ("freeze_vision_tower", "freeze_backbone"),
-            Word(
-                note="what is trained is an option of phases: write trainable=projector, all, lora or tower (the vision tower is "
-                "frozen but for tower), and freeze=[...] for parts of it"
-            ),
-        ),
-        "warmup_steps": Word(
-            values={0: SAYS_NOTHING},
-            note="the warm-up is a share of a phase's steps. Write warmup=(warm-up steps)/(steps)",
-        ),
-    }
+    WORDS: ClassVar[Mapping[str, Word]] = WORDS_OF_A_PHASE
 
     steps: int | None = None
     epochs: float | None = None
@@ -179,11 +143,7 @@ class LoraConfig:
         CompoDistill (arXiv:2510.12184): r = 128, alpha = 256. Dropout is off, as everywhere in this project.
     """
 
-    WORDS: ClassVar[Mapping[str, Word]] = {
-        "r": Word(options=("rank",)),
-        "lora_alpha": Word(options=("alpha",)),
-        "lora_dropout": Word(options=("dropout",)),
-    }
+    WORDS: ClassVar[Mapping[str, Word]] = WORDS_OF_ADAPTERS
 
     rank: int = 128
     alpha: float = 256.0
@@ -240,30 +200,7 @@ class EvaluationConfig:
         return replace(self, split=split, limit=min(self.items, self.limit or self.items))
 
 
-def _each(option: str) -> tuple[str, ...]:
-    """An option of phases, of each of them."""
-    return tuple(f"{phase}.{option}" for phase in PHASE_NAMES)
-
-
 _OF_PHASES = [part.name for part in fields(PhaseConfig) if part.name not in ("losses", "data", "images", "cache")]
-_DTYPES = {"no": "float32", False: "float32", "fp32": "float32", "bf16": "bfloat16"} | {
-    name: name for name in _PRECISIONS
-}
-_STAGE_ONE = (
-    "split store signals temperatures attention_dtype grid map_preset map_grid answers max_new_tokens "
-    "answer_temperature answer_top_p answer_seed hidden_layers hidden_dtype groups layers long_samples shard_size "
-    "device_map quantisation quantization max_failed_share max_unknown_share fidelity_samples threads "
-    "top_p do_sample teacher_license data_license source dataset_split quantise quantize per_device_eval_batch_size"
-)
-_TEMPERATURE = Word(
-    note="that of the losses on logits is an option of a phase, one of those that the cache was built for: write "
-    "dft.losses.temperature=T; that of answers which the teacher writes is answer_temperature in stage one"
-)
-_KD_WEIGHT = Word(
-    note="each loss of a phase has its own weight: write dft.losses.logits=W for the teacher's logits, dft.losses.lm=W for the "
-    "data's answers (the scale of adapters is lora.alpha)"
-)
-_LENGTH = Word(options=("max_length",), note="a longer sample is left out, not cut")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,16 +212,33 @@ class TrainConfig:
             (``org/name[@revision]``); docs/families.md lists them.
         student_weights: The weights of a student given by its short name: a folder or a name on the hub.
         teacher: What a student ``pruned:KEEP`` is cut out of, a folder or a name on the hub; other students need none.
+        pruning: How a student ``pruned:KEEP`` is cut out of it.
         vision_tower: The student's vision tower, a folder or a name on the hub; none: the cache's, or the student's own.
         language_model: A language model to start from, a folder or a name on the hub; none: random weights.
         projector: Projector type: ``ldpnet``, ``ldpnetv2``, ``mlp`` or ``taf``; none: the student's own.
         pool_teacher_tokens: With projector ``taf``: pool the teacher's tokens 2x2 before the post-projector.
+        visual_tokens: Feed the language model only so many of a picture's visual tokens: a share below 1, or a whole number of
+            2 or more; none: all (of a student that says itself how many, so many). docs/visual-tokens.md says more.
+        token_selection: Which ones: ``attention`` (those that the vision tower looks at most), ``sinks`` (the same, minus
+            ``sink_penalty`` times how much of a sink a place is in the cache), ``gaze`` (where the teacher looked; at inference
+            where a regression on the tower's features expects that), ``grid`` (an average pool), ``random``.
+        sink_penalty: Weight of a place's sink score, which is in [0, 1], against the attention, whose sum over places is 1.
+        merge_frames: Of several pictures of one size in a sample, leave out what stays as alike as this cosine from one to the
+            next, in (0, 1); none: nothing.
+        decoding_tokens: Of the visual tokens that were read with the prompt, each generated token looks at so many; as
+            ``visual_tokens``; none: all.
+        decoding_selection: ``fixed``: those that the prompt's last token looked at most; ``shift``: others as soon as the
+            student's own gaze shifts.
+        shift_threshold: The gaze has shifted where the kept tokens hold less than this share, in (0, 1], of what the best
+            would.
         template: Prompt template; none: the cache's, the only one that fits its labels.
         data: Data set, as for stage one; none: what the cache was built from. A mixture's weights say how often its samples
             are seen in an epoch.
         images: Folder that relative image paths start from.
-        limit: Use only the first samples; none: all.
-        data_share: Use only this share of each phase's samples, the first ones, in (0, 1].
+        limit: Use only the first samples, in the order of the cache (of a mixture, those of each entry in proportion); none: all.
+        data_share: Use only this share of each phase's samples (of the first ``limit`` where that is set), drawn at random by
+            ``seed``, of each source alike: entries of a mixture, files, what an entry calls its ``source``, folders of
+            pictures; in (0, 1].
         cache: Teacher cache: a folder, or an address (``s3://``, ``hf://datasets/``, ``https://``). Of a mixture whose entries
             have a cache each, any of these; all are read.
         output: Folder for everything the run writes.
@@ -295,7 +249,7 @@ class TrainConfig:
         lora: Adapters of the phases that set ``trainable=lora``.
         gradient_checkpointing: Compute each decoder layer again in the backward pass: less memory, a third more time, the
             same result.
-        seed: Seed of the student's fresh weights and of the order of samples.
+        seed: Seed of the student's fresh weights, of the order of samples, and of which samples are a ``data_share``.
         dtype: ``float32``, or ``bfloat16`` for mixed precision: the arithmetic; weights stay in float32.
         device: ``auto`` (an accelerator if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         clip: Gradients are clipped to this norm.
@@ -315,148 +269,23 @@ class TrainConfig:
         license: Licence of the student, as an identifier of the Hugging Face Hub or free text; for its card.
     """
 
-    WORDS: ClassVar[Mapping[str, Word]] = {
-        **{name: Word(options=_each(name)) for name in _OF_PHASES},
-        **{
-            name: replace(word, options=tuple(found for option in word.options for found in _each(option)))
-            for name, word in PhaseConfig.WORDS.items()
-        },
-        **NOT_HERE,
-        **dict.fromkeys(
-            ("model_name_or_path", "model", "model_name", "student_model_name_or_path"), Word(options=("student",))
-        ),
-        "teacher_model_name_or_path": Word(
-            note="the teacher runs in stage one, `teacher-cache build --teacher`; here its cache is given, cache=FOLDER. Write "
-            "teacher=FOLDER for what a student pruned:KEEP is cut out of"
-        ),
-        "mm_projector_type": Word(note="write projector=ldpnet, ldpnetv2, mlp or taf"),
-        "data_seed": Word(options=("seed",), note="it is the seed of fresh weights, too"),
-        "output_dir": Word(options=("output",)),
-        **SHARED_WORDS,
-        "limit": Word(options=("limit",), values={0: None}, others=True),
-        "images": Word(options=("images",), values={"": None}, others=True),
-        "template": Word(options=("template",), values={"": None, "auto": None}, others=True),
-        "max_length": Word(options=("max_length",), values={0: None}, others=True),
-        **dict.fromkeys(("max_seq_length", "model_max_length", "cutoff_len", "sequence_len"), _LENGTH),
-        **dict.fromkeys(("temperature", "kd_temperature", "distill_temperature"), _TEMPERATURE),
-        **dict.fromkeys(("alpha", "beta", "kd_weight", "kd_alpha", "kd_ratio"), _KD_WEIGHT),
-        "losses": Word(note="each phase has losses of its own: write dft.KEY"),
-        **dict.fromkeys(
-            ("top_k", "k"),
-            Word(
-                note="how many of the teacher's tokens a student learns from is fixed when the cache is built: write "
-                "logits=fixed:K in stage one, `teacher-cache build`"
-            ),
-        ),
-        "dtype": Word(options=("dtype",), values=_DTYPES, others=True),
-        **dict.fromkeys(
-            ("precision", "mixed_precision"),
-            Word(options=("dtype",), values=_DTYPES, note="students are trained in these"),
-        ),
-        "bf16": Word(options=("dtype",), values={True: "bfloat16", False: "float32"}),
-        "fp16": Word(
-            values={False: SAYS_NOTHING}, note="students are trained in float32 or bfloat16. Write dtype=bfloat16"
-        ),
-        "torch_dtype": Word(note="weights are trained in float32. Write dtype=bfloat16 for mixed precision"),
-        "max_grad_norm": Word(options=("clip",)),
-        "save_steps": Word(options=("checkpoint_every",)),
-        "save_total_limit": Word(options=("keep_checkpoints",)),
-        "logging_steps": Word(options=("log_every",)),
-        **dict.fromkeys(
-            ("report_to", "log_with"),
-            Word(
-                options=("report_to",),
-                values={
-                    **{name: [name] for name in TRACKERS},
-                    **{nothing: [] for nothing in ("none", None, "no", "off", False)},
-                },
-                others=True,
-            ),
-        ),
-        **dict.fromkeys(("lora_r", "lora_rank"), Word(options=("lora.rank",))),
-        "lora_alpha": Word(options=("lora.alpha",)),
-        "lora_dropout": Word(options=("lora.dropout",)),
-        **{
-            name: Word(values={False: SAYS_NOTHING}, note="write trainable=lora")
-            for name in ("lora_enable", "use_peft")
-        },
-        **dict.fromkeys(
-            ("lora_target_modules", "lora_target"),
-            Word(
-                values={"all": SAYS_NOTHING},
-                note="adapters are on all linear layers of the language model; leave it out",
-            ),
-        ),
-        "cache_dir": Word(
-            note="write cache=FOLDER for the teacher's cache; downloads of the hub go where the variable HF_HOME says"
-        ),
-        **dict.fromkeys(
-            ("optim", "optimizer"),
-            Word(
-                values=dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"), SAYS_NOTHING),
-                note="students are trained by AdamW; leave it out",
-            ),
-        ),
-        **dict.fromkeys(
-            ("fsdp", "deepspeed"),
-            Word(
-                values=dict.fromkeys(("", None, False), SAYS_NOTHING),
-                note="each process holds the whole student; leave it out",
-            ),
-        ),
-        "resume_from_checkpoint": Word(
-            values=dict.fromkeys((True, False, None), SAYS_NOTHING),
-            note="the same command with the same output goes on from its last checkpoint; leave it out",
-        ),
-        "eval_steps": Word(options=("evaluation.every",)),
-        **dict.fromkeys(
-            ("eval_strategy", "evaluation_strategy", "do_eval"),
-            Word(
-                values=dict.fromkeys(("no", "steps", False, None), SAYS_NOTHING),
-                note="students are scored when they are trained, by `distill run` or `distill evaluate`, and while they are "
-                "with evaluation.every=STEPS",
-            ),
-        ),
-        "metric_for_best_model": Word(note="write evaluation.best=SCORE, such as likelihood or questions"),
-        "save_strategy": Word(
-            values={"steps": SAYS_NOTHING}, note="checkpoints are written by steps: write checkpoint_every=STEPS"
-        ),
-        "logging_strategy": Word(values={"steps": SAYS_NOTHING}, note="the log has a line a step; leave it out"),
-        "run_name": Word(note="a run is called by its folder: write output=FOLDER"),
-        "logging_dir": Word(note="the log and TensorBoard's files are in the output folder; leave it out"),
-        "do_train": Word(values={True: SAYS_NOTHING}, note="`distill evaluate` scores without training; leave it out"),
-        **dict.fromkeys(
-            (
-                "remove_unused_columns",
-                "group_by_length",
-                "push_to_hub",
-                "ddp_find_unused_parameters",
-            ),
-            Word(values=dict.fromkeys((False, None), SAYS_NOTHING), note="there is no such thing here; leave it out"),
-        ),
-        "load_best_model_at_end": Word(
-            values=dict.fromkeys((False, None), SAYS_NOTHING),
-            note="with evaluation.every=STEPS the best student is kept in OUTPUT/best, beside OUTPUT/final; leave it out",
-        ),
-        "overwrite_output_dir": Word(
-            values={False: SAYS_NOTHING}, note="give another output, or delete the folder to begin again"
-        ),
-        **dict.fromkeys(
-            ("load_in_4bit", "load_in_8bit", "bits"),
-            Word(values={False: SAYS_NOTHING, 16: SAYS_NOTHING}, note="students are trained unquantised; leave it out"),
-        ),
-        **dict.fromkeys(
-            _STAGE_ONE.split(), Word(note="it is an option of stage one, `teacher-cache build`, not of `distill`")
-        ),
-    }
+    WORDS: ClassVar[Mapping[str, Word]] = words_of_a_run(PHASE_NAMES, _OF_PHASES, TRACKERS)
 
     student: str = "mobilevlm"
     student_weights: str | None = None
     teacher: str | None = None
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     vision_tower: str | None = None
     language_model: str | None = None
     projector: str | None = None
     pool_teacher_tokens: bool = False
+    visual_tokens: float | None = None
+    token_selection: TokenSelection = "attention"
+    sink_penalty: float = 0.03
+    merge_frames: float | None = None
+    decoding_tokens: float | None = None
+    decoding_selection: DecodingSelection = "shift"
+    shift_threshold: float = 0.75
     template: str | None = None
     data: str | None = None
     images: str | None = None
@@ -515,15 +344,42 @@ class TrainConfig:
         _within(self, "limit", 1, None, "samples")
         _within(self, "max_length", 1, None, "tokens")
         require(0 < self.data_share <= 1, "data_share", self.data_share, "above 0 and at most 1")
+        self._check_tokens()
         need = f"the directory of the teacher (--teacher) that student {self.student} is cut out of"
-        require(kept_share(self.student) is None or self.teacher is not None, "teacher", self.teacher, need)
+        kept = kept_share(self.student)
+        require(kept is None or self.teacher is not None, "teacher", self.teacher, need)
+        changed = [name for name, value in vars(self.pruning).items() if value != getattr(PruningConfig(), name)]
+        need = f"left out: only a student pruned:KEEP is cut, and student is {self.student}"
+        for name in changed[: kept is None]:
+            require(False, f"pruning.{name}", getattr(self.pruning, name), need)
 
-    def sample_limit(self, samples: int) -> int | None:
-        """How many of a data set's samples a run uses at most; None: all."""
-        if self.data_share == 1:
-            return self.limit
-        shared = max(1, math.ceil(self.data_share * samples))
-        return shared if self.limit is None else min(shared, self.limit)
+    def _check_tokens(self) -> None:
+        """Refuse numbers of visual tokens that are none, and how to choose what is not chosen."""
+        for name in TOKEN_OPTIONS:
+            value, need = getattr(self, name), "a share below 1, or a whole number of 2 or more; leave it out for all"
+            require(value is None or 0 < value < 1 or (value >= 2 and value % 1 == 0), name, value, need)
+        require(0 <= self.sink_penalty < math.inf, "sink_penalty", self.sink_penalty, "0 or more, finite")
+        merge = self.merge_frames
+        require(merge is None or 0 < merge < 1, "merge_frames", merge, "a cosine above 0 and below 1")
+        require(0 < self.shift_threshold <= 1, "shift_threshold", self.shift_threshold, "a share above 0 and at most 1")
+        for head, names in TOKEN_OPTIONS.items():
+            for name in names if getattr(self, head) is None else ():
+                plain = _default(name)
+                need = (
+                    f"{plain!r}, or leave it out, where {head} is not set: all tokens are taken then; set {head}, too"
+                )
+                require(getattr(self, name) == plain, name, getattr(self, name), need)
+        by = self.token_selection
+        need = f"0.03, or leave it out, where token_selection is {by}: it is of token_selection=sinks"
+        require(by == "sinks" or self.sink_penalty == _default("sink_penalty"), "sink_penalty", self.sink_penalty, need)
+        need = f"0.75, or leave it out, where decoding_selection is {self.decoding_selection}: nothing is noticed there"
+        fixed = self.decoding_selection == "fixed" and self.shift_threshold != _default("shift_threshold")
+        require(not fixed, "shift_threshold", self.shift_threshold, need)
+
+    @property
+    def follows_gaze(self) -> bool:
+        """Whether the teacher's gaze chooses visual tokens in training."""
+        return self.visual_tokens is not None and self.token_selection == "gaze"
 
     def phase(self, name: PhaseName) -> PhaseConfig:
         """A phase's configuration with the run's data, images and cache filled in."""
@@ -531,6 +387,10 @@ class TrainConfig:
         return replace(
             phase, data=phase.data or self.data, images=phase.images or self.images, cache=phase.cache or self.cache
         )
+
+
+def _default(name: str) -> Any:
+    return next(part.default for part in fields(TrainConfig) if part.name == name)
 
 
 def scoring_options(config: TrainConfig) -> dict[str, Any]:
@@ -547,6 +407,11 @@ def without_teacher(config: TrainConfig) -> TrainConfig:
         # Without the teacher's projector, but with as many visual tokens: only then are the two comparable.
         projector = "ldpnetv2" if pooled else "mlp"
     return replace(config, **plain, projector=projector, pool_teacher_tokens=False, shuffle_teacher_images=False)
+
+
+def as_cut(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The configuration of a run whose student is cut out of its teacher already."""
+    return replace(config, student=str(folder), pruning=PruningConfig())
 
 
 def without_secrets(config: TrainConfig) -> TrainConfig:
@@ -580,8 +445,16 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     described = config_to_dict(config) | _public_models(config)
     for name in ("output", "evaluation", "license", *SPEED_OPTIONS):
         del described[name]
+    for head, names in TOKEN_OPTIONS.items():
+        for name in (head, *names) if described[head] is None else ():
+            del described[name]  # as runs were described before tokens could be chosen
     described["precision"] = _PRECISIONS[described.pop("dtype")]
     described["cache"] = cache_hashes.get(config.cache)
+    if config.data_share < 1:
+        described["data_share_of"] = SHARE_OF  # versions before took the first samples, which are other ones
+    described["student"] = one_name(described["student"])
+    if config.pruning == PruningConfig():
+        del described["pruning"]  # as runs had it before there was a choice
     if pruned := pruning_record(config.student):
         # Cut out of its teacher on the way: what it is, not where the run has put it.
         described["student"] = pruned

@@ -38,6 +38,7 @@ from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student.config import (
     EvaluationConfig,
     TrainConfig,
+    as_cut,
     describe,
     scoring_options,
     without_secrets,
@@ -66,6 +67,7 @@ from vlm_distill_cache.stage2_student.scores.results import (
     render_table,
     table_rows,
 )
+from vlm_distill_cache.stage2_student.scores.token_words import token_words
 from vlm_distill_cache.stage2_student.training.extension import as_begun, differing_options, earlier_training
 from vlm_distill_cache.stage2_student.training.output_folder import (
     CONFIG,
@@ -312,8 +314,8 @@ def with_pruned_student(
         ConfigError: If the cache's data cannot be opened.
         ModelError: If the teacher cannot be pruned, or is not the cache's.
     """
-    keep = kept_share(config.student)
-    if keep is None:
+    kept = kept_share(config.student)
+    if kept is None:
         return config
     folder = Path(config.output) / FOLDER
     if os.path.lexists(folder) and (damage := pruned_damage(folder)):
@@ -325,8 +327,8 @@ def with_pruned_student(
         from vlm_distill_cache.stage2_student.prune.for_run import prune_for_cache  # torch
 
         say(f"{config.student}: cutting it out of {public_name(config.teacher or '')}")
-        say(prune_for_cache(config, caches[str(config.phase(config.phases[0]).cache)], folder, keep=keep))
-    return replace(config, student=str(folder))
+        say(prune_for_cache(config, caches[str(config.phase(config.phases[0]).cache)], folder, kept=kept))
+    return as_cut(config, folder)
 
 
 def train_arm(
@@ -421,8 +423,8 @@ def look_at_run(outlook: Outlook, config: TrainConfig, caches: Mapping[str, Teac
         stamp = {"run": describe(config, hashes)}
         refuse_other_run(output, previous, stamp, hashes=hashes, extends=extends)
         if extends and all(cache.manifest_hash for cache in caches.values()):
-            student = config.student if kept_share(config.student) is None else str(output / FOLDER)
-            look_at_extension(arms(replace(config, student=student)).values(), caches)
+            trained = config if kept_share(config.student) is None else as_cut(config, output / FOLDER)
+            look_at_extension(arms(trained).values(), caches)
         if previous.get("finished") and previous["run"] == stamp["run"]:
             outlook.lines.append("  it is finished: what is there is checked, and nothing trained again")
     with outlook.checking():
@@ -500,7 +502,8 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
     flips, no_flips = show_flips(students, config, cache, evaluations)
     page = RunPage(
         title=f"{public_name(config.student)}: distilled from a teacher cache",
-        facts=run_facts(config, cache, describe_phases(config), students[DISTILLED].provenance["vocabulary"]),
+        facts=run_facts(config, cache, describe_phases(config), students[DISTILLED].provenance["vocabulary"])
+        | {of.replace("_", " "): said for of, said in token_words(students[DISTILLED].path).items()},
         cost=run_costs(sizes, curves, cache),
         curves=curves,
         on_the_way={name: read_evaluations(output / name) for name in COMPARED},
@@ -560,8 +563,11 @@ def refuse_other_page(output: Path, config: TrainConfig, stamp: Mapping[str, Any
     )
     with contextlib.suppress(FileNotFoundError, CacheFormatError):  # whoever opens the student says so
         found = read_provenance(output / DISTILLED / FINAL)["fingerprint"]
-        cut = {} if kept_share(config.student) is None else {"student": pruning_record(output / FOLDER)}
-        if not problem and found != (expected := fingerprint({**stamp["run"], **cut})):
+        of_run = dict(stamp["run"])
+        if kept_share(config.student) is not None:
+            of_run["student"] = pruning_record(output / FOLDER)
+            of_run.pop("pruning", None)
+        if not problem and found != (expected := fingerprint(of_run)):
             problem = f"{output / DISTILLED / FINAL} is another student: fingerprint {found}, expected {expected}"
     if problem:
         raise ConfigError(f"{output}: no page can be written: {problem}; run the same `distill run` command again")

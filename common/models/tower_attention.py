@@ -161,12 +161,13 @@ def by_visual_token(
     sum; a class token is no place; a newline token of LLaVA-NeXT and OneVision receives nothing.
 
     Args:
-        received: Of `observe_tower`.
-        image_inputs: The model's arguments, of which ``image_sizes`` and ``image_grid_thw`` are read where there are some.
+        received: Of `observe_tower`, or other values of the same places, with more axes behind or without.
+        image_inputs: The model's arguments, of which ``image_sizes`` and ``image_grid_thw`` are read where there are some;
+            ``tile_counts`` of the pictures where they are not those that their sizes would have.
         tokens: N of the whole batch.
 
     Returns:
-        float32 ``[N]``.
+        float32 ``[N]``, and what axes there are behind places.
 
     Raises:
         ModelError: If the tower's places do not make so many tokens in a way that is known.
@@ -175,12 +176,12 @@ def by_visual_token(
     if not received:
         raise ModelError(f"{type(tower).__name__} ran no layer that is observed; it must read pictures in this pass")
     if "image_grid_thw" in image_inputs:
-        found = _merged(tower, torch.cat([part.flatten() for part in received]), image_inputs["image_grid_thw"])
+        found = _merged(tower, torch.cat([part.flatten(0, 1) for part in received]), image_inputs["image_grid_thw"])
     elif "image_sizes" in image_inputs and hasattr(inner, "pack_image_features"):
-        found = _packed(inner, torch.cat(list(received)), image_inputs["image_sizes"])
+        found = _packed(inner, torch.cat(list(received)), image_inputs["image_sizes"], image_inputs.get("tile_counts"))
     else:
         tiles = torch.cat(list(received))  # [M, T]
-        found = _pooled(tiles, tokens // len(tiles)).flatten()
+        found = _pooled(tiles, tokens // len(tiles)).flatten(0, 1)
     if len(found) != tokens:
         raise ModelError(
             f"{type(tower).__name__}: its places make {len(found)} visual tokens, the language model reads {tokens}; the "
@@ -205,7 +206,7 @@ def _pooled(received: Tensor, tokens: int) -> Tensor:
             "this model's tower cannot be had"
         )
     share = _shares(fine, coarse).to(received)  # [fine, coarse]
-    return torch.einsum("myx,yr,xc->mrc", received.unflatten(1, (fine, fine)), share, share).flatten(1)
+    return torch.einsum("myx...,yr,xc->mrc...", received.unflatten(1, (fine, fine)), share, share).flatten(1, 2)
 
 
 def _shares(fine: int, coarse: int) -> Tensor:
@@ -234,23 +235,24 @@ def _merged(tower: Any, received: Tensor, grids: Tensor) -> Tensor:
     return tokens[torch.as_tensor(order, device=tokens.device).argsort()]
 
 
-def _packed(inner: Any, received: Tensor, sizes: Tensor) -> Tensor:
+def _packed(inner: Any, received: Tensor, sizes: Tensor, counts: Sequence[int] | None) -> Tensor:
     """LLaVA-NeXT and OneVision: the library's own code joins the tiles of each picture."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     config = inner.config
     side = config.vision_config.image_size // config.vision_config.patch_size
-    counts = [
+    counts = counts or [
         image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in sizes
     ]
-    places = _pooled(received, side**2)[..., None]  # [M, N, 1]
+    places = _pooled(received if received.ndim == 3 else received[..., None], side**2)  # [M, N, 1 or D]
     ratio = getattr(config, "vision_aspect_ratio", None)
     how = (
         {"vision_feature_select_strategy": config.vision_feature_select_strategy}
         if ratio is None
         else {"vision_aspect_ratio": ratio}
     )
-    nothing = torch.zeros(1, device=places.device)
+    nothing = torch.zeros(places.shape[2], device=places.device)
     parts: Sequence[Tensor]
-    parts, _ = inner.pack_image_features(list(places.split(counts)), sizes, image_newline=nothing, **how)
-    return torch.cat(list(parts))[:, 0]
+    parts, _ = inner.pack_image_features(list(places.split(list(counts))), sizes, image_newline=nothing, **how)
+    joined = torch.cat(list(parts))  # [N, 1 or D]
+    return joined[:, 0] if received.ndim == 2 else joined

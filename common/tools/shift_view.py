@@ -27,7 +27,7 @@ LEGEND = {
     "gaze on the kept": "How much of the gaze of these tokens lies on the kept places of token 0; the gaze of a token is its "
     "attention on the picture, mean over heads and the cached layers, as a share of all on the picture.",
     "its own best": "The same for as many places, chosen anew for each token: the most that so many places can hold.",
-    "in common": "Share of a token's own best places that are among those of token 0; a third by chance.",
+    "in common": "Share of a token's own best places that are among those of token 0; about a third by chance.",
     "event": "A token whose gaze on the kept places is below 0.75 of what its own best places hold; these are kept from then on. "
     "The rule is ours.",
     "events": "Such events, in answers of at least two tokens; shorter ones cannot shift.",

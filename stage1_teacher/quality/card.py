@@ -9,6 +9,7 @@ from vlm_distill_cache.common.cache.counts import SampleCounts
 from vlm_distill_cache.common.cache.plan import BASE, Plan, card_store_line, cut_words
 from vlm_distill_cache.common.cache.side_files import CARD
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
+from vlm_distill_cache.common.cache.spaced import FEW_RECORDS
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.printing import markdown, markdown_code, one_line
 from vlm_distill_cache.common.tools.shift import ShiftReport, folder_shift
@@ -17,7 +18,6 @@ from vlm_distill_cache.common.tools.sinks import Sinks, card_lines
 from vlm_distill_cache.data.questions import AskedData
 from vlm_distill_cache.data.sample import Dataset
 
-_SHIFT_SAMPLES = 512  # of which questions and gaze are read
 _MAX_CODEC = 4000  # characters of a codec's settings
 # The Hub's classes of size: below this many samples, this name.
 _SIZES = (
@@ -42,7 +42,7 @@ def write_card(
         for name, size in sidecar.field_bytes.items():
             field_bytes[name] = field_bytes.get(name, 0) + size
     asked = None if dataset is None else AskedData(dataset).questions
-    shift = folder_shift(cache_dir, plan, total=counts.samples, asked=asked, most=_SHIFT_SAMPLES)
+    shift = folder_shift(cache_dir, plan, total=counts.samples, asked=asked, most=FEW_RECORDS)
     text = card_text(plan, fidelity, counts=counts, field_bytes=field_bytes, sinks=sinks, shift=shift)
     write_bytes_atomic(cache_dir / CARD, text.encode())
 

@@ -96,6 +96,9 @@ class StudentSizes(Protocol):
     def width(self) -> int:
         """Of the language model."""
 
+    def kept_layers(self, teacher_depth: int) -> tuple[int, ...] | None:
+        """Which of the layers of a teacher of this depth are its own; None: it was not cut out of one."""
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -107,6 +110,7 @@ class Seen:
         rows: Whose logits were asked for, bool ``[B, T]``.
         logits: Of `rows`, float ``[rows, V]``, batch-row order; None if they were never held.
         divergence: Of the term that is computed `in_pass`; None without it.
+        fed: What each visual token stood for, of a student that feeds fewer of them (`losses.fed_tokens`); else None.
     """
 
     batch: TrainingBatch
@@ -116,6 +120,7 @@ class Seen:
     rows: Tensor
     logits: Tensor | None
     divergence: Tensor | None
+    fed: Tensor | None = None
 
 
 Requests = Mapping[str, AttentionRequest | HiddenRequest]

@@ -24,7 +24,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import parse_json, read_bounded
 from vlm_distill_cache.common.files.rules import OBJECT, check, maybe, record, whole
-from vlm_distill_cache.common.models.changed import Changed
+from vlm_distill_cache.common.models.changed import Changed, changed_class
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 from vlm_distill_cache.common.models.processing import VisionLanguageProcessor
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
@@ -86,7 +86,7 @@ def save_processor(
             keep_files(source, target)
         _write_library(target, model.config, encoder)
         if isinstance(model, Changed) and (target / "config.json").exists():
-            _write_code(target, dict.fromkeys(_AUTO_MODELS, type(model)))
+            write_model_code(target, model)
     for name in ("tokenizer_config.json", "processor_config.json"):
         path = target / name
         if path.exists():
@@ -127,7 +127,9 @@ def _our_classes(model: Any, encoder: SampleEncoder) -> dict[str, type[Any]]:
         return {"AutoConfig": type(model.config), **dict.fromkeys(_AUTO_MODELS, type(model))}
     has_token = encoder.image_token_id in encoder.tokenizer.added_tokens_decoder
     if model.config.model_type == "llava" and (isinstance(model, LlavaOfAnyDepth) or not has_token):
-        return dict.fromkeys(_AUTO_MODELS, type(model) if isinstance(model, Changed) else LlavaOfAnyDepth)
+        return dict.fromkeys(
+            _AUTO_MODELS, changed_class(LlavaOfAnyDepth) if isinstance(model, Changed) else LlavaOfAnyDepth
+        )
     return {}
 
 
@@ -151,6 +153,12 @@ def _write_own(target: Path, ours: Mapping[str, type[Any]], encoder: SampleEncod
     )
     template = chat_template_of(encoder.template, encoder.tokenizer, encoder.image_token)
     (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def write_model_code(target: Path, model: Any) -> None:
+    """Write the code of a changed model's class beside its weights, and name it in ``config.json``."""
+    ours = {"AutoConfig": type(model.config)} if isinstance(model, VisionLanguageModel) else {}
+    _write_code(target, {**ours, **dict.fromkeys(_AUTO_MODELS, type(model))})
 
 
 def _write_code(target: Path, classes: Mapping[str, type[Any]]) -> dict[str, str]:

@@ -81,6 +81,32 @@ class AttentionTarget:
     sinks: Tensor | None = None
     count: int = 0
 
+    def of_fed(self, fed: Tensor) -> "AttentionTarget":
+        """A batch's target for a student that feeds fewer visual tokens: cells that none of them sees do not count.
+
+        Args:
+            fed: What each visual token stands for, float32 ``[I, M, M]``, rows that sum to 1, or to 0 of those not fed.
+        """
+        pool = fed.to(self.student_pool) @ self.student_pool  # [I, M, C]
+        touched = pool.sum(dim=1) > 0
+        content = touched if self.content is None else self.content & touched
+        if self.kept is None:
+            return replace(self, student_pool=pool, content=content)
+        pairs = image_pairs(self.teacher, content)
+        return replace(self, student_pool=pool, content=content, teacher=self.teacher * pairs, kept=self.kept & pairs)
+
+    def of_fed_rows(self, fed: Tensor, rows: Tensor) -> "AttentionTarget":
+        """As `of_fed`, of rows of the text whose masked cells are taken out of the teacher's, and of its mass on the image.
+
+        Args:
+            rows: Row positions of these samples, int64 ``[I, R]``, padding -1.
+        """
+        target = self.of_fed(fed)
+        assert target.content is not None
+        sample_index = (rows >= 0).nonzero()[:, 0].to(target.content.device)
+        teacher = self.teacher * target.content[sample_index][:, None]
+        return replace(target, teacher=teacher, image_mass=teacher.sum(dim=-1))
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionTerm(LossTerm):
@@ -191,7 +217,10 @@ class ColumnsTerm(AttentionTerm):
 
     def value(self, seen: Seen, target: AttentionTarget, fit: Any) -> Value:
         """`visual_columns_loss`, a mean over images."""
-        columns = _of_images(seen.attention["columns"], seen.batch)[:, :, 0] @ target.student_pool  # [I, G, C]
+        received = _of_images(seen.attention["columns"], seen.batch)  # [I, G, 1, M]; all rows where some are not fed
+        if seen.fed is not None:
+            received = (row_weights(target)[:, None, :, None] * received).sum(dim=2, keepdim=True)
+        columns = received[:, :, 0] @ target.student_pool  # [I, G, C]
         loss = visual_columns_loss(
             columns,
             target.teacher,

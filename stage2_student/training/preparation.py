@@ -23,28 +23,35 @@ from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.models.changed import changes_of
 from vlm_distill_cache.common.remotes.mirror import find_mirror
 from vlm_distill_cache.common.tools.fidelity_words import poor_fidelity
 from vlm_distill_cache.common.tools.merge import refuse_different
 from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.registry import open_dataset
-from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.sample import Dataset, number_names
 from vlm_distill_cache.data.sources.mixture import Part, deal, is_mixture, own_caches, read_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.batches.dataset import (
     CachedDataset,
+    Join,
     SampleMemory,
+    choose,
+    join_cache,
     merged_fingerprints,
     splits_and_limits,
     was_cut,
 )
+from vlm_distill_cache.stage2_student.batches.gaze import GAZE, GazeTerm
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
+from vlm_distill_cache.stage2_student.batches.share import draw_share
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm
 from vlm_distill_cache.stage2_student.batches.sinks import needed_sinks, sinks_for
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
+from vlm_distill_cache.stage2_student.losses.fed_tokens import refuse_fewer_tokens
 from vlm_distill_cache.stage2_student.losses.objective import Objective
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
@@ -68,6 +75,7 @@ from vlm_distill_cache.stage2_student.training.checks import (
     same_tokenizer,
 )
 from vlm_distill_cache.stage2_student.training.resolve import open_caches
+from vlm_distill_cache.stage2_student.training.token_choice import check_choice, choose_tokens
 
 FEW_PICTURES = 0.5  # of a cache's samples: fewer are worth a line
 BUILT_IN_DATA = ("shapes", "easy-vqa")
@@ -107,6 +115,7 @@ class Preparation:
         cache_hashes: Manifest hash of each cache, by path.
         caches: These caches, by path.
         source: The student's own folder, whose processor files it keeps; None: it is made from its preset.
+        gaze: The regression that expects the teacher's gaze, if that chooses visual tokens.
     """
 
     student: StudentModel
@@ -119,6 +128,7 @@ class Preparation:
     cache_hashes: Mapping[str, str]
     caches: Mapping[str, TeacherCache]
     source: Path | None = None
+    gaze: Mapping[str, Any] | None = None
 
 
 def built_in_data(cache: TeacherCache) -> str | None:
@@ -234,9 +244,39 @@ def _open_parts(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> list[
     return parts
 
 
-def _shares(sizes: Sequence[int], config: TrainConfig) -> list[int | None]:
+def _take(parts: Sequence[_Part], config: TrainConfig) -> list[tuple[_Part, Join]]:
+    """The parts that a run uses, each with its samples: the first ones, and of them all a random share."""
+    limits = _limits([len(part.dataset) for part in parts], config.limit)
+    taken = [
+        (part, join_cache(part.cache, part.dataset, limit=limit))
+        for part, limit in zip(parts, limits, strict=True)
+        if limit != 0
+    ]
+    if config.data_share == 1:
+        return taken
+    ids = [sample_id for _, join in taken for sample_id in join.sample_ids]
+    sources = number_names(
+        (number, source)
+        for number, (part, join) in enumerate(taken)
+        for source in part.dataset.sources()[join.places].tolist()
+    )
+    drawn = draw_share(ids, sources, share=config.data_share, seed=config.seed)
+    ends = np.cumsum([len(join.sample_ids) for _, join in taken])
+    shared = []
+    for (part, join), end in zip(taken, ends.tolist(), strict=True):
+        start = end - len(join.sample_ids)
+        own = drawn[(drawn >= start) & (drawn < end)] - start
+        if len(own):
+            shared.append((part, choose(join, own.tolist())))
+    _log.info(
+        "data_share=%g: %d of %d samples, drawn at random from %d sources",
+        config.data_share, len(drawn), len(ids), len(np.unique(sources)),
+    )  # fmt: skip
+    return shared
+
+
+def _limits(sizes: Sequence[int], limit: int | None) -> list[int | None]:
     """How many samples of each part a run uses at most: of several, as many as the mixture's beginning holds."""
-    limit = config.sample_limit(sum(sizes))
     if len(sizes) == 1 or limit is None:
         return [limit] * len(sizes)
     owners = np.repeat(np.arange(len(sizes)), sizes)[deal(sizes)[:limit]]
@@ -283,6 +323,14 @@ def prepare(
         for cache in caches.values():
             check_vision_tower(cache, tower)
     hashes = {path: cache.manifest_hash for path, cache in caches.items()}
+    gaze = choose_tokens(
+        config,
+        student,
+        cache=caches[str(config.phase(config.phases[0]).cache)],
+        encoder=parts.image_encoder,
+        dataset=phases[0].dataset,
+        where=f"student {config.student}",
+    )
     return Preparation(
         student=student,
         tokenizer=parts.tokenizer,
@@ -294,6 +342,7 @@ def prepare(
         cache_hashes=hashes,
         caches=caches,
         source=source,
+        gaze=gaze,
     )
 
 
@@ -321,6 +370,7 @@ def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: 
     for cache in caches.values():
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
+    check_choice(config, caches.values(), parts.model, parts.image_encoder, where=f"student {config.student}")
     encoder = encoder_for(config, parts, {str(config.phase(config.phases[0]).cache): first, **caches})
     return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
 
@@ -422,6 +472,8 @@ def check_phase(
     check_template(cache, template, terms)
     check_geometry(cache, parts.image_encoder.to_dict(), terms, where=parts.where)
     check_visual_rows(cache, parts.visual_rows, terms, where=parts.where)
+    if config.visual_tokens is not None or "visual_tokens" in changes_of(parts.model.config):
+        refuse_fewer_tokens(terms, f"phase {name}")
     match = None
     if any(term.attends for term in terms.values()):
         match = match_groups(
@@ -470,7 +522,7 @@ def _reading(
 def _prepare_phases(
     config: TrainConfig, caches: Mapping[str, TeacherCache], encoder: SampleEncoder, parts: StudentParts
 ) -> tuple[PreparedPhase, ...]:
-    opened: dict[tuple[object, ...], list[_Part]] = {}
+    opened: dict[tuple[object, ...], list[tuple[_Part, Join]]] = {}
     joined: dict[tuple[object, ...], CachedDataset | UnitedDataset] = {}
     memories: dict[tuple[object, ...], SampleMemory] = {}
     phases = []
@@ -481,24 +533,24 @@ def _prepare_phases(
         terms, template, match = check_phase(config, name, cache, parts)
         source = (phase.cache, phase.data, phase.images)
         if source not in opened:
-            opened[source] = _open_parts(phase, caches)
+            opened[source] = _take(_open_parts(phase, caches), config)
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
-        join = (*source, tuple(terms), match, needed_sinks(losses))
+        read = terms | ({GAZE: GazeTerm()} if config.follows_gaze else {})
+        join = (*source, tuple(read), match, needed_sinks(losses))
         if join not in joined:
             compares = same_tokenizer(cache, parts.tokenizer) and template == PromptTemplate.from_dict(
                 cache.plan.template
             )
-            limits = _shares([len(part.dataset) for part in opened[source]], config)
-            taken = [(part, limit) for part, limit in zip(opened[source], limits, strict=True) if limit != 0]
+            taken = opened[source]
             memory = round(config.memory_gib * 2**30 / len(taken))
             datasets = [
                 CachedDataset(
                     part.dataset,
                     _reading(encoder, template, part.cache, compares=compares, limited=config.max_length is not None),
                     part.cache,
-                    terms=terms,
+                    terms=read,
                     pad_token_id=encoder.tokenizer.pad_token_id or 0,
-                    limit=limit,
+                    join=join_of_it,
                     memory=memories.setdefault((*source, part.place), SampleMemory(memory)),
                     shuffle_teacher_images=config.shuffle_teacher_images,
                     match=match,
@@ -506,7 +558,7 @@ def _prepare_phases(
                     vocabulary=vocabulary_rows(parts.model),
                     sinks=sinks_for(part.cache, losses, where=where),
                 )
-                for part, limit in taken
+                for part, join_of_it in taken
             ]
             several = len(datasets) > 1
             joined[join] = UnitedDataset(datasets, [part.weight for part, _ in taken]) if several else datasets[0]
@@ -539,7 +591,7 @@ def _prepare_phases(
                 dataset=dataset,
                 shuffle=shuffle,
                 objective=Objective(losses=losses, groups=() if match is None else match.student, fits=fits),
-                expect=_expecting(opened[source]),
+                expect=_expecting([part for part, _ in opened[source]]),
             )
         )
     check_pictures(

@@ -32,6 +32,7 @@ from vlm_distill_cache.stage2_student.pruned_folder import kept_share
 from vlm_distill_cache.stage2_student.students.model import vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
 from vlm_distill_cache.stage2_student.students.presets import student_folder
+from vlm_distill_cache.stage2_student.students.prunable import check_prunable
 from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free
 from vlm_distill_cache.stage2_student.training.checks import (
     check_labels_fit,
@@ -51,6 +52,7 @@ from vlm_distill_cache.stage2_student.training.preparation import (
 )
 from vlm_distill_cache.stage2_student.training.resolve import open_caches, resolve_config
 from vlm_distill_cache.stage2_student.training.steps import extended_training
+from vlm_distill_cache.stage2_student.training.token_choice import check_choice
 
 UNKNOWN_WIDTH = 1 << 20  # of a teacher that is not known
 _FLOAT, _OPTIMIZER = 4, 12  # bytes of a parameter: saved; in a checkpoint with both averages of its optimizer
@@ -214,9 +216,13 @@ def look_at_student(
     if not known:
         return None
     first = caches[str(config.phase(config.phases[0]).cache)]
-    if kept_share(config.student) is not None:
-        with outlook.checking():
-            refuse_other_teacher(config, first)
+    if (kept := kept_share(config.student)) is not None:
+        for check in (
+            refuse_other_teacher,
+            lambda *_: check_prunable(Path(config.teacher or ""), kept, config.pruning),
+        ):
+            with outlook.checking():
+                check(config, first)
         return None
     folder = Path(config.student_weights or config.student)
     if is_without_weights(folder) and is_published(folder):
@@ -230,6 +236,8 @@ def look_at_student(
     for cache in caches.values():
         with outlook.checking():
             check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
+    with outlook.checking():
+        check_choice(config, caches.values(), parts.model, parts.image_encoder, where=f"student {config.student}")
     for name in config.phases:
         cache = caches[str(config.phase(name).cache)]
         losses, where = config.phase(name).losses, f"phase {name}, {cache.place}"

@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from vlm_distill_cache.common.attention.sinks import GAMMA, Floats, SinkMap, find_sinks
-from vlm_distill_cache.common.attention.tiles import Tile, box_array, carries_image, tiles_from_array, tiles_to_array
+from vlm_distill_cache.common.attention.sinks import GAMMA, Floats, SinkMap, find_sinks, mean_over
+from vlm_distill_cache.common.attention.tiles import (
+    Tile,
+    box_array,
+    carries_image,
+    grid_tile,
+    tiles_from_array,
+    tiles_to_array,
+)
 from vlm_distill_cache.common.cache.document_rules import SINKS as RULE
 from vlm_distill_cache.common.cache.documents import read_document, write_document
 from vlm_distill_cache.common.cache.plan import Plan, read_plan, with_more
@@ -57,6 +64,7 @@ _MOST_MAPS = 256  # a whole map takes a thousand times as long to decode as its 
 _MAX_BYTES = 64 << 20
 _SHOWN = 10  # places
 _DRAWN = 8  # tiles
+_FINEST_DRAWN = 64  # rows or columns
 _DIGITS = 6
 _NEAR = 1e-3  # of scores: other libraries sum in another order
 
@@ -376,7 +384,12 @@ def describe_sinks(cache: TeacherCache, found: Sinks, *, shades: str = BLOCKS) -
 
 
 def _drawn(found: SinkMap, part: str) -> list[WordMap]:
-    """The scores of the first tiles as maps; the number beside each is its share of the attention."""
+    """The scores of the first tiles as maps; the number beside each is its share of the attention.
+
+    Tiles of different shapes (CompoDistill's, which lack the first place) are drawn as one, where they lie.
+    """
+    if len({(tile.rows, tile.cols) for tile in found.tiles}) > 1:
+        return [WordMap(word=_SHORT[part], cells=_joined(found), image_mass=1.0)]
     ends = np.cumsum([tile.token_count for tile in found.tiles])[:-1]
     parts = zip(found.tiles, np.split(found.scores, ends), np.split(found.shares, ends), strict=True)
     several = len(found.tiles) > 1
@@ -388,6 +401,20 @@ def _drawn(found: SinkMap, part: str) -> list[WordMap]:
         )
         for number, (tile, scores, shares) in enumerate(parts, start=1)
     ][:_DRAWN]
+
+
+def _joined(found: SinkMap) -> Floats:
+    """The scores of all tiles on one grid over what they cover, as fine as the finest, ``[rows, cols]``."""
+    regions = np.array([tile.region for tile in found.tiles])
+    low, high = regions[:, :2].min(axis=0), regions[:, 2:].max(axis=0)
+    counts = np.array([(tile.cols, tile.rows) for tile in found.tiles])
+    fine = ((regions[:, 2:] - regions[:, :2]) / counts).min(axis=0)
+    cols, rows = (max(1, min(_FINEST_DRAWN, round(side))) for side in ((high - low) / fine).tolist())
+    frame = (np.concatenate([box_array((tile,)) for tile in found.tiles]) - [*low, *low]) / [
+        *(high - low),
+        *(high - low),
+    ]
+    return mean_over(found.scores, frame, box_array((grid_tile(rows, cols),))).reshape(rows, cols)
 
 
 def draw_sinks(cache: TeacherCache, found: Sinks) -> Image:

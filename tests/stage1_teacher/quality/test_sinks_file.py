@@ -144,6 +144,11 @@ def test_inspect_prints_draws_and_gives_them_to_programs(family_cache, tmp_path)
     assert tower["top"][0]["score"] == 1.0
     assert tower["top"][0]["share"] == pytest.approx(max(tower["shares"]), rel=1e-4)
     assert sum(tower["shares"]) == pytest.approx(1, abs=1e-4)
+    # Tiles of other shapes, the first place lacking, are drawn as one.
+    said = CliRunner().invoke(cachectl, ["inspect", str(family_cache("compodistill").path), "--sinks"]).output
+    assert "a place is a visual token of 1 x 2 and 2 x 3, which all pictures have" in said
+    drawn = said.splitlines()[[line.strip() for line in said.splitlines()].index("tower     100%") :][1:4]
+    assert [len(line.rstrip()) for line in drawn[1:]] == [8, 8]
     for others in (("s0",), ("--failed",), ("--shift",), ("s0", "--image", tmp_path / "map.png")):
         assert "--sinks is about a whole cache" in run("inspect", cache.path, "--sinks", *others, code=2)
 

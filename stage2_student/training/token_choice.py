@@ -196,7 +196,7 @@ def student_sinks(cache: TeacherCache, encoder: AnyImageEncoder, where: str) -> 
     if of_tiles and found.places != "tile" and not (found.places == "token" and len(found.tiles) == 1):
         raise CacheMismatchError(
             f"token_selection=sinks: {where} reads pictures as several tiles, and {cache.place} knows the sinks of whole "
-            f"pictures alone ({found.places}s, from {known.signals[part]}); choose token_selection=attention, gaze, grid or "
+            f"pictures alone ({found.places}s); choose token_selection=attention, gaze, grid or "
             "random, or give the cache of a teacher with such tiles"
         )
     _log.info("sinks are those of the teacher's %s in %s", part.replace("_", " "), cache.place)

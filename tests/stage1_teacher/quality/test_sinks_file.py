@@ -16,6 +16,8 @@ from vlm_distill_cache.common.cli import main as cachectl
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, DistillError
 from vlm_distill_cache.common.files.signed import document_bytes
 from vlm_distill_cache.common.opening import open_cache
+from vlm_distill_cache.common.remotes.pull import pull
+from vlm_distill_cache.common.remotes.push import push
 from vlm_distill_cache.common.tools.convert import convert
 from vlm_distill_cache.common.tools.merge import merge
 from vlm_distill_cache.common.tools.select import Selection, pull_partial
@@ -129,6 +131,22 @@ def test_it_is_the_same_after_sealing_again_repair_and_conversion_and_own_for_wh
     merge(halves, tmp_path / "merged")
     assert (tmp_path / "merged" / SINKS).read_bytes() == known  # all the same records, in one order
     assert "## Sinks" in (tmp_path / "merged" / CARD).read_text()
+
+
+def test_a_copy_elsewhere_gets_what_was_found_since(family_cache, tmp_path):
+    source = family_cache("llava").path
+    shutil.copytree(source, tmp_path / "cache")
+    before = read_again(tmp_path / "cache")
+    push(tmp_path / "cache", str(tmp_path / "place"))
+    pull(str(tmp_path / "place"), tmp_path / "near")
+    assert not (tmp_path / "near" / SINKS).exists()
+    run("seal", tmp_path / "cache", main=teacher_cache)
+    push(tmp_path / "cache", str(tmp_path / "place"))
+    pull(str(tmp_path / "place"), tmp_path / "near")
+    for folder in ("place", "near"):
+        assert (tmp_path / folder / SINKS).read_bytes() == (source / SINKS).read_bytes()
+        assert verify(tmp_path / folder) == []
+    assert list(read_sinks(open_cache(tmp_path / "near")).maps) == list(before.maps)
 
 
 def test_inspect_prints_draws_and_gives_them_to_programs(family_cache, tmp_path):

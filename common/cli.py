@@ -59,7 +59,7 @@ def main() -> None:
 @click.option(
     "--picture",
     type=click.Path(path_type=Path),
-    help="Draw where each word looked: OUT.png; with --shift the largest shifts: a folder.",
+    help="Draw where each word looked, or with --sinks their heat maps: OUT.png; with --shift the largest shifts: a folder.",
 )
 @click.option(
     "--image",
@@ -67,6 +67,9 @@ def main() -> None:
     help="The sample's image, to draw over.",
 )
 @click.option("--failed", is_flag=True, help="List the samples that could not be used, with the reasons, one a line.")
+@click.option(
+    "--sinks", is_flag=True, help="Show which places attract the teacher's attention whatever the picture shows."
+)
 @click.option("--shift", is_flag=True, help="Measure how the teacher's gaze shifts within its answers.")
 @click.option(
     "--data", help="With --shift: the data that the cache was built from, for kinds of questions and pictures."
@@ -83,12 +86,15 @@ def inspect(
     *,
     failed: bool,
     shift: bool,
+    sinks: bool,
 ) -> None:
     """Show what a cache holds; or of one sample the answer, the teacher's likeliest tokens and where it looked."""
     if failed and sample_id is not None:
         raise click.UsageError("--failed lists all samples that failed; leave SAMPLE_ID out")
     if shift and (failed or sample_id is not None or image is not None):
         raise click.UsageError("--shift measures a whole cache; leave SAMPLE_ID, --image and --failed out")
+    if sinks and (failed or shift or sample_id is not None or image is not None):
+        raise click.UsageError("--sinks is about a whole cache; leave SAMPLE_ID, --image, --failed and --shift out")
     if not shift and (data is not None or images is not None):
         raise click.UsageError("--data and --images go with --shift")
     if images is not None and data is None:
@@ -96,12 +102,15 @@ def inspect(
     if shift:
         _show_shift(cache, picture, data, images)
         return
-    if (picture is not None and sample_id is None) or (image is not None and picture is None):
-        raise click.UsageError("--picture needs a SAMPLE_ID or --shift, and --image needs --picture")
+    if (picture is not None and sample_id is None and not sinks) or (image is not None and picture is None):
+        raise click.UsageError("--picture needs a SAMPLE_ID, --sinks or --shift, and --image needs --picture")
     if picture is not None:
         picture = Path(
             os.fsdecode(ResultFile(marked(PICTURE_MARK)).convert(picture, None, click.get_current_context()))
         )
+    if sinks:
+        _show_sinks(cache, picture)
+        return
     if sample_id is None:
         from vlm_distill_cache.common.remotes.mirror import local_folder
         from vlm_distill_cache.common.tools.inspect import cache_values, describe_cache, failed_lines
@@ -135,6 +144,25 @@ def inspect(
         answer(cache=cache, **record_values(opened, sample_id))
     shown = quoted(sample_id) if one_line(sample_id) == sample_id else "SAMPLE_ID"
     tell(f"\nNext: cachectl inspect {quoted(cache)} {shown} --picture OUT.png [--image FILE]")
+
+
+def _show_sinks(cache: str, picture: Path | None) -> None:
+    from vlm_distill_cache.common.opening import open_cache
+    from vlm_distill_cache.common.tools.picture import ASCII, BLOCKS
+    from vlm_distill_cache.common.tools.record_view import save_picture
+    from vlm_distill_cache.common.tools.sinks import describe_sinks, draw_sinks, read_sinks, sink_values
+
+    opened = open_cache(cache)
+    found = read_sinks(opened)
+    if picture is not None:
+        save_picture(draw_sinks(opened, found), picture)
+    if has_document():
+        answer(cache=cache, picture=picture, **sink_values(found))
+    say(describe_sinks(opened, found, shades=BLOCKS if can_print(BLOCKS) else ASCII))
+    if picture is not None:
+        say(f"Drew {picture}")
+    else:
+        tell(f"\nNext: cachectl inspect {quoted(cache)} --sinks --picture OUT.png")
 
 
 def _show_shift(cache: str, picture: Path | None, data: str | None, images: str | None) -> None:

@@ -14,6 +14,7 @@ from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.printing import markdown, markdown_code, one_line
 from vlm_distill_cache.common.tools.shift import ShiftReport, folder_shift
 from vlm_distill_cache.common.tools.shift_view import shift_section
+from vlm_distill_cache.common.tools.sinks import Sinks, card_lines
 from vlm_distill_cache.data.questions import AskedData
 from vlm_distill_cache.data.sample import Dataset
 
@@ -24,7 +25,14 @@ _SIZES = (
 )  # fmt: skip
 
 
-def write_card(cache_dir: Path, plan: Plan, fidelity: dict[str, Any] | None, *, dataset: Dataset | None = None) -> None:
+def write_card(
+    cache_dir: Path,
+    plan: Plan,
+    fidelity: dict[str, Any] | None,
+    *,
+    sinks: Sinks | None,
+    dataset: Dataset | None = None,
+) -> None:
     """Write the card of a cache whose shards are all there; ``dataset`` tells the questions, of which it holds none."""
     counts = SampleCounts()
     field_bytes = dict.fromkeys((field.name for field in plan.all_fields), 0)
@@ -35,7 +43,7 @@ def write_card(cache_dir: Path, plan: Plan, fidelity: dict[str, Any] | None, *, 
             field_bytes[name] = field_bytes.get(name, 0) + size
     asked = None if dataset is None else AskedData(dataset).questions
     shift = folder_shift(cache_dir, plan, total=counts.samples, asked=asked, most=FEW_RECORDS)
-    text = card_text(plan, fidelity, counts=counts, field_bytes=field_bytes, shift=shift)
+    text = card_text(plan, fidelity, counts=counts, field_bytes=field_bytes, sinks=sinks, shift=shift)
     write_bytes_atomic(cache_dir / CARD, text.encode())
 
 
@@ -45,6 +53,7 @@ def card_text(
     *,
     counts: SampleCounts,
     field_bytes: Mapping[str, int],
+    sinks: Sinks | None = None,
     shift: ShiftReport | None = None,
 ) -> str:
     """Write the card's text: a function of its arguments alone, equal for both stores but for the store's line.
@@ -53,6 +62,7 @@ def card_text(
         fidelity: Figures of ``measure_fidelity``, or None if skipped.
         counts: Of all shards.
         field_bytes: Decoded bytes of all records by field.
+        sinks: Of `write_sinks`.
         shift: How the gaze moves within answers; None: the cache does not hold it.
     """
     rows, samples = max(1, counts.rows), max(1, counts.samples)
@@ -122,7 +132,7 @@ Bytes are those of the decoded arrays; on disk they are packed.
 | figure | mean over the probe |
 |---|---|
 {figures}
-{shift_section(shift)}
+{shift_section(shift)}{card_lines(sinks)}
 ## Fingerprints
 
 | of | value |

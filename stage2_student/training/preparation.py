@@ -42,6 +42,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm
+from vlm_distill_cache.stage2_student.batches.sinks import needed_sinks, sinks_for
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
 from vlm_distill_cache.stage2_student.losses.objective import Objective
@@ -482,7 +483,7 @@ def _prepare_phases(
         if source not in opened:
             opened[source] = _open_parts(phase, caches)
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
-        join = (*source, tuple(terms), match)
+        join = (*source, tuple(terms), match, needed_sinks(losses))
         if join not in joined:
             compares = same_tokenizer(cache, parts.tokenizer) and template == PromptTemplate.from_dict(
                 cache.plan.template
@@ -503,6 +504,7 @@ def _prepare_phases(
                     match=match,
                     compare_labels=compares,
                     vocabulary=vocabulary_rows(parts.model),
+                    sinks=sinks_for(part.cache, losses, where=where),
                 )
                 for part, limit in taken
             ]

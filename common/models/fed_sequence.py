@@ -179,17 +179,25 @@ def _refuse(arguments: Mapping[str, Any], past: Any) -> None:
 
 
 def _padding(mask: Any, before: int, length: int) -> Tensor | None:
-    """Which of T tokens no token sees, not even itself: bool ``[B, T]``; None where the mask does not say."""
+    """Which of T tokens are padding, bool ``[B, T]``; None where the mask does not say.
+
+    In a mask that is ready no token sees padding. It may see itself alone, so that no row is empty.
+    """
     if isinstance(mask, Mapping):
         mask = mask.get(_FULL)
-    if not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor) or mask.shape[-1] != before + length:
         return None
-    seen = mask.bool() if mask.dtype != torch.bool and not mask.is_floating_point() else mask
-    if seen.is_floating_point():
-        seen = seen > torch.finfo(seen.dtype).min / 2 if mask.ndim == 4 else seen > 0
-    if seen.ndim == 4:
-        seen = seen.any(dim=1).any(dim=1)
-    return ~seen[:, before : before + length] if seen.shape[1] == before + length else None
+    if mask.ndim == 2:
+        return mask[:, before:] == 0
+    seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).any(dim=1)  # [B, T, P + T]
+    if seen.shape[1] != length:
+        return None
+    own = torch.arange(length, device=seen.device)
+    unseen, others = ~seen.any(dim=1)[:, before:], seen.clone()
+    others[:, own, own + before] = False
+    alone = ~(others.any(dim=2) | others.any(dim=1)[:, before:])
+    found = unseen | alone
+    return found & ~found.all(dim=1, keepdim=True)
 
 
 def _gathered(wanted: Tensor) -> tuple[Tensor, Tensor]:

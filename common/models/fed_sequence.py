@@ -8,7 +8,7 @@ Dims: B batch, T tokens of this pass, P tokens of the passes before, L tokens th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -30,11 +30,13 @@ class Fed:
         places: Of its tokens in the text, int64 ``[B, S]``.
         live: Which of them may be seen, bool ``[B, S]``.
         dropped: How many tokens less it has than the text.
+        least: How many of its tokens were there when some were left out last: they cannot be taken back one by one.
     """
 
     places: Tensor
     live: Tensor
     dropped: int
+    least: int
 
 
 @cache
@@ -67,11 +69,21 @@ def _shorter(cache_class: Any) -> Any:
             super().batch_repeat_interleave(repeats)
             fed = self.fed
             places, live = (part.repeat_interleave(repeats, dim=0) for part in (fed.places, fed.live))
-            self.fed = Fed(places, live, fed.dropped)
+            self.fed = replace(fed, places=places, live=live)
+
+        def crop(self, tokens: int) -> None:
+            length = self.get_seq_length()
+            undo = -tokens if tokens <= 0 else max(length - tokens, 0)  # older libraries give the length to come
+            if undo > length - self.fed.dropped - self.fed.least:
+                raise ModelError(
+                    f"{undo} tokens were to be taken back, more than follow the pictures: of those, this student does not feed "
+                    "all; read the prompt again"
+                )
+            super().crop(tokens if tokens <= 0 or self.running else tokens - self.fed.dropped)
 
         def _pick(self, rows: Tensor) -> None:
             rows, fed = rows.to(self.fed.places.device), self.fed
-            self.fed = Fed(fed.places[rows], fed.live[rows], fed.dropped)
+            self.fed = replace(fed, places=fed.places[rows], live=fed.live[rows])
 
     Shorter.__name__ = Shorter.__qualname__ = cache_class.__name__
     return Shorter
@@ -163,7 +175,7 @@ def _fed(past: Any) -> Fed | None:
     held = int(past.get_seq_length()) - fed.dropped
     if held <= 0:
         return None
-    return Fed(fed.places[:, :held], fed.live[:, :held], fed.dropped)
+    return Fed(fed.places[:, :held], fed.live[:, :held], fed.dropped, fed.least)
 
 
 def _refuse(arguments: Mapping[str, Any], past: Any) -> None:
@@ -381,7 +393,8 @@ def _restored(feeding: Feeding, found: Any, past: Any, length: int) -> Any:
         if not hasattr(new, "fed"):
             cache_class: Any = type(new)
             new.__class__ = _shorter(cache_class)
-        new.fed = Fed(feeding.keys, feeding.live_keys, dropped)
+        held = feeding.keys.shape[1]
+        new.fed = Fed(feeding.keys, feeding.live_keys, dropped, new.fed.least if feeding.stands_for is None else held)
     if feeding.stands_for is None:
         return found
     if as_tuple:

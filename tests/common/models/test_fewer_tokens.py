@@ -194,6 +194,14 @@ def test_beams_sampling_and_later_turns_go_on_from_a_shorter_cache(llava):
     past = model(**inputs, position_ids=positions[:, :length], use_cache=True).past_key_values
     step = {"attention_mask": mask, "position_ids": positions[:, length:], "past_key_values": past}
     torch.testing.assert_close(model(input_ids=more, **step).logits, expected, atol=2e-4, rtol=1e-4)
+    with pytest.raises(ModelError, match="4 tokens were to be taken back, more than follow the pictures"):
+        past.crop(-4)
+    past.crop(-2)
+    assert past.get_seq_length() == length + 1
+    last = {**step, "position_ids": positions[:, length + 1 :]}
+    torch.testing.assert_close(
+        copy.deepcopy(model)(input_ids=more[:, 1:], **last).logits, expected[:, 1:], atol=2e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

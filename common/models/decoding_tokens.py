@@ -4,7 +4,8 @@ The prompt is read with all visual tokens. Then the keys and values of those tha
 cache, in *slots* in front of the words, and each step is as short as if there were no others. ``fixed`` forgets the
 others. ``shift`` stashes all, computes at each token how its queries look at **all** visual tokens of the chosen layers, and
 where the kept ones hold too little of that, it fills the slots anew and runs the step again: the token is decided with
-what it looks at. A budget of all tokens changes nothing, to the bit.
+what it looks at. A budget of all tokens changes nothing, to the bit; nor do passes over whole texts change, in which nothing
+is decoded (losses, likelihoods, ``generate`` without a cache).
 
 Outside, the cache keeps reporting how long the text is, so masks and positions are those of the whole text; `_step` takes
 what is there of a mask. Batches, padding, beams and samples without pictures are as ever.
@@ -29,7 +30,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from vlm_distill_cache.common.attention.capture import attention_module, is_recorded, watch
 from vlm_distill_cache.common.attention.layers import middle_span
-from vlm_distill_cache.common.attention.rows import head_mean_attention
+from vlm_distill_cache.common.attention.rows import head_mean_attention, last_row_attention
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.around import Around, Run, surround
 from vlm_distill_cache.common.models.budget import check_budget, kept_count
@@ -272,7 +273,8 @@ def _refuse_layers(layers: Any, decoder: Any) -> None:
         why = "forgets what lies behind its window" if "Sliding" in kind else "is no plain list of keys and values"
         raise ModelError(
             f"{NAME}: layer {index} of {type(decoder).__name__} keeps keys and values in a {kind}, which {why}; expected "
-            f"DynamicLayer in all. Leave cache_implementation out of generate, or {NAME} out of this model"
+            f"DynamicLayer in all. Leave cache_implementation out of generate, or {NAME} out of this model: feed it fewer visual "
+            "tokens instead (visual_tokens)"
         )
 
 
@@ -383,20 +385,13 @@ def _step(settings: DecodingTokens, slots: _Slots, past: Any, run: Run, decoder:
         _note(decoder, torch.zeros(len(slots.kept), dtype=torch.int64))
         return run(**arguments)
     whole = given.get("full_attention") if isinstance(given, dict) else given
-    off_slots = _seen(whole, slots.places, length)
+    visual_mask, width = _seen(whole, slots.places, length), slots.kept.shape[1]
 
-    def look(module: Any, query: Tensor, key: Tensor, mask: Tensor, **named: Any) -> Tensor:
+    def look(module: Any, query: Tensor, key: Tensor, mask: Tensor, *, causal: bool, **named: Any) -> Tensor:
         """Of the step's queries, over all visual tokens and the words: what a full cache would show them."""
-        stashed, width = past.layers[module.layer_idx].visual[0], slots.kept.shape[1]
-        keys = torch.arange(slots.places.shape[1], device=query.device).where(slots.places.to(query.device) >= 0, -1)
-        return head_mean_attention(
-            query,
-            torch.cat([stashed, key[:, :, width:]], dim=2),
-            rows=torch.zeros(len(query), 1, dtype=torch.int64, device=query.device),
-            keys=keys,
-            attention_mask=torch.cat([off_slots.to(mask), mask[..., width:]], dim=3),
-            **named,
-        )[:, 0]
+        visual = past.layers[module.layer_idx].visual[0]
+        parts = [(visual, visual_mask.to(mask.device)), (key[:, :, width:], mask[..., width:])]
+        return last_row_attention(query, parts, **named)[0]
 
     with _gaze(decoder, settings.layers, look) as found:
         outputs = run(**arguments)

@@ -295,7 +295,7 @@ def prepare(
         cache=caches[str(config.phase(config.phases[0]).cache)],
         encoder=parts.image_encoder,
         dataset=phases[0].dataset,
-        where=parts.where,
+        where=f"student {config.student}",
     )
     return Preparation(
         student=student,
@@ -336,7 +336,7 @@ def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: 
     for cache in caches.values():
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
-    check_choice(config, caches.values(), parts.model, parts.image_encoder, where=parts.where)
+    check_choice(config, caches.values(), parts.model, parts.image_encoder, where=f"student {config.student}")
     encoder = encoder_for(config, parts, {str(config.phase(config.phases[0]).cache): first, **caches})
     return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
 

@@ -27,10 +27,12 @@ from vlm_distill_cache.data.images.layouts.framed import FramedEncoder
 from vlm_distill_cache.data.images.layouts.split import SplitEncoder
 from vlm_distill_cache.data.images.layouts.thumbnail import ThumbnailEncoder
 from vlm_distill_cache.data.text.generation import device_of
+from vlm_distill_cache.data.text.processors import module_fingerprint
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.gaze import GAZE, GazeTerm, fit_gaze
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.students.build import read_cache_json
 from vlm_distill_cache.stage2_student.students.encoder import knows_boxes
 from vlm_distill_cache.stage2_student.students.library import core_of
 from vlm_distill_cache.stage2_student.students.model import StudentModel, model_inputs_of
@@ -105,6 +107,7 @@ def check_choice(
     sinks = None
     if config.visual_tokens is not None and config.token_selection == "sinks":
         tile, first = _tile_of(encoder, where), next(iter(caches))
+        _check_tower_grid(first, core.config, where)
         # Of a cache that is not built yet nothing is known.
         sinks = student_sinks(first, encoder, where) if first.manifest_hash else [0.0] * tile.token_count
     with torch.device("meta"):
@@ -154,6 +157,27 @@ def _tile_of(encoder: AnyImageEncoder, where: str) -> Tile:
             "token_selection=attention, gaze, grid or random"
         )
     return grid_tile(*fixed.grid)
+
+
+def _check_tower_grid(cache: TeacherCache, config: Any, where: str) -> None:
+    """Refuse the sinks of another grid of patches than that of the student's tower, as far as a cache tells its own."""
+    if not (cache.path / "vision_tower.json").exists():
+        return
+    theirs = read_cache_json(cache.path, "vision_tower.json")
+    ours = getattr(config, "vision_config", None)
+    sides = [
+        (size // patch if isinstance(size, int) and isinstance(patch, int) and patch else None)
+        for size, patch in (
+            (getattr(ours, "image_size", None), getattr(ours, "patch_size", None)),
+            (theirs.get("image_size"), theirs.get("patch_size")),
+        )
+    ]
+    if None not in sides and sides[0] != sides[1]:
+        raise CacheMismatchError(
+            f"token_selection=sinks: the vision tower of {where} cuts pictures into {sides[0]} x {sides[0]} patches, that of the "
+            f"teacher of {cache.place} into {sides[1]} x {sides[1]}: its sinks are other places; choose "
+            "token_selection=attention, gaze, grid or random, or a student behind the teacher's tower"
+        )
 
 
 def student_sinks(cache: TeacherCache, encoder: AnyImageEncoder, where: str) -> list[float]:
@@ -214,6 +238,12 @@ def choose_tokens(
             gaze = {"of": of, **fit_on_tower(student, dataset, where=where)}
     elif cache is not None and config.visual_tokens is not None and config.token_selection == "sinks":
         sinks = student_sinks(cache, encoder, where)
+        tower = core.get_submodule(family_of(core.config.model_type).parts["vision_tower"])
+        if cache.plan.fingerprints.get("vision_tower") != module_fingerprint(tower):
+            _log.warning(
+                "token_selection=sinks: the vision tower of %s is not the teacher's of %s, so that its sinks may be other places",
+                where, cache.place,
+            )  # fmt: skip
     of_config = None if gaze is None else {name: gaze[name] for name in ("weights", "bias")}
     change_model(core, family_of(core.config.model_type).parts, **changes_for(config, sinks=sinks, gaze=of_config))
     return gaze

@@ -99,7 +99,7 @@ def test_a_run_by_gaze_resumes_bit_for_bit_and_needs_no_teacher_afterwards(by_ga
     assert stored["visual_tokens"]["keep"] == 0.5
     assert stored["visual_tokens"]["gaze"]["weights"] == json.loads((tmp_path / "run/gaze.json").read_text())["weights"]
     assert "expects the teacher to look" in token_words(result.final)["visual_tokens"]
-    assert "50 % of a picture's are fed" in (result.final / "README.md").read_text()
+    assert "50 % of a picture's visual tokens are fed" in (result.final / "README.md").read_text()
 
 
 def test_layouts_that_cannot_say_it_refuse_and_an_export_says_it(by_gaze, tmp_path):
@@ -117,7 +117,7 @@ def test_a_finished_student_is_changed_without_training_and_scored(by_gaze, tiny
         target = tmp_path / by
         config = TrainConfig(cache=str(cache), output=str(target), data=DATA, visual_tokens=4.0, token_selection=by)
         said = select_tokens(final, target, config, cache=str(cache))
-        assert said["visual_tokens"].startswith("at most 4 of a picture's")
+        assert said["visual_tokens"].startswith("at most 4 of a picture's visual tokens")
         read_final(target)  # whole
         changed, before = (open_student(folder, device="cpu").model for folder in (target, final))
         same = zip(changed.state_dict().items(), before.state_dict().items(), strict=True)

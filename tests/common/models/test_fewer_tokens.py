@@ -10,6 +10,7 @@ from tiny_families import TINY, save_tiny
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenRequest
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.around import surround
 from vlm_distill_cache.common.models.changed import change_model
@@ -18,6 +19,8 @@ from vlm_distill_cache.common.models.fed_sequence import pool
 from vlm_distill_cache.common.models.fewer_tokens import scores_given, tower_features
 from vlm_distill_cache.common.models.visual_tokens import choose
 from vlm_distill_cache.data.families.models import open_family_model
+from vlm_distill_cache.data.sample import Sample, Turn
+from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.templates import get_template
 
@@ -34,7 +37,7 @@ class Opened:
         opened = open_family_model(save_tiny(name, folder))
         self.model, self.family = opened.model, opened.family
         self.parts = opened.family.parts
-        encoder = SampleEncoder(
+        self.encoder = encoder = SampleEncoder(
             tokenizer=opened.tokenizer,
             image_encoder=opened.image_encoder,
             template=get_template(opened.family.template, opened.tokenizer),
@@ -50,6 +53,21 @@ class Opened:
         return dict(
             self.family.generation_inputs(self.model.config, chosen, 0, torch.device("cpu"), dtype=torch.float32)
         )
+
+    def training_batch(self):
+        """Two conversations about one picture in one sequence where that can be, one about another, one about none."""
+        turns = (Turn(question="What is it?", answer="A dog"), Turn(question="Is it green?", answer="Yes"))
+        packs = self.family.packs
+        shown = [
+            ((image(PICTURES[0]),), turns if packs else turns[:1]),
+            ((image(PICTURES[1]),), turns[:1]),
+            ((), turns[:1]),
+        ]
+        samples = [
+            Sample(sample_id=f"s{at}", images=images, turns=said, independent_turns=packs and len(said) > 1)
+            for at, (images, said) in enumerate(shown)
+        ]
+        return collate([self.encoder(sample) for sample in samples], 0)
 
 
 def image(size):
@@ -77,7 +95,7 @@ def masked(model, parts, given):
         if arguments.get("deepstack_visual_embeds") is not None:
             mask, found = arguments["visual_pos_masks"], []
             for feature in arguments["deepstack_visual_embeds"]:
-                whole = torch.zeros(*mask.shape, feature.shape[-1]).index_put((mask,), feature)
+                whole = feature.new_zeros(*mask.shape, feature.shape[-1]).index_put((mask,), feature)
                 found.append(pool(whole[:, : stands.shape[1]], stands)[mask[:, : stands.shape[1]]])
             arguments["deepstack_visual_embeds"] = found
         arguments["attention_mask"] = blocked(arguments["attention_mask"], gone)
@@ -127,6 +145,18 @@ def test_every_family_says_what_the_whole_sequence_says_with_the_others_masked(o
         assert not logits[visual & ~kept].any()
     how = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [model.config.image_token_id]}
     assert torch.equal(model.generate(**inputs, **how), reference.generate(**inputs, **how, use_cache=False))
+    batch = opened.training_batch()
+    inputs = opened.family.model_inputs(opened.model.config, batch, dtype=torch.float32)
+    found = model(**inputs, use_cache=False).logits[batch.labels != IGNORE_INDEX]
+    decoder = decoder_of(model, opened)
+    # Nobody runs what is padding, so that the text without a picture does not keep the others long.
+    runs = (decoder.stands_for == torch.arange(batch.labels.shape[1])).sum(1)
+    assert (decoder.places >= 0).sum(1).max() < batch.labels.shape[1]
+    assert (decoder.places >= 0).sum(1)[2] < runs[2] == batch.labels.shape[1]
+    reference = masked(copy.deepcopy(opened.model), opened.parts, decoder.stands_for)
+    expected = reference(**inputs, use_cache=False).logits[batch.labels != IGNORE_INDEX]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    inputs = opened.inputs(0, 1, 2)
     everything = select(opened, keep=10_000, by="attention")
     assert torch.equal(everything(**inputs).logits, opened.model(**inputs).logits)
     assert decoder_of(everything, opened).places is None
@@ -164,6 +194,14 @@ def test_beams_sampling_and_later_turns_go_on_from_a_shorter_cache(llava):
     past = model(**inputs, position_ids=positions[:, :length], use_cache=True).past_key_values
     step = {"attention_mask": mask, "position_ids": positions[:, length:], "past_key_values": past}
     torch.testing.assert_close(model(input_ids=more, **step).logits, expected, atol=2e-4, rtol=1e-4)
+    with pytest.raises(ModelError, match="4 tokens were to be taken back, more than follow the pictures"):
+        past.crop(-4)
+    past.crop(-2)
+    assert past.get_seq_length() == length + 1
+    last = {**step, "position_ids": positions[:, length + 1 :]}
+    torch.testing.assert_close(
+        copy.deepcopy(model)(input_ids=more[:, 1:], **last).logits, expected[:, 1:], atol=2e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

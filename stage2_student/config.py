@@ -447,6 +447,8 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     for name in PHASE_NAMES:
         phase, given = described[name], config.phase(name)
         phase["cache"] = cache_hashes.get(phase["cache"])
+        if phase["losses"]["visual_columns_kind"] == LossWeights.visual_columns_kind:
+            del phase["losses"]["visual_columns_kind"]  # as runs had it before there were several
         for rate in RATES[1:]:
             if phase[rate] is None:
                 del phase[rate]  # as runs had it before parts could have rates of their own

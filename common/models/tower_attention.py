@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,6 +24,17 @@ from vlm_distill_cache.common.errors import ModelError
 _NAME = "observed_tower"
 _CHUNK = 1 << 24  # numbers of an attention map that exist at a time: 64 MiB
 _observed: "WeakKeyDictionary[nn.Module, tuple[str, list[Tensor]]]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class TowerRequest:
+    """That the attention of a teacher's tower is wanted.
+
+    Attributes:
+        counts: Visual tokens of each sample of the batch, 0 without a picture.
+    """
+
+    counts: tuple[int, ...]
 
 
 def received_attention(
@@ -209,7 +221,7 @@ def _shares(fine: int, coarse: int) -> Tensor:
 def _merged(tower: Any, received: Tensor, grids: Tensor) -> Tensor:
     """Qwen-VL: patches stand in groups that become one token; those of 2.5 in the order of its windows."""
     side = int(tower.config.spatial_merge_size)
-    tokens = received.unflatten(0, (-1, side**2)).sum(dim=1)
+    tokens: Tensor = received.unflatten(0, (-1, side**2)).sum(dim=1)
     if not hasattr(tower, "window_size"):
         return tokens
     if hasattr(tower, "get_window_index"):
@@ -240,6 +252,7 @@ def _packed(inner: Any, received: Tensor, sizes: Tensor, counts: Sequence[int] |
         else {"vision_aspect_ratio": ratio}
     )
     nothing = torch.zeros(places.shape[2], device=places.device)
+    parts: Sequence[Tensor]
     parts, _ = inner.pack_image_features(list(places.split(list(counts))), sizes, image_newline=nothing, **how)
     joined = torch.cat(list(parts))  # [N, 1 or D]
     return joined[:, 0] if received.ndim == 2 else joined

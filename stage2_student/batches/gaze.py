@@ -75,9 +75,7 @@ class GazeTerm(LossTerm):
     def target(self, sides: Sides) -> Tensor:
         """float32 ``[N]``; NaN where the teacher did not look at the picture, so that the student chooses itself."""
         cells = sides.decode(self.reads[0]).cells.float()  # [A, G, C]
-        mean = cells.mean(dim=(0, 1)) if len(cells) else cells.new_zeros(cells.shape[2])
-        if not sides.see:
-            return cells.new_full((sum(tile.token_count for tile in sides.student_tiles),), float("nan"))
+        mean: Tensor = cells.mean(dim=(0, 1)) if len(cells) else cells.new_zeros(cells.shape[2])
         gaze = gaze_on(mean, sides.codecs[self.reads[0]].grid, sides.student_tiles)
         return gaze if float(gaze.sum()) > 0 else torch.full_like(gaze, float("nan"))
 

@@ -11,7 +11,7 @@ Dims: B batch, T sequence, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,9 @@ from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenReque
 from vlm_distill_cache.common.attention.layers import Groups
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.live import SparseLogits
+from vlm_distill_cache.common.models.fewer_tokens import scores_given
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
+from vlm_distill_cache.stage2_student.batches.gaze import GAZE, Gaze
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget
@@ -31,6 +33,7 @@ from vlm_distill_cache.stage2_student.losses.fed_tokens import fed_shares, feeds
 from vlm_distill_cache.stage2_student.losses.fused import FusedLosses, fused_losses
 from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
+from vlm_distill_cache.stage2_student.students.library import core_of
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 
 
@@ -99,7 +102,7 @@ class Objective:
         supervised = batch.inputs.labels != IGNORE_INDEX
         rows = supervised | batch.inputs.visual_mask if whole else supervised  # [B, T]
         in_pass = next((name for name, term in present.items() if term.in_pass), None)
-        with record(model, capture, requests) as (maps, states):
+        with given_gaze(model, batch), record(model, capture, requests) as (maps, states):
             teacher, weight = (None, 0.0) if in_pass is None else (batch.targets[in_pass], weights[in_pass])
             said = run_student(model, batch, rows, teacher, self.losses, weight=weight, whole=whole)
         fed = fed_shares(model, batch.keys) if fewer else None
@@ -126,6 +129,12 @@ class Objective:
                 if parameter.requires_grad:
                     total = total + parameter.sum() * 0.0
         return Losses(total=total, terms=values, measures=measures)
+
+
+def given_gaze(model: Any, batch: TrainingBatch) -> AbstractContextManager[Any]:
+    """In the block the teacher's gaze chooses the student's visual tokens, where a batch holds it."""
+    gaze: Gaze | None = batch.targets.get(GAZE)
+    return nullcontext() if gaze is None else scores_given(core_of(model), gaze.of_batch(batch))
 
 
 def _of_all_rows(request: AttentionRequest | HiddenRequest) -> AttentionRequest | HiddenRequest:

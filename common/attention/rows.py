@@ -115,7 +115,7 @@ def last_row_attention(
         scaling, softcap: As of `head_mean_attention`.
 
     Returns:
-        Of each part float32 ``[B, C]``; 0 where the row may not look.
+        Of each part float32 ``[B, C]``; 0 where the row may not look, but it must see something.
     """
     B, H, _, D = query.shape
     with _without_autocast(query.device.type):

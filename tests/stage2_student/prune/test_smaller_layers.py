@@ -294,7 +294,9 @@ def test_layers_of_different_sizes_answer_anywhere_and_with_a_cache_of_keys_and_
         with pytest.raises(ModelError, match=r"of different sizes already.*give the model that it was made from"):
             prune_directory(folder, tmp_path / "again", kept=Kept(width=0.5), samples=SAMPLES)
         if name == "smolvlm":  # our own class is registered here
-            elsewhere = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+            elsewhere = AutoModelForImageTextToText.from_pretrained(
+                folder, trust_remote_code=True, local_files_only=True
+            )
             assert torch.equal(logits(elsewhere, batches[0]), logits(student, batches[0]))
 
 

@@ -31,7 +31,7 @@ from vlm_distill_cache.common.terminal.command_line import (
 from vlm_distill_cache.common.terminal.general import JSON, answer, has_document
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.terminal.progress import ProgressLines, progress
-from vlm_distill_cache.common.terminal.result_files import PICTURE_MARK, ResultFile, marked
+from vlm_distill_cache.common.terminal.result_files import PICTURE_MARK, marked, refuse_others_file
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -55,20 +55,59 @@ def main() -> None:
 @main.command()
 @click.argument("cache", type=CacheLocation())
 @click.argument("sample_id", required=False)
-@click.option("--picture", type=ResultFile(marked(PICTURE_MARK)), help="Draw where each word looked: OUT.png.")
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path),
+    help="Draw where each word looked, or with --sinks their heat maps: OUT.png; with --shift the largest shifts: a folder.",
+)
 @click.option(
     "--image",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The sample's image, to draw over.",
 )
 @click.option("--failed", is_flag=True, help="List the samples that could not be used, with the reasons, one a line.")
+@click.option(
+    "--sinks", is_flag=True, help="Show which places attract the teacher's attention whatever the picture shows."
+)
+@click.option("--shift", is_flag=True, help="Measure how the teacher's gaze shifts within its answers.")
+@click.option(
+    "--data", help="With --shift: the data that the cache was built from, for kinds of questions and pictures."
+)
+@click.option("--images", help="Folder that image paths of --data start from; default: the data's own folder.")
 @JSON
-def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path | None, *, failed: bool) -> None:
+def inspect(
+    cache: str,
+    sample_id: str | None,
+    picture: Path | None,
+    image: Path | None,
+    data: str | None,
+    images: str | None,
+    *,
+    failed: bool,
+    shift: bool,
+    sinks: bool,
+) -> None:
     """Show what a cache holds; or of one sample the answer, the teacher's likeliest tokens and where it looked."""
     if failed and sample_id is not None:
         raise click.UsageError("--failed lists all samples that failed; leave SAMPLE_ID out")
-    if (picture is not None and sample_id is None) or (image is not None and picture is None):
-        raise click.UsageError("--picture needs a SAMPLE_ID, and --image needs --picture")
+    if shift and (failed or sample_id is not None or image is not None):
+        raise click.UsageError("--shift measures a whole cache; leave SAMPLE_ID, --image and --failed out")
+    if sinks and (failed or shift or sample_id is not None or image is not None):
+        raise click.UsageError("--sinks is about a whole cache; leave SAMPLE_ID, --image, --failed and --shift out")
+    if not shift and (data is not None or images is not None):
+        raise click.UsageError("--data and --images go with --shift")
+    if images is not None and data is None:
+        raise click.UsageError("--images needs --data")
+    if shift:
+        _show_shift(cache, picture, data, images)
+        return
+    if (picture is not None and sample_id is None and not sinks) or (image is not None and picture is None):
+        raise click.UsageError("--picture needs a SAMPLE_ID, --sinks or --shift, and --image needs --picture")
+    if picture is not None:
+        picture = refuse_others_file(picture, marked(PICTURE_MARK))
+    if sinks:
+        _show_sinks(cache, picture)
+        return
     if sample_id is None:
         from vlm_distill_cache.common.remotes.mirror import local_folder
         from vlm_distill_cache.common.tools.inspect import cache_values, describe_cache, failed_lines
@@ -102,6 +141,52 @@ def inspect(cache: str, sample_id: str | None, picture: Path | None, image: Path
         answer(cache=cache, **record_values(opened, sample_id))
     shown = quoted(sample_id) if one_line(sample_id) == sample_id else "SAMPLE_ID"
     tell(f"\nNext: cachectl inspect {quoted(cache)} {shown} --picture OUT.png [--image FILE]")
+
+
+def _show_sinks(cache: str, picture: Path | None) -> None:
+    from vlm_distill_cache.common.opening import open_cache
+    from vlm_distill_cache.common.tools.picture import ASCII, BLOCKS
+    from vlm_distill_cache.common.tools.record_view import save_picture
+    from vlm_distill_cache.common.tools.sinks import describe_sinks, draw_sinks, read_sinks, sink_values
+
+    opened = open_cache(cache)
+    found = read_sinks(opened)
+    if picture is not None:
+        save_picture(draw_sinks(opened, found), picture)
+    if has_document():
+        answer(cache=cache, picture=picture, **sink_values(found))
+    say(describe_sinks(opened, found, shades=BLOCKS if can_print(BLOCKS) else ASCII))
+    if picture is not None:
+        say(f"Drew {picture}")
+    else:
+        tell(f"\nNext: cachectl inspect {quoted(cache)} --sinks --picture OUT.png")
+
+
+def _show_shift(cache: str, picture: Path | None, data: str | None, images: str | None) -> None:
+    from vlm_distill_cache.common.opening import open_cache
+    from vlm_distill_cache.common.tools.shift_view import draw_shifts, measure_cache, picture_folder, shift_lines
+
+    folder = None if picture is None else picture_folder(picture)
+    opened = open_cache(cache)
+    said = opened.plan.data.get("split")
+    opens: Callable[..., Any] | None = (
+        click.get_current_context().find_root().obj
+    )  # the data package, which stands above
+    if data is not None and opens is None:
+        raise click.UsageError("--data is known to the command cachectl only, not to this module alone")
+    asks = None if data is None or opens is None else opens(data, split=str(said or "train"), images=images)
+    report = measure_cache(opened, asks, name=str(data))
+    drawn = [] if folder is None else draw_shifts(opened, report, asks, folder)
+    answer(cache=cache, **report.values(), drawn=[path for path, _ in drawn])
+    for line in shift_lines(report, cache):
+        say(line)
+    for path, over in drawn:
+        say(f"Drew {path}" + ("" if over else " (maps alone)"))
+    named = (
+        "--data DATA" if data is None else f"--data {quoted(data)}" + (f" --images {quoted(images)}" if images else "")
+    )
+    if data is None or (not drawn and report.largest):
+        tell(f"\nNext: cachectl inspect {quoted(cache)} --shift {named} --picture FOLDER")
 
 
 @main.command()

@@ -500,6 +500,8 @@ def advise(
 def seal(cache: Path) -> None:
     """Write the manifest of a complete cache from its sidecars."""
     from vlm_distill_cache.common.cache.manifest import seal as seal_cache
+    from vlm_distill_cache.common.cache.sidecar import missing_shards
+    from vlm_distill_cache.common.tools.sinks import write_sinks
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
         explain_disk_errors,
         refuse_unlisted,
@@ -509,6 +511,8 @@ def seal(cache: Path) -> None:
     read_plan(cache)  # of a folder that is no cache, it says what it is
     with explain_disk_errors(cache):
         refuse_unlisted(cache, sealed_names(cache))
+        if not missing_shards(cache, read_plan(cache)):  # else sealing names them
+            write_sinks(cache)
         manifest = seal_cache(cache)
     answer(cache=cache, totals=manifest.totals, shards=len(manifest.shards))
     say(f"Sealed {cache}: {manifest.totals['samples']} samples in {len(manifest.shards)} shards")

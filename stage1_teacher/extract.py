@@ -19,6 +19,7 @@ from vlm_distill_cache.common.cache.sidecar import missing_shards, sidecar_path
 from vlm_distill_cache.common.config import save_replay
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.terminal.progress import ProgressLines, hide_library_bars, progress
+from vlm_distill_cache.common.tools.sinks import write_sinks
 from vlm_distill_cache.common.tools.trust import trust_built
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS, answer_shard
@@ -226,7 +227,7 @@ def finish(work: Build, cache_dir: Path, *, samples: int, known: Collection[str]
     """
     refuse_nothing_usable(cache_dir, work.plan)
     fidelity = measure_fidelity(work, cache_dir, samples=samples)
-    write_card(cache_dir, work.plan, fidelity)
+    write_card(cache_dir, work.plan, fidelity, sinks=write_sinks(cache_dir))
     refuse_unlisted(cache_dir, known)
     drop_damaged_manifest(cache_dir)
     return seal(cache_dir, fidelity=fidelity, rewritten=rewritten)

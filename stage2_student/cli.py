@@ -54,6 +54,7 @@ from vlm_distill_cache.stage2_student.final_folder import (
     trained_folder,
 )
 from vlm_distill_cache.stage2_student.prune.options import pruning_options
+from vlm_distill_cache.stage2_student.prune.tokens_cli import select_tokens
 from vlm_distill_cache.stage2_student.pruned_folder import Kept, PruningConfig, refuse_uncut
 from vlm_distill_cache.stage2_student.scores.on_the_way import best_on_the_way, read_evaluations
 from vlm_distill_cache.stage2_student.scores.quantised import (
@@ -66,6 +67,7 @@ from vlm_distill_cache.stage2_student.scores.quantised import (
     reports_of,
 )
 from vlm_distill_cache.stage2_student.scores.results import read_scores, render_table
+from vlm_distill_cache.stage2_student.scores.token_words import token_words
 from vlm_distill_cache.stage2_student.students.presets import student_names
 from vlm_distill_cache.stage2_student.suite.cli import suite
 from vlm_distill_cache.stage2_student.suite.compare import compare
@@ -346,6 +348,9 @@ def _is_report(content: bytes) -> bool:
 @click.option("--split", type=click.Choice(get_args(Split)), help="Split of the held-out items; default: test.")
 @click.option("--limit", type=click.IntRange(min=1), help="Score at most so many items.")
 @click.option("--output", type=ResultFile(_is_report), help="JSON file to write.")
+@click.option(
+    "--oracle", is_flag=True, help="Choose visual tokens by where the teacher of --cache looked on the same pictures."
+)
 @click.option("--card", is_flag=True, help="Write the scores into the card (README.md) in the student's folder, too.")
 @quantise_option
 @JSON
@@ -358,6 +363,7 @@ def evaluate(
     split: Split | None,
     limit: int | None,
     output: Path | None,
+    oracle: bool,
     card: bool,
     quantise: Sequence[Quantisation],
 ) -> None:
@@ -369,6 +375,7 @@ def evaluate(
         scoring_notes,
         unreadable_note,
     )
+    from vlm_distill_cache.stage2_student.scores.oracle import followed, read_oracle, refuse_no_choice
     from vlm_distill_cache.stage2_student.trained_student import (
         evaluate_quantised,
         evaluate_student,
@@ -377,6 +384,11 @@ def evaluate(
         open_student,
     )
 
+    if oracle and (cache is None or card):
+        raise ConfigError(
+            "--oracle: "
+            + ("a card says how the student alone scores; leave --card out" if card else "add --cache, of these items")
+        )
     runs.set_up_libraries()
     folder = trained_folder(student)
     if card and folder.revision:
@@ -393,9 +405,15 @@ def evaluate(
     how = replace(how, split=split or how.split)
     settings = replace(settings, cache=cache or settings.cache, evaluation=how)
     compared, notes = open_compared(opened, settings, given=cache is not None)
+    if oracle:
+        refuse_no_choice(opened.model, student)
+        notes.append(
+            f"visual tokens were chosen by where the teacher of {cache} looked on the same pictures (--oracle)"
+        )
     unfit = None if cache else notes.append
-    quantised = evaluate_quantised(opened, settings, compared, quantise, unfit=unfit)
-    report = evaluate_student(opened, settings, compared, unfit=unfit)
+    with followed(read_oracle(compared) if oracle and compared is not None else None):
+        quantised = evaluate_quantised(opened, settings, compared, quantise, unfit=unfit)
+        report = evaluate_student(opened, settings, compared, unfit=unfit)
     stored = report.to_dict() | quantised_values(report, quantised)
     scorable = bool({"likelihood", "questions"} & report.scores.keys())
     trained = compared is None or compared.manifest_hash in opened.provenance["caches"].values()
@@ -403,8 +421,9 @@ def evaluate(
     seen = compared if trained or (settings.data is None and how.data is None) else None
     notes += scoring_notes(settings, seen, scorable=scorable, option=EVALUATE_OPTION, known=not unknown)
     notes += filter(None, [unreadable_note(report.unreadable)])
-    notes = list(dict.fromkeys(notes))
-    answer(student=student, **stored, notes=notes)
+    tokens = token_words(folder.path)
+    notes = list(dict.fromkeys([*notes, *tokens.values()]))
+    answer(student=student, **stored, notes=notes, **tokens)
     own = folder.path.resolve()
     name = folder.name if folder.revision else own.parent.name if own.name == FINAL else own.name
     say("\n".join([render_table({name: report, **reports_of(quantised)}), *quantised_lines(report, quantised)]))
@@ -562,6 +581,7 @@ def import_checkpoint(checkpoint: str, output: Path, vision_tower: str | None) -
 
 
 main.add_command(suite)
+main.add_command(select_tokens)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ Split = Literal["validation", "test"]
 BestBy = Literal[
     "auto", "likelihood", "likelihood_per_token", "letters/mean", "questions", "teacher/top1", "teacher/kl"
 ]
+TokenSelection = Literal["attention", "sinks", "gaze", "grid", "random"]
+DecodingSelection = Literal["shift", "fixed"]
 RATES: tuple[RateName, ...] = ("lr", "projector_lr", "tower_lr")
 PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
 SHARE_OF = "samples drawn at random from each source"
@@ -33,6 +35,11 @@ SPEED_OPTIONS = (
     "device", "num_workers", "memory_gib", "checkpoint_every", "keep_checkpoints", "log_every",
     "gradient_checkpointing", "verify", "report_to",
 )  # fmt: skip
+# How many visual tokens there are, and how they are chosen.
+TOKEN_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "visual_tokens": ("token_selection", "sink_penalty", "merge_frames"),
+    "decoding_tokens": ("decoding_selection", "shift_threshold"),
+}
 # How runs name it that were described before both stages had one word for it; fingerprints stay what they are.
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 
@@ -210,6 +217,20 @@ class TrainConfig:
         language_model: A language model to start from, a folder or a name on the hub; none: random weights.
         projector: Projector type: ``ldpnet``, ``ldpnetv2``, ``mlp`` or ``taf``; none: the student's own.
         pool_teacher_tokens: With projector ``taf``: pool the teacher's tokens 2x2 before the post-projector.
+        visual_tokens: Feed the language model only so many of a picture's visual tokens: a share below 1, or a whole number of
+            2 or more; none: all (of a student that says itself how many, so many). docs/visual-tokens.md says more.
+        token_selection: Which ones: ``attention`` (those that the vision tower looks at most), ``sinks`` (the same, minus
+            ``sink_penalty`` times how much of a sink a place is in the cache), ``gaze`` (where the teacher looked; at inference
+            where a regression on the tower's features expects that), ``grid`` (an average pool), ``random``.
+        sink_penalty: Weight of a place's sink score, which is in [0, 1], against the attention, whose sum over places is 1.
+        merge_frames: Of several pictures of one size in a sample, leave out what stays as alike as this cosine from one to the
+            next, in (0, 1); none: nothing.
+        decoding_tokens: Of the visual tokens that were read with the prompt, each generated token looks at so many; as
+            ``visual_tokens``; none: all.
+        decoding_selection: ``fixed``: those that the prompt's last token looked at most; ``shift``: others as soon as the
+            student's own gaze shifts.
+        shift_threshold: The gaze has shifted where the kept tokens hold less than this share, in (0, 1], of what the best
+            would.
         template: Prompt template; none: the cache's, the only one that fits its labels.
         data: Data set, as for stage one; none: what the cache was built from. A mixture's weights say how often its samples
             are seen in an epoch.
@@ -258,6 +279,13 @@ class TrainConfig:
     language_model: str | None = None
     projector: str | None = None
     pool_teacher_tokens: bool = False
+    visual_tokens: float | None = None
+    token_selection: TokenSelection = "attention"
+    sink_penalty: float = 0.03
+    merge_frames: float | None = None
+    decoding_tokens: float | None = None
+    decoding_selection: DecodingSelection = "shift"
+    shift_threshold: float = 0.75
     template: str | None = None
     data: str | None = None
     images: str | None = None
@@ -316,6 +344,7 @@ class TrainConfig:
         _within(self, "limit", 1, None, "samples")
         _within(self, "max_length", 1, None, "tokens")
         require(0 < self.data_share <= 1, "data_share", self.data_share, "above 0 and at most 1")
+        self._check_tokens()
         need = f"the directory of the teacher (--teacher) that student {self.student} is cut out of"
         kept = kept_share(self.student)
         require(kept is None or self.teacher is not None, "teacher", self.teacher, need)
@@ -324,12 +353,44 @@ class TrainConfig:
         for name in changed[: kept is None]:
             require(False, f"pruning.{name}", getattr(self.pruning, name), need)
 
+    def _check_tokens(self) -> None:
+        """Refuse numbers of visual tokens that are none, and how to choose what is not chosen."""
+        for name in TOKEN_OPTIONS:
+            value, need = getattr(self, name), "a share below 1, or a whole number of 2 or more; leave it out for all"
+            require(value is None or 0 < value < 1 or (value >= 2 and value % 1 == 0), name, value, need)
+        require(0 <= self.sink_penalty < math.inf, "sink_penalty", self.sink_penalty, "0 or more, finite")
+        merge = self.merge_frames
+        require(merge is None or 0 < merge < 1, "merge_frames", merge, "a cosine above 0 and below 1")
+        require(0 < self.shift_threshold <= 1, "shift_threshold", self.shift_threshold, "a share above 0 and at most 1")
+        for head, names in TOKEN_OPTIONS.items():
+            for name in names if getattr(self, head) is None else ():
+                plain = _default(name)
+                need = (
+                    f"{plain!r}, or leave it out, where {head} is not set: all tokens are taken then; set {head}, too"
+                )
+                require(getattr(self, name) == plain, name, getattr(self, name), need)
+        by = self.token_selection
+        need = f"0.03, or leave it out, where token_selection is {by}: it is of token_selection=sinks"
+        require(by == "sinks" or self.sink_penalty == _default("sink_penalty"), "sink_penalty", self.sink_penalty, need)
+        need = f"0.75, or leave it out, where decoding_selection is {self.decoding_selection}: nothing is noticed there"
+        fixed = self.decoding_selection == "fixed" and self.shift_threshold != _default("shift_threshold")
+        require(not fixed, "shift_threshold", self.shift_threshold, need)
+
+    @property
+    def follows_gaze(self) -> bool:
+        """Whether the teacher's gaze chooses visual tokens in training."""
+        return self.visual_tokens is not None and self.token_selection == "gaze"
+
     def phase(self, name: PhaseName) -> PhaseConfig:
         """A phase's configuration with the run's data, images and cache filled in."""
         phase: PhaseConfig = getattr(self, name)
         return replace(
             phase, data=phase.data or self.data, images=phase.images or self.images, cache=phase.cache or self.cache
         )
+
+
+def _default(name: str) -> Any:
+    return next(part.default for part in fields(TrainConfig) if part.name == name)
 
 
 def scoring_options(config: TrainConfig) -> dict[str, Any]:
@@ -384,6 +445,9 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     described = config_to_dict(config) | _public_models(config)
     for name in ("output", "evaluation", "license", *SPEED_OPTIONS):
         del described[name]
+    for head, names in TOKEN_OPTIONS.items():
+        for name in (head, *names) if described[head] is None else ():
+            del described[name]  # as runs were described before tokens could be chosen
     described["precision"] = _PRECISIONS[described.pop("dtype")]
     described["cache"] = cache_hashes.get(config.cache)
     if config.data_share < 1:
@@ -397,6 +461,8 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     for name in PHASE_NAMES:
         phase, given = described[name], config.phase(name)
         phase["cache"] = cache_hashes.get(phase["cache"])
+        if phase["losses"]["visual_columns_kind"] == LossWeights.visual_columns_kind:
+            del phase["losses"]["visual_columns_kind"]  # as runs had it before there were several
         for rate in RATES[1:]:
             if phase[rate] is None:
                 del phase[rate]  # as runs had it before parts could have rates of their own

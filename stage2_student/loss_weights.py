@@ -9,7 +9,9 @@ from vlm_distill_cache.common.cache.document_rules import TEMPERATURES
 from vlm_distill_cache.common.errors import ConfigError
 
 LogitKind = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
-AnswerLossKind = Literal["kl", "cosine", "relative", "kl_with_rest"]
+AnswerLossKind = Literal["kl", "cosine", "relative", "kl_with_rest", "sink_suppressed"]
+VisualColumnsKind = Literal["cosine", "sink_suppressed"]
+SINK_SUPPRESSED = "sink_suppressed"
 VisualMapKind = Literal["sink_filtered", "cosine", "kl", "mse"]
 LayerReduction = Literal["mean", "sum"]
 AttentionReduction = Literal["published", "sum", "mean"]
@@ -45,7 +47,9 @@ class LossWeights:
             similarities to the others.
         logit_kind: ``forward_kl``, ``reverse_kl``, ``jsd`` (Jensen-Shannon) or ``tvd`` (total variation).
         answer_kind: Kind of both row losses, answer and text: ``kl`` over the image, ``cosine``, ``relative``
-            (rows divided by the sample's mean row), or ``kl_with_rest`` (one more cell for the mass off the image).
+            (rows divided by the sample's mean row), ``kl_with_rest`` (one more cell for the mass off the image), or
+            ``sink_suppressed`` (``kl`` of cells times 1 - the cache's sink score: ``cachectl inspect CACHE --sinks``).
+        visual_columns_kind: ``cosine``, or ``sink_suppressed`` (the same, of columns times 1 - their sink score).
         visual_map_kind: ``sink_filtered`` (the released code), ``cosine`` (the paper's formula), ``kl`` or ``mse``.
         attention_reduction: Reduction over layers: ``sum``, ``mean``, or ``published``: sum for ``sink_filtered``, else mean.
         matching: Matching of layers: ``group``, ``simple`` or ``adaptive``; the last two need a cache of single layers.
@@ -66,6 +70,7 @@ class LossWeights:
     temperature: float = 1.0
     logit_kind: LogitKind = "forward_kl"
     answer_kind: AnswerLossKind = "kl"
+    visual_columns_kind: VisualColumnsKind = "cosine"
     visual_map_kind: VisualMapKind = "sink_filtered"
     hidden_kind: HiddenKind = "relative_mse"
     attention_reduction: AttentionReduction = "published"

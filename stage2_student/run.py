@@ -67,6 +67,7 @@ from vlm_distill_cache.stage2_student.scores.results import (
     render_table,
     table_rows,
 )
+from vlm_distill_cache.stage2_student.scores.token_words import token_words
 from vlm_distill_cache.stage2_student.training.extension import as_begun, differing_options, earlier_training
 from vlm_distill_cache.stage2_student.training.output_folder import (
     CONFIG,
@@ -495,7 +496,8 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
     flips, no_flips = show_flips(students, config, cache, evaluations)
     page = RunPage(
         title=f"{public_name(config.student)}: distilled from a teacher cache",
-        facts=run_facts(config, cache, describe_phases(config), students[DISTILLED].provenance["vocabulary"]),
+        facts=run_facts(config, cache, describe_phases(config), students[DISTILLED].provenance["vocabulary"])
+        | {of.replace("_", " "): said for of, said in token_words(students[DISTILLED].path).items()},
         cost=run_costs(sizes, curves, cache),
         curves=curves,
         on_the_way={name: read_evaluations(output / name) for name in COMPARED},

@@ -72,6 +72,7 @@ from vlm_distill_cache.stage2_student.training.steps import (
     step_totals,
     sum_terms,
 )
+from vlm_distill_cache.stage2_student.training.token_choice import save_gaze
 
 _log = logging.getLogger(__name__)
 AfterStep = Callable[[Position, StudentModel], None]
@@ -282,6 +283,8 @@ def start_log(config: TrainConfig, accelerator: Accelerator, run: Preparation, p
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         save_config(without_secrets(config), output / CONFIG)
+        if run.gaze is not None:
+            save_gaze(output, run.gaze)
     accelerator.wait_for_everyone()
     done = [(phase.name, phase.steps) for phase in run.phases[: position.phase]]
     if position.step:

@@ -129,8 +129,11 @@ def open_student(folder: Path, *, device: str | None = None) -> Student:
     )
 
 
-def open_model(folder: Path, place: str) -> Student:
+def open_model(folder: Path, place: str, *, device: str | None = None) -> Student:
     """Open a model that does not say what it was trained from: it reads as one that is trained from the cache at ``place``.
+
+    Args:
+        device: None: an accelerator if there is one.
 
     Raises:
         CacheFormatError: If there is no such cache.
@@ -142,7 +145,7 @@ def open_model(folder: Path, place: str) -> Student:
     parts = open_parts(config, cache)
     return Student(
         path=folder,
-        model=parts.load().eval().to("cuda" if torch.cuda.is_available() else "cpu"),
+        model=parts.load().eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         encoder=encoder_for(config, parts, {place: cache}),
         tokenizer=parts.tokenizer,
         image_processor=parts.image_processor,
@@ -484,7 +487,7 @@ def _write_export(
         raise ModelError(
             f"{folder}: its weights are quantised, and nothing brings the others back; export what it was made of"
         )
-    dtype = dtype or _stored_dtype(folder)
+    dtype = dtype or stored_dtype(folder)
     source = Source(
         folder=folder,
         model=student.model,
@@ -508,7 +511,7 @@ def _write_export(
     return dtype
 
 
-def _stored_dtype(folder: Path) -> str:
+def stored_dtype(folder: Path) -> str:
     """The precision of most of a student's weights, as one of ``DTYPES``."""
     sizes = Counter[torch.dtype]()
     for value in read_weights(folder).values():

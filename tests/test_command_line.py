@@ -24,18 +24,20 @@ SURFACE = {
     "cachectl convert": "--dry-run --json --store SOURCE TARGET",
     "cachectl import-logprobs": "--cache --data --format --images --json --limit "
     "--missing-target --overwrite --set --store --teacher --teacher-name FILES",
-    "cachectl inspect": "--failed --image --json --picture CACHE SAMPLE_ID",
+    "cachectl inspect": "--data --failed --image --images --json --picture --shift CACHE SAMPLE_ID",
     "cachectl pull": "--dry-run --jobs --json --no-verify --samples --shards --signals --top-k CACHE SOURCE",
     "cachectl push": "--dry-run --jobs --json --overwrite CACHE DESTINATION",
     "cachectl merge": "--dry-run --json --output --store SOURCES",
     "cachectl repair": "--deep --dry-run --json CACHE",
     "cachectl verify": "--deep --json CACHE",
     "distill compare": "--json --output OUTPUTS",
-    "distill evaluate": "--cache --card --data --images --json --limit --output --quantise --split STUDENT",
+    "distill evaluate": "--cache --card --data --images --json --limit --oracle --output --quantise --split STUDENT",
     "distill export": "--dtype --json --layout --output --quantise STUDENT",
     "distill import": "--json --output --vision-tower CHECKPOINT",
     "distill push": "--dry-run --json --message --overwrite --public --revision --which REPOSITORY STUDENT",
     "distill report": "--json OUTPUT",
+    "distill select-tokens": "--cache --data --decoding-selection --decoding-tokens --images --json --merge-frames --output "
+    "--seed --shift-threshold --sink-penalty --token-selection --visual-tokens MODEL",
     "distill suite": "--cache --dry-run --images --json --limit --nproc --only --output --prompts BENCHMARKS STUDENT",
     "distill prune": "--data --depth-importance --images --importance --json --keep --output --ratios --samples --spare-first "
     "--spare-last --teacher --template",

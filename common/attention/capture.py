@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -160,6 +160,10 @@ _UNSUPPORTED = ("position_bias", "s_aux", "cache")
 _recorders: WeakKeyDictionary[nn.Module, "_Recorder"] = WeakKeyDictionary()
 _recorders_lock = threading.Lock()
 _repeated = threading.local()  # recorders of the pass that a checkpointed layer repeats in this thread
+_watching = threading.local()  # what `watch` shows layers to in this thread
+_WATCHED = f"watched by {__name__}"  # of this code: copies of it lie beside students
+Watcher = Callable[..., None]
+"""Called as attention functions are: ``watcher(module, query, key, attention_mask, causal=, scaling=, softcap=)``."""
 
 
 class AttentionMaps(Mapping[str, Tensor]):
@@ -254,6 +258,7 @@ class AttentionCapture:
                 f"(it stays on {config._attn_implementation!r}): only its logits can be cached"
             )
         self.depth: int = int(config.num_hidden_layers)
+        self._decoder = language_model
         self._checkpointed = [m for m in language_model.modules() if hasattr(m, "gradient_checkpointing")]
         self._modules = [m for m in language_model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
         missing = set(range(self.depth)) - {int(module.layer_idx) for module in self._modules}
@@ -289,7 +294,9 @@ class AttentionCapture:
             )
         maps = AttentionMaps(requests)
         places = {name: SharedPlace() for name in requests}
-        recorder = _Recorder(requests=dict(requests), maps=maps, chunk_rows=self._chunk_rows, places=places)
+        recorder = _Recorder(
+            requests=dict(requests), maps=maps, chunk_rows=self._chunk_rows, places=places, decoder=self._decoder
+        )
         with _recorders_lock:
             if any(module in _recorders for module in self._modules):
                 raise ModelError(
@@ -314,6 +321,23 @@ class _Recorder:
     maps: AttentionMaps
     chunk_rows: int | None
     places: Mapping[str, SharedPlace]
+    decoder: Any
+    ran: dict[str, AttentionRequest] = field(default_factory=dict)
+
+    def _of_what_ran(self, name: str, request: AttentionRequest, *, batch: int) -> AttentionRequest:
+        """A request in positions of what runs of the sequence; found in the pass's first layer, so that a repeat has it."""
+        if name not in self.ran:
+            places = getattr(self.decoder, "places", None)
+            if places is not None:
+                request.check_fits(batch=batch, queries=places.shape[1], keys=places.shape[1])
+                moved = {id(tensor): renumber(tensor, places) for tensor in (request.rows, request.keys)}
+                for other in self.requests:
+                    if other in self.ran:  # rows and keys that two requests share stay shared
+                        old, new = self.requests[other], self.ran[other]
+                        moved |= {id(old.rows): new.rows, id(old.keys): new.keys}
+                request = replace(request, rows=moved[id(request.rows)], keys=moved[id(request.keys)])
+            self.ran[name] = request
+        return self.ran[name]
 
     def observe(
         self,
@@ -332,7 +356,8 @@ class _Recorder:
         wanted = {name: request for name, request in self.requests.items() if layer in request.layers}
         causal = _is_causal(module, is_causal, attention_mask, query)
         whole: dict[tuple[int, int], Tensor] = {}  # rows recorded, by where they were asked for
-        for name, request in wanted.items():
+        for name, asked_for in wanted.items():
+            request = self._of_what_ran(name, asked_for, batch=query.shape[0])
             request.check_fits(batch=query.shape[0], queries=query.shape[2], keys=key.shape[2])
             rows, keys, row_weights = request.on(query.device)
             asked = id(request.rows), id(request.keys)
@@ -358,6 +383,17 @@ class _Recorder:
                     whole[asked] = attention
             if not repeated:
                 self.maps.add(name, layer, attention)
+
+
+def renumber(positions: Tensor, places: Tensor) -> Tensor:
+    """Positions in a sequence as those in what ran of it; padding where they did not.
+
+    Args:
+        positions: int64 ``[B, R]``, -1 is padding.
+        places: Of each token of the sequence among those that ran, int64 ``[B, T]``, -1: it did not.
+    """
+    found = places.to(positions.device).gather(1, positions.clamp_min(0))
+    return found.masked_fill(positions < 0, -1)
 
 
 def checkpoint_recorded(function: Callable[..., Any], *inputs: Any) -> Any:
@@ -392,6 +428,79 @@ def checkpoints_activations(modules: Iterable[nn.Module]) -> bool:
         and getattr(module, "_gradient_checkpointing_func", None) is not checkpoint_recorded
         for module in modules
     )
+
+
+@contextmanager
+def watch(language_model: Any, layers: Iterable[int], watcher: Watcher) -> Iterator[None]:
+    """Show queries and keys of some layers to a function, as attention gets them, in the one pass run inside the block.
+
+    `AttentionCapture` may be on or off, and record; the model's output stays bit-identical.
+
+    Args:
+        language_model: A decoder with ``layers``, on the library's SDPA or captured.
+        layers: Their indices, each once.
+        watcher: Must not change what it is shown.
+
+    Raises:
+        ModelError: If the model runs another attention than SDPA, is watched already, or a layer was not seen once.
+    """
+    modules = [attention_module(language_model, layer) for layer in layers]
+    configs = {id(module.config): module.config for module in modules}
+    before, name = {key: config._attn_implementation for key, config in configs.items()}, type(language_model).__name__
+    if _WATCHED in before.values():
+        raise ModelError(
+            f"{name} is run by two threads at once while its attention is watched: run one after the other"
+        )
+    if other := sorted({str(one) for one in before.values()} - {"sdpa", IMPLEMENTATION}):
+        raise ModelError(
+            f"{name} runs attention {other[0]!r}, in which queries and keys cannot be seen; expected 'sdpa': call "
+            "model.set_attn_implementation('sdpa'), or open it with attn_implementation='sdpa'"
+        )
+    AttentionInterface.register(_WATCHED, _watched_attention)
+    AttentionMaskInterface.register(_WATCHED, AttentionMaskInterface()["sdpa"])
+    seen: list[nn.Module] = []
+    _watching.now = before, dict.fromkeys(modules, watcher), seen
+    try:
+        for config in configs.values():
+            config._attn_implementation = _WATCHED
+        yield
+    finally:
+        del _watching.now
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+    if len(seen) != len(modules) or set(seen) != set(modules):
+        raise ModelError(
+            f"{name}: attention was seen {len(seen)} times, expected once in each of the layers {[*layers]}: it does not go "
+            "through the model library's attention interface"
+        )
+
+
+def _watched_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    """The attention that the module would run, after showing a watched one's queries and keys."""
+    before, watchers, seen = _watching.now
+    if module in watchers:
+        causal = _is_causal(module, kwargs.get("is_causal"), mask, query)
+        watchers[module](
+            module, query, key, mask, causal=causal, scaling=kwargs.get("scaling"), softcap=kwargs.get("softcap")
+        )
+        seen.append(module)
+    return AttentionInterface()[before[id(module.config)]](module, query, key, value, mask, **kwargs)
+
+
+def attention_module(language_model: Any, layer: int) -> Any:
+    """The attention of a decoder's layer; a ModelError where it has none, or it carries no index."""
+    for module in language_model.layers[layer].modules():
+        if getattr(module, "layer_idx", None) == layer and hasattr(module, "config") and hasattr(module, "scaling"):
+            return module
+    raise ModelError(
+        f"{type(language_model).__name__}: layer {layer} has no attention with an index (`layer_idx`), so what it looks at "
+        "cannot be seen"
+    )
+
+
+def is_recorded(module: nn.Module) -> bool:
+    """Whether a `record` block of `AttentionCapture` is active for an attention module."""
+    return module in _recorders
 
 
 def register_capture() -> None:

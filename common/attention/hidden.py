@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_distill_cache.common.attention.capture import checkpoints_activations
+from vlm_distill_cache.common.attention.capture import checkpoints_activations, renumber
 from vlm_distill_cache.common.errors import ModelError
 
 KEPT_LAYERS = "kept_layers"
@@ -92,9 +92,11 @@ class HiddenCapture:
             yield found
         if missing := [layer for layer in wanted if layer not in seen]:
             raise ModelError(f"hidden states {missing} were not seen: run the model once inside record()")
+        places = getattr(self._model, "places", None)
         for name, request in requests.items():
             states = [seen[layer].to(request.rows.device) for layer in request.layers]
-            found[name] = gather_rows(torch.stack(states, dim=2), request.rows)  # of [B, T, S, D]
+            rows = request.rows if places is None else renumber(request.rows, places)
+            found[name] = gather_rows(torch.stack(states, dim=2), rows)  # of [B, T, S, D]
 
     def _hook(self, layer: int, seen: dict[int, Tensor]) -> Any:
         if layer == 0:

@@ -271,6 +271,30 @@ MANIFEST = record(
     {"fidelity": maybe(entries(ANYTHING, most=1000))},
 )
 
+_PLACES = 1 << 16  # of a layout; as many visual tokens as a picture may have
+_REGION = number(-(1 << 18), 1 << 18)
+SINKS = record(
+    {
+        "format_version": whole(1, 1 << 16),
+        "gamma": number(0.01, 100),
+        "samples": _COUNT,
+        "maps": entries(
+            record(
+                {
+                    "signal": _NAME,
+                    "places": one_of("token", "tile", "cell"),
+                    "pictures": whole(1, MAX_SAMPLES),
+                    "tiles": items(items(_REGION, least=6, most=6), least=1, most=_PLACES),
+                    "received": items(number(0, 1e6), most=_PLACES),
+                    "often": items(_COUNT, most=_PLACES),
+                    "scores": items(number(0, 1), most=_PLACES),
+                }
+            ),
+            most=3,
+        ),
+    }
+)
+
 PROJECTOR = record(
     {"act": _NAME, **dict.fromkeys(("in", "hidden", "out"), whole(1, MAX_WIDTH))},
     {

@@ -22,7 +22,7 @@ from vlm_distill_cache.common.cache.documents import (
 from vlm_distill_cache.common.cache.index import INDEX, build_index
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
-from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, check_digests, side_files
+from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, SINKS, check_digests, side_files
 from vlm_distill_cache.common.cache.sidecar import (
     FileEntry,
     ShardSidecar,
@@ -142,8 +142,12 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """Fingerprint of the cache's content; what a student run records. Measuring the fidelity again keeps it."""
-        return fingerprint({name: value for name, value in self.to_dict().items() if name != "fidelity"})
+        """Fingerprint of the cache's content; what a student run records.
+
+        Measuring the fidelity again keeps it, and so does looking for sinks, which the records say already.
+        """
+        body = {name: value for name, value in self.to_dict().items() if name != "fidelity"}
+        return fingerprint(body | {"files": {name: entry for name, entry in body["files"].items() if name != SINKS}})
 
 
 def read_manifest(cache_dir: Path) -> Manifest:
@@ -235,8 +239,8 @@ def seal(cache_dir: Path, *, fidelity: dict[str, Any] | None = None, rewritten: 
     """
     if not rewritten and (cache_dir / MANIFEST).exists():
         sealed = read_manifest(cache_dir).files
-        # The index is written anew from the sidecars, whatever became of it.
-        check_digests(cache_dir, {name: entry for name, entry in sealed.items() if name != INDEX})
+        # The index is written anew from the sidecars, and the sinks from the records, whatever became of them.
+        check_digests(cache_dir, {name: entry for name, entry in sealed.items() if name not in (INDEX, SINKS)})
     for folder in (cache_dir, cache_dir / SHARDS):
         clean_stale(folder)
     manifest, index = derive_manifest(cache_dir, fidelity=fidelity)

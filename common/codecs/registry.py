@@ -8,6 +8,7 @@ from vlm_distill_cache.common.codecs.description import Codec
 from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
 from vlm_distill_cache.common.codecs.logits import LogitCodec, VisualLogitsCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, TextAttentionCodec
+from vlm_distill_cache.common.codecs.tower_attention import TowerAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.common.errors import CacheFormatError
 
@@ -22,6 +23,7 @@ CODECS: dict[str, type[Codec]] = {
     "visual_hidden": VisualHiddenCodec,
     "projector_output": ProjectorOutputCodec,
     "visual_logits": VisualLogitsCodec,
+    "tower_attention": TowerAttentionCodec,
 }
 
 

@@ -1,7 +1,8 @@
 """Functions around the passes of a model's decoder, which know where the visual tokens stand.
 
 They see the decoder's own arguments, words and pictures embedded already, and call the decoder in their turn, with fewer
-tokens or others. The outermost was added last. Wrapped decoders keep their class's name and weights.
+tokens or others; who runs others says where the visual ones are among them (``visual_mask``). The outermost was added
+last. Wrapped decoders keep their class's name and weights.
 
 Dims: B batch, T tokens of this pass.
 """
@@ -23,10 +24,18 @@ class Around:
     Attributes:
         wrappers: In the order that they were added.
         visual_mask: Which tokens of this pass are visual, bool ``[B, T]``; None where only embeddings were given.
+        places: Where each token of the last pass stood among those that ran, int64 ``[B, T]``, -1 where it did not run; None:
+            all ran (`common.models.fewer_tokens`).
+        stands_for: Which token of the last pass ran in the place of each, int64 ``[B, T]``: itself, or the one that it was
+            pooled into; -1: none.
+        decoded: What a function beside the decoder counted since the last prompt (`common.models.decoding_tokens`).
     """
 
     wrappers: tuple[Wrapper, ...] = ()
     visual_mask: Tensor | None = None
+    places: Tensor | None = None
+    stands_for: Tensor | None = None
+    decoded: Any = None
 
     def run_around(self, run: Run, **arguments: Any) -> Any:
         """Run the decoder inside all wrappers."""
@@ -53,18 +62,19 @@ def _around(decoder_class: Any) -> Any:
     return type(decoder_class.__name__, (_Decoder, decoder_class), {"__module__": decoder_class.__module__})
 
 
-def surround(model: Any, parts: Mapping[str, str], wrapper: Wrapper) -> Any:
+def surround(model: Any, parts: Mapping[str, str], wrapper: Wrapper, *, inside: bool = False) -> Any:
     """Put a function around the passes of a model's decoder, and return the decoder.
 
     Args:
         model: Ours or the library's; ``parts["language_model"]`` is the decoder's path in it.
+        inside: Next to the decoder, inside all others: it sees what runs.
     """
     decoder = model.get_submodule(parts["language_model"])
     if not isinstance(decoder, Around):
         decoder_class: Any = type(decoder)
         decoder.__class__ = _around(decoder_class)
         model.register_forward_pre_hook(partial(_tell, decoder), with_kwargs=True)
-    decoder.wrappers = (*decoder.wrappers, wrapper)
+    decoder.wrappers = (wrapper, *decoder.wrappers) if inside else (*decoder.wrappers, wrapper)
     return decoder
 
 

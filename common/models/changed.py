@@ -13,13 +13,19 @@ from typing import Any
 import transformers
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.decoding_tokens import decode_with_fewer
+from vlm_distill_cache.common.models.fewer_tokens import apply_visual_tokens
 from vlm_distill_cache.common.models.layer_sizes import apply_layer_sizes
-from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
+from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth as _LlavaOfAnyDepth  # as found here, it is changed
 
 CHANGES = "distilled"
 """The key of the configuration: ``{"parts": {"language_model": PATH, "vision_tower": PATH, "projector": PATH}, ...}``."""
 
-APPLIED: dict[str, Callable[[Any, Mapping[str, str], Any], None]] = {"layer_sizes": apply_layer_sizes}
+APPLIED: dict[str, Callable[[Any, Mapping[str, str], Any], None]] = {
+    "layer_sizes": apply_layer_sizes,
+    "decoding_tokens": decode_with_fewer,
+    "visual_tokens": apply_visual_tokens,
+}
 """By name: what applies one change to a model without values or with them, given its parts' paths and what is stored."""
 
 
@@ -46,7 +52,7 @@ def changed_class(model_class: Any) -> Any:
 
 def __getattr__(name: str) -> Any:
     """The changed class of a name of the library's, or of LLaVA's: what ``auto_map`` asks this module for."""
-    ours = {LlavaOfAnyDepth.__name__: LlavaOfAnyDepth}
+    ours = {_LlavaOfAnyDepth.__name__: _LlavaOfAnyDepth}
     found = ours.get(name) if name.startswith("_") or name in ours else getattr(transformers, name, None)
     if not isinstance(found, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")  # noqa: TRY004 - as Python's own
@@ -85,9 +91,10 @@ def change_model(model: Any, parts: Mapping[str, str], **changes: Any) -> None:
     Args:
         model: Ours or the library's, without wrappers.
         parts: Paths of ``language_model``, ``vision_tower`` and ``projector``.
-        changes: By name as in `APPLIED`, JSON.
+        changes: By name as in `APPLIED`, JSON; None takes one back that can be taken back.
     """
-    setattr(model.config, CHANGES, {**(getattr(model.config, CHANGES, None) or {}), "parts": dict(parts), **changes})
+    stored = {**(getattr(model.config, CHANGES, None) or {}), "parts": dict(parts), **changes}
+    setattr(model.config, CHANGES, {name: value for name, value in stored.items() if value is not None})
     if not getattr(model, "applies_changes", False):
         model_class: Any = type(model)
         model.__class__ = changed_class(model_class)

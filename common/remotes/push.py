@@ -104,6 +104,8 @@ def _push_held(
             moved += run.send_side_files()
             # It is not complete if another push wrote here meanwhile.
             in_parallel([partial(run.refuse_overwritten, name) for name in (PLAN, *run.sidecars())], jobs)
+        elif isinstance(there, Manifest) and there.files != manifest.files:  # sinks were found since
+            moved += run.send_side_files()
         moved += run.send_card()
         run.publish(there)
     return manifest, moved + Transferred(files=1)

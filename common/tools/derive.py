@@ -19,7 +19,7 @@ from vlm_distill_cache.common.cache.manifest import Manifest, seal
 from vlm_distill_cache.common.cache.plan import PLAN, Plan, write_plan
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages, with_visual_source
-from vlm_distill_cache.common.cache.side_files import CARD, MAX_CARD_BYTES, refuse_occupied
+from vlm_distill_cache.common.cache.side_files import CARD, MAX_CARD_BYTES, SINKS, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, UnknownWords, read_sidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.logits import LogitCodec
@@ -31,6 +31,7 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import fetch_files
 from vlm_distill_cache.common.tools.derived_card import DERIVED, write_derived_card
+from vlm_distill_cache.common.tools.sinks import card_lines, write_sinks
 
 # Figures of the fidelity card that do not name their signal.
 _LOGIT_FIGURES = ("kept_mass", "entries_per_row", "rows_at_cap")
@@ -133,6 +134,7 @@ def another_folder(target: Path) -> Iterator[None]:
 def seal_derived(target: Path, *, fidelity: dict[str, Any] | None) -> Manifest:
     """Seal what `write_shards` wrote."""
     with name_full_disk(target):
+        write_sinks(target)
         return seal(target, fidelity=fidelity, rewritten=True)
 
 
@@ -221,8 +223,9 @@ def derive_cache(
         counts.add(read_sidecar(target, index))
     quoted = [(manifest.hash, _read_card(remote)) for remote, manifest in sources]
     with name_full_disk(target):
-        write_bytes_atomic(target / CARD, write_derived_card(plan, fidelity, quoted, counts))
-    return seal_derived(target, fidelity=fidelity)
+        found = write_sinks(target)
+        write_bytes_atomic(target / CARD, write_derived_card(plan, fidelity, quoted, counts, sinks=card_lines(found)))
+        return seal(target, fidelity=fidelity, rewritten=True)
 
 
 def _read_card(remote: Remote) -> str:
@@ -247,7 +250,7 @@ def _shared_anew(
 
 def side_files_of(manifest: Manifest) -> dict[str, FileEntry]:
     """The files beside the shards that a derived cache takes over as they are."""
-    return {name: entry for name, entry in manifest.files.items() if name not in (PLAN, INDEX)}
+    return {name: entry for name, entry in manifest.files.items() if name not in (PLAN, INDEX, SINKS)}
 
 
 def carry_fidelity(

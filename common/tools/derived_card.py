@@ -37,13 +37,19 @@ def _word(name: str, value: Any) -> str:
 
 
 def write_derived_card(
-    plan: Plan, fidelity: Mapping[str, Any] | None, sources: Sequence[tuple[str, str]], counts: SampleCounts
+    plan: Plan,
+    fidelity: Mapping[str, Any] | None,
+    sources: Sequence[tuple[str, str]],
+    counts: SampleCounts,
+    *,
+    sinks: str = "",
 ) -> bytes:
     """Return the card of a derived cache.
 
     Args:
         sources: Manifest hash and card of each cache it was made from; the cards are quoted.
         counts: Of its own shards.
+        sinks: A section about its sinks, or nothing.
     """
     name = one_line(f"{plan.teacher.get('name')} on {plan.data.get('name')}")
     how = plan.extra[DERIVED]
@@ -101,7 +107,7 @@ The licences of all sources apply: name them when you pass this on. Their cards 
 |---|---|
 {figures or "| none | what was measured has changed, or differs between the sources |"}
 
-## Fingerprints
+{sinks}## Fingerprints
 
 | of | value |
 |---|---|

@@ -18,7 +18,7 @@ from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, PLAN, THREADS, Plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, SharedImages
-from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied, side_files
+from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, SINKS, refuse_occupied, side_files
 from vlm_distill_cache.common.cache.sidecar import (
     FileEntry,
     ShardSidecar,
@@ -98,7 +98,7 @@ def _side_files(sources: Sequence[Path]) -> list[tuple[Remote, dict[str, FileEnt
     held: dict[str, tuple[Path, FileEntry]] = {}
     for source in sources:
         for name in side_files(source):
-            if name in (PLAN, INDEX):
+            if name in (PLAN, INDEX, SINKS):
                 continue
             entry = FileEntry.of(source / name)
             first, expected = held.setdefault(name, (source, entry))

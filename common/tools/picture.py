@@ -112,19 +112,26 @@ def open_image(path: Path, record: Record) -> Image:
         SampleError: If it cannot be read as an image.
         CacheMismatchError: If its pixels are not those the teacher saw.
     """
-    from vlm_distill_cache.common.pixels import decode_image, image_hash  # needs pillow
+    from vlm_distill_cache.common.pixels import decode_image  # needs pillow
 
     try:
         image = decode_image(path.read_bytes(), name=str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the sample's image file") from error
+    check_image(image, record, name=str(path))
+    return image
+
+
+def check_image(image: Image, record: Record, *, name: str) -> None:
+    """Refuse a picture that is not the one that a record was made from; raises CacheMismatchError."""
+    from vlm_distill_cache.common.pixels import image_hash  # needs pillow
+
     found, expected = image_hash(image).hex(), record["image_hash"].tobytes().hex()
     if found != expected:
         raise CacheMismatchError(
-            f"{path}: its pixels have hash {found}, the sample's image has {expected}; give the image that the "
+            f"{name}: its pixels have hash {found}, the sample's image has {expected}; give the image that the "
             "teacher saw, not a resized, cropped or re-compressed one"
         )
-    return image
 
 
 def draw_picture(maps: Sequence[WordMap], *, title: str, image: Image | None) -> Image:

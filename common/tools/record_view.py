@@ -77,21 +77,22 @@ class TokenText:
 
 def load_token_text(cache: TeacherCache) -> TokenText:
     """Load the tokenizer that lies in a cache, if there is one and it can be read."""
+    if _TOKENIZER not in cache.manifest.files:
+        return TokenText(decode=_numbers)
+    cache.check_side_files([_TOKENIZER])
+    return read_token_text(cache.path)
 
-    def numbers(ids: Sequence[int]) -> str:
-        return " ".join(map(str, ids))
 
+def read_token_text(folder: Path) -> TokenText:
+    """As `load_token_text`, of a folder that need not be sealed; its file is not compared with any digest."""
     try:
         from tokenizers import Tokenizer  # numbers do without it
     except ImportError:
-        return TokenText(decode=numbers)
-    if _TOKENIZER not in cache.manifest.files:
-        return TokenText(decode=numbers)
-    cache.check_side_files([_TOKENIZER])
+        return TokenText(decode=_numbers)
     try:
-        tokenizer = Tokenizer.from_file(str(cache.path / _TOKENIZER))
+        tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
     except Exception:  # noqa: BLE001 - tokenizers raises the bare class for whatever it cannot read
-        return TokenText(decode=numbers)
+        return TokenText(decode=_numbers)
 
     def decode(ids: Sequence[int]) -> str:
         text: str = tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -99,6 +100,10 @@ def load_token_text(cache: TeacherCache) -> TokenText:
 
     special = (number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special)
     return TokenText(decode=decode, special=frozenset(special))
+
+
+def _numbers(ids: Sequence[int]) -> str:
+    return " ".join(map(str, ids))
 
 
 def describe_record(cache: TeacherCache, sample_id: str, *, unicode: bool = True) -> str:

@@ -79,6 +79,12 @@ class Family:
         return bool(self.language_model)
 
     @property
+    def parts(self) -> dict[str, str]:
+        """The paths that a changed model says (`common.models.changed`); empty where the family is not listed."""
+        names = ("language_model", "vision_tower", "projector")
+        return {name: getattr(self, name) for name in names} if self.is_listed else {}
+
+    @property
     def packs(self) -> bool:
         """Whether independent conversations can share a picture in one sequence (`data.families.inputs`)."""
         return self.is_listed and self.visual_rows != "prefix"

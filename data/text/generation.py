@@ -116,12 +116,12 @@ def generate_answers(
     arguments = inputs(prompts, pad_id, device)
     end = encoder.end_token_ids
     watch = _Watch(len(prompts))
-    with _own_settings(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with own_settings(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if sampling is not None:
             torch.manual_seed(sampling.seed)
         output = model.generate(
             **arguments,
-            **_how(sampling),
+            **how_to_draw(sampling),
             max_new_tokens=max_new_tokens,
             num_beams=1,
             pad_token_id=pad_id,
@@ -155,7 +155,7 @@ class _Watch(LogitsProcessor):
 
 
 @contextmanager
-def _own_settings(model: Any) -> Iterator[None]:
+def own_settings(model: Any) -> Iterator[None]:
     """Generate by what is asked for here alone: a checkpoint's generation_config.json would suppress or favour tokens."""
     # A student of the library's is a wrapper around its model.
     holder: Any = model if hasattr(model, "generation_config") else getattr(model, "model", model)
@@ -167,7 +167,8 @@ def _own_settings(model: Any) -> Iterator[None]:
         holder.generation_config = kept
 
 
-def _how(sampling: Sampling | None) -> dict[str, Any]:
+def how_to_draw(sampling: Sampling | None) -> dict[str, Any]:
+    """Arguments of ``generate``; None: greedy."""
     if sampling is None:
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     return {

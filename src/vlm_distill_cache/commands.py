@@ -4,7 +4,7 @@ import os
 import sys
 from copy import copy
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import click
@@ -26,14 +26,19 @@ def cachectl() -> None:
 
 
 def group_of(package: str) -> "click.Group":
-    """The commands of a package; those that read and write caches have some of stage one's beside them."""
+    """The commands of a package; those that read and write caches have some of stage one's beside them, and may open data."""
     main: click.Group = import_module(f"vlm_distill_cache.{package}.cli").main
     if package != "common":
         return main
     added = [import_module("vlm_distill_cache.stage1_teacher.imports.cli").import_logprobs]
     group = copy(main)
     group.commands = {**main.commands, **{command.name: command for command in added}}
+    group.context_settings = {**main.context_settings, "obj": _open_data}
     return group
+
+
+def _open_data(*arguments: Any, **options: Any) -> Any:
+    return import_module("vlm_distill_cache.data.questions").open_asked(*arguments, **options)
 
 
 def _run(package: str) -> None:

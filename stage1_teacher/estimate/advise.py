@@ -25,6 +25,7 @@ from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImag
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.description import Codec
 from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
+from vlm_distill_cache.common.codecs.tower_attention import TowerAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 from vlm_distill_cache.common.errors import ConfigError, DataError, ModelError, SampleError
 from vlm_distill_cache.common.files.disk import folder_bytes
@@ -32,6 +33,7 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.terminal.command_line import tell
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.common.tools.derived_card import DERIVED
+from vlm_distill_cache.common.tools.sinks import write_sinks
 from vlm_distill_cache.data.sources.grouping import ChosenSamples
 from vlm_distill_cache.data.text.collate import image_key
 from vlm_distill_cache.data.text.encoding import EncodedSample
@@ -306,7 +308,7 @@ class Measured:
         shutil.copytree(self.folder / "parts", target, dirs_exist_ok=True)
         self._write_shards(target, plan, codecs)
         figures = self.figures(codecs)
-        write_card(target, plan, figures)
+        write_card(target, plan, figures, sinks=write_sinks(target))
         seal(target, fidelity=figures, rewritten=True)
 
     def _codecs_of(self, options: Options) -> dict[str, Codec]:
@@ -419,7 +421,7 @@ def _tell_time(took: float, samples: int, sets: int) -> None:
 
 def part_of(signal: str) -> str:
     """The part of the options that a signal belongs to."""
-    if EXTRACTORS[signal].attention:
+    if EXTRACTORS[signal].attention or signal == TowerAttentionCodec.signal:
         return "attention"
     return "words" if signal.endswith(LogitCodec.signal) else "states"
 

@@ -16,6 +16,7 @@ from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.config import save_replay
 from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 from vlm_distill_cache.common.terminal.progress import progress
+from vlm_distill_cache.common.tools.sinks import write_sinks
 from vlm_distill_cache.data.sample import Dataset, Sample
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import EncodedSample
@@ -221,7 +222,7 @@ def import_logprobs(
 def _finish(cache_dir: Path, plan: Plan, known: Sequence[str]) -> Manifest:
     """Write the card of a cache whose shards are all there, and seal it; there is no teacher to compare it with."""
     refuse_nothing_usable(cache_dir, plan)
-    write_card(cache_dir, plan, None)
+    write_card(cache_dir, plan, None, sinks=write_sinks(cache_dir))
     refuse_unlisted(cache_dir, known)
     drop_damaged_manifest(cache_dir)
     return seal(cache_dir, rewritten=True)

@@ -33,8 +33,10 @@ from vlm_distill_cache.common.codecs.live import (
 )
 from vlm_distill_cache.common.codecs.logits import LogitCodec, VisualLogitsCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, TextAttentionCodec
+from vlm_distill_cache.common.codecs.tower_attention import TowerAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.models.tower_attention import TowerRequest
 from vlm_distill_cache.data.text.collate import Batch, supervised_rows, text_rows, visual_keys
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.teacher.inputs import Request
@@ -313,6 +315,30 @@ class _Hidden(Extractor):
         return len(codec.layers) * length * int(codec.width) * width
 
 
+class _TowerAttention(_Attention):
+    """What each visual token receives inside the vision tower: ``[N]`` of each sample."""
+
+    options = ("attention_dtype",)
+    attention = False  # of the language model
+
+    def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
+        return TowerAttentionCodec(exact=config.attention_dtype == "f4")
+
+    def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
+        counts = _counts(visual_keys, batch)
+        return TowerRequest(tuple(counts)) if any(counts) else None
+
+    def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
+        counts = _counts(visual_keys, batch)
+        return tuple((torch.zeros(0) if found is None else found).split(counts))
+
+    def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
+        return [codec.encode(received) for received in live]
+
+    def decoded(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Any]:
+        return list(live)
+
+
 EXTRACTORS: dict[str, Extractor] = {
     "logits": _Logits(),
     "answer_attention": _RowAttention(RowAttentionCodec, supervised_rows),
@@ -323,6 +349,7 @@ EXTRACTORS: dict[str, Extractor] = {
     "visual_hidden": _Hidden(VisualHiddenCodec, visual_keys),
     "projector_output": _Hidden(ProjectorOutputCodec, visual_keys),
     "visual_logits": _VisualLogits(),
+    "tower_attention": _TowerAttention(),
 }
 
 

@@ -27,6 +27,7 @@ from vlm_distill_cache.common.cache.plan import (
 from vlm_distill_cache.common.cache.side_files import (
     CARD,
     MANIFEST,
+    SINKS,
     check_digests,
     is_leftover,
     side_files,
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 # What `stage1_teacher.teacher.export` writes.
 EXPORTED = ("projector.safetensors", "projector.json", "vision_tower.safetensors", "vision_tower.json", "processor")
 # All that a cache folder holds at its top level.
-OUR_NAMES = (PLAN, MANIFEST, INDEX, CARD, SHARDS, *EXPORTED)
+OUR_NAMES = (PLAN, MANIFEST, INDEX, CARD, SINKS, SHARDS, *EXPORTED)
 
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _WRITABLE = "make it writable, or give another folder for the cache; nothing was lost"
@@ -205,9 +206,9 @@ def refuse_unlisted(cache_dir: Path, known: Collection[str]) -> None:
     """Refuse to seal a folder that holds more than the cache: a manifest vouches for every file it lists.
 
     Args:
-        known: Paths of its own files outside ``shards/``; the plan, the index, the manifest and the card are known.
+        known: Paths of its own files outside ``shards/``; plan, index, sinks, manifest and card are known.
     """
-    found = [name for name in side_files(cache_dir) if name not in known and name not in (PLAN, INDEX)]
+    found = [name for name in side_files(cache_dir) if name not in known and name not in (PLAN, INDEX, SINKS)]
     if found:
         raise _strangers(cache_dir, found)
 

@@ -12,6 +12,7 @@ from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Field
 from vlm_distill_cache.common.cache.shared_images import with_visual_source
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
+from vlm_distill_cache.common.codecs.tower_attention import TowerAttentionCodec
 from vlm_distill_cache.common.errors import ConfigError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.hub import model_folder
@@ -19,6 +20,7 @@ from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.models.original_llava import is_original_llava, refuse_other_llavas
 from vlm_distill_cache.common.models.parts import read_config
 from vlm_distill_cache.common.models.published import is_published
+from vlm_distill_cache.common.models.tower_attention import last_layer
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.inputs import known_positions, text_config
 from vlm_distill_cache.data.families.unusable import refuse_config
@@ -82,6 +84,14 @@ def refuse_signals(signals: Sequence[str], teacher: Teacher) -> None:
             f"teacher {teacher.directory}: {', '.join(attention)} cannot be had: {teacher.no_attention}; cache its "
             "logits only (--signals logits)"
         )
+    if TowerAttentionCodec.signal in signals:
+        try:
+            last_layer(teacher.config, teacher.vision_tower)
+        except ModelError as error:
+            raise ModelError(
+                f"teacher {teacher.directory}: {TowerAttentionCodec.signal} cannot be had: {error}; leave it out of the "
+                "signals (the sinks of its language model can be found from the others)"
+            ) from error
     causal = [name for name in signals if EXTRACTORS[name].causal]
     if causal and family.visual_rows != "causal":
         sees = {"image": "their whole image", "prefix": "the whole prompt"}[family.visual_rows]

@@ -11,6 +11,7 @@ from vlm_distill_cache.common.cache.side_files import CARD
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.printing import markdown, markdown_code, one_line
+from vlm_distill_cache.common.tools.sinks import Sinks, card_lines
 
 _MAX_CODEC = 4000  # characters of a codec's settings
 # The Hub's classes of size: below this many samples, this name.
@@ -19,7 +20,7 @@ _SIZES = (
 )  # fmt: skip
 
 
-def write_card(cache_dir: Path, plan: Plan, fidelity: dict[str, Any] | None) -> None:
+def write_card(cache_dir: Path, plan: Plan, fidelity: dict[str, Any] | None, *, sinks: Sinks | None) -> None:
     """Write the card of a cache whose shards are all there."""
     counts = SampleCounts()
     field_bytes = dict.fromkeys((field.name for field in plan.all_fields), 0)
@@ -28,12 +29,17 @@ def write_card(cache_dir: Path, plan: Plan, fidelity: dict[str, Any] | None) -> 
         counts.add(sidecar)
         for name, size in sidecar.field_bytes.items():
             field_bytes[name] = field_bytes.get(name, 0) + size
-    text = card_text(plan, fidelity, counts=counts, field_bytes=field_bytes)
+    text = card_text(plan, fidelity, counts=counts, field_bytes=field_bytes, sinks=sinks)
     write_bytes_atomic(cache_dir / CARD, text.encode())
 
 
 def card_text(
-    plan: Plan, fidelity: dict[str, Any] | None, *, counts: SampleCounts, field_bytes: Mapping[str, int]
+    plan: Plan,
+    fidelity: dict[str, Any] | None,
+    *,
+    counts: SampleCounts,
+    field_bytes: Mapping[str, int],
+    sinks: Sinks | None = None,
 ) -> str:
     """Write the card's text: a function of its arguments alone, equal for both stores but for the store's line.
 
@@ -41,6 +47,7 @@ def card_text(
         fidelity: Figures of ``measure_fidelity``, or None if skipped.
         counts: Of all shards.
         field_bytes: Decoded bytes of all records by field.
+        sinks: Of `write_sinks`.
     """
     rows, samples = max(1, counts.rows), max(1, counts.samples)
     signals = ""
@@ -110,6 +117,7 @@ Bytes are those of the decoded arrays; on disk they are packed.
 |---|---|
 {figures}
 
+{card_lines(sinks)}
 ## Fingerprints
 
 | of | value |

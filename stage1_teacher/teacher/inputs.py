@@ -18,11 +18,12 @@ from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.hidden import HiddenRequest
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.live import map_tensors
+from vlm_distill_cache.common.models.tower_attention import TowerRequest
 from vlm_distill_cache.data.families.table import Family
 from vlm_distill_cache.data.text.collate import Batch
 
-Request = AttentionRequest | HiddenRequest | Tensor
-"""Attention, hidden states, or the rows whose logits are wanted, bool ``[B, T]``."""
+Request = AttentionRequest | HiddenRequest | TowerRequest | Tensor
+"""Attention, hidden states, attention of the tower, or the rows whose logits are wanted, bool ``[B, T]``."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +36,7 @@ class TeacherInputs:
         places: By name: which of them a request is for, int64; None: all.
         attention: Rows and keys of the attention to record, by name.
         states: Rows of the hidden states to record, by name.
+        towers: Whose attention in the vision tower to record, by name.
     """
 
     model_inputs: Mapping[str, Any]
@@ -42,6 +44,7 @@ class TeacherInputs:
     places: Mapping[str, Tensor | None]
     attention: Mapping[str, AttentionRequest]
     states: Mapping[str, HiddenRequest]
+    towers: Mapping[str, TowerRequest]
 
     def pinned(self) -> "TeacherInputs":
         """The same in page-locked memory, from which copies to a GPU are asynchronous."""
@@ -86,6 +89,7 @@ def prepare_inputs(
         places={n: None if torch.equal(mask, rows) else mask[rows].nonzero()[:, 0] for n, mask in masks.items()},
         attention=attention,
         states={name: request for name, request in requests.items() if isinstance(request, HiddenRequest)},
+        towers={name: request for name, request in requests.items() if isinstance(request, TowerRequest)},
     )
 
 

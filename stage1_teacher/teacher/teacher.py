@@ -18,6 +18,7 @@ from vlm_distill_cache.common.attention.hidden import HiddenCapture
 from vlm_distill_cache.common.attention.layers import teacher_groups
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
+from vlm_distill_cache.common.models.tower_attention import by_visual_token, last_layer, observe_tower
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.families.models import (
     Quantisation,
@@ -150,18 +151,26 @@ class Teacher:
 
         Returns:
             By name, logits of the rows of all samples, ``[A, V]`` in the model's dtype; attention, float32 ``[B, G, R, M]``,
-            zero where rows or keys are padding, R being 1 for a sum of rows; or hidden states, ``[B, R, S, D]`` in the
-            model's dtype, zero where rows are padding.
+            zero where rows or keys are padding, R being 1 for a sum of rows; hidden states, ``[B, R, S, D]`` in the
+            model's dtype, zero where rows are padding; or attention of the tower, float32 ``[N]`` of all samples' visual
+            tokens in order.
         """
         inputs = inputs.to(self.device)
         hidden: AbstractContextManager[Mapping[str, Tensor]] = nullcontext({})
         if inputs.states:
             hidden = HiddenCapture(self.language_model).record(inputs.states)
-        with self._record(inputs.attention) as attention, hidden as states:
+        received: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if inputs.towers:
+            received = observe_tower(self.vision_tower, last_layer(self.config, self.vision_tower))
+        with self._record(inputs.attention) as attention, hidden as states, received as seen:
             logits = row_logits(self.model, inputs.model_inputs, inputs.rows)  # [A, V]
             logits = logits.to(self.device, non_blocking=True)
         of_rows = {name: logits if place is None else logits[place] for name, place in inputs.places.items()}
-        return {**of_rows, **attention, **states}
+        of_towers = {
+            name: by_visual_token(self.model, self.vision_tower, seen, inputs.model_inputs, tokens=sum(request.counts))
+            for name, request in inputs.towers.items()
+        }
+        return {**of_rows, **attention, **states, **of_towers}
 
     def check_ids(self, input_ids: Tensor) -> None:
         """Refuse token ids that the embedding has no row for: an accelerator would stop without saying why.

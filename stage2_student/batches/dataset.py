@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
+from vlm_distill_cache.common.attention.sinks import SinkMap
 from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan, built_with
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
@@ -37,6 +38,7 @@ from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample, arrays_of
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm, collate_samples, decode_signals
+from vlm_distill_cache.stage2_student.batches.sinks import NO_SINKS
 
 _log = logging.getLogger(__name__)
 
@@ -184,6 +186,7 @@ class CachedDataset:
         match: GroupMatch | None = None,
         compare_labels: bool = True,
         vocabulary: int | None = None,
+        sinks: Mapping[str, SinkMap] = NO_SINKS,
     ) -> None:
         """Join; no sample is read yet.
 
@@ -194,6 +197,7 @@ class CachedDataset:
             memory: Keeps encoded and decoded samples; joins of the same data and cache may share one.
             shuffle_teacher_images: Attention signals come from another sample (control experiment).
             vocabulary: Output rows of the student; cached token ids beyond them are counted. None: not counted.
+            sinks: Of the cache's teacher, where losses ask for them (`batches.sinks.sinks_for`).
         """
         self._dataset, self._encoder, self._cache = dataset, encoder, cache
         self._terms, self._match = dict(terms), match
@@ -204,7 +208,7 @@ class CachedDataset:
         self._pad_token_id = pad_token_id
         self._memory = SampleMemory(0) if memory is None else memory
         self._shuffle_teacher_images = shuffle_teacher_images
-        self._compare_labels, self._vocabulary = compare_labels, vocabulary
+        self._compare_labels, self._vocabulary, self._sinks = compare_labels, vocabulary, sinks
         self.entries_read = self.entries_beyond = 0
         self._compared: set[int] = set()
         self._counting = threading.Lock()
@@ -265,7 +269,7 @@ class CachedDataset:
         encoded = self._encoded(position)
         targets: dict[str, Any] = {}
         if self._terms:
-            key = (sample_id, *self._terms, self._match, self._shuffle_teacher_images)
+            key = (sample_id, *self._terms, self._match, self._shuffle_teacher_images, *self._sinks)
             targets = self._memory.fetch(key, lambda: self._decode(position, encoded))
         elif position not in self._compared:
             # Without a teacher's signals too: a baseline on other pictures would be compared as if on the same.
@@ -380,8 +384,9 @@ class CachedDataset:
             term.check_record(record, encoded, where=where)
         tiles = tuple(encoded.tiles)
         return decode_signals(
-            record, self._codecs, self._terms, tiles, where=where, foreign=foreign, match=self._match, live=live
-        )
+            record, self._codecs, self._terms, tiles,
+            where=where, foreign=foreign, match=self._match, live=live, sinks=self._sinks,
+        )  # fmt: skip
 
     def _foreign_record(self, position: int, record: Record) -> Record:
         """The record of the next sample, far away in the order, whose visual tokens are laid out the same."""

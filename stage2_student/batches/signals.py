@@ -9,7 +9,7 @@ Dims: B batch, T sequence, G layer groups, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.hidden import HiddenRequest
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
+from vlm_distill_cache.common.attention.sinks import SinkMap
 from vlm_distill_cache.common.attention.tiles import Tile, tiles_from_array
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, Record
@@ -28,6 +29,7 @@ from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.data.text.collate import collate, supervised_rows, text_rows, visual_keys
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample
+from vlm_distill_cache.stage2_student.batches.sinks import NO_SINKS
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 
 
@@ -39,6 +41,7 @@ class Sides:
         record: The sample's, or another's in the control experiment.
         student_tiles: The student's visual tokens; empty without an image.
         match: How the cached layer groups become those of the losses; None: they stay.
+        sinks: The sinks of the cache's teacher, of the parts that the losses ask for (`batches.sinks`).
     """
 
     record: Record
@@ -47,6 +50,7 @@ class Sides:
     student_tiles: tuple[Tile, ...]
     match: GroupMatch | None
     where: str
+    sinks: Mapping[str, SinkMap] = field(default_factory=dict)
 
     @cached_property
     def teacher_tiles(self) -> tuple[Tile, ...]:
@@ -106,6 +110,7 @@ class Seen:
         rows: Whose logits were asked for, bool ``[B, T]``.
         logits: Of `rows`, float ``[rows, V]``, batch-row order; None if they were never held.
         divergence: Of the term that is computed `in_pass`; None without it.
+        fed: What each visual token stood for, of a student that feeds fewer of them (`losses.fed_tokens`); else None.
     """
 
     batch: TrainingBatch
@@ -115,6 +120,7 @@ class Seen:
     rows: Tensor
     logits: Tensor | None
     divergence: Tensor | None
+    fed: Tensor | None = None
 
 
 Requests = Mapping[str, AttentionRequest | HiddenRequest]
@@ -204,14 +210,15 @@ def decode_signals(
     foreign: Record | None = None,
     match: GroupMatch | None = None,
     live: bool = False,
+    sinks: Mapping[str, SinkMap] = NO_SINKS,
 ) -> dict[str, Any]:
     """The teacher's side of each term for one sample and one student, as `TrainingSample` holds it.
 
     With a ``foreign`` record attention is that of another sample: the control experiment. A ``live`` record is a
     live teacher's (`LiveSides`).
     """
-    own = (LiveSides if live else Sides)(record, record, codecs, student_tiles, match, where)
-    looking = own if foreign is None else Sides(foreign, record, codecs, student_tiles, match, where)
+    own = (LiveSides if live else Sides)(record, record, codecs, student_tiles, match, where, sinks)
+    looking = own if foreign is None else Sides(foreign, record, codecs, student_tiles, match, where, sinks)
     sides = {name: looking if term.attends else own for name, term in terms.items()}
     return {name: term.target(sides[name]) for name, term in terms.items() if sides[name].see or not term.at_images}
 

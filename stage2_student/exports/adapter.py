@@ -12,6 +12,7 @@ from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
 from vlm_distill_cache.common.hub import snapshot_name
+from vlm_distill_cache.common.models.changed import changes_of
 from vlm_distill_cache.common.models.parts import ADAPTER
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.data.families.table import family_of
@@ -45,6 +46,13 @@ def write_adapter(target: Path, source: Source) -> Source:
     folder = _base_folder(source, settings)
     adapters, phases = _joined(source)
     base = load_student(folder) if is_published(folder) else open_library_student(folder).model.model
+    if changes_of(base.config) != changes_of(source.core.config):
+        changed = sorted(changes_of(source.core.config).keys() | changes_of(base.config).keys())
+        raise refuse(
+            source,
+            LAYOUT,
+            f"its config.json says {', '.join(changed)}, {folder} does not say the same, and adapters are run in that",
+        )
     projector = family_of(base.config.model_type).projector
     scale = settings.lora.alpha / settings.lora.rank
     _check_sum(source, base, adapters, scale=scale, projector=projector, folder=folder)

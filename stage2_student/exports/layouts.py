@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import LlavaForConditionalGeneration
 
+from vlm_distill_cache.common.models.changed import changes_of
 from vlm_distill_cache.common.models.projectors import MlpProjector
 from vlm_distill_cache.data.text.jinja_template import chat_template_of
 from vlm_distill_cache.stage2_student.exports.adapter import write_adapter
@@ -12,17 +13,18 @@ from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 from vlm_distill_cache.stage2_student.exports.gguf import write_gguf
 from vlm_distill_cache.stage2_student.exports.llava import as_llava, with_image_token
 from vlm_distill_cache.stage2_student.exports.published import write_published
-from vlm_distill_cache.stage2_student.exports.source import Source, exported_model
+from vlm_distill_cache.stage2_student.exports.source import Source, exported_model, refuse_changed
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 
 
 def write_auto(target: Path, source: Source) -> Source:
     """Write a model of the library as it is; one of ours as a LLaVA where that is what it is, else with its code."""
     own = source.own
-    if own is not None and isinstance(own.model.mm_projector, MlpProjector) and not own.dropped_tokens:
-        return write_llava(target, source)
+    linear = own is not None and isinstance(own.model.mm_projector, MlpProjector) and not own.dropped_tokens
     plain = type(source.core) is LlavaForConditionalGeneration
-    return write_llava(target, source) if plain else _save(target, source, files=source.folder)
+    if (linear or plain) and not changes_of(source.core.config):
+        return write_llava(target, source)
+    return _save(target, source, files=source.folder)
 
 
 def write_llava(target: Path, source: Source) -> Source:
@@ -47,6 +49,7 @@ def _save(target: Path, source: Source, *, files: Path | None) -> Source:
 
 def write_llama_cpp(target: Path, source: Source) -> Source:
     """Write the two files that llama.cpp's programs read."""
+    refuse_changed(source, "gguf")
     encoder = source.encoder
     write_gguf(
         target,

@@ -23,7 +23,7 @@ from vlm_distill_cache.common.models.published_configs import TOWER_PREFIX
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
 from vlm_distill_cache.data.families.table import family_of
 from vlm_distill_cache.data.images.encoder import ImageEncoder
-from vlm_distill_cache.stage2_student.exports.source import Source, refuse
+from vlm_distill_cache.stage2_student.exports.source import Source, refuse, refuse_changed
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 
 IMAGE = "<image>"
@@ -67,6 +67,7 @@ def as_llava(source: Source, *, layout: str = "llava-hf") -> Source:
     Raises:
         ModelError: If no LLaVA computes what it does.
     """
+    refuse_changed(source, layout)
     own = source.own
     if own is None:
         if type(source.core) is not LlavaForConditionalGeneration:

@@ -22,7 +22,7 @@ from vlm_distill_cache.common.models.original_llava import original_name
 from vlm_distill_cache.common.models.published_configs import TOWER_PREFIX, released_key, text_settings
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
 from vlm_distill_cache.stage2_student.exports.llava import as_llava
-from vlm_distill_cache.stage2_student.exports.source import Source, cast, refuse
+from vlm_distill_cache.stage2_student.exports.source import Source, cast, refuse, refuse_changed
 
 LAYOUT, TOWER = "published", "vision_tower"
 _SHARD = "2GB"  # a file of weights is put together in memory
@@ -41,6 +41,7 @@ def write_published(target: Path, source: Source) -> Source:
     """
     if source.quantise is not None:
         raise refuse(source, LAYOUT, "its authors' code quantises what it loads, and reads nothing quantised")
+    refuse_changed(source, LAYOUT)
     own = source.own
     if own is None or (own.config.projector_type in ("mlp", "taf") and own.config.text_config.model_type == "llama"):
         written = _write_llava(target, source)

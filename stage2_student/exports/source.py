@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.changed import changes_of
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
 from vlm_distill_cache.data.families.models import BLOCK, PACKED_ROWS, placement
 from vlm_distill_cache.data.families.table import family_of
@@ -64,6 +65,16 @@ class Source:
 def refuse(source: Source, layout: str, why: str) -> ModelError:
     """The error about a student that a layout cannot hold."""
     return ModelError(f"{source.folder}: cannot be written in layout {layout}: {why}; `--layout auto` always can")
+
+
+def refuse_changed(source: Source, layout: str) -> None:
+    """Refuse a student that other programs would run otherwise than it is: they do not know what is changed in it.
+
+    Raises:
+        ModelError: Naming the changes.
+    """
+    if changed := sorted(changes_of(source.core.config)):
+        raise refuse(source, layout, f"its config.json says {', '.join(changed)}, which that layout cannot say")
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype, *, where: str) -> dict[str, Tensor]:

@@ -21,7 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_distill_cache.common.codecs.live import RowAttention, TeacherMap, image_pairs
-from vlm_distill_cache.stage2_student.loss_weights import AnswerLossKind, LayerReduction, VisualMapKind
+from vlm_distill_cache.stage2_student.loss_weights import (
+    SINK_SUPPRESSED,
+    AnswerLossKind,
+    LayerReduction,
+    VisualColumnsKind,
+    VisualMapKind,
+)
 
 _TINY = 1e-12
 """Below any mass that matters: bounds logarithms and divisions where a student gives a cell nothing."""
@@ -34,6 +40,7 @@ def answer_attention_loss(
     kind: AnswerLossKind = "kl",
     cell_mask: Tensor | None = None,
     sample_index: Tensor | None = None,
+    sinks: Tensor | None = None,
     reduction: LayerReduction = "mean",
 ) -> Tensor:
     """How differently student and teacher look at the image while predicting answer tokens.
@@ -49,17 +56,20 @@ def answer_attention_loss(
         kind: `kl`: KL(teacher || student) over cells. `cosine`: 1 - cosine. `relative`: `kl` after each
             row is divided, cell by cell, by the mean row of its sample and renormalised, which brings out
             where it looks beside cells that attract attention in all rows. `kl_with_rest`: KL over cells and
-            the rest.
+            the rest. `sink_suppressed`: `kl` after both sides' cells are multiplied by 1 - their sink score; a row's weight is
+            the teacher's mass that is left, and without sinks this is `kl` bit for bit.
         cell_mask: bool `[C]` or `[A, C]`, False for cells in padding: masked on both sides, part of the
             rest. None: all count.
         sample_index: int64 `[A]`, sample of each row, for `relative`. None: all rows are of one sample.
+        sinks: Sink scores of cells, float `[C]` or `[A, C]` in [0, 1], for `sink_suppressed`.
 
     Returns:
-        Scalar float32: nats (`kl`, `relative`: times mass; `kl_with_rest`) or dimensionless (`cosine`, times mass);
-        reduced over groups, mean over rows with image.
+        Scalar float32: nats (`kl`, `relative`, `sink_suppressed`: times mass; `kl_with_rest`) or dimensionless (`cosine`,
+        times mass); reduced over groups, mean over rows with image.
 
     Source:
-        Ours (CompoDistill, arXiv:2510.12184, aligns visual rows); `relative` after arXiv:2502.17422.
+        Ours (CompoDistill, arXiv:2510.12184, aligns visual rows); `relative` after arXiv:2502.17422; the scores of
+        `sink_suppressed` are those of SToP (arXiv:2604.20937).
     """
     if kind not in get_args(AnswerLossKind):
         raise ValueError(f"kind: expected one of {list(get_args(AnswerLossKind))}, got {kind!r}")
@@ -75,6 +85,12 @@ def answer_attention_loss(
         student = torch.cat([student, (1 - student.sum(dim=-1, keepdim=True)).clamp_min(0)], dim=-1)
         target = torch.cat([target, (1 - weight[..., None]).clamp_min(0)], dim=-1)
         return _reduce(_kl(target, student), present, student_cells, reduction)
+    if kind == SINK_SUPPRESSED:
+        kept = _kept(sinks, "answer_attention_loss")
+        kept = kept if kept.ndim == 1 else kept[:, None]  # [C] or [A, 1, C]
+        before = target.sum(dim=-1)
+        student, target = student * kept, target * kept
+        weight = weight * torch.where(before > 0, target.sum(dim=-1) / before, 1.0)
     student, target = _share(student), _share(target)
     if kind == "relative":
         index = torch.zeros_like(present, dtype=torch.int64) if sample_index is None else sample_index
@@ -84,25 +100,41 @@ def answer_attention_loss(
 
 
 def visual_columns_loss(
-    student: Tensor, teacher: Tensor, *, token_mask: Tensor | None = None, reduction: LayerReduction = "mean"
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kind: VisualColumnsKind = "cosine",
+    token_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    reduction: LayerReduction = "mean",
 ) -> Tensor:
     """1 - cosine of how much attention each visual token receives from the visual tokens.
 
     Args:
         student: Mean over visual query rows per visual key, causal zeros included, float `[B, G, N]`.
         teacher: The same, on the student's visual tokens.
+        kind: `cosine`, or `sink_suppressed`: both sides multiplied by 1 - the tokens' sink scores first.
+        sinks: Sink scores of tokens, float `[N]` or `[B, N]` in [0, 1], for `sink_suppressed`.
 
     Returns:
         Scalar float32, dimensionless: reduced over groups, mean over samples with visual tokens.
 
     Source:
-        CompoDistill's loss without its sink filter, of which N numbers a group are exact.
+        CompoDistill's loss without its sink filter, of which N numbers a group are exact; the scores of `sink_suppressed` are
+        those of SToP (arXiv:2604.20937).
     """
+    if kind not in get_args(VisualColumnsKind):
+        raise ValueError(f"kind: expected one of {list(get_args(VisualColumnsKind))}, got {kind!r}")
     _check_equal("visual_columns_loss", student, teacher)
     left, right = student.float(), teacher.float()
     if token_mask is not None:
         left, right = left.masked_fill(~token_mask[:, None], 0), right.masked_fill(~token_mask[:, None], 0)
-    return _reduce(1 - F.cosine_similarity(left, right, dim=-1), has_mass(right), student, reduction)
+    present = has_mass(right)
+    if kind == SINK_SUPPRESSED:
+        kept = _kept(sinks, "visual_columns_loss")
+        kept = kept if kept.ndim == 1 else kept[:, None]  # [N] or [B, 1, N]
+        left, right = left * kept, right * kept
+    return _reduce(1 - F.cosine_similarity(left, right, dim=-1), present, student, reduction)
 
 
 def sink_filtered_cosine_loss(
@@ -253,6 +285,13 @@ def has_mass(teacher: Tensor) -> Tensor:
     Those without any mass are text-only, or pictures so narrow that no token carries image.
     """
     return teacher.flatten(1).any(dim=1)
+
+
+def _kept(sinks: Tensor | None, where: str) -> Tensor:
+    """What the sink scores leave of each cell."""
+    if sinks is None:
+        raise ValueError(f"{where}: kind {SINK_SUPPRESSED!r} needs the sink scores of cells; give `sinks`")
+    return 1 - sinks.float()
 
 
 def _check_equal(where: str, student: Tensor, teacher: Tensor) -> None:

@@ -5,7 +5,7 @@ M most visual tokens of a sample, C common cells, I samples with an image.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from vlm_distill_cache.common.attention.boxes import content_mask, overlap_matrix, pool_keys, pool_queries, tile_boxes
 from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
-from vlm_distill_cache.common.attention.tiles import Tile, grid_tile
+from vlm_distill_cache.common.attention.sinks import Floats, mean_over
+from vlm_distill_cache.common.attention.tiles import Tile, box_array, grid_tile
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.codecs.live import RowAttention, TeacherMap, image_pairs, incomplete_map
@@ -25,7 +26,7 @@ from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.data.text.collate import text_row_count
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
-from vlm_distill_cache.stage2_student.batches.grid import meet, meet_cells
+from vlm_distill_cache.stage2_student.batches.grid import CommonGrid, meet, meet_cells
 from vlm_distill_cache.stage2_student.batches.layers import regroup, regroup_map, regroup_rows
 from vlm_distill_cache.stage2_student.batches.signals import (
     LossTerm,
@@ -66,6 +67,7 @@ class AttentionTarget:
         kept: The teacher's half of a map's sink mask, bool ``[G, C, C]``; else None.
         complete: Whether each value of a map is that of its own pair.
         text: Text rows beside a map, on the same cells, float32 ``[X, G, C]``; else None.
+        sinks: The teacher's sink scores of cells, float32 ``[C]``, of a batch ``[I, C]``; None where the losses ask for none.
         count: Of a batch: rows of the text or images on which the teacher has any mass, what the loss is a mean over.
     """
 
@@ -76,7 +78,34 @@ class AttentionTarget:
     kept: Tensor | None = None
     complete: bool = True
     text: Tensor | None = None
+    sinks: Tensor | None = None
     count: int = 0
+
+    def of_fed(self, fed: Tensor) -> "AttentionTarget":
+        """A batch's target for a student that feeds fewer visual tokens: cells that none of them sees do not count.
+
+        Args:
+            fed: What each visual token stands for, float32 ``[I, M, M]``, rows that sum to 1, or to 0 of those not fed.
+        """
+        pool = fed.to(self.student_pool) @ self.student_pool  # [I, M, C]
+        touched = pool.sum(dim=1) > 0
+        content = touched if self.content is None else self.content & touched
+        if self.kept is None:
+            return replace(self, student_pool=pool, content=content)
+        pairs = image_pairs(self.teacher, content)
+        return replace(self, student_pool=pool, content=content, teacher=self.teacher * pairs, kept=self.kept & pairs)
+
+    def of_fed_rows(self, fed: Tensor, rows: Tensor) -> "AttentionTarget":
+        """As `of_fed`, of rows of the text whose masked cells are taken out of the teacher's, and of its mass on the image.
+
+        Args:
+            rows: Row positions of these samples, int64 ``[I, R]``, padding -1.
+        """
+        target = self.of_fed(fed)
+        assert target.content is not None
+        sample_index = (rows >= 0).nonzero()[:, 0].to(target.content.device)
+        teacher = self.teacher * target.content[sample_index][:, None]
+        return replace(target, teacher=teacher, image_mass=teacher.sum(dim=-1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +127,7 @@ class AttentionTerm(LossTerm):
         masses = [target.image_mass for target in targets if target.image_mass is not None]
         masks = [_pad_cells(target.kept, cells, both=True) for target in targets if target.kept is not None]
         texts = [_pad_cells(target.text, cells) for target in targets if target.text is not None]
+        sinks = [_pad_cells(target.sinks, cells) for target in targets if target.sinks is not None]
         return AttentionTarget(
             teacher=teacher,
             student_pool=torch.stack(
@@ -109,6 +139,7 @@ class AttentionTerm(LossTerm):
             kept=torch.stack(masks) if masks else None,
             complete=all(target.complete for target in targets),
             text=torch.cat(texts) if texts else None,
+            sinks=torch.stack(sinks) if sinks else None,
         )
 
 
@@ -127,7 +158,18 @@ class RowTerm(AttentionTerm):
 
     def target(self, sides: Sides) -> AttentionTarget:
         """The teacher's rows on the cells where its cached grid and the student's tokens meet."""
-        return _rows_target(sides, self.reads[0])
+        return replace(_rows_target(sides, self.reads[0]), sinks=self._sinks(sides))
+
+    def _sinks(self, sides: Sides) -> Tensor | None:
+        """The sink scores of these cells."""
+        if (found := sides.sinks.get("language_model")) is None:
+            return None
+        cells = (grid_tile(*sides.codecs[self.reads[0]].grid),)
+        if found.places == "cell":
+            scores = found.on(cells)
+        else:
+            scores = mean_over(found.on(sides.teacher_tiles), box_array(sides.teacher_tiles), box_array(cells))
+        return _mean_of_cells(scores, meet_cells(sides.codecs[self.reads[0]].grid, sides.student_tiles))
 
     def requests(self, batch: TrainingBatch, target: AttentionTarget, groups: Groups, fit: Any) -> Requests:
         """The rows by visual tokens."""
@@ -143,6 +185,7 @@ class RowTerm(AttentionTerm):
             kind=seen.losses.answer_kind,
             cell_mask=None if target.content is None else target.content[sample_index],
             sample_index=sample_index,
+            sinks=None if target.sinks is None else target.sinks[sample_index],
             reduction=_reduction(seen.losses),
         )
         return loss, {}
@@ -161,7 +204,9 @@ class ColumnsTerm(AttentionTerm):
         columns = sides.decode(signal)
         sides.check_tokens(signal, columns.shape[-1])
         pooled = pool_keys(regroup(columns, sides.match, axis=0), grid.teacher_pool)  # [G, C]
-        return AttentionTarget(pooled, grid.student_pool, grid.content)
+        found = sides.sinks.get("visual_rows")
+        sinks = None if found is None else _mean_of_cells(found.on(sides.teacher_tiles), grid)
+        return AttentionTarget(pooled, grid.student_pool, grid.content, sinks=sinks)
 
     def requests(self, batch: TrainingBatch, target: AttentionTarget, groups: Groups, fit: Any) -> Requests:
         """The mean over the common cells that carry image, of visual tokens by visual tokens."""
@@ -172,9 +217,17 @@ class ColumnsTerm(AttentionTerm):
 
     def value(self, seen: Seen, target: AttentionTarget, fit: Any) -> Value:
         """`visual_columns_loss`, a mean over images."""
-        columns = _of_images(seen.attention["columns"], seen.batch)[:, :, 0] @ target.student_pool  # [I, G, C]
+        received = _of_images(seen.attention["columns"], seen.batch)  # [I, G, 1, M]; all rows where some are not fed
+        if seen.fed is not None:
+            received = (row_weights(target)[:, None, :, None] * received).sum(dim=2, keepdim=True)
+        columns = received[:, :, 0] @ target.student_pool  # [I, G, C]
         loss = visual_columns_loss(
-            columns, target.teacher, token_mask=target.content, reduction=_reduction(seen.losses)
+            columns,
+            target.teacher,
+            kind=seen.losses.visual_columns_kind,
+            token_mask=target.content,
+            sinks=target.sinks,
+            reduction=_reduction(seen.losses),
         )
         return loss, {}
 
@@ -334,6 +387,11 @@ def _rows_target(sides: Sides, signal: str) -> AttentionTarget:
         cells, mass = cells[chosen], mass[chosen]
     pooled = pool_keys(cells, grid.teacher_pool)
     return AttentionTarget(pooled, grid.student_pool, grid.content, image_mass=mass)
+
+
+def _mean_of_cells(scores: Floats, grid: CommonGrid) -> Tensor:
+    """Scores of the teacher's side of a common grid as those of its cells, float32 ``[C]``: means weighted by area."""
+    return pool_queries(torch.from_numpy(scores).float()[:, None], grid.teacher_pool)[:, 0]
 
 
 def _decoded_map(sides: Sides, signal: str) -> tuple[tuple[Tile, ...], TeacherMap]:

@@ -11,8 +11,8 @@ Dims: B batch, T sequence, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,17 @@ from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenReque
 from vlm_distill_cache.common.attention.layers import Groups
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.live import SparseLogits
+from vlm_distill_cache.common.models.fewer_tokens import scores_given
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
+from vlm_distill_cache.stage2_student.batches.gaze import GAZE, Gaze
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
+from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget
+from vlm_distill_cache.stage2_student.losses.fed_tokens import fed_shares, feeds_fewer, refuse_fewer_tokens
 from vlm_distill_cache.stage2_student.losses.fused import FusedLosses, fused_losses
 from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
+from vlm_distill_cache.stage2_student.students.library import core_of
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 
 
@@ -89,14 +94,19 @@ class Objective:
         terms = choose_terms(weights)
         present = {name: term for name, term in terms.items() if name in batch.targets}
         requests = requests_of(present, batch, self.groups, fits)
+        if fewer := feeds_fewer(model):
+            refuse_fewer_tokens(present, "a student with fewer visual tokens")
+            # Which rows a mean is over is known when they are chosen.
+            requests = {name: _of_all_rows(request) for name, request in requests.items()}
         whole = any(term.logits_at_images for term in present.values())
         supervised = batch.inputs.labels != IGNORE_INDEX
         rows = supervised | batch.inputs.visual_mask if whole else supervised  # [B, T]
         in_pass = next((name for name, term in present.items() if term.in_pass), None)
-        with record(model, capture, requests) as (maps, states):
+        with given_gaze(model, batch), record(model, capture, requests) as (maps, states):
             teacher, weight = (None, 0.0) if in_pass is None else (batch.targets[in_pass], weights[in_pass])
             said = run_student(model, batch, rows, teacher, self.losses, weight=weight, whole=whole)
-        seen = Seen(batch, self.losses, maps, states, rows, said.row_logits, said.logits)
+        fed = fed_shares(model, batch.keys) if fewer else None
+        seen = Seen(batch, self.losses, maps, states, rows, said.row_logits, said.logits, fed)
         # A micro-batch without images: the log keeps its columns.
         nothing = torch.zeros_like(said.lm)
         values = {"lm": said.lm * shares.rows, **dict.fromkeys(terms, nothing)}
@@ -104,7 +114,10 @@ class Objective:
         total = said.total * shares.rows
         for name, term in present.items():
             share = shares.terms.get(name, 1.0)
-            loss, measured = term.value(seen, batch.targets[name], fits.get(name))
+            target = batch.targets[name]
+            if fed is not None and isinstance(target, AttentionTarget):
+                target = target.of_fed(fed[batch.has_image.to(fed.device)])
+            loss, measured = term.value(seen, target, fits.get(name))
             values[name] = loss * share
             measures |= {measure: value * share for measure, value in measured.items()}
         for name, term in terms.items():
@@ -116,6 +129,16 @@ class Objective:
                 if parameter.requires_grad:
                     total = total + parameter.sum() * 0.0
         return Losses(total=total, terms=values, measures=measures)
+
+
+def given_gaze(model: Any, batch: TrainingBatch) -> AbstractContextManager[Any]:
+    """In the block the teacher's gaze chooses the student's visual tokens, where a batch holds it."""
+    gaze: Gaze | None = batch.targets.get(GAZE)
+    return nullcontext() if gaze is None else scores_given(core_of(model), gaze.of_batch(batch))
+
+
+def _of_all_rows(request: AttentionRequest | HiddenRequest) -> AttentionRequest | HiddenRequest:
+    return replace(request, row_weights=None) if isinstance(request, AttentionRequest) else request
 
 
 def requests_of(

@@ -77,6 +77,30 @@ _KD_WEIGHT = Word(
     note="each loss of a phase has its own weight: write dft.losses.logits=W for the teacher's logits, dft.losses.lm=W for the "
     "data's answers (the scale of adapters is lora.alpha)"
 )
+# Of those who choose among visual tokens: FastV, SparseVLM, VisionZip, VisPruner, DivPrune, PyramidDrop, SToP.
+_TOKENS: Mapping[str, Word] = {
+    **dict.fromkeys(
+        ("visual_token_num", "num_visual_tokens", "retained_tokens", "fastv_attention_rank", "fast_v_attention_rank"),
+        Word(options=("visual_tokens",)),
+    ),
+    **dict.fromkeys(("token_keep_ratio", "visual_token_ratio", "subset_ratio"), Word(options=("visual_tokens",))),
+    **{
+        name: Word(note=f"it is the share of visual tokens that is left out. Write visual_tokens=(1 - {name})")
+        for name in ("fastv_r", "fast_v_r", "pruning_ratio", "prune_ratio")
+    },
+    **dict.fromkeys(
+        ("fastv_k", "fast_v_agg_layer", "layer_list", "image_token_ratio_list"),
+        Word(note="tokens are left out before the first layer of the language model: write visual_tokens=K alone"),
+    ),
+    **dict.fromkeys(
+        ("dominant_num", "contextual_num"),
+        Word(
+            note="tokens are chosen or pooled, not both: write visual_tokens=K, and token_selection=attention or grid"
+        ),
+    ),
+    "mu_s": Word(options=("sink_penalty",)),
+    "mu_t": Word(note="it is 0.07, as published, where merge_frames=COSINE is set; leave it out"),
+}
 _LENGTH = Word(options=("max_length",), note="a longer sample is left out, not cut")
 
 
@@ -116,6 +140,7 @@ def words_of_a_run(phases: Sequence[str], phase_options: Sequence[str], trackers
                 "logits=fixed:K in stage one, `teacher-cache build`"
             ),
         ),
+        **_TOKENS,
         "dtype": Word(options=("dtype",), values=_DTYPES, others=True),
         **dict.fromkeys(
             ("precision", "mixed_precision"),

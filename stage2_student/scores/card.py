@@ -39,6 +39,7 @@ from vlm_distill_cache.stage2_student.scores.results import (
     format_score,
     table_rows,
 )
+from vlm_distill_cache.stage2_student.scores.token_words import select_command, token_words
 
 SCORES = "scores.json"
 PLACE = "PATH_OR_NAME"  # of the student, in the lines that load it
@@ -248,6 +249,7 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
         ("run", markdown_code(provenance["fingerprint"])),
         *_kept(provenance.get("best", {})),
         *((of, markdown(said)) for of, said in cut_words(folder).items()),
+        *((of.replace("_", " "), markdown(said)) for of, said in token_words(folder).items()),
         *((f"export: {key}", markdown_code(export[key])) for key in ("layout", "dtype", "quantise") if export.get(key)),
         *(fact for number, cache in enumerate(caches, 1) for fact in _facts(cache, number if len(caches) > 1 else 0)),
         *(
@@ -294,7 +296,7 @@ What is derived is under the licences of what it was derived from: teacher, data
 
 ## Make it again
 
-{_commands(config, caches, "run" if taught and scores and GAIN in scores.reports else "train")}
+{_commands(config, caches, "run" if taught and scores and GAIN in scores.reports else "train", select_command(folder, config))}
 
 Versions: {", ".join(versions) or "not stated"}.
 
@@ -304,8 +306,18 @@ Versions: {", ".join(versions) or "not stated"}.
   under "Scores". Look at its answers on your own pictures before others rely on them.
 - Its prompt format is {markdown_code(provenance["encoder"]["template"].get("name"))}, which the chat template writes; it was
   trained on at most {provenance["encoder"]["max_length"]} tokens.{needs}
-- Names and licences above are what the makers of cache and data state.
+{_changed(folder)}- Names and licences above are what the makers of cache and data state.
 """
+
+
+def _changed(folder: Path) -> str:
+    """A line about code that the library runs only where it may, of a student that has some in its class's place."""
+    if not token_words(folder):
+        return ""
+    return (
+        "- Elsewhere it needs `trust_remote_code=True`: the library's own class, without the code beside the weights, would feed "
+        "and look at all visual tokens.\n"
+    )
 
 
 def _kept(best: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -500,9 +512,10 @@ answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shap
 print(processor.decode(answer, skip_special_tokens=True))"""
 
 
-def _commands(config: Mapping[str, Any], caches: Iterable[Mapping[str, Any]], verb: str) -> str:
+def _commands(config: Mapping[str, Any], caches: Iterable[Mapping[str, Any]], verb: str, after: str) -> str:
     """The commands of both stages, and the configuration that they take; a run's scores tell that it was one."""
     lines, settings = reproduce(config, caches, verb)
+    lines = "\n".join(filter(None, [lines, after]))
     return (
         "The cache, from the teacher and the data; then the student, from the data and the cache. Words in capitals, and "
         f"`PATH_TO`, stand for places of your own.\n\n{_fenced(lines, 'sh')}\n\n<details>\n"

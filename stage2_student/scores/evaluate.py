@@ -29,6 +29,7 @@ from vlm_distill_cache.data.text.generation import Generated, device_of, generat
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.losses.attention import answer_attention_loss, has_mass
 from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget, student_cells
+from vlm_distill_cache.stage2_student.losses.fed_tokens import fed_shares
 from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
 from vlm_distill_cache.stage2_student.losses.objective import record, requests_of
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
@@ -45,6 +46,7 @@ from vlm_distill_cache.stage2_student.scores.metrics import (
     preference,
     score_letters,
 )
+from vlm_distill_cache.stage2_student.scores.oracle import oracle_scores
 from vlm_distill_cache.stage2_student.scores.results import PAIRED, EvaluationReport
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 from vlm_distill_cache.stage2_student.students.model import generation_inputs_of, model_inputs_of, packs_conversations
@@ -81,7 +83,8 @@ def answer_log_probs(model: Any, samples: Sequence[EncodedSample], pad_id: int) 
     """
     batch = collate(samples, pad_id).to(device_of(model))
     supervised = batch.labels != IGNORE_INDEX  # [B, T]
-    logits = supervised_logits(model, model_inputs_of(model, batch), supervised)
+    with oracle_scores(model, batch.tiles, batch.image_hashes):
+        logits = supervised_logits(model, model_inputs_of(model, batch), supervised)
     chosen = logits.gather(1, batch.labels[supervised][:, None])[:, 0].float()
     log_probs = (chosen - logits.float().logsumexp(1)).double().cpu().numpy()  # [A]
     if np.isnan(log_probs).any():  # it would count as the wrong caption's win
@@ -270,15 +273,20 @@ def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> di
         batch = cached.batch(positions).to(device_of(model))
         target, teacher = (batch.targets.get(codec.signal) for codec in (RowAttentionCodec, LogitCodec))
         supervised = batch.inputs.labels != IGNORE_INDEX
+        by_gaze = oracle_scores(model, batch.inputs.tiles, batch.inputs.image_hashes)
         if target is None:
-            logits = supervised_logits(model, model_inputs_of(model, batch.inputs), supervised)
+            with by_gaze:
+                logits = supervised_logits(model, model_inputs_of(model, batch.inputs), supervised)
         else:
             groups = cached.student_groups(depth)
             terms = choose_terms([RowAttentionCodec.signal])
-            with record(model, capture, requests_of(terms, batch, groups)) as (maps, _):
+            with by_gaze, record(model, capture, requests_of(terms, batch, groups)) as (maps, _):
                 logits = supervised_logits(model, model_inputs_of(model, batch.inputs), supervised)
             chosen = batch.has_image.to(logits.device)
             image_rows = batch.rows[batch.has_image.cpu()]
+            fed = fed_shares(model, batch.keys)
+            if fed is not None:
+                target = target.of_fed_rows(fed[batch.has_image.to(fed.device)], image_rows)
             cells = student_cells(maps["answer"][chosen], target, image_rows)
             for rows in _row_ranges(image_rows):
                 for kind, value in _compare_attention(cells[rows], target, rows).items():
@@ -331,7 +339,9 @@ def _take_rows(logits: SparseLogits, rows: slice) -> SparseLogits:
 
 def _generate(model: Any, encoder: SampleEncoder, prompts: Sequence[EncodedSample], max_new_tokens: int) -> Generated:
     """Greedy answers of any model to prompts, in one left-padded batch."""
-    return generate_answers(model, encoder, prompts, max_new_tokens=max_new_tokens, inputs=generation_inputs_of(model))
+    inputs = generation_inputs_of(model)
+    with oracle_scores(model, [prompt.tiles for prompt in prompts], [prompt.image_hash for prompt in prompts]):
+        return generate_answers(model, encoder, prompts, max_new_tokens=max_new_tokens, inputs=inputs)
 
 
 def _sample(item_id: str, image: ImageSource, turns: tuple[Turn, ...]) -> Sample:

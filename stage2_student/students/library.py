@@ -156,6 +156,12 @@ class LibraryStudent(nn.Module):
         return dtype
 
 
+def core_of(student: Any) -> Any:
+    """The library's model, or ours, of a student that may be wrapped for several devices."""
+    inner = getattr(student, "module", student)
+    return inner.model if isinstance(inner, LibraryStudent) else inner
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpenedStudent:
     """What lies in a student's folder; of a family that is not listed, `image_processor` is its whole processor."""

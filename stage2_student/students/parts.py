@@ -19,11 +19,13 @@ from vlm_distill_cache.common.models.parts import describe_lost_tokenizer, has_t
 from vlm_distill_cache.common.models.projectors import TeacherAdapter
 from vlm_distill_cache.common.models.published import is_own, is_published
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
+from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.families.models import open_family_settings
 from vlm_distill_cache.data.families.table import FAMILIES, family_of
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder
 from vlm_distill_cache.data.images.layouts import image_encoder_from_dict
 from vlm_distill_cache.data.images.library import load_processor
+from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.config import TrainConfig
@@ -35,6 +37,7 @@ from vlm_distill_cache.stage2_student.students.library import LibraryStudent, Op
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 from vlm_distill_cache.stage2_student.students.presets import split_student_name, student_folder
 
+LONGEST = 32_768  # tokens of a sequence, where a model does not say how many positions it knows
 _ONE_SIZE = ("clip_vision_model", "siglip_vision_model")  # without interpolation, the library's default
 
 
@@ -176,6 +179,20 @@ def lone_parts(folder: Path, *, dtype: str) -> StudentParts:
     named = read_json(built_in).get("template") if built_in.is_file() else None
     template = get_template(str(named or opened.model.family.template), opened.tokenizer)
     return _opened_parts(opened, load, template=template, where=f"model {folder}")
+
+
+def lone_encoder(parts: StudentParts) -> SampleEncoder:
+    """How a model of `lone_parts` reads samples: as long as it knows positions."""
+    assert parts.template is not None
+    positions = known_positions(parts.model.config)
+    return SampleEncoder(
+        tokenizer=parts.tokenizer,
+        image_encoder=parts.image_encoder,
+        template=parts.template,
+        image_token_id=parts.image_token_id,
+        max_length=positions or LONGEST,
+        positions=positions,
+    )
 
 
 def model_parts(model: Any, processor: Any) -> StudentParts:

@@ -16,9 +16,8 @@ from vlm_distill_cache.common.hub import HubFolder
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.stage2_student.final_folder import BEFORE, BEST, FINAL, IS_READ, PROVENANCE, read_openable
+from vlm_distill_cache.stage2_student.scores.token_words import token_words
 from vlm_distill_cache.stage2_student.training.stamp import COMPARED
-
-LONGEST = 32_768  # tokens of a sequence, where a model does not say how many positions it knows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +55,17 @@ def find_model(folder: HubFolder, cache: str | None) -> Model:
     """
     path = folder.path
     name = folder.name if folder.revision else _called(path.resolve())
+    tokens = token_words(path)
     if (path / PROVENANCE).exists():
         if cache is not None:
             raise ConfigError(f"--cache: {path} says itself how it reads ({PROVENANCE}); leave the option out")
         provenance = read_openable(path)
-        said = {"trained_from": sorted(provenance["caches"]), "student": provenance["fingerprint"]}
+        said = {"trained_from": sorted(provenance["caches"]), "student": provenance["fingerprint"], **tokens}
         identity = [provenance["fingerprint"], provenance.get("files"), provenance.get("export")]
         return Model(folder=path, cache=None, name=name, fingerprint=fingerprint(identity), trained=True, said=said)
     names = sorted(file.name for file in path.iterdir() if file.is_file() and IS_READ.fullmatch(file.name))
     read = {"files": list_files(path, names), "cache": None if cache is None else open_trusted(cache).manifest_hash}
-    said = {} if cache is None else {"reads_as": cache}
+    said = tokens | ({} if cache is None else {"reads_as": cache})
     return Model(folder=path, cache=cache, name=name, fingerprint=fingerprint(read), trained=False, said=said)
 
 
@@ -93,8 +93,7 @@ def load_model(found: Model, *, device: str | None = None) -> tuple[Any, SampleE
     """
     import torch
 
-    from vlm_distill_cache.data.families.inputs import known_positions
-    from vlm_distill_cache.stage2_student.students.parts import lone_parts
+    from vlm_distill_cache.stage2_student.students.parts import lone_encoder, lone_parts
     from vlm_distill_cache.stage2_student.trained_student import open_model, open_student
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,14 +104,4 @@ def load_model(found: Model, *, device: str | None = None) -> tuple[Any, SampleE
         student = open_model(found.folder, found.cache)
         return student.model.to(device), student.encoder
     parts = lone_parts(found.folder, dtype="float32" if device == "cpu" else "bfloat16")
-    assert parts.template is not None
-    positions = known_positions(parts.model.config)
-    encoder = SampleEncoder(
-        tokenizer=parts.tokenizer,
-        image_encoder=parts.image_encoder,
-        template=parts.template,
-        image_token_id=parts.image_token_id,
-        max_length=positions or LONGEST,
-        positions=positions,
-    )
-    return parts.load().eval().to(device), encoder
+    return parts.load().eval().to(device), lone_encoder(parts)

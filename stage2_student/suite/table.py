@@ -6,6 +6,7 @@ from typing import Any
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.results import format_score
+from vlm_distill_cache.stage2_student.scores.token_words import CHANGES
 
 MOST_KINDS = 16  # subsets of a benchmark; MME has 14
 MOST_OTHERS = 8
@@ -28,7 +29,9 @@ def render_suite(summary: Mapping[str, Any]) -> str:
         rows = _details(entry["measures"])
         details += [[one_line(name, limit=40), "", ""], *rows] if rows else []
     rest = "all other measures: in summary.json and on the page" if details else ""
-    parts = [laid_out(heads, right=(1, 3)), laid_out(details, right=(1,)), rest, "\n".join(notes_of(summary))]
+    tokens = [f"note: {one_line(said)}" for name in CHANGES if (said := summary["student"].get(name))]
+    notes = "\n".join([*tokens, *notes_of(summary)])
+    parts = [laid_out(heads, right=(1, 3)), laid_out(details, right=(1,)), rest, notes]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -35,7 +35,7 @@ from vlm_distill_cache.data.text.processors import tokenizer_fingerprint
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample
 from vlm_distill_cache.stage2_student.batches.dataset import LiveTeacher
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
-from vlm_distill_cache.stage2_student.config import PhaseConfig, TrainConfig
+from vlm_distill_cache.stage2_student.config import TOKEN_OPTIONS, PhaseConfig, TrainConfig
 from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.objective import Losses, Shares, step_shares, units_of
@@ -45,7 +45,10 @@ from vlm_distill_cache.stage2_student.training.preparation import Preparation, p
 from vlm_distill_cache.stage2_student.training.resolve import with_folders
 
 _OPTIONS = ("template", "max_length", "limit", "data_share", "seed", "memory_gib", "verify", "shuffle_teacher_images")
-_STUDENT_OPTIONS = ("student_weights", "vision_tower", "language_model", "projector", "pool_teacher_tokens")
+_STUDENT_OPTIONS = (
+    *("student_weights", "vision_tower", "language_model", "projector", "pool_teacher_tokens"),
+    *(name for head, names in TOKEN_OPTIONS.items() for name in (head, *names)),
+)
 _WHOLE = (
     "no process holds it as a whole, as these losses need; start one process per device (`accelerate launch`) with DDP, and "
     "train adapters (peft) or use activation checkpointing if memory is short"
@@ -98,8 +101,8 @@ class DistillationDataset(Dataset[TrainingSample]):
             images: Folder that relative image paths start from.
             options: Of `TrainConfig`: ``template``, ``max_length``, ``limit``, ``data_share``, ``seed``, ``memory_gib`` (0
                 unless given; each worker process keeps its own), ``verify`` and ``shuffle_teacher_images``; of a student that
-                is not given as a model, ``student_weights``, ``vision_tower``, ``language_model``, ``projector``
-                and ``pool_teacher_tokens``, too.
+                is not given as a model, ``student_weights``, ``vision_tower``, ``language_model``, ``projector``,
+                ``pool_teacher_tokens`` and all about visual tokens, too (docs/visual-tokens.md).
 
         Raises:
             DistillError: With the remedy, if they do not fit each other.

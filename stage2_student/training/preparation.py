@@ -23,6 +23,7 @@ from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.models.changed import changes_of
 from vlm_distill_cache.common.remotes.mirror import find_mirror
 from vlm_distill_cache.common.tools.fidelity_words import poor_fidelity
 from vlm_distill_cache.common.tools.merge import refuse_different
@@ -42,12 +43,15 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
     splits_and_limits,
     was_cut,
 )
+from vlm_distill_cache.stage2_student.batches.gaze import GAZE, GazeTerm
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
 from vlm_distill_cache.stage2_student.batches.share import draw_share
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm
+from vlm_distill_cache.stage2_student.batches.sinks import needed_sinks, sinks_for
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
+from vlm_distill_cache.stage2_student.losses.fed_tokens import refuse_fewer_tokens
 from vlm_distill_cache.stage2_student.losses.objective import Objective
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
@@ -71,6 +75,7 @@ from vlm_distill_cache.stage2_student.training.checks import (
     same_tokenizer,
 )
 from vlm_distill_cache.stage2_student.training.resolve import open_caches
+from vlm_distill_cache.stage2_student.training.token_choice import check_choice, choose_tokens
 
 FEW_PICTURES = 0.5  # of a cache's samples: fewer are worth a line
 BUILT_IN_DATA = ("shapes", "easy-vqa")
@@ -110,6 +115,7 @@ class Preparation:
         cache_hashes: Manifest hash of each cache, by path.
         caches: These caches, by path.
         source: The student's own folder, whose processor files it keeps; None: it is made from its preset.
+        gaze: The regression that expects the teacher's gaze, if that chooses visual tokens.
     """
 
     student: StudentModel
@@ -122,6 +128,7 @@ class Preparation:
     cache_hashes: Mapping[str, str]
     caches: Mapping[str, TeacherCache]
     source: Path | None = None
+    gaze: Mapping[str, Any] | None = None
 
 
 def built_in_data(cache: TeacherCache) -> str | None:
@@ -316,6 +323,14 @@ def prepare(
         for cache in caches.values():
             check_vision_tower(cache, tower)
     hashes = {path: cache.manifest_hash for path, cache in caches.items()}
+    gaze = choose_tokens(
+        config,
+        student,
+        cache=caches[str(config.phase(config.phases[0]).cache)],
+        encoder=parts.image_encoder,
+        dataset=phases[0].dataset,
+        where=f"student {config.student}",
+    )
     return Preparation(
         student=student,
         tokenizer=parts.tokenizer,
@@ -327,6 +342,7 @@ def prepare(
         cache_hashes=hashes,
         caches=caches,
         source=source,
+        gaze=gaze,
     )
 
 
@@ -354,6 +370,7 @@ def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: 
     for cache in caches.values():
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
+    check_choice(config, caches.values(), parts.model, parts.image_encoder, where=f"student {config.student}")
     encoder = encoder_for(config, parts, {str(config.phase(config.phases[0]).cache): first, **caches})
     return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
 
@@ -455,6 +472,8 @@ def check_phase(
     check_template(cache, template, terms)
     check_geometry(cache, parts.image_encoder.to_dict(), terms, where=parts.where)
     check_visual_rows(cache, parts.visual_rows, terms, where=parts.where)
+    if config.visual_tokens is not None or "visual_tokens" in changes_of(parts.model.config):
+        refuse_fewer_tokens(terms, f"phase {name}")
     match = None
     if any(term.attends for term in terms.values()):
         match = match_groups(
@@ -516,7 +535,8 @@ def _prepare_phases(
         if source not in opened:
             opened[source] = _take(_open_parts(phase, caches), config)
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
-        join = (*source, tuple(terms), match)
+        read = terms | ({GAZE: GazeTerm()} if config.follows_gaze else {})
+        join = (*source, tuple(read), match, needed_sinks(losses))
         if join not in joined:
             compares = same_tokenizer(cache, parts.tokenizer) and template == PromptTemplate.from_dict(
                 cache.plan.template
@@ -528,7 +548,7 @@ def _prepare_phases(
                     part.dataset,
                     _reading(encoder, template, part.cache, compares=compares, limited=config.max_length is not None),
                     part.cache,
-                    terms=terms,
+                    terms=read,
                     pad_token_id=encoder.tokenizer.pad_token_id or 0,
                     join=join_of_it,
                     memory=memories.setdefault((*source, part.place), SampleMemory(memory)),
@@ -536,6 +556,7 @@ def _prepare_phases(
                     match=match,
                     compare_labels=compares,
                     vocabulary=vocabulary_rows(parts.model),
+                    sinks=sinks_for(part.cache, losses, where=where),
                 )
                 for part, join_of_it in taken
             ]

@@ -22,7 +22,7 @@ def family_cache(tmp_path_factory, family_data: Path):
     @cache
     def built(name: str):
         folder = tmp_path_factory.mktemp(name)
-        signals = ["logits", "answer_attention", "text_attention", "visual_columns"]
+        signals = ["logits", "answer_attention", "text_attention", "visual_columns", "tower_attention"]
         if name != "gemma3" and not name.startswith("paligemma"):
             signals.append("visual_map")
         return build(save_tiny(name, folder / "teacher"), family_data, folder / "cache", signals=tuple(signals))

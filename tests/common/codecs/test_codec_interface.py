@@ -19,6 +19,7 @@ from vlm_distill_cache.common.codecs.live import RowAttention, as_tensors, map_t
 from vlm_distill_cache.common.codecs.logits import LogitCodec, VisualLogitsCodec
 from vlm_distill_cache.common.codecs.registry import CODECS, codec_from_dict
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
+from vlm_distill_cache.common.codecs.tower_attention import TowerAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.stage1_teacher.config import SIGNALS
 from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, Extractor
@@ -44,6 +45,8 @@ def sound(kind: type[Codec], *, exact: bool = False) -> tuple[Codec, dict[str, n
         return codec, codec.encode(torch.randn(rows, len(codec.layers), 5, generator=generator))
     if kind is VisualColumnsCodec:
         return (codec := kind(groups=2, exact=exact)), codec.encode(torch.rand(2, 12, generator=generator) / 12)
+    if kind is TowerAttentionCodec:
+        return (codec := kind(exact=exact)), codec.encode(torch.rand(12, generator=generator) / 12)
     if kind is VisualMapCodec:
         codec = kind(groups=2, preset="f4" if exact else "exact")
         maps = torch.rand(2, 12, 12, generator=generator).square().tril() / 12

@@ -27,6 +27,7 @@ from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, Projector
 from vlm_distill_cache.common.codecs.logits import LogitCodec, VisualLogitsCodec
 from vlm_distill_cache.common.codecs.registry import CODECS, codec_from_dict
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, TextAttentionCodec
+from vlm_distill_cache.common.codecs.tower_attention import TowerAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import MapPreset, VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.common.errors import CacheFormatError, ModelError
 from vlm_distill_cache.common.printing import one_line, printable
@@ -292,7 +293,8 @@ def test_verification_knows_every_codec_and_setting_that_there_is():
     codecs = [
         LogitCodec(floor=0.0003, min_k=8, max_k=64), VisualLogitsCodec(floor=0.0, min_k=2, max_k=2, temperatures=(0.5, 1.0)),
         RowAttentionCodec(grid=(6, 6), groups=1), TextAttentionCodec(grid=(1, 2), groups=4, exact=True),
-        VisualColumnsCodec(groups=2), VisualMapCodec(groups=1, grid=6), HiddenCodec(layers=(0, 3), width=8),
+        VisualColumnsCodec(groups=2), VisualMapCodec(groups=1, grid=6), TowerAttentionCodec(exact=True),
+        HiddenCodec(layers=(0, 3), width=8),
         VisualHiddenCodec(layers=(1,), width=8), ProjectorOutputCodec(width=8), AnswersCodec(max_new_tokens=9, temperature=0.7),
         *(VisualMapCodec(groups=1, preset=preset) for preset in get_args(MapPreset)),
     ]  # fmt: skip

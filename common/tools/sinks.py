@@ -1,0 +1,408 @@
+"""The sinks of a cache's teacher: found in its records, kept beside them in ``sinks.json``, shown to a person.
+
+The file says nothing that the records do not say, so a cache is the same cache with it and without it; where it is lost or
+the cache is older than it, the same is found in the records again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from vlm_distill_cache.common.attention.sinks import GAMMA, Floats, SinkMap, find_sinks
+from vlm_distill_cache.common.attention.tiles import Tile, box_array, carries_image, tiles_from_array, tiles_to_array
+from vlm_distill_cache.common.cache.document_rules import SINKS as RULE
+from vlm_distill_cache.common.cache.documents import read_document, write_document
+from vlm_distill_cache.common.cache.plan import Plan, read_plan, with_more
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Record
+from vlm_distill_cache.common.cache.side_files import SINKS
+from vlm_distill_cache.common.cache.spaced import MOST_RECORDS, spaced_records, spaced_unsealed
+from vlm_distill_cache.common.codecs.registry import codec_from_dict
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, TextAttentionCodec
+from vlm_distill_cache.common.codecs.tower_attention import TowerAttentionCodec
+from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.files.atomic import remove
+from vlm_distill_cache.common.files.rules import check
+from vlm_distill_cache.common.printing import markdown, one_line
+from vlm_distill_cache.common.tools.picture import BLOCKS, WordMap, draw_picture, draw_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+Part = Literal["tower", "language_model", "visual_rows"]
+PARTS: tuple[Part, ...] = get_args(Part)
+_WORDS: Mapping[str, str] = {
+    "tower": "vision tower",
+    "language_model": "language model, where text looks",
+    "visual_rows": "language model, where visual tokens look",
+}
+_SHORT: Mapping[str, str] = {"tower": "tower", "language_model": "text", "visual_rows": "visual"}
+_SOURCES: Mapping[Part, tuple[str, ...]] = {
+    "tower": (TowerAttentionCodec.signal,),
+    "language_model": (RowAttentionCodec.signal, TextAttentionCodec.signal),
+    "visual_rows": (VisualColumnsCodec.signal, VisualMapCodec.signal),
+}
+"""Signals to find them in, the best first. Text sees all visual tokens; of visual tokens in causal order the first are seen by
+most, and receive more for that alone."""
+_MOST_MAPS = 256  # a whole map takes a thousand times as long to decode as its column means
+_MAX_BYTES = 64 << 20
+_SHOWN = 10  # places
+_DRAWN = 8  # tiles
+_DIGITS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sinks:
+    """What is known of a cache's sinks.
+
+    Attributes:
+        samples: Records that were looked at, pictures or not.
+        maps: By part of the teacher; without those that the cache has nothing of.
+        signals: From which signal each was found.
+    """
+
+    samples: int
+    maps: Mapping[str, SinkMap] = field(default_factory=dict)
+    signals: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of ``sinks.json``."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "gamma": GAMMA,
+            "samples": self.samples,
+            "maps": {
+                part: {
+                    "signal": self.signals[part],
+                    "places": found.places,
+                    "pictures": found.pictures,
+                    "tiles": [
+                        [int(rows), int(cols), *map(float, region)]
+                        for rows, cols, *region in tiles_to_array(found.tiles).tolist()
+                    ],
+                    "received": [_rounded(value) for value in found.received],
+                    "often": found.often.tolist(),
+                    "scores": [_rounded(value) for value in found.scores],
+                }
+                for part, found in self.maps.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> Sinks:
+        """Read what ``to_dict`` wrote; a CacheFormatError if it is something else."""
+        stored = check(data, RULE, where)
+        maps = {}
+        for part, values in stored["maps"].items():
+            tiles = tiles_from_array(np.array(values["tiles"], np.float32).reshape(-1, 6))
+            count = sum(tile.token_count for tile in tiles)
+            arrays = [np.array(values[name]) for name in ("received", "often", "scores")]
+            if part not in PARTS or {len(array) for array in arrays} != {count}:
+                raise CacheFormatError(
+                    f"{where}: maps.{one_line(part, limit=40)} has {[len(array) for array in arrays]} values; expected {count} "
+                    f"of each, for its tiles, and one of {', '.join(PARTS)}; run `cachectl verify`"
+                )
+            received, often, scores = arrays
+            maps[part] = SinkMap(
+                places=values["places"],
+                tiles=tiles,
+                pictures=values["pictures"],
+                received=received.astype(np.float64),
+                often=often.astype(np.int64),
+                scores=scores.astype(np.float64),
+            )
+        signals = {part: values["signal"] for part, values in stored["maps"].items()}
+        return cls(samples=stored["samples"], maps=maps, signals=signals)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def _sources(plan: Plan) -> dict[Part, str]:
+    """From which signal of a plan the sinks of each part of its teacher are found."""
+    found: dict[Part, str] = {}
+    for part, signals in _SOURCES.items():
+        for name in signals:
+            # Presets that keep what a sink filter leaves have no masses of sinks.
+            if name in plan.signals and getattr(codec_from_dict(plan.signals[name]), "complete", True):
+                found.setdefault(part, name)
+    return found
+
+
+def _find(plan: Plan, records: Callable[[Iterable[str], int], Iterable[tuple[str, Record]]]) -> Sinks:
+    """Find the sinks of records.
+
+    Args:
+        records: From fields and a number to evenly spaced records, at most so many.
+    """
+    sources = _sources(plan)
+    # Several parts are read in one go, maps alone.
+    runs: dict[int, list[Part]] = {}
+    for part, name in sources.items():
+        runs.setdefault(_MOST_MAPS if name == VisualMapCodec.signal else MOST_RECORDS, []).append(part)
+    samples, maps = 0, dict[Part, SinkMap]()
+    for most, parts in runs.items():
+        codecs = {part: codec_from_dict(plan.signals[sources[part]]) for part in parts}
+        names = {"tiles", *(entry.name for part in parts for entry in plan.fields[sources[part]])}
+        pictures: dict[Part, list[tuple[tuple[Tile, ...], Floats]]] = {part: [] for part in parts}
+        seen = 0
+        for _, record in records(names, most):
+            seen += 1
+            if not len(record["tiles"]):
+                continue
+            tiles = tiles_from_array(np.asarray(record["tiles"]))
+            for part, codec in codecs.items():
+                pictures[part].append((codec.cells_of(tiles), _received(codec, record)))
+        samples = max(samples, seen)
+        for part, shown in pictures.items():
+            codec = codecs[part]
+            grid = codec.grid if isinstance(codec, RowAttentionCodec) else None
+            if (found := find_sinks(shown, grid=grid)) is not None:
+                maps[part] = found
+    ordered: dict[str, SinkMap] = {part: maps[part] for part in PARTS if part in maps}
+    return Sinks(samples=samples, maps=ordered, signals={part: sources[part] for part in PARTS if part in maps})
+
+
+def _received(codec: Any, record: Record) -> Floats:
+    """What each visual token, or cell, of a record receives, mean over rows and layer groups, float64 ``[N]``."""
+    decoded = codec.decode(record)
+    if isinstance(codec, RowAttentionCodec):
+        cells = decoded.cells.astype(np.float64)  # [A, G, C]
+        return np.asarray(cells.mean(axis=(0, 1)) if len(cells) else np.zeros(codec.cells))
+    if isinstance(codec, VisualMapCodec):
+        tiles = codec.cells_of(tiles_from_array(np.asarray(record["tiles"])))
+        rows = decoded.values[:, carries_image(box_array(tiles))].astype(np.float64)  # [G, rows, N]
+        return np.asarray(rows.mean(axis=(0, 1)) if rows.shape[1] else np.zeros(rows.shape[2]))
+    values: Floats = decoded.astype(np.float64)
+    return values.mean(axis=0) if values.ndim == 2 else values
+
+
+def write_sinks(cache_dir: Path) -> Sinks | None:
+    """Find the sinks of a cache whose shards are all there, and write them beside its shards, before it is sealed.
+
+    Returns:
+        None, and no file, where the cache holds nothing to find them in.
+    """
+    plan = read_plan(cache_dir)
+    try:
+        found = _find(plan, lambda names, most: spaced_unsealed(cache_dir, plan, list(names), most=most))
+    except CacheFormatError as error:  # a cache is sealed with what it has; who needs its sinks is told
+        logger.warning("%s: its sinks are not written: %s", cache_dir, error)
+        found = Sinks(samples=0)
+    if found.maps:
+        write_document(cache_dir / SINKS, found.to_dict())
+        return found
+    remove(cache_dir / SINKS)
+    return None
+
+
+def read_sinks(cache: TeacherCache) -> Sinks:
+    """The sinks of a sealed cache: as they lie beside its shards, or found in its records.
+
+    Raises:
+        CacheFormatError: If ``sinks.json``, or a record that is needed, is damaged.
+    """
+    if SINKS in cache.manifest.files:
+        cache.check_side_files([SINKS])
+        return cache.steady(
+            lambda shards: Sinks.from_dict(
+                read_document(shards.path / SINKS, max_bytes=_MAX_BYTES), str(shards.path / SINKS)
+            )
+        )
+    return _find(cache.plan, lambda names, most: spaced_records(cache, list(names), most=most))
+
+
+def sinks_of(cache: TeacherCache, of: Part, *, known: Sinks | None = None) -> SinkMap:
+    """The sinks of one part of a cache's teacher.
+
+    Args:
+        known: Of `read_sinks`, if that was called.
+
+    Raises:
+        CacheMismatchError: If the cache holds nothing to find them in: what to do.
+    """
+    if of not in PARTS:
+        raise ValueError(f"of is {of!r}; expected one of {PARTS}")
+    found = (read_sinks(cache) if known is None else known).maps
+    # A cache without attention of text still says which visual tokens the others look at.
+    chosen = "visual_rows" if of == "language_model" and of not in found else of
+    if chosen not in found:
+        raise CacheMismatchError(f"{cache.place}: {_lack(cache.plan, of)}")
+    return found[chosen]
+
+
+def _lack(plan: Plan, of: Part) -> str:
+    """Why nothing is known of the sinks of a part, and what to do."""
+    held = ", ".join(sorted(plan.signals))
+    if of in _sources(plan):
+        return (
+            f"no sinks of its teacher's {_WORDS[of]} are known: none of the records that were looked at has a picture with any "
+            f"attention ({_sources(plan)[of]}); give a cache of samples with pictures"
+        )
+    wanted = _SOURCES[of][0]
+    where = f"teacher-cache extend CACHE --signals {wanted}"
+    single = " where that keeps single values" if VisualMapCodec.signal in _SOURCES[of] else ""
+    return (
+        f"no sinks of its teacher's {_WORDS[of]} are known: they are found in {' or '.join(_SOURCES[of])}{single}, and the cache "
+        f"holds {held}; "
+        + with_more(plan, f"add it with `{where}`", options=f"--signals {','.join((*plan.signals, wanted))}")
+    )
+
+
+def sink_map(cache: TeacherCache, of: Part, tiles: Sequence[Tile]) -> list[float]:
+    """The sink score of each visual token of a layout, which may be a student's.
+
+    Args:
+        of: ``tower`` (inside the vision tower), ``language_model`` (where its text looks, or its visual tokens where the cache
+            says nothing of text), or ``visual_rows`` (where its visual tokens look).
+        tiles: Of a picture, as an image encoder gives them.
+
+    Returns:
+        One number in [0, 1] for each token, in reading order; see `SinkMap.on` for layouts other than the teacher's.
+
+    Raises:
+        CacheMismatchError: If the cache holds nothing to find them in.
+    """
+    return [_rounded(score) for score in sinks_of(cache, of).on(tiles)]
+
+
+def place_name(found: SinkMap, place: int) -> str:
+    """A place as a person finds it: row and column from 1, and the tile where there are several."""
+    for number, tile in enumerate(found.tiles, start=1):
+        if place < tile.token_count:
+            name = f"row {place // tile.cols + 1} column {place % tile.cols + 1}"
+            return name if len(found.tiles) == 1 else f"tile {number} {name}"
+        place -= tile.token_count
+    raise ValueError("there is no such place")
+
+
+def _layout_words(found: SinkMap) -> str:
+    shape = " and ".join(f"{tile.rows} x {tile.cols}" for tile in found.tiles)
+    return {
+        "token": f"a place is a visual token of {shape}, which all pictures have",
+        "tile": f"pictures differ in tiles: a place is a visual token of a tile ({shape}), each tile counts as a picture",
+        "cell": f"a place is a cell of a grid of {shape} over the picture",
+    }[found.places]
+
+
+def _rows(found: SinkMap) -> list[tuple[str, float, float, float]]:
+    """Name, score, share of the attention and share of pictures of the first places."""
+    shares = found.shares
+    return [
+        (
+            place_name(found, place),
+            float(found.scores[place]),
+            float(shares[place]),
+            float(found.often[place] / found.pictures),
+        )
+        for place in found.order[:_SHOWN].tolist()
+    ]
+
+
+def _together(found: SinkMap) -> str:
+    count = len(found.order[:_SHOWN])
+    held, even = float(found.shares[found.order[:_SHOWN]].sum()), count / len(found.scores)
+    return (
+        f"these {count} of {len(found.scores)} places receive {held:.1%} of the attention on the picture; equal places would "
+        f"receive {even:.1%}"
+    )
+
+
+def describe_sinks(cache: TeacherCache, found: Sinks, *, shades: str = BLOCKS) -> str:
+    """The sinks of a cache as tables and heat maps in characters; ``shades`` as of `draw_text`."""
+    lines = [f"sinks of {cache.place}, in {found.samples:,} evenly spaced samples of {len(cache):,} (gamma {GAMMA:g})"]
+    for part in PARTS:
+        if part not in found.maps:
+            lines += ["", f"{_WORDS[part]}: {_lack(cache.plan, part)}"]
+            continue
+        sinks = found.maps[part]
+        lines += [
+            "",
+            f"{_WORDS[part]}: {found.signals[part]} of {sinks.pictures:,} pictures; {_layout_words(sinks)}",
+            f"  {'place':<26}{'score':>7}{'of the attention':>18}{'a sink in':>12}",
+        ]
+        lines += [
+            f"  {name:<26}{score:>7.3f}{share:>18.2%}{often:>12.0%}" for name, score, share, often in _rows(sinks)
+        ]
+        lines += [
+            f"  {_together(sinks)}",
+            "",
+            *(f"  {line}".rstrip() for line in draw_text(_drawn(sinks, part), shades=shades)),
+        ]
+    lines += [
+        "",
+        "a sink in: the share of pictures in which the place receives more than their mean plus one standard deviation",
+    ]
+    return "\n".join(lines)
+
+
+def _drawn(found: SinkMap, part: str) -> list[WordMap]:
+    """The scores of the first tiles as maps; the number beside each is its share of the attention."""
+    ends = np.cumsum([tile.token_count for tile in found.tiles])[:-1]
+    parts = zip(found.tiles, np.split(found.scores, ends), np.split(found.shares, ends), strict=True)
+    several = len(found.tiles) > 1
+    return [
+        WordMap(
+            word=f"{_SHORT[part]}{f' {number}' if several else ''}",
+            cells=scores.reshape(tile.rows, tile.cols),
+            image_mass=float(shares.sum()),
+        )
+        for number, (tile, scores, shares) in enumerate(parts, start=1)
+    ][:_DRAWN]
+
+
+def draw_sinks(cache: TeacherCache, found: Sinks) -> Image:
+    """Draw the scores of all parts that are known as heat maps on one sheet.
+
+    Raises:
+        CacheMismatchError: If nothing is known.
+    """
+    drawn = [shown for part in PARTS if part in found.maps for shown in _drawn(found.maps[part], part)]
+    if not drawn:
+        raise CacheMismatchError(f"{cache.place}: {_lack(cache.plan, 'language_model')}")
+    return draw_picture(drawn, title=f"sinks of {one_line(cache.place, limit=60)}", image=None)
+
+
+def sink_values(found: Sinks) -> dict[str, Any]:
+    """What `describe_sinks` says, for programs; all places."""
+    body = found.to_dict()
+    for part, sinks in found.maps.items():
+        body["maps"][part] |= {
+            "shares": [_rounded(share) for share in sinks.shares],
+            "often_share": [_rounded(count / sinks.pictures) for count in sinks.often],
+            "top": [
+                {"place": name, "score": score, "share": share, "sink_in": often}
+                for name, score, share, often in _rows(sinks)
+            ],
+        }
+    return {name: body[name] for name in ("gamma", "samples", "maps")}
+
+
+def card_lines(found: Sinks | None) -> str:
+    """The section of a cache's card; empty where nothing is known."""
+    if found is None or not found.maps:
+        return ""
+    lines = ["## Sinks: places that attract attention whatever the picture shows", ""]
+    for part, sinks in found.maps.items():
+        lines += [
+            f"Of the {_WORDS[part]}, from {markdown(found.signals[part])} of {sinks.pictures} pictures; {_layout_words(sinks)}.",
+            "",
+            "| place | score | share of the attention | a sink in |",
+            "|---|---|---|---|",
+            *(
+                f"| {name} | {score:.3f} | {share:.2%} | {often:.0%} of pictures |"
+                for name, score, share, often in _rows(sinks)[:5]
+            ),
+            "",
+        ]
+    return "\n".join([*lines, "`cachectl inspect THIS_FOLDER --sinks` shows all of them, `sinks.json` holds them.", ""])

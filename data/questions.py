@@ -1,0 +1,55 @@
+"""What a data set asks and shows of some of its samples: for figures of a cache, which holds neither."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import PIL.Image
+
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sample import Dataset, Sample
+
+
+@dataclass(frozen=True)
+class AskedData:
+    """A data set, asked by sample ids."""
+
+    dataset: Dataset
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.dataset.sample_ids)}
+
+    def questions(self, sample_ids: Iterable[str]) -> dict[str, Sequence[str]]:
+        """The questions of each sample's turns, in order; samples that are not there or cannot be read are left out."""
+        found: dict[str, Sequence[str]] = {}
+        for name in sample_ids:
+            sample = self._read(name)
+            if sample is not None:
+                found[name] = [turn.question for turn in sample.turns]
+        return found
+
+    def picture(self, sample_id: str) -> PIL.Image.Image | None:
+        """The picture of a sample; None where there is none, or it cannot be read."""
+        sample = self._read(sample_id)
+        try:
+            return None if sample is None or not sample.images else sample.images[0].load()
+        except SampleError:
+            return None
+
+    def _read(self, sample_id: str) -> Sample | None:
+        try:
+            return self.dataset[self._places[sample_id]]
+        except (KeyError, SampleError):
+            return None
+
+
+def open_asked(spec: str, *, split: str, images: str | None) -> AskedData:
+    """Open data as the stages do.
+
+    Raises:
+        DataError: Nothing can be read under that name.
+    """
+    return AskedData(open_dataset(spec, split=split, images=None if images is None else Path(images)))

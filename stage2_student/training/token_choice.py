@@ -294,8 +294,9 @@ def fit_on_tower(
             with torch.no_grad():
                 inputs = model_inputs_of(student, batch.inputs.to(device_of(student)))
                 features = torch.cat(list(tower_features(core, parts, inputs)))  # [N, D]
+            real = features.any(dim=1).cpu()  # not the ends of lines, which are no places
             if not gaze.isnan().any():
-                yield features.float().numpy(force=True), gaze.numpy(force=True)
+                yield features.float().cpu()[real].numpy(), gaze.cpu()[real].numpy()
 
     return fit_gaze(pictures(), where=where)
 

@@ -36,7 +36,10 @@ _STAGE_TWO = (
     "kd_alpha lora_rank eval_steps eval_strategy evaluation_strategy do_eval save_strategy logging_strategy run_name logging_dir "
     "student_model_name_or_path freeze_vision_tower freeze_backbone mm_projector_type finetuning_type lora_target lr_rate kd_ratio "
     "data_seed do_train remove_unused_columns load_best_model_at_end group_by_length push_to_hub ddp_find_unused_parameters "
-    "log_with metric_for_best_model"
+    "log_with metric_for_best_model visual_tokens token_selection sink_penalty merge_frames decoding_tokens decoding_selection "
+    "shift_threshold visual_token_num num_visual_tokens retained_tokens fastv_attention_rank fast_v_attention_rank "
+    "token_keep_ratio visual_token_ratio subset_ratio fastv_r fast_v_r pruning_ratio prune_ratio fastv_k fast_v_agg_layer "
+    "layer_list image_token_ratio_list dominant_num contextual_num mu_s mu_t"
 )
 
 

@@ -16,7 +16,7 @@ from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.decoding_tokens import decode_with_fewer
 from vlm_distill_cache.common.models.fewer_tokens import apply_visual_tokens
 from vlm_distill_cache.common.models.layer_sizes import apply_layer_sizes
-from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
+from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth as _LlavaOfAnyDepth  # as found here, it is changed
 
 CHANGES = "distilled"
 """The key of the configuration: ``{"parts": {"language_model": PATH, "vision_tower": PATH, "projector": PATH}, ...}``."""
@@ -52,7 +52,7 @@ def changed_class(model_class: Any) -> Any:
 
 def __getattr__(name: str) -> Any:
     """The changed class of a name of the library's, or of LLaVA's: what ``auto_map`` asks this module for."""
-    ours = {LlavaOfAnyDepth.__name__: LlavaOfAnyDepth}
+    ours = {_LlavaOfAnyDepth.__name__: _LlavaOfAnyDepth}
     found = ours.get(name) if name.startswith("_") or name in ours else getattr(transformers, name, None)
     if not isinstance(found, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")  # noqa: TRY004 - as Python's own

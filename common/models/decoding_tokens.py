@@ -4,7 +4,8 @@ The prompt is read with all visual tokens. Then the keys and values of those tha
 cache, in *slots* in front of the words, and each step is as short as if there were no others. ``fixed`` forgets the
 others. ``shift`` stashes all, computes at each token how its queries look at **all** visual tokens of the chosen layers, and
 where the kept ones hold too little of that, it fills the slots anew and runs the step again: the token is decided with
-what it looks at. A budget of all tokens changes nothing, to the bit.
+what it looks at. A budget of all tokens changes nothing, to the bit; nor do passes over whole texts change, in which nothing
+is decoded (losses, likelihoods, ``generate`` without a cache).
 
 Outside, the cache keeps reporting how long the text is, so masks and positions are those of the whole text; `_step` takes
 what is there of a mask. Batches, padding, beams and samples without pictures are as ever.
@@ -272,7 +273,8 @@ def _refuse_layers(layers: Any, decoder: Any) -> None:
         why = "forgets what lies behind its window" if "Sliding" in kind else "is no plain list of keys and values"
         raise ModelError(
             f"{NAME}: layer {index} of {type(decoder).__name__} keeps keys and values in a {kind}, which {why}; expected "
-            f"DynamicLayer in all. Leave cache_implementation out of generate, or {NAME} out of this model"
+            f"DynamicLayer in all. Leave cache_implementation out of generate, or {NAME} out of this model: feed it fewer visual "
+            "tokens instead (visual_tokens)"
         )
 
 

@@ -24,7 +24,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import parse_json, read_bounded
 from vlm_distill_cache.common.files.rules import OBJECT, check, maybe, record, whole
-from vlm_distill_cache.common.models.changed import Changed
+from vlm_distill_cache.common.models.changed import Changed, changed_class
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 from vlm_distill_cache.common.models.processing import VisionLanguageProcessor
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
@@ -127,7 +127,9 @@ def _our_classes(model: Any, encoder: SampleEncoder) -> dict[str, type[Any]]:
         return {"AutoConfig": type(model.config), **dict.fromkeys(_AUTO_MODELS, type(model))}
     has_token = encoder.image_token_id in encoder.tokenizer.added_tokens_decoder
     if model.config.model_type == "llava" and (isinstance(model, LlavaOfAnyDepth) or not has_token):
-        return dict.fromkeys(_AUTO_MODELS, type(model) if isinstance(model, Changed) else LlavaOfAnyDepth)
+        return dict.fromkeys(
+            _AUTO_MODELS, changed_class(LlavaOfAnyDepth) if isinstance(model, Changed) else LlavaOfAnyDepth
+        )
     return {}
 
 

@@ -305,8 +305,18 @@ Versions: {", ".join(versions) or "not stated"}.
   under "Scores". Look at its answers on your own pictures before others rely on them.
 - Its prompt format is {markdown_code(provenance["encoder"]["template"].get("name"))}, which the chat template writes; it was
   trained on at most {provenance["encoder"]["max_length"]} tokens.{needs}
-- Names and licences above are what the makers of cache and data state.
+{_changed(folder)}- Names and licences above are what the makers of cache and data state.
 """
+
+
+def _changed(folder: Path) -> str:
+    """A line about code that the library runs only where it may, of a student that has some in its class's place."""
+    if not token_words(folder):
+        return ""
+    return (
+        "- Elsewhere it needs `trust_remote_code=True`: the library's own class, without the code beside the weights, would feed "
+        "and look at all visual tokens.\n"
+    )
 
 
 def _kept(best: Mapping[str, Any]) -> list[tuple[str, str]]:

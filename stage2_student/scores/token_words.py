@@ -32,7 +32,7 @@ def words_of(changes: object) -> dict[str, str]:
         frames = (
             f"; of several pictures, what stays as alike as {merge:g} from one to the next is left out" if merge else ""
         )
-        said["visual_tokens"] = f"{count} of a picture's are fed into the language model, {how}{frames}"
+        said["visual_tokens"] = f"{count} of a picture's visual tokens are fed into the language model, {how}{frames}"
     if isinstance(decoded, Mapping) and (count := _count(decoded.get("keep"))):
         swaps = (
             f", and others as soon as these hold less than {_number(decoded.get('shift_threshold')):g} of what the best would"

@@ -23,6 +23,7 @@ from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import shown
 from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.models.changed import changes_of
 from vlm_distill_cache.common.remotes.mirror import find_mirror
 from vlm_distill_cache.common.tools.fidelity_words import poor_fidelity
 from vlm_distill_cache.common.tools.merge import refuse_different
@@ -50,6 +51,7 @@ from vlm_distill_cache.stage2_student.batches.signals import LossTerm
 from vlm_distill_cache.stage2_student.batches.sinks import needed_sinks, sinks_for
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, TrainConfig, describe
+from vlm_distill_cache.stage2_student.losses.fed_tokens import refuse_fewer_tokens
 from vlm_distill_cache.stage2_student.losses.objective import Objective
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
@@ -327,7 +329,7 @@ def prepare(
         cache=caches[str(config.phase(config.phases[0]).cache)],
         encoder=parts.image_encoder,
         dataset=phases[0].dataset,
-        where=parts.where,
+        where=f"student {config.student}",
     )
     return Preparation(
         student=student,
@@ -368,7 +370,7 @@ def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: 
     for cache in caches.values():
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
-    check_choice(config, caches.values(), parts.model, parts.image_encoder, where=parts.where)
+    check_choice(config, caches.values(), parts.model, parts.image_encoder, where=f"student {config.student}")
     encoder = encoder_for(config, parts, {str(config.phase(config.phases[0]).cache): first, **caches})
     return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
 
@@ -470,6 +472,8 @@ def check_phase(
     check_template(cache, template, terms)
     check_geometry(cache, parts.image_encoder.to_dict(), terms, where=parts.where)
     check_visual_rows(cache, parts.visual_rows, terms, where=parts.where)
+    if config.visual_tokens is not None or "visual_tokens" in changes_of(parts.model.config):
+        refuse_fewer_tokens(terms, f"phase {name}")
     match = None
     if any(term.attends for term in terms.values()):
         match = match_groups(

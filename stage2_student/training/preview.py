@@ -237,7 +237,7 @@ def look_at_student(
         with outlook.checking():
             check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
     with outlook.checking():
-        check_choice(config, caches.values(), parts.model, parts.image_encoder, where=parts.where)
+        check_choice(config, caches.values(), parts.model, parts.image_encoder, where=f"student {config.student}")
     for name in config.phases:
         cache = caches[str(config.phase(name).cache)]
         losses, where = config.phase(name).losses, f"phase {name}, {cache.place}"

@@ -3,13 +3,16 @@
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from numpy.typing import NDArray
 
+from vlm_distill_cache.common.attention.sinks import sink_scores
 from vlm_distill_cache.common.attention.tiles import Tile, grid_tile
 from vlm_distill_cache.common.cache.plan import with_more
 from vlm_distill_cache.common.cache.reader import TeacherCache
@@ -20,6 +23,7 @@ from vlm_distill_cache.common.files.signed import read_signed, write_signed
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.models.changed import change_model
 from vlm_distill_cache.common.models.fewer_tokens import tower_features
+from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.common.tools.sinks import Part, read_sinks, sinks_of
 from vlm_distill_cache.data.families.table import family_of
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder
@@ -27,10 +31,12 @@ from vlm_distill_cache.data.images.layouts.framed import FramedEncoder
 from vlm_distill_cache.data.images.layouts.split import SplitEncoder
 from vlm_distill_cache.data.images.layouts.thumbnail import ThumbnailEncoder
 from vlm_distill_cache.data.text.generation import device_of
+from vlm_distill_cache.data.text.processors import module_fingerprint
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.gaze import GAZE, GazeTerm, fit_gaze
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.students.build import read_cache_json
 from vlm_distill_cache.stage2_student.students.encoder import knows_boxes
 from vlm_distill_cache.stage2_student.students.library import core_of
 from vlm_distill_cache.stage2_student.students.model import StudentModel, model_inputs_of
@@ -104,9 +110,11 @@ def check_choice(
         _check_gaze(config, caches, encoder, where)
     sinks = None
     if config.visual_tokens is not None and config.token_selection == "sinks":
-        tile, first = _tile_of(encoder, where), next(iter(caches))
+        tiles, first = _layout_of(encoder, where), next(iter(caches))
+        _check_tower_grid(first, core.config, where)
         # Of a cache that is not built yet nothing is known.
-        sinks = student_sinks(first, encoder, where) if first.manifest_hash else [0.0] * tile.token_count
+        unknown = [0.0] * sum(tile.token_count for tile in tiles)
+        sinks = student_sinks(first, encoder, where) if first.manifest_hash else unknown
     with torch.device("meta"):
         shell = type(core)(copy.deepcopy(core.config))
     nothing = {"weights": [0.0], "bias": 0.0} if config.follows_gaze else None
@@ -140,8 +148,8 @@ def _check_gaze(config: TrainConfig, caches: Iterable[TeacherCache], encoder: An
                 )
 
 
-def _tile_of(encoder: AnyImageEncoder, where: str) -> Tile:
-    """The grid of visual tokens that all pictures, or all tiles of pictures, have in a student.
+def _layout_of(encoder: AnyImageEncoder, where: str) -> tuple[Tile, ...]:
+    """The visual tokens that all pictures, or all tiles of pictures, have in a student.
 
     Raises:
         ConfigError: If there is none.
@@ -153,7 +161,30 @@ def _tile_of(encoder: AnyImageEncoder, where: str) -> Tile:
             f"({type(fixed).__name__}), so that no place is the same one in all, and a cache's sinks are places; choose "
             "token_selection=attention, gaze, grid or random"
         )
-    return grid_tile(*fixed.grid)
+    if isinstance(fixed, ImageEncoder):
+        return encoder(PIL.Image.new("RGB", (64, 64))).tiles  # of a square picture, without padding
+    return (grid_tile(*fixed.grid),)
+
+
+def _check_tower_grid(cache: TeacherCache, config: Any, where: str) -> None:
+    """Refuse the sinks of another grid of patches than that of the student's tower, as far as a cache tells its own."""
+    if not (cache.path / "vision_tower.json").exists():
+        return
+    theirs = read_cache_json(cache.path, "vision_tower.json")
+    ours = getattr(config, "vision_config", None)
+    sides = [
+        (size // patch if isinstance(size, int) and isinstance(patch, int) and patch else None)
+        for size, patch in (
+            (getattr(ours, "image_size", None), getattr(ours, "patch_size", None)),
+            (theirs.get("image_size"), theirs.get("patch_size")),
+        )
+    ]
+    if None not in sides and sides[0] != sides[1]:
+        raise CacheMismatchError(
+            f"token_selection=sinks: the vision tower of {where} cuts pictures into {sides[0]} x {sides[0]} patches, that of the "
+            f"teacher of {cache.place} into {sides[1]} x {sides[1]}: its sinks are other places; choose "
+            "token_selection=attention, gaze, grid or random, or a student behind the teacher's tower"
+        )
 
 
 def student_sinks(cache: TeacherCache, encoder: AnyImageEncoder, where: str) -> list[float]:
@@ -165,19 +196,22 @@ def student_sinks(cache: TeacherCache, encoder: AnyImageEncoder, where: str) -> 
         ConfigError: If the student has no places that are the same ones in all pictures.
         CacheMismatchError: If the cache knows no sinks, or none of single tiles for a student that reads several.
     """
-    tile, known = _tile_of(encoder, where), read_sinks(cache)
+    tiles, known = _layout_of(encoder, where), read_sinks(cache)
     part: Part = "tower" if "tower" in known.maps else "language_model"
     found = sinks_of(cache, part, known=known)
-    of_tiles = isinstance(encoder, SplitEncoder | ThumbnailEncoder)
-    if of_tiles and found.places != "tile" and not (found.places == "token" and len(found.tiles) == 1):
-        raise CacheMismatchError(
-            f"token_selection=sinks: {where} reads pictures as several tiles, and {cache.place} knows the sinks of whole "
-            f"pictures alone ({found.places}s, from {known.signals[part]}); choose token_selection=attention, gaze, grid or "
-            "random, or give the cache of a teacher with such tiles"
-        )
+    scores = found.on(tiles)
+    if isinstance(encoder, SplitEncoder | ThumbnailEncoder) and found.places != "tile":
+        # Where all pictures had as many tiles, each tile is a picture more.
+        grids = {(tile.rows, tile.cols) for tile in found.tiles}
+        if found.places != "token" or grids != {encoder.grid}:
+            raise CacheMismatchError(
+                f"token_selection=sinks: {where} reads pictures as tiles of {encoder.grid[0]} x {encoder.grid[1]} tokens, and "
+                f"{cache.place} knows no sinks of such tiles (but of {found.places}s, from {known.signals[part]}); choose "
+                "token_selection=attention, gaze, grid or random, or give the cache of a teacher with such tiles"
+            )
+        scores = sink_scores(found.received.reshape(len(found.tiles), -1))
     _log.info("sinks are those of the teacher's %s in %s", part.replace("_", " "), cache.place)
-    first = int(bool(getattr(encoder, "drops_first", False)))
-    return [float(f"{score:.6g}") for score in found.on((tile,))[first:]]
+    return [float(f"{score:.6g}") for score in scores]
 
 
 Joined = CachedDataset | UnitedDataset
@@ -211,12 +245,32 @@ def choose_tokens(
         gaze = _stored_gaze(Path(config.output) / GAZE_FILE, of)
         if gaze is None:
             _log.info("fitting where the teacher looks on features of the vision tower of %s", where)
-            gaze = {"of": of, **fit_on_tower(student, dataset, where=where)}
+            with _on_device(student, config.device):
+                gaze = {"of": of, **fit_on_tower(student, dataset, where=where)}
     elif cache is not None and config.visual_tokens is not None and config.token_selection == "sinks":
         sinks = student_sinks(cache, encoder, where)
+        tower = core.get_submodule(family_of(core.config.model_type).parts["vision_tower"])
+        if cache.plan.fingerprints.get("vision_tower") != module_fingerprint(tower):
+            _log.warning(
+                "token_selection=sinks: the vision tower of %s is not the teacher's of %s, so that its sinks may be other places",
+                where, cache.place,
+            )  # fmt: skip
     of_config = None if gaze is None else {name: gaze[name] for name in ("weights", "bias")}
     change_model(core, family_of(core.config.model_type).parts, **changes_for(config, sinks=sinks, gaze=of_config))
     return gaze
+
+
+@contextmanager
+def _on_device(student: StudentModel, device: str) -> Iterator[None]:
+    """In the block a student that was just loaded is where it will be trained: a tower of some size takes minutes on a CPU."""
+    if device == "cpu" or not torch.cuda.is_available():
+        yield
+        return
+    student.to(device if ":" in device else f"cuda:{enter_launch().local}")
+    try:
+        yield
+    finally:
+        student.to("cpu")
 
 
 def fit_on_tower(

@@ -38,13 +38,8 @@ def open_with_prompts(name, folder):
     decoder = model.get_submodule(family.language_model)
     if name == "llava_next":  # the tiny one's is a Mistral of the first version
         decoder.config.sliding_window = None
-    parts = {
-        "language_model": family.language_model,
-        "vision_tower": family.vision_tower,
-        "projector": family.projector,
-    }
     return SimpleNamespace(
-        model=model, decoder=decoder, parts=parts, encoder=encoder, prompts=prompts, inputs_of=inputs_of,
+        model=model, decoder=decoder, parts=family.parts, encoder=encoder, prompts=prompts, inputs_of=inputs_of,
         inputs=dict(inputs_of(prompts, 0, torch.device("cpu"))),
     )  # fmt: skip
 

@@ -8,10 +8,11 @@ import torch
 from decoding_models import NEW, answers_and_logits, decode, open_with_prompts
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest, watch
 from vlm_distill_cache.common.attention.layers import middle_span
 from vlm_distill_cache.common.attention.shift import gaze_shift
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.around import surround
 from vlm_distill_cache.common.models.budget import kept_count
 from vlm_distill_cache.common.models.changed import CHANGES, change_model
 from vlm_distill_cache.common.models.decoding_tokens import best_places, decoding_counts, find_shift
@@ -27,6 +28,7 @@ class Reference:
 
     def __init__(self, model, parts, layers):
         self.model, self.layers, self.blocked, self.seen = model, layers, None, {}
+        self.unfed = torch.zeros(1, 1, dtype=torch.bool)  # prompt tokens that none sees
         AttentionInterface.register("reference", self.attend)
         AttentionMaskInterface.register("reference", AttentionMaskInterface()["eager"])
         model.get_submodule(parts["language_model"]).set_attn_implementation("reference")
@@ -35,6 +37,9 @@ class Reference:
         key, value = (one.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for one in (key, value))
         scores = query @ key.transpose(2, 3) * scaling
         scores = scores if mask is None else scores + mask
+        unfed = torch.zeros(len(query), 1, 1, scores.shape[3], dtype=torch.bool)
+        unfed[..., : self.unfed.shape[1]] = self.unfed[:, None, None]
+        scores = scores.masked_fill(unfed, torch.finfo(scores.dtype).min)
         self.seen[module.layer_idx] = scores.softmax(-1).mean(dim=1)  # [B, T, T]
         weights = scores.masked_fill(self.blocked[:, None], torch.finfo(scores.dtype).min).softmax(-1)
         return (weights @ value).transpose(1, 2).contiguous(), None
@@ -115,6 +120,63 @@ def test_steps_are_whole_passes_that_see_what_is_kept(name, tmp_path):
     assert getattr(model.config, CHANGES).keys() == {"parts"}
 
 
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl", "paligemma", "mobilevlm_v2"])
+def test_of_fewer_tokens_that_are_fed_fewer_are_attended(name, tmp_path):
+    opened = open_with_prompts(name, tmp_path / name)
+    model, parts, inputs = opened.model, opened.parts, opened.inputs
+    reference = Reference(copy.deepcopy(model), parts, middle_span(len(opened.decoder.layers)))
+    # The order in which they are asked for is not that in which they run.
+    change_model(model, parts, decoding_tokens={"keep": 0.4, "by": "shift", "shift_threshold": 1.0})
+    change_model(model, parts, visual_tokens={"keep": 0.6, "by": "random"})
+    with torch.no_grad():
+        model(**inputs)
+    visual = inputs["input_ids"] == model.config.image_token_id
+    reference.unfed = visual & (opened.decoder.places < 0)
+    fed = visual & ~reference.unfed
+    assert fed.sum(1).tolist() == [kept_count(0.6, int(count)) if count else 0 for count in visual.sum(1)]
+    answers, logits = answers_and_logits(model, inputs)
+    expected, events = reference.decode(inputs, answers, fed, keep=0.4, threshold=1.0)
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+    assert torch.equal(torch.stack(decoding_counts(model).events, dim=1), events[:, 1:])
+    assert events.any()
+
+
+@pytest.mark.parametrize("form", ["dict", "float"])
+def test_masks_may_be_ready(form, tmp_path):
+    opened = open_with_prompts("qwen2_vl", tmp_path / "qwen2_vl")
+    settings = {"keep": 3, "by": "shift", "shift_threshold": 0.9}
+    change_model(opened.model, opened.parts, decoding_tokens=settings)
+    expected = answers_and_logits(opened.model, opened.inputs)[1]
+
+    def prepare(run, _, **arguments):
+        mask, rows = arguments["attention_mask"].bool(), arguments["inputs_embeds"].shape[1]
+        whole = mask[:, None, None] & torch.ones(mask.shape[1], mask.shape[1]).tril().bool()
+        whole = whole[:, :, -rows:]
+        if form == "float":
+            arguments["attention_mask"] = torch.zeros(whole.shape).masked_fill(~whole, torch.finfo(torch.float32).min)
+        else:
+            arguments["attention_mask"] = {"full_attention": whole}
+        return run(**arguments)
+
+    surround(opened.model, opened.parts, prepare)
+    torch.testing.assert_close(answers_and_logits(opened.model, opened.inputs)[1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_is_watched_once_and_where_it_is(opened):
+    def watcher(*_, **__):
+        pass
+
+    nothing = pytest.raises(ModelError, match=r"seen 0 times, expected once in each of the layers \[0, 2\]")
+    with nothing, watch(opened.decoder, (0, 2), watcher):
+        pass
+    with watch(opened.decoder, (), watcher):
+        opened.model(**opened.inputs, use_cache=False)
+    twice = pytest.raises(ModelError, match="two threads at once")
+    with twice, watch(opened.decoder, (1,), watcher), watch(opened.decoder, (1,), watcher):
+        pass
+    assert opened.decoder.config._attn_implementation == "sdpa"
+
+
 @pytest.fixture(scope="module")
 def once_opened(tmp_path_factory):
     return open_with_prompts("mobilevlm_v2", tmp_path_factory.mktemp("models") / "mobilevlm_v2")
@@ -141,6 +203,16 @@ def test_steps_hold_few_keys_and_tell_the_whole_length(opened):
         cache.crop(-NEW)
     cache.crop(-1)
     assert cache.get_seq_length() == visual.shape[1] + NEW - 2
+    with pytest.raises(ModelError, match="more than were decoded"):
+        cache.layers[0].crop(3)  # older libraries give the length to come
+    cache.layers[0].crop(visual.shape[1] + 1)
+    assert cache.get_seq_length() == visual.shape[1] + 1
+    kept, keys = cache.layers[0].slots.kept, cache.layers[2].visual[0]
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([5, 1]))
+    assert torch.equal(cache.layers[0].slots.kept, kept[[2, 0]])
+    assert torch.equal(cache.layers[2].visual[0], keys[[2, 0]])
+    assert len(cache.layers[1].keys) == 2
 
 
 @torch.no_grad()

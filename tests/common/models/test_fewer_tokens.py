@@ -8,9 +8,14 @@ import torch
 from image_array import ImageArray
 from tiny_families import TINY, save_tiny
 
+from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
+from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenRequest
+from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.around import surround
 from vlm_distill_cache.common.models.changed import change_model
 from vlm_distill_cache.common.models.fed_sequence import pool
+from vlm_distill_cache.common.models.fewer_tokens import scores_given, tower_features
+from vlm_distill_cache.common.models.visual_tokens import choose
 from vlm_distill_cache.data.families.models import open_family_model
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.templates import get_template
@@ -18,7 +23,7 @@ from vlm_distill_cache.data.text.templates import get_template
 # The library's InternVL processor, up to 5.17.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 PICTURES = ((40, 30), (24, 60), None)
-QUESTIONS = ("What is it?", "Is it green?", "Who are you, and where?")
+QUESTIONS = ("What is it?", "Is it green?", "Who?")
 
 
 class Opened:
@@ -58,14 +63,12 @@ def opened(request, tmp_path_factory):
     return Opened(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def masked(model, parts, stands):
+def masked(model, parts, given):
     """The whole sequence, left out tokens masked and pooled ones in the place of theirs: slow and obvious."""
 
     def wrapper(run, decoder, **arguments):
-        length = arguments["inputs_embeds"].shape[1]
-        here = torch.arange(length)
-        first = length == stands.shape[1] or length > stands.shape[1]
-        assert first
+        rows, length = arguments["inputs_embeds"].shape[:2]
+        stands, here = given.repeat_interleave(rows // len(given), dim=0), torch.arange(length)
         gone = torch.zeros(len(stands), length, dtype=torch.bool)
         gone[:, : stands.shape[1]] = stands != here[: stands.shape[1]]
         front = pool(arguments["inputs_embeds"][:, : stands.shape[1]], stands)
@@ -94,24 +97,199 @@ def blocked(mask, gone):
     return mask.masked_fill(gone[:, None, None], False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
 
-@pytest.mark.parametrize("by", ["attention", "grid", "random"])
-def test_fewer_tokens_are_the_whole_sequence_with_the_others_masked(opened, by):
-    model, inputs = copy.deepcopy(opened.model), opened.inputs(0, 1, 2)
-    change_model(model, opened.parts, visual_tokens={"keep": 0.5, "by": by})
-    decoder = model.get_submodule(opened.parts["language_model"])
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    stands = decoder.stands_for
-    visual = inputs["input_ids"] == model.config.image_token_id
-    kept = (stands == torch.arange(stands.shape[1])) & visual
-    for row, count in zip(kept.sum(1).tolist(), visual.sum(1).tolist(), strict=True):
-        assert row == 0 == count or 0 < row <= max(1, int(count / 2 + 0.5))
-    reference = masked(copy.deepcopy(opened.model), opened.parts, stands)
-    with torch.no_grad():
-        expected = reference(**inputs).logits
+def select(opened, **settings):
+    """A copy of a model that feeds fewer visual tokens."""
+    model = copy.deepcopy(opened.model)
+    change_model(model, opened.parts, visual_tokens={"keep": 0.5, **settings})
+    return model
+
+
+def decoder_of(model, opened):
+    return model.get_submodule(opened.parts["language_model"])
+
+
+@torch.no_grad()
+def test_every_family_says_what_the_whole_sequence_says_with_the_others_masked(opened):
+    inputs = opened.inputs(0, 1, 2)
+    visual = inputs["input_ids"] == opened.model.config.image_token_id
     text = inputs["attention_mask"].bool() & ~visual
-    torch.testing.assert_close(logits[text | kept], expected[text | kept], atol=2e-4, rtol=1e-4)
+    for by in ("attention", "grid", "random"):
+        model = select(opened, by=by)
+        logits = model(**inputs).logits
+        stands = decoder_of(model, opened).stands_for
+        kept = (stands == torch.arange(stands.shape[1])) & visual
+        for row, count in zip(kept.sum(1).tolist(), visual.sum(1).tolist(), strict=True):
+            assert row == 0 == count or 0 < row <= max(1, int(count / 2 + 0.5))
+        reference = masked(copy.deepcopy(opened.model), opened.parts, stands)
+        expected = reference(**inputs).logits
+        torch.testing.assert_close(logits[text | kept], expected[text | kept], atol=2e-4, rtol=1e-4)
+        assert not logits[visual & ~kept].any()
     how = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [model.config.image_token_id]}
-    slow = reference.generate(**inputs, **how, use_cache=False).tolist()
-    assert model.generate(**inputs, **how).tolist() == slow
-    assert model.generate(**inputs, **how, use_cache=False).tolist() == slow
+    assert torch.equal(model.generate(**inputs, **how), reference.generate(**inputs, **how, use_cache=False))
+    everything = select(opened, keep=10_000, by="attention")
+    assert torch.equal(everything(**inputs).logits, opened.model(**inputs).logits)
+    assert decoder_of(everything, opened).places is None
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return Opened("llava", tmp_path_factory.mktemp("llava"))
+
+
+@torch.no_grad()
+def test_beams_sampling_and_later_turns_go_on_from_a_shorter_cache(llava):
+    model, inputs = select(llava, by="attention"), llava.inputs(0, 1, 2)
+    model(**inputs)
+    stands = decoder_of(model, llava).stands_for
+    reference = masked(copy.deepcopy(llava.model), llava.parts, stands)
+    how = {"max_new_tokens": 4, "suppress_tokens": [model.config.image_token_id]}
+    for more in ({"num_beams": 3, "do_sample": False}, {"num_return_sequences": 2, "do_sample": True}):
+        torch.manual_seed(0)
+        slow = reference.generate(**inputs, **how, **more, use_cache=False)
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(**inputs, **how, **more), slow)
+    begun = model(**inputs, use_cache=True)
+    past, length = begun.past_key_values, inputs["input_ids"].shape[1]
+    assert past.get_seq_length() == length
+    runs = (stands == torch.arange(length)) & inputs["attention_mask"].bool()
+    assert past.layers[0].keys.shape[2] == int(runs.sum(1).max()) < length
+    more = torch.tensor([[5, 6, 7]]).expand(3, -1)
+    ids = torch.cat([inputs["input_ids"], more], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    expected = reference(
+        input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=inputs["pixel_values"]
+    ).logits[:, length:]
+    past = model(**inputs, position_ids=positions[:, :length], use_cache=True).past_key_values
+    step = {"attention_mask": mask, "position_ids": positions[:, length:], "past_key_values": past}
+    torch.testing.assert_close(model(input_ids=more, **step).logits, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_gradients_masks_that_are_ready_and_captures_are_those_of_the_masked_sequence(llava, implementation):
+    model, inputs = select(llava, by="grid"), llava.inputs(0, 1, 2)
+    reference = masked(copy.deepcopy(llava.model), llava.parts, stands_of(model, llava, inputs))
+    ids, padding = inputs["input_ids"], inputs["attention_mask"].bool()
+    visual = ids == model.config.image_token_id
+    ready = padding[:, None, None] & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    if implementation == "eager":
+        ready = torch.zeros(ready.shape).masked_fill(~ready, torch.finfo(torch.float32).min)
+    last = torch.full((3, 1), ids.shape[1] - 1)
+    keys = torch.stack([torch.cat([row.nonzero()[:, 0], torch.tensor([-1] * 9)])[:9] for row in visual])
+    found = []
+    for one, mask in ((model, inputs["attention_mask"]), (model, ready), (reference, ready)):
+        decoder = one.get_submodule(llava.parts["language_model"])
+        one.zero_grad()
+        capture = AttentionCapture(decoder)
+        if implementation == "eager":
+            decoder.set_attn_implementation("eager")
+        with HiddenCapture(decoder).record({"h": HiddenRequest(last, (0, 2, 3))}) as states:
+            if implementation == "eager":
+                logits, maps = one(**{**inputs, "attention_mask": mask}, use_cache=False).logits, {"a": torch.zeros(1)}
+            else:
+                with capture.record({"a": AttentionRequest(last, keys, ((0,), (1, 2)))}) as maps:
+                    logits = one(**{**inputs, "attention_mask": mask}, use_cache=False).logits
+        logits[padding & ~visual].square().mean().backward()
+        gradients = {name: p.grad.clone() for name, p in one.named_parameters() if p.grad is not None}
+        found.append((gradients, maps["a"].detach(), states["h"].detach()))
+    for gradients, attention, states in found[:2]:
+        assert gradients.keys() == found[2][0].keys()
+        assert any("multi_modal_projector" in name for name in gradients)
+        for name, wanted in found[2][0].items():
+            torch.testing.assert_close(gradients[name], wanted, atol=1e-5 + 1e-4 * float(wanted.abs().max()), rtol=1e-3)
+        torch.testing.assert_close(attention, found[2][1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(states, found[2][2], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def stands_of(model, opened, inputs):
+    model(**inputs)
+    return decoder_of(model, opened).stands_for
+
+
+@torch.no_grad()
+def test_scores_are_those_of_the_tower_of_a_regression_or_given(llava):
+    inputs = llava.inputs(0, 2, 1)
+    visual = inputs["input_ids"] == llava.model.config.image_token_id
+    places = [row.nonzero()[:, 0] for row in visual]
+
+    def kept(**settings):
+        stands = stands_of(select(llava, keep=4, **settings), llava, inputs)
+        return [(stands[b, places[b]] >= 0).tolist() for b in (0, 2)]
+
+    eager = copy.deepcopy(llava.model)
+    eager.model.vision_tower.set_attn_implementation("eager")
+    # LLaVA reads the last hidden state but one: of 2 layers, the first one's attention made it.
+    tower = eager.model.vision_tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+    attention = tower.attentions[0].mean(dim=(1, 2))[:, 1:]  # [2, 9], without the class token
+    sinks = torch.linspace(0, 1, 9)
+    assert kept(by="attention") == choose(attention, 4).tolist()
+    assert kept(by="sinks", sinks=sinks.tolist(), sink_penalty=0.5) == choose(attention - 0.5 * sinks, 4).tolist()
+    features = tower_features(copy.deepcopy(llava.model), llava.parts, inputs)
+    for index, one in enumerate(features):
+        torch.testing.assert_close(one, tower.hidden_states[-2][index, 1:], atol=1e-5, rtol=1e-5)
+    weights = torch.randn(32, generator=torch.Generator().manual_seed(3))
+    gaze = {"weights": weights.tolist(), "bias": 2.0}
+    assert kept(by="gaze", gaze=gaze) == [choose((one @ weights)[None], 4)[0].tolist() for one in features]
+    model = select(llava, keep=4, by="gaze", gaze=gaze)
+    given = torch.full((3, 9), torch.nan)
+    given[0] = torch.arange(9)
+    with scores_given(model, given):
+        stands = stands_of(model, llava, inputs)
+    assert (stands[0, places[0]] >= 0).tolist() == [False] * 5 + [True] * 4
+    assert (stands[2, places[2]] >= 0).tolist() == kept(by="gaze", gaze=gaze)[1]
+    assert kept(by="random") == kept(by="random") != kept(by="random", seed=1)
+
+
+@torch.no_grad()
+def test_frames_lose_places_that_stay_as_they_were(llava):
+    one = llava.inputs(0)
+    picture, other = one["pixel_values"], llava.inputs(1)["pixel_values"]
+    image = one["input_ids"][one["input_ids"] == llava.model.config.image_token_id]
+    ids = torch.cat([torch.tensor([1]), *[torch.cat([image, torch.tensor([5])]) for _ in range(4)]])[None]
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.cat([picture, picture, other, other]),
+    }
+    stands = stands_of(select(llava, keep=100, by="attention", merge_frames=0.9999), llava, inputs)
+    kept = (stands[0] >= 0)[ids[0] == image[0]].view(4, 9)
+    assert kept.all(dim=1).tolist() == [True, False, True, False]
+    assert kept.any(dim=1).tolist() == [True, False, True, False]
+    half = stands_of(select(llava, keep=6, by="random", merge_frames=0.9999), llava, inputs)
+    kept = (half[0] >= 0)[ids[0] == image[0]].view(4, 9)
+    assert kept.sum() == 6
+    assert not kept[[1, 3]].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"by": "fastest"}, "by 'fastest'; expected one of attention, sinks, gaze, grid, random"),
+        ({"by": "sinks"}, "'sinks' without sinks"),
+        ({"by": "grid", "keep": 1.5}, "expected a share above 0 and below 1"),
+        ({"by": "grid", "more": 1}, "expected an object with keep and by"),
+        ({"by": "gaze", "gaze": {"weights": "x", "bias": 1}}, "gaze.weights 'x'; expected a list of numbers"),
+        ({"by": "gaze", "gaze": {"weights": [1.0], "bias": 1}}, "1 gaze.weights; expected 32, the width"),
+        ({"by": "gaze"}, "the regression's weights and bias, or scores that are given"),
+        ({"by": "sinks", "sinks": [0.0] * 8}, "8 sinks; expected one for each of the .9. visual tokens of a picture"),
+        ({"by": "grid", "merge_frames": "alike"}, "merge_frames 'alike'; expected a number"),
+        ({"by": "grid", "seed": 0.5}, "seed '0.5'; expected a whole number"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(llava, settings, message):
+    with pytest.raises(ModelError, match=message), torch.no_grad():
+        select(llava, **settings)(**llava.inputs(0))
+
+
+@torch.no_grad()
+def test_passes_that_hide_where_pictures_are_are_refused(llava):
+    model, inputs = select(llava, by="grid"), llava.inputs(0)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(ModelError, match="give input_ids, not inputs_embeds"):
+        model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
+    with pytest.raises(ModelError, match="has a fixed length"):
+        model.generate(**inputs, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+    assert torch.equal(model(**llava.inputs(2)).logits, llava.model(**llava.inputs(2)).logits)
+    change_model(model, llava.parts, visual_tokens=None)
+    assert torch.equal(model(**inputs).logits, llava.model(**inputs).logits)

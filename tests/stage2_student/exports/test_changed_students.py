@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from image_array import ImageArray
 from test_student_elsewhere import STUDENTS
 from transformers import AutoModelForImageTextToText
 
@@ -21,14 +23,17 @@ from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 def test_a_changed_student_is_saved_and_opens_anywhere(name, tmp_path):
     model, encoder, processor = STUDENTS[name](tmp_path / "source")
     inner = model if isinstance(model, VisionLanguageModel) else model.model
+    picture = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     inputs = getattr(model, "generation_inputs", left_padded_inputs)(
-        [build_prompt(encoder, None, "What?")], 0, torch.device("cpu")
+        [build_prompt(encoder, ImageArray(picture, "p"), "What?")], 0, torch.device("cpu")
     )
-    change_model(inner, family_of(inner.config.model_type).parts)
+    unchanged = model(**inputs).logits
+    change_model(inner, family_of(inner.config.model_type).parts, visual_tokens={"keep": 0.5, "by": "attention"})
     folder = tmp_path / "student"
     folder.mkdir()
     save_student_folder(folder, model=model, encoder=encoder, image_processor=processor, source=None)
     expected = model(**inputs).logits
+    assert not torch.equal(expected, unchanged)
     here = open_family_model(folder).model
     assert isinstance(here, Changed | VisionLanguageModel)
     elsewhere = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, local_files_only=True)

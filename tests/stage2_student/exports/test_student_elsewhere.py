@@ -16,12 +16,14 @@ import torch
 import transformers as hf
 from tiny_families import TEXT, VISION, byte_tokenizer, make_lively, save_tiny
 
+from vlm_distill_cache.common.models.changed import change_model
 from vlm_distill_cache.common.models.compodistill import CompoDistillConfig, CompoDistillForConditionalGeneration
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 from vlm_distill_cache.common.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from vlm_distill_cache.common.models.processing import VisionLanguageProcessor
 from vlm_distill_cache.common.models.published import default_image_processor, is_published
 from vlm_distill_cache.data.families.models import open_family_model
+from vlm_distill_cache.data.families.table import family_of
 from vlm_distill_cache.data.images.encoder import ImageEncoder
 from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
@@ -81,10 +83,17 @@ def built_student(config_class, model_class, source: Path, *, layout: str, **set
     return model.eval(), encoder, processor
 
 
+def feeding_fewer(name: str, source: Path):
+    """As `family_student`, of one of our own classes, with half its visual tokens."""
+    model, encoder, processor = family_student(name, source)
+    change_model(model, family_of(model.config.model_type).parts, visual_tokens={"keep": 0.5, "by": "attention"})
+    return model, encoder, processor
+
+
 mobilevlm = partial(built_student, MobileVLMConfig, MobileVLMForConditionalGeneration)
 compodistill = partial(built_student, CompoDistillConfig, CompoDistillForConditionalGeneration)
 STUDENTS = {
-    "mobilevlm_v1": partial(family_student, "mobilevlm_v1"),
+    "mobilevlm_v1_fewer": partial(feeding_fewer, "mobilevlm_v1"),
     "mobilevlm_v2": partial(family_student, "mobilevlm_v2"),
     "compodistill": partial(family_student, "compodistill"),
     "mobilevlm_mlp": partial(mobilevlm, layout="crop", projector_type="mlp"),

@@ -2,22 +2,30 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from tiny_cache import DATA
 from train_runs import make_config
 
-from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.common.attention.capture import AttentionCapture
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.signed import list_files
+from vlm_distill_cache.common.models.budget import kept_count
+from vlm_distill_cache.common.opening import open_cache
+from vlm_distill_cache.stage2_student.batches.gaze import gaze_on
 from vlm_distill_cache.stage2_student.config import TOKEN_OPTIONS, TrainConfig, describe
 from vlm_distill_cache.stage2_student.final_folder import read_final
+from vlm_distill_cache.stage2_student.losses.objective import Shares
 from vlm_distill_cache.stage2_student.prune.tokens import select_tokens
+from vlm_distill_cache.stage2_student.scores.oracle import followed, oracle_scores, read_oracle, refuse_no_choice
 from vlm_distill_cache.stage2_student.scores.token_words import token_words
+from vlm_distill_cache.stage2_student.students.library import core_of
 from vlm_distill_cache.stage2_student.train import train
 from vlm_distill_cache.stage2_student.trained_student import export_student, open_student
 
-QUICK = {"phases": ["dft"], "dft": {"steps": 3, "batch_size": 4, "losses": {"logits": 1.0}}}
+QUICK = {"phases": ["dft"], "dft": {"steps": 3, "batch_size": 4, "losses": {"logits": 1.0, "answer_attention": 1.0}}}
 
 
 def options(**given):
@@ -91,7 +99,7 @@ def test_a_run_by_gaze_resumes_bit_for_bit_and_needs_no_teacher_afterwards(by_ga
     assert stored["visual_tokens"]["keep"] == 0.5
     assert stored["visual_tokens"]["gaze"]["weights"] == json.loads((tmp_path / "run/gaze.json").read_text())["weights"]
     assert "expects the teacher to look" in token_words(result.final)["visual_tokens"]
-    assert "50 % of a picture's are fed" in (result.final / "README.md").read_text()
+    assert "50 % of a picture's visual tokens are fed" in (result.final / "README.md").read_text()
 
 
 def test_layouts_that_cannot_say_it_refuse_and_an_export_says_it(by_gaze, tmp_path):
@@ -109,12 +117,53 @@ def test_a_finished_student_is_changed_without_training_and_scored(by_gaze, tiny
         target = tmp_path / by
         config = TrainConfig(cache=str(cache), output=str(target), data=DATA, visual_tokens=4.0, token_selection=by)
         said = select_tokens(final, target, config, cache=str(cache))
-        assert said["visual_tokens"].startswith("at most 4 of a picture's")
+        assert said["visual_tokens"].startswith("at most 4 of a picture's visual tokens")
         read_final(target)  # whole
         changed, before = (open_student(folder, device="cpu").model for folder in (target, final))
         same = zip(changed.state_dict().items(), before.state_dict().items(), strict=True)
         assert all(name == other and torch.equal(value, kept) for (name, value), (other, kept) in same)
     with pytest.raises(ConfigError, match="takes what a teacher's cache holds"):
-        select_tokens(final, tmp_path / "no", config, cache=None) if by != "grid" else select_tokens(
-            final, tmp_path / "no", options(visual_tokens=0.5, token_selection="sinks"), cache=None
-        )
+        select_tokens(final, tmp_path / "no", options(visual_tokens=0.5, token_selection="sinks"), cache=None)
+    with pytest.raises(ConfigError, match="token_selection=grid"):
+        refuse_no_choice(changed, "it")
+
+
+def kept_places(student, batch):
+    """Which visual tokens of each sample ran in the last pass, in their order, bool ``[N]`` each."""
+    places = core_of(student).language_model.places
+    return [places[row][mask] >= 0 for row, mask in enumerate(batch.inputs.visual_mask) if mask.any()]
+
+
+def test_training_and_the_oracle_feed_what_the_teacher_looked_at(by_gaze, tiny_cache):
+    result = by_gaze[1]
+    phase, student = result.preparation.phases[0], result.model
+    batch = phase.dataset.batch(range(4))
+    with torch.no_grad():
+        phase.objective(student, AttentionCapture(student.language_model), batch, Shares())
+    trained = kept_places(student, batch)
+    cache = open_cache(tiny_cache[0])
+    codec, tiles = cache.codec("answer_attention"), [found for found in batch.inputs.tiles if found]
+    with_picture = [name for name, found in zip(batch.inputs.sample_ids, batch.inputs.tiles, strict=True) if found]
+    own = [codec.decode(cache[name]).cells.mean(axis=(0, 1)) for name in with_picture]
+    for kept, cells, of in zip(trained, own, tiles, strict=True):
+        best = gaze_on(torch.from_numpy(cells), codec.grid, of).argsort(descending=True, stable=True)[
+            : kept_count(0.5, len(kept))
+        ]
+        assert set(kept.nonzero()[:, 0].tolist()) == set(best.tolist())
+
+    # The oracle knows pictures, not samples: the mean over all that is said of one.
+    with followed(read_oracle(cache)), oracle_scores(student, batch.inputs.tiles, batch.inputs.image_hashes):
+        student(**batch.inputs.model_inputs())
+    hashes = [name for name in batch.inputs.image_hashes if any(name)]
+    for kept, picture, of in zip(kept_places(student, batch), hashes, tiles, strict=True):
+        same = [
+            codec.decode(r).cells.sum(axis=(0, 1)) for _, r in cache.items() if r["image_hash"].tobytes() == picture
+        ]
+        total = np.sum(same, axis=0, dtype=np.float64)
+        cells = torch.from_numpy((total / total.sum()).astype(np.float32))
+        best = gaze_on(cells, codec.grid, of).argsort(descending=True, stable=True)[: kept_count(0.5, len(kept))]
+        assert set(kept.nonzero()[:, 0].tolist()) == set(best.tolist())
+    with followed(read_oracle(cache)), pytest.raises(CacheMismatchError, match="no teacher's gaze on a picture"):
+        oracle_scores(student, tiles[:1], [b"x" * 16])
+    student(**batch.inputs.model_inputs())  # alone, by the regression
+    assert all(int(kept.sum()) == kept_count(0.5, len(kept)) for kept in kept_places(student, batch))

@@ -11,7 +11,7 @@ heads (h in a chunk), Hkv key heads (g in a chunk), D width of a head.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -95,6 +95,38 @@ def head_mean_attention(
     place = None if shared is None else shared.find(inputs, settings)
     result: Tensor = _HeadMean.apply(*inputs, settings, place)
     return result
+
+
+@torch.no_grad()
+def last_row_attention(
+    query: Tensor,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+) -> list[Tensor]:
+    """Attention of one row on keys that lie in several tensors, softmaxed over all of them, mean over heads.
+
+    As `head_mean_attention`, without gradients and without joining the keys.
+
+    Args:
+        query: Float ``[B, H, 1, D]``, rotary embedding applied.
+        parts: Keys, float ``[B, Hkv, C, D]``, and their mask ``[B, 1 or H, 1, C]``, bool (True = may look) or float (added).
+        scaling, softcap: As of `head_mean_attention`.
+
+    Returns:
+        Of each part float32 ``[B, C]``; 0 where the row may not look, but it must see something.
+    """
+    B, H, _, D = query.shape
+    with _without_autocast(query.device.type):
+        queries, scores = query.float() * (D**-0.5 if scaling is None else scaling), []
+        for keys, mask in parts:
+            found = (queries.view(B, keys.shape[1], -1, D) @ keys.float().transpose(2, 3)).view(B, H, -1)  # [B, H, C]
+            if softcap is not None:
+                found = softcap * (found / softcap).tanh()
+            scores.append(found + _as_bias(mask)[:, :, 0])
+        mean = torch.cat(scores, dim=2).softmax(dim=2).mean(dim=1)
+    return list(mean.split([keys.shape[2] for keys, _ in parts], dim=1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,7 +400,11 @@ def _of_rows(values: Tensor, rows: Tensor) -> Tensor:
 
 def _bias(mask: Tensor, rows: Tensor) -> Tensor:
     """What a mask ``[s, heads, Tq, Tk]`` adds to the scores of some rows ``[s, r]``: float32 ``[s, heads, r, Tk]``."""
-    mask = _of_rows(mask, rows)
+    return _as_bias(_of_rows(mask, rows))
+
+
+def _as_bias(mask: Tensor) -> Tensor:
+    """What a mask of any kind adds to scores, float32."""
     if mask.dtype == torch.bool:
         return torch.where(mask, 0.0, _BLOCKED)
     # Blocked is what a mask builder wrote as "minimum of the dtype" or -inf; smaller biases are kept.

@@ -30,7 +30,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from vlm_distill_cache.common.attention.capture import attention_module, is_recorded, watch
 from vlm_distill_cache.common.attention.layers import middle_span
-from vlm_distill_cache.common.attention.rows import head_mean_attention
+from vlm_distill_cache.common.attention.rows import head_mean_attention, last_row_attention
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.around import Around, Run, surround
 from vlm_distill_cache.common.models.budget import check_budget, kept_count
@@ -385,20 +385,13 @@ def _step(settings: DecodingTokens, slots: _Slots, past: Any, run: Run, decoder:
         _note(decoder, torch.zeros(len(slots.kept), dtype=torch.int64))
         return run(**arguments)
     whole = given.get("full_attention") if isinstance(given, dict) else given
-    off_slots = _seen(whole, slots.places, length)
+    visual_mask, width = _seen(whole, slots.places, length), slots.kept.shape[1]
 
-    def look(module: Any, query: Tensor, key: Tensor, mask: Tensor, **named: Any) -> Tensor:
+    def look(module: Any, query: Tensor, key: Tensor, mask: Tensor, *, causal: bool, **named: Any) -> Tensor:
         """Of the step's queries, over all visual tokens and the words: what a full cache would show them."""
-        stashed, width = past.layers[module.layer_idx].visual[0], slots.kept.shape[1]
-        keys = torch.arange(slots.places.shape[1], device=query.device).where(slots.places.to(query.device) >= 0, -1)
-        return head_mean_attention(
-            query,
-            torch.cat([stashed, key[:, :, width:]], dim=2),
-            rows=torch.zeros(len(query), 1, dtype=torch.int64, device=query.device),
-            keys=keys,
-            attention_mask=torch.cat([off_slots.to(mask), mask[..., width:]], dim=3),
-            **named,
-        )[:, 0]
+        visual = past.layers[module.layer_idx].visual[0]
+        parts = [(visual, visual_mask.to(mask.device)), (key[:, :, width:], mask[..., width:])]
+        return last_row_attention(query, parts, **named)[0]
 
     with _gaze(decoder, settings.layers, look) as found:
         outputs = run(**arguments)

@@ -8,7 +8,7 @@ Dims: B batch, T tokens of this pass, P tokens of the passes before, L tokens th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -30,11 +30,13 @@ class Fed:
         places: Of its tokens in the text, int64 ``[B, S]``.
         live: Which of them may be seen, bool ``[B, S]``.
         dropped: How many tokens less it has than the text.
+        least: How many of its tokens were there when some were left out last: they cannot be taken back one by one.
     """
 
     places: Tensor
     live: Tensor
     dropped: int
+    least: int
 
 
 @cache
@@ -67,11 +69,21 @@ def _shorter(cache_class: Any) -> Any:
             super().batch_repeat_interleave(repeats)
             fed = self.fed
             places, live = (part.repeat_interleave(repeats, dim=0) for part in (fed.places, fed.live))
-            self.fed = Fed(places, live, fed.dropped)
+            self.fed = replace(fed, places=places, live=live)
+
+        def crop(self, tokens: int) -> None:
+            length = self.get_seq_length()
+            undo = -tokens if tokens <= 0 else max(length - tokens, 0)  # older libraries give the length to come
+            if undo > length - self.fed.dropped - self.fed.least:
+                raise ModelError(
+                    f"{undo} tokens were to be taken back, more than follow the pictures: of those, this student does not feed "
+                    "all; read the prompt again"
+                )
+            super().crop(tokens if tokens <= 0 or self.running else tokens - self.fed.dropped)
 
         def _pick(self, rows: Tensor) -> None:
             rows, fed = rows.to(self.fed.places.device), self.fed
-            self.fed = Fed(fed.places[rows], fed.live[rows], fed.dropped)
+            self.fed = replace(fed, places=fed.places[rows], live=fed.live[rows])
 
     Shorter.__name__ = Shorter.__qualname__ = cache_class.__name__
     return Shorter
@@ -163,7 +175,7 @@ def _fed(past: Any) -> Fed | None:
     held = int(past.get_seq_length()) - fed.dropped
     if held <= 0:
         return None
-    return Fed(fed.places[:, :held], fed.live[:, :held], fed.dropped)
+    return Fed(fed.places[:, :held], fed.live[:, :held], fed.dropped, fed.least)
 
 
 def _refuse(arguments: Mapping[str, Any], past: Any) -> None:
@@ -179,17 +191,25 @@ def _refuse(arguments: Mapping[str, Any], past: Any) -> None:
 
 
 def _padding(mask: Any, before: int, length: int) -> Tensor | None:
-    """Which of T tokens no token sees, not even itself: bool ``[B, T]``; None where the mask does not say."""
+    """Which of T tokens are padding, bool ``[B, T]``; None where the mask does not say.
+
+    In a mask that is ready no token sees padding. It may see itself alone, so that no row is empty.
+    """
     if isinstance(mask, Mapping):
         mask = mask.get(_FULL)
-    if not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor) or mask.shape[-1] != before + length:
         return None
-    seen = mask.bool() if mask.dtype != torch.bool and not mask.is_floating_point() else mask
-    if seen.is_floating_point():
-        seen = seen > torch.finfo(seen.dtype).min / 2 if mask.ndim == 4 else seen > 0
-    if seen.ndim == 4:
-        seen = seen.any(dim=1).any(dim=1)
-    return ~seen[:, before : before + length] if seen.shape[1] == before + length else None
+    if mask.ndim == 2:
+        return mask[:, before:] == 0
+    seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).any(dim=1)  # [B, T, P + T]
+    if seen.shape[1] != length:
+        return None
+    own = torch.arange(length, device=seen.device)
+    unseen, others = ~seen.any(dim=1)[:, before:], seen.clone()
+    others[:, own, own + before] = False
+    alone = ~(others.any(dim=2) | others.any(dim=1)[:, before:])
+    found = unseen | alone
+    return found & ~found.all(dim=1, keepdim=True)
 
 
 def _gathered(wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,7 +393,8 @@ def _restored(feeding: Feeding, found: Any, past: Any, length: int) -> Any:
         if not hasattr(new, "fed"):
             cache_class: Any = type(new)
             new.__class__ = _shorter(cache_class)
-        new.fed = Fed(feeding.keys, feeding.live_keys, dropped)
+        held = feeding.keys.shape[1]
+        new.fed = Fed(feeding.keys, feeding.live_keys, dropped, new.fed.least if feeding.stands_for is None else held)
     if feeding.stands_for is None:
         return found
     if as_tuple:

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm_distill_cache.common.attention import rows as attention_rows
-from vlm_distill_cache.common.attention.rows import head_mean_attention
+from vlm_distill_cache.common.attention.rows import head_mean_attention, last_row_attention
 
 
 def test_without_a_mask_attention_goes_both_ways_unless_causal():
@@ -87,3 +87,22 @@ def test_no_intermediate_exceeds_the_chunk_limit_however_many_heads(monkeypatch,
     assert largest.elements <= limit
     unchunked = head_mean_attention(query, key, rows=everything, keys=everything, causal=True, chunk_rows=T)
     torch.testing.assert_close(got, unchunked, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, 2.0)])
+def test_keys_of_one_row_may_lie_in_several_tensors(dtype, softcap):
+    torch.manual_seed(0)
+    query = (3 * torch.randn(2, 4, 1, 8)).to(dtype)
+    keys = torch.randn(2, 2, 7, 8).to(dtype)
+    seen = torch.rand(2, 4, 1, 7) > 0.3
+    bias = torch.randn(2, 1, 1, 7).masked_fill(torch.rand(2, 1, 1, 7) > 0.7, torch.finfo(torch.float32).min)
+    rows, every = torch.zeros(2, 1, dtype=torch.int64), torch.arange(7).expand(2, -1)
+    for mask in (seen, bias):
+        parts = [(keys[:, :, part], mask[..., part]) for part in (slice(0, 3), slice(3, 3), slice(3, 7))]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = last_row_attention(query, parts, scaling=0.7, softcap=softcap)
+        expected = head_mean_attention(
+            query, keys, rows=rows, keys=every, attention_mask=mask, scaling=0.7, softcap=softcap
+        )
+        assert [part.shape[1] for part in found] == [3, 0, 4]
+        torch.testing.assert_close(torch.cat(found, dim=1), expected[:, 0])

@@ -10,13 +10,17 @@ from tiny_families import TINY, save_tiny
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenRequest
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.around import surround
 from vlm_distill_cache.common.models.changed import change_model
+from vlm_distill_cache.common.models.decoding_tokens import decoding_counts
 from vlm_distill_cache.common.models.fed_sequence import pool
 from vlm_distill_cache.common.models.fewer_tokens import scores_given, tower_features
 from vlm_distill_cache.common.models.visual_tokens import choose
 from vlm_distill_cache.data.families.models import open_family_model
+from vlm_distill_cache.data.sample import Sample, Turn
+from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.templates import get_template
 
@@ -33,7 +37,7 @@ class Opened:
         opened = open_family_model(save_tiny(name, folder))
         self.model, self.family = opened.model, opened.family
         self.parts = opened.family.parts
-        encoder = SampleEncoder(
+        self.encoder = encoder = SampleEncoder(
             tokenizer=opened.tokenizer,
             image_encoder=opened.image_encoder,
             template=get_template(opened.family.template, opened.tokenizer),
@@ -49,6 +53,21 @@ class Opened:
         return dict(
             self.family.generation_inputs(self.model.config, chosen, 0, torch.device("cpu"), dtype=torch.float32)
         )
+
+    def training_batch(self):
+        """Two conversations about one picture in one sequence where that can be, one about another, one about none."""
+        turns = (Turn(question="What is it?", answer="A dog"), Turn(question="Is it green?", answer="Yes"))
+        packs = self.family.packs
+        shown = [
+            ((image(PICTURES[0]),), turns if packs else turns[:1]),
+            ((image(PICTURES[1]),), turns[:1]),
+            ((), turns[:1]),
+        ]
+        samples = [
+            Sample(sample_id=f"s{at}", images=images, turns=said, independent_turns=packs and len(said) > 1)
+            for at, (images, said) in enumerate(shown)
+        ]
+        return collate([self.encoder(sample) for sample in samples], 0)
 
 
 def image(size):
@@ -76,7 +95,7 @@ def masked(model, parts, given):
         if arguments.get("deepstack_visual_embeds") is not None:
             mask, found = arguments["visual_pos_masks"], []
             for feature in arguments["deepstack_visual_embeds"]:
-                whole = torch.zeros(*mask.shape, feature.shape[-1]).index_put((mask,), feature)
+                whole = feature.new_zeros(*mask.shape, feature.shape[-1]).index_put((mask,), feature)
                 found.append(pool(whole[:, : stands.shape[1]], stands)[mask[:, : stands.shape[1]]])
             arguments["deepstack_visual_embeds"] = found
         arguments["attention_mask"] = blocked(arguments["attention_mask"], gone)
@@ -126,6 +145,18 @@ def test_every_family_says_what_the_whole_sequence_says_with_the_others_masked(o
         assert not logits[visual & ~kept].any()
     how = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [model.config.image_token_id]}
     assert torch.equal(model.generate(**inputs, **how), reference.generate(**inputs, **how, use_cache=False))
+    batch = opened.training_batch()
+    inputs = opened.family.model_inputs(opened.model.config, batch, dtype=torch.float32)
+    found = model(**inputs, use_cache=False).logits[batch.labels != IGNORE_INDEX]
+    decoder = decoder_of(model, opened)
+    # Nobody runs what is padding, so that the text without a picture does not keep the others long.
+    runs = (decoder.stands_for == torch.arange(batch.labels.shape[1])).sum(1)
+    assert (decoder.places >= 0).sum(1).max() < batch.labels.shape[1]
+    assert (decoder.places >= 0).sum(1)[2] < runs[2] == batch.labels.shape[1]
+    reference = masked(copy.deepcopy(opened.model), opened.parts, decoder.stands_for)
+    expected = reference(**inputs, use_cache=False).logits[batch.labels != IGNORE_INDEX]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    inputs = opened.inputs(0, 1, 2)
     everything = select(opened, keep=10_000, by="attention")
     assert torch.equal(everything(**inputs).logits, opened.model(**inputs).logits)
     assert decoder_of(everything, opened).places is None
@@ -163,6 +194,14 @@ def test_beams_sampling_and_later_turns_go_on_from_a_shorter_cache(llava):
     past = model(**inputs, position_ids=positions[:, :length], use_cache=True).past_key_values
     step = {"attention_mask": mask, "position_ids": positions[:, length:], "past_key_values": past}
     torch.testing.assert_close(model(input_ids=more, **step).logits, expected, atol=2e-4, rtol=1e-4)
+    with pytest.raises(ModelError, match="4 tokens were to be taken back, more than follow the pictures"):
+        past.crop(-4)
+    past.crop(-2)
+    assert past.get_seq_length() == length + 1
+    last = {**step, "position_ids": positions[:, length + 1 :]}
+    torch.testing.assert_close(
+        copy.deepcopy(model)(input_ids=more[:, 1:], **last).logits, expected[:, 1:], atol=2e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -293,3 +332,47 @@ def test_passes_that_hide_where_pictures_are_are_refused(llava):
     assert torch.equal(model(**llava.inputs(2)).logits, llava.model(**llava.inputs(2)).logits)
     change_model(model, llava.parts, visual_tokens=None)
     assert torch.equal(model(**inputs).logits, llava.model(**inputs).logits)
+
+
+def cut_by_hand(model, parts, stands):
+    """One prompt without padding, cut to what is fed, physically; steps go on from its cache."""
+
+    def wrapper(run, decoder, **arguments):
+        length = arguments["inputs_embeds"].shape[1]
+        arguments["attention_mask"] = None
+        if length == 1:
+            return run(**arguments)
+        kept = stands[0] == torch.arange(length)
+        arguments["inputs_embeds"] = arguments["inputs_embeds"][:, kept]
+        arguments["position_ids"] = torch.arange(length)[None, kept]
+        decoder.visual_mask = decoder.visual_mask[:, kept]
+        found = run(**arguments)
+        found.last_hidden_state = torch.zeros(1, length, found.last_hidden_state.shape[2]).masked_scatter(
+            kept[None, :, None], found.last_hidden_state
+        )
+        return found
+
+    surround(model, parts, wrapper)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["fixed", "shift"])
+def test_decoding_with_fewer_tokens_goes_on_from_those_that_were_fed(llava, by):
+    decoding = {"keep": 2, "by": by, "shift_threshold": 1.0}
+    model, inputs = select(llava, by="random"), llava.inputs(0)
+    how = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [model.config.image_token_id]}
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+    stands = stands_of(model, llava, inputs)
+    fed = model.generate(**inputs, **how)
+    change_model(model, llava.parts, decoding_tokens={**decoding, "keep": 1000})
+    assert all(torch.equal(*pair) for pair in zip(model.generate(**inputs, **how).logits, fed.logits, strict=True))
+    reference = copy.deepcopy(llava.model)
+    for one in (model, reference):
+        change_model(one, llava.parts, decoding_tokens=decoding)
+    reference = cut_by_hand(reference, llava.parts, stands)
+    ours, slow = model.generate(**inputs, **how), reference.generate(**inputs, **how)
+    assert torch.equal(ours.sequences, slow.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(slow.logits), atol=2e-4, rtol=1e-4)
+    assert not torch.allclose(torch.stack(ours.logits)[1:], torch.stack(fed.logits)[1:], atol=1e-3)
+    assert (len(decoding_counts(model).events), by == "fixed") == (5, not any(map(bool, decoding_counts(model).events)))

@@ -405,12 +405,12 @@ def evaluate(
     how = replace(how, split=split or how.split)
     settings = replace(settings, cache=cache or settings.cache, evaluation=how)
     compared, notes = open_compared(opened, settings, given=cache is not None)
-    unfit = None if cache else notes.append
     if oracle:
         refuse_no_choice(opened.model, student)
         notes.append(
             f"visual tokens were chosen by where the teacher of {cache} looked on the same pictures (--oracle)"
         )
+    unfit = None if cache else notes.append
     with followed(read_oracle(compared) if oracle and compared is not None else None):
         quantised = evaluate_quantised(opened, settings, compared, quantise, unfit=unfit)
         report = evaluate_student(opened, settings, compared, unfit=unfit)

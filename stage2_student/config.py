@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from vlm_distill_cache.common.config import Word, config_to_dict, take_paths
@@ -406,6 +407,11 @@ def without_teacher(config: TrainConfig) -> TrainConfig:
         # Without the teacher's projector, but with as many visual tokens: only then are the two comparable.
         projector = "ldpnetv2" if pooled else "mlp"
     return replace(config, **plain, projector=projector, pool_teacher_tokens=False, shuffle_teacher_images=False)
+
+
+def as_cut(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The configuration of a run whose student is cut out of its teacher already."""
+    return replace(config, student=str(folder), pruning=PruningConfig())
 
 
 def without_secrets(config: TrainConfig) -> TrainConfig:

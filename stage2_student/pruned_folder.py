@@ -162,6 +162,26 @@ def pruning_record(student: str | Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in (CHECKSUM, "files")}
 
 
+def cut_words(student: str | Path) -> dict[str, str]:
+    """What a student's ``config.json`` says of layers that left and of layers of other sizes, for people."""
+    found = read_settings(Path(student) / "config.json")
+    text = found.get("text_config")
+    told = (text if isinstance(text, dict) else found).get("kept_layers")
+    words = {}
+    if isinstance(told, dict) and isinstance(told.get("kept"), list):
+        words["layers of its teacher"] = f"{', '.join(map(str, told['kept']))} of {told.get('of')}, counted from 0"
+    changes = found.get("distilled")
+    sizes = changes.get("layer_sizes") if isinstance(changes, dict) else None
+    if isinstance(sizes, list):
+        words["sizes of layers"] = ", ".join(
+            "/".join(str(size.get(name)) for name in ("heads", "key_value_heads", "channels"))
+            for size in sizes
+            if isinstance(size, dict)
+        )
+        words["sizes of layers"] += " (heads/heads of keys and values/channels)"
+    return words
+
+
 def pruned_damage(folder: Path) -> list[str]:
     """Say what of a pruned student's files is lost or changed since it was cut, a text each."""
     path = folder / RECORD

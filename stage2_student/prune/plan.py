@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vlm_distill_cache.common.errors import ConfigError
 
-# Matrix widths that are no multiple of 8 are slow on accelerators.
-MULTIPLE = 8
+# Matrix widths that are no multiple of 8 are slow on accelerators; 4-bit weights have blocks of 64.
+MULTIPLE, BLOCK = 8, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,8 @@ def rank_over_layers(importance: Importance, layers: Sequence[int], *, have: Wid
     """What stays of some layers where the parts of all of them are ranked together.
 
     A key-value head stays or leaves with all its query heads; where a layer has one alone, query heads do by
-    themselves. Channels do in eights, of like importance. Each layer keeps at least one of either.
+    themselves. Channels do in eights of like importance, of 1024 or more in blocks of 64. Each layer keeps at least one of
+    either.
 
     Raises:
         ConfigError: If the share is no share.
@@ -166,8 +167,9 @@ def rank_over_layers(importance: Importance, layers: Sequence[int], *, have: Wid
     kept_units = keep_over_layers(units, keep)
     order = torch.argsort(importance.channels[chosen], dim=1, descending=True, stable=True)  # [L', C]
     ranked = importance.channels[chosen].gather(1, order)
-    blocks = torch.stack([block.sum(1) for block in ranked.split(MULTIPLE, dim=1)], dim=1)  # [L', C / 8], falling
-    counts = keep_over_layers(blocks, keep).sum(1) * MULTIPLE
+    size = BLOCK if have.channels >= 16 * BLOCK else MULTIPLE
+    blocks = torch.stack([block.sum(1) for block in ranked.split(size, dim=1)], dim=1)  # [L', C / size], falling
+    counts = keep_over_layers(blocks, keep).sum(1) * size
     found = []
     for units_here, places, count in zip(kept_units, order, counts.tolist(), strict=True):
         unit = units_here.nonzero()[:, 0]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vlm_distill_cache.common.attention.boxes import overlap_matrix
-from vlm_distill_cache.common.attention.sinks import are_sinks, find_sinks, mean_over, overlaps, sink_scores
+from vlm_distill_cache.common.attention.sinks import are_sinks, find_sinks, mean_over, on_cells, overlaps, sink_scores
 from vlm_distill_cache.common.attention.tiles import Tile, box_array, grid_tile
 
 
@@ -57,6 +57,11 @@ def test_shares_of_boxes_are_those_of_the_losses():
     cells = box_array((grid_tile(5, 3),))
     expected = overlap_matrix(torch.from_numpy(boxes), torch.from_numpy(cells))
     np.testing.assert_allclose(overlaps(boxes, cells), expected, atol=1e-6)
+    # Tokens of tiles, some of them in padding, are moved to a grid in one go.
+    tiles = (Tile(5, 9, (-0.3, 0.1, 1.2, 0.8)), Tile(7, 4, (0.2, -0.6, 0.9, 1.4)), Tile(2, 1, (1.0, 0.0, 2.0, 1.0)))
+    received = rng.random(sum(tile.token_count for tile in tiles))
+    shares = overlaps(box_array(tiles), box_array((grid_tile(6, 6),)))
+    np.testing.assert_allclose(on_cells(tiles, received, 6), received @ shares, atol=1e-6)
 
 
 def pictures(layouts: list[tuple[Tile, ...]], seed: int = 3) -> list[tuple[tuple[Tile, ...], np.ndarray]]:

@@ -4,12 +4,66 @@ A sample's place in the order follows from its own id, so neither the number of 
 counts, and a smaller share is a part of a larger one.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.data.sample import Dataset, number_names
+from vlm_distill_cache.data.sources.mixture import deal
+from vlm_distill_cache.stage2_student.batches.dataset import Join, choose, join_cache
+
+_log = logging.getLogger(__name__)
+
+
+def take_samples(
+    parts: Sequence[tuple[TeacherCache, Dataset]], *, limit: int | None, share: float, seed: int
+) -> list[Join | None]:
+    """Which samples a run uses of caches and their data: the first ones, and of them all a random share.
+
+    Args:
+        limit: Of several parts, as many of each are taken as the mixture's beginning holds; None: all.
+        share: Of all of them, in (0, 1]; the others as of `draw_share`.
+
+    Returns:
+        A join for each part; None for one of which nothing is used.
+
+    Raises:
+        CacheMismatchError: If a cache is not of its data.
+    """
+    limits = _limits([len(dataset) for _, dataset in parts], limit)
+    taken = [
+        None if most == 0 else join_cache(cache, dataset, limit=most)
+        for (cache, dataset), most in zip(parts, limits, strict=True)
+    ]
+    if share == 1:
+        return taken
+    found = [(place, join) for place, join in enumerate(taken) if join is not None]
+    ids = [sample_id for _, join in found for sample_id in join.sample_ids]
+    sources = number_names(
+        (place, source) for place, join in found for source in parts[place][1].sources()[join.places].tolist()
+    )
+    drawn, start = draw_share(ids, sources, share=share, seed=seed), 0
+    for place, join in found:
+        end = start + len(join.sample_ids)
+        own = drawn[(drawn >= start) & (drawn < end)] - start
+        taken[place], start = choose(join, own.tolist()) if len(own) else None, end
+    _log.info(
+        "data_share=%g: %d of %d samples, drawn at random from %d sources",
+        share, len(drawn), len(ids), len(np.unique(sources)),
+    )  # fmt: skip
+    return taken
+
+
+def _limits(sizes: Sequence[int], limit: int | None) -> list[int | None]:
+    if len(sizes) == 1 or limit is None:
+        return [limit] * len(sizes)
+    owners = np.repeat(np.arange(len(sizes)), sizes)[deal(sizes)[:limit]]
+    return [int(count) for count in np.bincount(owners, minlength=len(sizes))]
 
 
 def draw_share(sample_ids: Sequence[str], sources: NDArray[np.int64], *, share: float, seed: int) -> NDArray[np.int64]:

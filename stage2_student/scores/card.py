@@ -248,8 +248,8 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
         ("student", markdown(student)),
         ("run", markdown_code(provenance["fingerprint"])),
         *_kept(provenance.get("best", {})),
-        *((of.replace("_", " "), markdown(said)) for of, said in token_words(folder).items()),
         *((of, markdown(said)) for of, said in cut_words(folder).items()),
+        *((of.replace("_", " "), markdown(said)) for of, said in token_words(folder).items()),
         *((f"export: {key}", markdown_code(export[key])) for key in ("layout", "dtype", "quantise") if export.get(key)),
         *(fact for number, cache in enumerate(caches, 1) for fact in _facts(cache, number if len(caches) > 1 else 0)),
         *(

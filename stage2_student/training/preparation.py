@@ -13,8 +13,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from vlm_distill_cache.common.attention.layers import GroupMatch
 from vlm_distill_cache.common.cache.counts import picture_words, unknown_words
 from vlm_distill_cache.common.cache.plan import described_parts
@@ -29,16 +27,14 @@ from vlm_distill_cache.common.tools.fidelity_words import poor_fidelity
 from vlm_distill_cache.common.tools.merge import refuse_different
 from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.registry import open_dataset
-from vlm_distill_cache.data.sample import Dataset, number_names
-from vlm_distill_cache.data.sources.mixture import Part, deal, is_mixture, own_caches, read_mixture
+from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.sources.mixture import Part, is_mixture, own_caches, read_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.batches.dataset import (
     CachedDataset,
     Join,
     SampleMemory,
-    choose,
-    join_cache,
     merged_fingerprints,
     splits_and_limits,
     was_cut,
@@ -46,7 +42,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
 from vlm_distill_cache.stage2_student.batches.gaze import GAZE, GazeTerm
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
-from vlm_distill_cache.stage2_student.batches.share import draw_share
+from vlm_distill_cache.stage2_student.batches.share import take_samples
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm
 from vlm_distill_cache.stage2_student.batches.sinks import needed_sinks, sinks_for
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
@@ -242,45 +238,6 @@ def _open_parts(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> list[
         check_data(caches[at], dataset)
         parts.append(_Part(at, caches[at], dataset, entry.weight))
     return parts
-
-
-def _take(parts: Sequence[_Part], config: TrainConfig) -> list[tuple[_Part, Join]]:
-    """The parts that a run uses, each with its samples: the first ones, and of them all a random share."""
-    limits = _limits([len(part.dataset) for part in parts], config.limit)
-    taken = [
-        (part, join_cache(part.cache, part.dataset, limit=limit))
-        for part, limit in zip(parts, limits, strict=True)
-        if limit != 0
-    ]
-    if config.data_share == 1:
-        return taken
-    ids = [sample_id for _, join in taken for sample_id in join.sample_ids]
-    sources = number_names(
-        (number, source)
-        for number, (part, join) in enumerate(taken)
-        for source in part.dataset.sources()[join.places].tolist()
-    )
-    drawn = draw_share(ids, sources, share=config.data_share, seed=config.seed)
-    ends = np.cumsum([len(join.sample_ids) for _, join in taken])
-    shared = []
-    for (part, join), end in zip(taken, ends.tolist(), strict=True):
-        start = end - len(join.sample_ids)
-        own = drawn[(drawn >= start) & (drawn < end)] - start
-        if len(own):
-            shared.append((part, choose(join, own.tolist())))
-    _log.info(
-        "data_share=%g: %d of %d samples, drawn at random from %d sources",
-        config.data_share, len(drawn), len(ids), len(np.unique(sources)),
-    )  # fmt: skip
-    return shared
-
-
-def _limits(sizes: Sequence[int], limit: int | None) -> list[int | None]:
-    """How many samples of each part a run uses at most: of several, as many as the mixture's beginning holds."""
-    if len(sizes) == 1 or limit is None:
-        return [limit] * len(sizes)
-    owners = np.repeat(np.arange(len(sizes)), sizes)[deal(sizes)[:limit]]
-    return [int(count) for count in np.bincount(owners, minlength=len(sizes))]
 
 
 def _expecting(parts: Sequence[_Part]) -> Callable[[Iterable[int]], None] | None:
@@ -533,7 +490,14 @@ def _prepare_phases(
         terms, template, match = check_phase(config, name, cache, parts)
         source = (phase.cache, phase.data, phase.images)
         if source not in opened:
-            opened[source] = _take(_open_parts(phase, caches), config)
+            parts_of_data = _open_parts(phase, caches)
+            joins = take_samples(
+                [(part.cache, part.dataset) for part in parts_of_data],
+                limit=config.limit,
+                share=config.data_share,
+                seed=config.seed,
+            )
+            opened[source] = [(part, join) for part, join in zip(parts_of_data, joins, strict=True) if join is not None]
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
         read = terms | ({GAZE: GazeTerm()} if config.follows_gaze else {})
         join = (*source, tuple(read), match, needed_sinks(losses))

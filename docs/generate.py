@@ -19,6 +19,7 @@ from vlm_distill_cache.data.benchmarks.search import LAYOUTS
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage2_student.config import EvaluationConfig, LoraConfig, PhaseConfig, TrainConfig
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
+from vlm_distill_cache.stage2_student.pruned_folder import PruningConfig
 
 HERE = Path(__file__).resolve().parent
 PRESETS = HERE.parent / "stage2_student" / "presets"
@@ -35,6 +36,11 @@ CONFIGS: tuple[tuple[type, str, str], ...] = (  # dataclass, how its options are
     (TrainConfig, "", f"Options of stage two. {STAGE_TWO}"),
     (PhaseConfig, "dft.", "One phase: `dpt`, `dft` or `sft`, for example `dft.lr=1e-3`."),
     (LossWeights, "dft.losses.", "The losses of a phase, for example `dft.losses.answer_attention=0`."),
+    (
+        PruningConfig,
+        "pruning.",
+        "How a student `pruned:KEEP` is cut out of its teacher, for example `pruning.importance=taylor`.",
+    ),
     (LoraConfig, "lora.", "Adapters of the phases that set `trainable=lora`, for example `lora.rank=64`."),
     (EvaluationConfig, "evaluation.", "How students are scored, for example `evaluation.limit=200`."),
 )

@@ -212,7 +212,6 @@ class TrainConfig:
             (``org/name[@revision]``); docs/families.md lists them.
         student_weights: The weights of a student given by its short name: a folder or a name on the hub.
         teacher: What a student ``pruned:KEEP`` is cut out of, a folder or a name on the hub; other students need none.
-        pruning: How a student ``pruned:KEEP`` is cut out of it.
         vision_tower: The student's vision tower, a folder or a name on the hub; none: the cache's, or the student's own.
         language_model: A language model to start from, a folder or a name on the hub; none: random weights.
         projector: Projector type: ``ldpnet``, ``ldpnetv2``, ``mlp`` or ``taf``; none: the student's own.
@@ -247,6 +246,7 @@ class TrainConfig:
         dft: Distilled fine-tuning.
         sft: Supervised fine-tuning.
         lora: Adapters of the phases that set ``trainable=lora``.
+        pruning: How a student ``pruned:KEEP`` is cut out of its teacher.
         gradient_checkpointing: Compute each decoder layer again in the backward pass: less memory, a third more time, the
             same result.
         seed: Seed of the student's fresh weights, of the order of samples, and of which samples are a ``data_share``.
@@ -274,7 +274,6 @@ class TrainConfig:
     student: str = "mobilevlm"
     student_weights: str | None = None
     teacher: str | None = None
-    pruning: PruningConfig = field(default_factory=PruningConfig)
     vision_tower: str | None = None
     language_model: str | None = None
     projector: str | None = None
@@ -298,6 +297,7 @@ class TrainConfig:
     dft: PhaseConfig = field(default_factory=PhaseConfig)
     sft: PhaseConfig = field(default_factory=PhaseConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     gradient_checkpointing: bool = False
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"

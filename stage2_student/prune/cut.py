@@ -48,7 +48,7 @@ from vlm_distill_cache.stage2_student.prune.plan import (
     rank_over_layers,
 )
 from vlm_distill_cache.stage2_student.pruned_folder import RECORD, Kept, PruningConfig, layers_kept, read_settings
-from vlm_distill_cache.stage2_student.students.prunable import MLP, prunable_layers, refuse_unlisted
+from vlm_distill_cache.stage2_student.students.prunable import MLP, prunable_layers, refuse_unprunable
 
 _log = logging.getLogger(__name__)
 MAX_LENGTH = 2048  # tokens of a sample
@@ -129,7 +129,7 @@ def prune_directory(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     how = how or PruningConfig()
     opened = open_family_model(teacher, dtype=stored_dtype(teacher))
-    refuse_unlisted(teacher, opened)
+    refuse_unprunable(teacher, opened)
     opened.model.to(device)
     encoder = encoder or teacher_encoder(teacher, opened, template)
     pruning = plan_pruning(opened, model_batches(opened, encoder, samples, device), kept=kept, how=how)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.changed import changes_of
 from vlm_distill_cache.data.families.models import FamilyModel, describe_family_model
 from vlm_distill_cache.data.families.table import submodule
 from vlm_distill_cache.stage2_student.pruned_folder import Kept, PruningConfig, layers_kept
@@ -22,16 +23,22 @@ def check_prunable(teacher: Path, kept: Kept, how: PruningConfig) -> None:
         ConfigError: If what is kept and spared does not fit its depth.
     """
     found = describe_family_model(teacher)
-    refuse_unlisted(teacher, found)
+    refuse_unprunable(teacher, found)
     layers_kept(len(prunable_layers(submodule(found.model, found.family.language_model))), kept, how)
 
 
-def refuse_unlisted(teacher: Path, found: FamilyModel) -> None:
-    """Refuse a teacher of which nobody knows where its parts are; a ModelError."""
+def refuse_unprunable(teacher: Path, found: FamilyModel) -> None:
+    """Refuse a teacher of which nobody knows where its parts are, or whose layers are not alike or packed; a ModelError."""
     if not found.family.is_listed:
         raise ModelError(
             f"{teacher}: model_type {found.model.config.model_type!r} is not listed in data/families/table.py"
         )
+    for told, why in (
+        ("layer_sizes" in changes_of(found.model.config), "its layers are of different sizes already (layer_sizes)"),
+        (getattr(found.model.config, "quantization_config", None), "its weights are quantised (quantization_config)"),
+    ):
+        if told:
+            raise ModelError(f"{teacher}: {why}, so that it cannot be cut; give the model that it was made from")
 
 
 def prunable_layers(language_model: Any) -> list[nn.Module]:

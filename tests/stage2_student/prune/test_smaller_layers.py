@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec
 from vlm_distill_cache.common.errors import ConfigError, DataError, ModelError
 from vlm_distill_cache.common.models.changed import CHANGES, change_model, changes_of
 from vlm_distill_cache.data.families.inputs import text_config
-from vlm_distill_cache.data.families.models import open_family_model
+from vlm_distill_cache.data.families.models import FamilyModel, open_family_model
 from vlm_distill_cache.data.families.table import submodule
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.terms import TERMS
@@ -41,7 +42,7 @@ from vlm_distill_cache.stage2_student.prune.plan import (
     rank_over_layers,
 )
 from vlm_distill_cache.stage2_student.pruned_folder import Kept, PruningConfig, layers_kept
-from vlm_distill_cache.stage2_student.students.prunable import prunable_layers
+from vlm_distill_cache.stage2_student.students.prunable import prunable_layers, refuse_unprunable
 
 TAYLOR = PruningConfig(importance="taylor", depth_importance="taylor", ratios="global", spare_first=0, spare_last=0)
 ENDS = PruningConfig(spare_first=1, spare_last=0)
@@ -290,6 +291,8 @@ def test_layers_of_different_sizes_answer_anywhere_and_with_a_cache_of_keys_and_
             student.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=one) for one in (True, False)
         ]
         assert torch.equal(*answers)
+        with pytest.raises(ModelError, match=r"of different sizes already.*give the model that it was made from"):
+            prune_directory(folder, tmp_path / "again", kept=Kept(width=0.5), samples=SAMPLES)
         elsewhere = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
         assert torch.equal(logits(elsewhere, batches[0]), logits(student, batches[0]))
 
@@ -338,6 +341,11 @@ def test_lists_of_layers_and_features_of_the_tower_are_cut_alike(tmp_path):
 
 def test_what_cannot_be_cut_so_is_refused_by_name(tmp_path):
     opened, batches = open_tiny("llava", tmp_path)
+    packed = FamilyModel(*opened)._replace(
+        model=SimpleNamespace(config=SimpleNamespace(quantization_config={"load_in_8bit": 1}))
+    )
+    with pytest.raises(ModelError, match=r"t: its weights are quantised.*give the model"):
+        refuse_unprunable(Path("t"), packed)
     with pytest.raises(ConfigError, match="spare all 3 layers"):
         plan_pruning(opened, batches, kept=Kept(width=0.5), how=PruningConfig(spare_first=3))
     with pytest.raises(ConfigError, match=r"ratios is 'global'.*importance=taylor"):

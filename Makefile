@@ -142,7 +142,7 @@ demo-teacher: $(STAMP) ## Train a built-in teacher from scratch (minutes): DATA=
 experiment: $(STAMP) ## Ablation table: arms x seeds on built-in data (about four hours on 2 cores)
 	$(BIN)/python -m tests.benchmarks.experiment
 
-experiment-seeds: $(STAMP) ## Sinks, fewer visual tokens, shifts, pruning: five seeds each (about four hours on 2 cores; goes on where it stopped)
+experiment-seeds: $(STAMP) ## Sinks, fewer visual tokens, shifts, pruning: five seeds each (about three hours on 2 cores)
 	$(BIN)/python -m tests.benchmarks.experiment_seeds
 
 experiment-smollm: $(STAMP) ## The second experiment, with SmolLM2-135M inside (about two hours on 2 cores, minutes on a GPU)

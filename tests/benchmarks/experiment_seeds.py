@@ -28,6 +28,7 @@ from vlm_distill_cache.common.terminal.command_line import end_with_parent
 
 STORED = Path(__file__).parent / "results" / "experiment_seeds.json"
 SIGNALS = ("logits", "answer_attention", "visual_columns", "visual_map", "hidden", "tower_attention")
+MEASURED = 50  # samples that importance is measured on: fewer than the smallest share of the data
 BATCH = 64  # captions or questions that are decoded at once
 FROM_SCRATCH = {"student": "mobilevlm-tiny", "projector": "mlp"}
 
@@ -126,7 +127,7 @@ def cut(place: Place, name: str) -> Path:
     student, how = cuts()[name]
     options = {
         "student": student, "teacher": str(builtin_teacher_directory()), "cache": str(place.cache),
-        "output": str(place.cut(name)), "phases": ["dft"], "pruning": how,
+        "output": str(place.cut(name)), "phases": ["dft"], "pruning": {"samples": MEASURED, **how},
     }  # fmt: skip
     config = config_from_dict(TrainConfig, options, where="experiment_seeds")
     return Path(with_pruned_student(config, open_caches(config), say=lambda line: None).student)

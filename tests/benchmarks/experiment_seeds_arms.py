@@ -29,7 +29,6 @@ RECOVERIES: dict[str, dict[str, Any]] = {
     "hidden states": {"lm": 0.5, "hidden": 0.5, "hidden_kind": "mse"},  # alpha * MSE + (1 - alpha) * CE, alpha 0.5
     "logits + answer attention": {"lm": 1.0, "logits": 1.0, "answer_attention": 1.0},
 }
-QUANTISED = ("8bit", "4bit")
 _BOTH = RECOVERIES["logits + answer attention"]
 
 
@@ -65,7 +64,10 @@ def recovered(cut: str, share: int, recovery: str) -> str:
     return f"{cut}, {share} % of the data, {recovery}"
 
 
-QUANTISED_STUDENT = recovered("pruned:width:0.5", 100, "logits + answer attention")
+QUANTISED = {  # 4-bit weights come in blocks of 64, and layers that read the built-in teacher's 96 values have none
+    recovered("pruned:width:0.5", 100, "logits + answer attention"): ("8bit",),
+    BASE: ("8bit", "4bit"),
+}
 
 
 def cuts() -> dict[str, tuple[str, dict[str, str]]]:
@@ -117,8 +119,9 @@ def _arms() -> Iterator[tuple[str, Arm]]:
             for recovery, losses in RECOVERIES.items():
                 options = {"student": cut, "data_share": share / 100}
                 yield recovered(cut, share, recovery), Arm("pruning", options, losses)
-    for bits in QUANTISED:
-        yield f"{QUANTISED_STUDENT}, {bits}", Arm("quantised", {"quantise": bits}, of=QUANTISED_STUDENT)
+    for student, precisions in QUANTISED.items():
+        for bits in precisions:
+            yield f"{student}, {bits}", Arm("quantised", {"quantise": bits}, of=student)
 
 
 ARMS: dict[str, Arm] = dict(_arms())

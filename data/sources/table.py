@@ -99,8 +99,8 @@ class TableDataset(EntryDataset):
         return [None] * len(self)
 
     def sources(self) -> NDArray[np.int64]:
-        """By a column of texts that says so, else by the folders of pictures, where a column of texts names these."""
-        named = next((key for key in SOURCE_KEYS if key in self._table.texts), None)
+        """By a column of texts or labels that says so, else by the folders of pictures, where a column of texts names these."""
+        named = next((key for key in SOURCE_KEYS if key in self._table.texts or key in self._labels), None)
         if named is not None:
             return number_names(self._table.column(named))
         return number_names(key and posixpath.dirname(key) for key in self.image_keys())

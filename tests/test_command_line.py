@@ -24,7 +24,7 @@ SURFACE = {
     "cachectl convert": "--dry-run --json --store SOURCE TARGET",
     "cachectl import-logprobs": "--cache --data --format --images --json --limit "
     "--missing-target --overwrite --set --store --teacher --teacher-name FILES",
-    "cachectl inspect": "--data --failed --image --images --json --picture --shift CACHE SAMPLE_ID",
+    "cachectl inspect": "--data --failed --image --images --json --picture --shift --sinks CACHE SAMPLE_ID",
     "cachectl pull": "--dry-run --jobs --json --no-verify --samples --shards --signals --top-k CACHE SOURCE",
     "cachectl push": "--dry-run --jobs --json --overwrite CACHE DESTINATION",
     "cachectl merge": "--dry-run --json --output --store SOURCES",

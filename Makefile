@@ -38,7 +38,7 @@ COMMA   := ,
 CACHE   ?= build/cache/$(DATA_NAME)-$(STORE)$(if $(PRUNED),-hidden)
 # A revision on the hub may have slashes: org/name@refs/pr/3.
 PINNED  := $(if $(filter /% .%,$(STUDENT)),,$(findstring @,$(STUDENT)))
-OUTPUT  ?= build/runs/$(subst :,-,$(if $(PINNED),$(subst /,-,$(STUDENT)),$(notdir $(patsubst %/,%,$(STUDENT)))))-$(notdir $(patsubst %/,%,$(CACHE)))
+OUTPUT  ?= build/runs/$(subst $(COMMA),-,$(subst :,-,$(if $(PINNED),$(subst /,-,$(STUDENT)),$(notdir $(patsubst %/,%,$(STUDENT))))))-$(notdir $(patsubst %/,%,$(CACHE)))
 
 # Which options of stage one somebody gave.
 GIVEN := $(strip $(foreach name,SIGNALS CACHE_CONFIG CACHE_SET $(if $(BOTH_STAGES),STORE TEACHER),$(if $(filter-out file,$(origin $(name))),$(if $(strip $($(name))),$(name)))))
@@ -70,7 +70,7 @@ export TOKENIZERS_PARALLELISM := false
 # Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
 .SILENT:
 
-.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-smollm test checks format docs bench bench-compare bench-codec full-size battery matrix harness lock sbom audit clean
+.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-smollm test checks format docs bench bench-compare bench-codec full-size battery matrix harness lock sbom audit clean
 
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -141,6 +141,9 @@ demo-teacher: $(STAMP) ## Train a built-in teacher from scratch (minutes): DATA=
 
 experiment: $(STAMP) ## Ablation table: arms x seeds on built-in data (about four hours on 2 cores)
 	$(BIN)/python -m tests.benchmarks.experiment
+
+experiment-seeds: $(STAMP) ## Sinks, fewer visual tokens, shifts, pruning: five seeds each (about four hours on 2 cores; goes on where it stopped)
+	$(BIN)/python -m tests.benchmarks.experiment_seeds
 
 experiment-smollm: $(STAMP) ## The second experiment, with SmolLM2-135M inside (about two hours on 2 cores, minutes on a GPU)
 	$(INSTALL_SMOLLM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -31,7 +32,7 @@ from vlm_distill_cache.common.terminal.command_line import (
 from vlm_distill_cache.common.terminal.general import JSON, answer, has_document
 from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.terminal.progress import ProgressLines, progress
-from vlm_distill_cache.common.terminal.result_files import PICTURE_MARK, marked, refuse_others_file
+from vlm_distill_cache.common.terminal.result_files import PICTURE_MARK, ResultFile, marked
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -104,7 +105,9 @@ def inspect(
     if (picture is not None and sample_id is None and not sinks) or (image is not None and picture is None):
         raise click.UsageError("--picture needs a SAMPLE_ID, --sinks or --shift, and --image needs --picture")
     if picture is not None:
-        picture = refuse_others_file(picture, marked(PICTURE_MARK))
+        picture = Path(
+            os.fsdecode(ResultFile(marked(PICTURE_MARK)).convert(picture, None, click.get_current_context()))
+        )
     if sinks:
         _show_sinks(cache, picture)
         return

@@ -109,6 +109,10 @@ class Dataset(Protocol):
         """A name of each sample's image, told without opening it; None without one, or where only the picture tells."""
         return [None] * len(self)
 
+    def sources(self) -> NDArray[np.int64]:
+        """Which source each sample is from, numbers in any order, int64 ``[n]``: a random share takes of each alike."""
+        return np.zeros(len(self), dtype=np.int64)
+
     def weighting(self) -> "Weighting | None":
         """How often stage two sees each sample in an epoch; None: once."""
         return None
@@ -223,6 +227,12 @@ def fingerprint_samples(dataset: Dataset) -> str:
             entry += [{"system": sample.system}] if sample.system else []
         digest.update(json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
+
+
+def number_names(names: Iterable[object]) -> NDArray[np.int64]:
+    """A number for each name, equal where names are, int64 ``[n]``."""
+    known: dict[object, int] = {}
+    return np.array([known.setdefault(name, len(known)) for name in names], dtype=np.int64)
 
 
 def derive_id(content: object) -> str:

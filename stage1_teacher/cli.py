@@ -237,7 +237,7 @@ def build(
             say(
                 f"  so this is no cache for {by_make('SET=', '--set ')}recipe={recipe.name} (stage two): {differences_text(others)}"
             )
-        else:
+        elif not recipe.students:  # the command that is proposed trains another one
             proposed = recipe.name
     if summary.manifest is not None and IN_RUN not in os.environ:
         tell(next_command(summary, settings, recipe=proposed))

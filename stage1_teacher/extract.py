@@ -227,7 +227,7 @@ def finish(work: Build, cache_dir: Path, *, samples: int, known: Collection[str]
     """
     refuse_nothing_usable(cache_dir, work.plan)
     fidelity = measure_fidelity(work, cache_dir, samples=samples)
-    write_card(cache_dir, work.plan, fidelity, sinks=write_sinks(cache_dir))
+    write_card(cache_dir, work.plan, fidelity, sinks=write_sinks(cache_dir), dataset=work.dataset)
     refuse_unlisted(cache_dir, known)
     drop_damaged_manifest(cache_dir)
     return seal(cache_dir, fidelity=fidelity, rewritten=rewritten)

@@ -53,9 +53,19 @@ from vlm_distill_cache.stage2_student.final_folder import (
     read_provenance,
     trained_folder,
 )
+from vlm_distill_cache.stage2_student.prune.options import pruning_options
 from vlm_distill_cache.stage2_student.prune.tokens_cli import select_tokens
-from vlm_distill_cache.stage2_student.pruned_folder import refuse_uncut
+from vlm_distill_cache.stage2_student.pruned_folder import Kept, PruningConfig, refuse_uncut
 from vlm_distill_cache.stage2_student.scores.on_the_way import best_on_the_way, read_evaluations
+from vlm_distill_cache.stage2_student.scores.quantised import (
+    QUANTISATIONS,
+    WRITTEN,
+    Quantisation,
+    quantise_option,
+    quantised_lines,
+    quantised_values,
+    reports_of,
+)
 from vlm_distill_cache.stage2_student.scores.results import read_scores, render_table
 from vlm_distill_cache.stage2_student.scores.token_words import token_words
 from vlm_distill_cache.stage2_student.students.presets import student_names
@@ -94,7 +104,7 @@ _training_options = shared_options(
         "--student",
         shell_complete=completes(student_names),
         help="A name (mobilevlm: trained from scratch; its size follows the teacher, or add a suffix: mobilevlm-1.7b), a "
-        "folder or a name on the hub (org/name[@revision]), or pruned:KEEP (run only).",
+        "folder or a name on the hub (org/name[@revision]), or pruned:KEEP, pruned:depth:KEEP (run only).",
     ),
     click.option(
         "--data",
@@ -288,44 +298,42 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
 
 @main.command()
 @click.option("--teacher", required=True, help="What to cut the student out of: a folder or a name on the hub.")
-@click.option(
-    "--keep", required=True, type=click.FloatRange(0, 1, min_open=True), help="Share of heads and channels to keep."
-)
-@click.option("--data", required=True, help="Data to measure on which heads and channels matter.")
+@click.option("--data", required=True, help="Data to measure on which heads, channels and layers matter.")
 @click.option("--images", type=FOLDER, help="Folder that relative image paths start from.")
 @click.option("--output", required=True, type=NewFolder(), help="New folder.")
-@click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Samples to measure on.")
+@pruning_options
 @click.option("--template", help="Prompt template; default: the teacher's.")
 @JSON
 def prune(
-    teacher: str, keep: float, data: str, images: Path | None, output: Path, samples: int, template: str | None
+    teacher: str, keep: Kept, data: str, images: Path | None, output: Path, template: str | None, **how: Any
 ) -> None:
-    """Cut a narrower student out of a teacher, to be trained with its hidden states."""
+    """Cut a smaller student out of a teacher, to be trained with its hidden states."""
     from vlm_distill_cache.data.registry import open_dataset
     from vlm_distill_cache.data.sample import iterate_readable
     from vlm_distill_cache.stage2_student.prune.cut import prune_directory
 
     runs.set_up_libraries()
-    dataset = open_dataset(data, images=images, limit=samples)
-    widths = prune_directory(
+    settings = PruningConfig(**how)
+    dataset = open_dataset(data, images=images, limit=settings.samples)
+    pruning = prune_directory(
         model_folder(teacher, what="--teacher").path,
         output,
-        keep=keep,
+        kept=keep,
+        how=settings,
         samples=iterate_readable(dataset),
         template=template,
         described={"data": dataset.fingerprint()},
     )
-    answer(output=output, widths=widths)
-    say(
-        f"{output}: {widths.heads} heads ({widths.key_value_heads} of keys and values) and {widths.channels} "
-        "channels a layer"
-    )
+    same = len(set(pruning.sizes)) == 1
+    answer(output=output, widths=pruning.sizes[0] if same else None, layers=pruning.layers, sizes=pruning.sizes)
+    say(f"{output}: {pruning}")
     tell(f"Next: distill run --student {quoted(output)} --cache CACHE --output FOLDER")
 
 
 def _is_report(content: bytes) -> bool:
     """Whether a file is what `evaluate` wrote; those of a run hold more, and are its own."""
-    return any(json_of("scores", "items", *more, others=False)(content) for more in ((), ("unreadable",)))
+    parts = [(*left, *more) for left in ((), ("unreadable",)) for more in ((), WRITTEN)]
+    return any(json_of("scores", "items", *part, others=False)(content) for part in parts)
 
 
 @main.command()
@@ -344,6 +352,7 @@ def _is_report(content: bytes) -> bool:
     "--oracle", is_flag=True, help="Choose visual tokens by where the teacher of --cache looked on the same pictures."
 )
 @click.option("--card", is_flag=True, help="Write the scores into the card (README.md) in the student's folder, too.")
+@quantise_option
 @JSON
 def evaluate(
     student: str,
@@ -356,6 +365,7 @@ def evaluate(
     output: Path | None,
     oracle: bool,
     card: bool,
+    quantise: Sequence[Quantisation],
 ) -> None:
     """Score a trained student: its `final` folder, or that of a name on the hub."""
     from vlm_distill_cache.stage2_student.scores.card import write_card
@@ -367,6 +377,7 @@ def evaluate(
     )
     from vlm_distill_cache.stage2_student.scores.oracle import followed, read_oracle, refuse_no_choice
     from vlm_distill_cache.stage2_student.trained_student import (
+        evaluate_quantised,
         evaluate_student,
         open_compared,
         open_model,
@@ -399,8 +410,11 @@ def evaluate(
         notes.append(
             f"visual tokens were chosen by where the teacher of {cache} looked on the same pictures (--oracle)"
         )
+    unfit = None if cache else notes.append
     with followed(read_oracle(compared) if oracle and compared is not None else None):
-        report = evaluate_student(opened, settings, compared, unfit=None if cache else notes.append)
+        quantised = evaluate_quantised(opened, settings, compared, quantise, unfit=unfit)
+        report = evaluate_student(opened, settings, compared, unfit=unfit)
+    stored = report.to_dict() | quantised_values(report, quantised)
     scorable = bool({"likelihood", "questions"} & report.scores.keys())
     trained = compared is None or compared.manifest_hash in opened.provenance["caches"].values()
     # Another cache's data are not what the student has seen.
@@ -408,18 +422,18 @@ def evaluate(
     notes += scoring_notes(settings, seen, scorable=scorable, option=EVALUATE_OPTION, known=not unknown)
     notes += filter(None, [unreadable_note(report.unreadable)])
     tokens = token_words(folder.path)
-    notes += tokens.values()
-    answer(student=student, **report.to_dict(), notes=notes, **tokens)
+    notes = list(dict.fromkeys([*notes, *tokens.values()]))
+    answer(student=student, **stored, notes=notes, **tokens)
     own = folder.path.resolve()
     name = folder.name if folder.revision else own.parent.name if own.name == FINAL else own.name
-    say(render_table({name: report}))
+    say("\n".join([render_table({name: report, **reports_of(quantised)}), *quantised_lines(report, quantised)]))
     if card:
         scores = card_scores({name: report}, settings, compared, notes, trained=trained)
         write_card(folder.path, opened.provenance, scores=scores)
     for note in notes:
         say(f"note: {note}")
     if output is not None:
-        write_json_atomic(output, report.to_dict())
+        write_json_atomic(output, stored)
         say(f"Scores: {output}")
     if not unknown:
         tell(f"Next: distill export {quoted(student)} --output FOLDER")
@@ -457,7 +471,7 @@ main.add_command(compare)
 )
 @click.option(
     "--quantise",
-    type=click.Choice(["8bit", "4bit"]),
+    type=click.Choice(QUANTISATIONS),
     help="The language model's weights, by bitsandbytes; in gguf as Q8_0 or Q4_0.",
 )
 @JSON

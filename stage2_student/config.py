@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from vlm_distill_cache.common.config import Word, config_to_dict, take_paths
@@ -11,7 +12,7 @@ from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import is_url, public_location
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights, require
 from vlm_distill_cache.stage2_student.presets.words import WORDS_OF_A_PHASE, WORDS_OF_ADAPTERS, words_of_a_run
-from vlm_distill_cache.stage2_student.pruned_folder import kept_share, pruning_record
+from vlm_distill_cache.stage2_student.pruned_folder import PruningConfig, kept_share, one_name, pruning_record
 
 PhaseName = Literal["dpt", "dft", "sft"]
 Schedule = Literal["cosine", "constant"]
@@ -26,6 +27,7 @@ TokenSelection = Literal["attention", "sinks", "gaze", "grid", "random"]
 DecodingSelection = Literal["shift", "fixed"]
 RATES: tuple[RateName, ...] = ("lr", "projector_lr", "tower_lr")
 PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
+SHARE_OF = "samples drawn at random from each source"
 MODELS = ("student", "student_weights", "teacher", "vision_tower", "language_model")
 # Options that change when a run ends and what it prints, not what it learns.
 MOST, MOST_SAMPLES = 2**40, 2**20  # larger ones are slips of the finger
@@ -210,6 +212,7 @@ class TrainConfig:
             (``org/name[@revision]``); docs/families.md lists them.
         student_weights: The weights of a student given by its short name: a folder or a name on the hub.
         teacher: What a student ``pruned:KEEP`` is cut out of, a folder or a name on the hub; other students need none.
+        pruning: How a student ``pruned:KEEP`` is cut out of it.
         vision_tower: The student's vision tower, a folder or a name on the hub; none: the cache's, or the student's own.
         language_model: A language model to start from, a folder or a name on the hub; none: random weights.
         projector: Projector type: ``ldpnet``, ``ldpnetv2``, ``mlp`` or ``taf``; none: the student's own.
@@ -232,8 +235,10 @@ class TrainConfig:
         data: Data set, as for stage one; none: what the cache was built from. A mixture's weights say how often its samples
             are seen in an epoch.
         images: Folder that relative image paths start from.
-        limit: Use only the first samples; none: all.
-        data_share: Use only this share of each phase's samples, the first ones, in (0, 1].
+        limit: Use only the first samples, in the order of the cache (of a mixture, those of each entry in proportion); none: all.
+        data_share: Use only this share of each phase's samples (of the first ``limit`` where that is set), drawn at random by
+            ``seed``, of each source alike: entries of a mixture, files, what an entry calls its ``source``, folders of
+            pictures; in (0, 1].
         cache: Teacher cache: a folder, or an address (``s3://``, ``hf://datasets/``, ``https://``). Of a mixture whose entries
             have a cache each, any of these; all are read.
         output: Folder for everything the run writes.
@@ -244,7 +249,7 @@ class TrainConfig:
         lora: Adapters of the phases that set ``trainable=lora``.
         gradient_checkpointing: Compute each decoder layer again in the backward pass: less memory, a third more time, the
             same result.
-        seed: Seed of the student's fresh weights and of the order of samples.
+        seed: Seed of the student's fresh weights, of the order of samples, and of which samples are a ``data_share``.
         dtype: ``float32``, or ``bfloat16`` for mixed precision: the arithmetic; weights stay in float32.
         device: ``auto`` (an accelerator if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         clip: Gradients are clipped to this norm.
@@ -269,6 +274,7 @@ class TrainConfig:
     student: str = "mobilevlm"
     student_weights: str | None = None
     teacher: str | None = None
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     vision_tower: str | None = None
     language_model: str | None = None
     projector: str | None = None
@@ -340,7 +346,12 @@ class TrainConfig:
         require(0 < self.data_share <= 1, "data_share", self.data_share, "above 0 and at most 1")
         self._check_tokens()
         need = f"the directory of the teacher (--teacher) that student {self.student} is cut out of"
-        require(kept_share(self.student) is None or self.teacher is not None, "teacher", self.teacher, need)
+        kept = kept_share(self.student)
+        require(kept is None or self.teacher is not None, "teacher", self.teacher, need)
+        changed = [name for name, value in vars(self.pruning).items() if value != getattr(PruningConfig(), name)]
+        need = f"left out: only a student pruned:KEEP is cut, and student is {self.student}"
+        for name in changed[: kept is None]:
+            require(False, f"pruning.{name}", getattr(self.pruning, name), need)
 
     def _check_tokens(self) -> None:
         """Refuse numbers of visual tokens that are none, and how to choose what is not chosen."""
@@ -370,13 +381,6 @@ class TrainConfig:
         """Whether the teacher's gaze chooses visual tokens in training."""
         return self.visual_tokens is not None and self.token_selection == "gaze"
 
-    def sample_limit(self, samples: int) -> int | None:
-        """How many of a data set's samples a run uses at most; None: all."""
-        if self.data_share == 1:
-            return self.limit
-        shared = max(1, math.ceil(self.data_share * samples))
-        return shared if self.limit is None else min(shared, self.limit)
-
     def phase(self, name: PhaseName) -> PhaseConfig:
         """A phase's configuration with the run's data, images and cache filled in."""
         phase: PhaseConfig = getattr(self, name)
@@ -403,6 +407,11 @@ def without_teacher(config: TrainConfig) -> TrainConfig:
         # Without the teacher's projector, but with as many visual tokens: only then are the two comparable.
         projector = "ldpnetv2" if pooled else "mlp"
     return replace(config, **plain, projector=projector, pool_teacher_tokens=False, shuffle_teacher_images=False)
+
+
+def as_cut(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The configuration of a run whose student is cut out of its teacher already."""
+    return replace(config, student=str(folder), pruning=PruningConfig())
 
 
 def without_secrets(config: TrainConfig) -> TrainConfig:
@@ -441,6 +450,11 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
             del described[name]  # as runs were described before tokens could be chosen
     described["precision"] = _PRECISIONS[described.pop("dtype")]
     described["cache"] = cache_hashes.get(config.cache)
+    if config.data_share < 1:
+        described["data_share_of"] = SHARE_OF  # versions before took the first samples, which are other ones
+    described["student"] = one_name(described["student"])
+    if config.pruning == PruningConfig():
+        del described["pruning"]  # as runs had it before there was a choice
     if pruned := pruning_record(config.student):
         # Cut out of its teacher on the way: what it is, not where the run has put it.
         described["student"] = pruned

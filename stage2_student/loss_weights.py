@@ -15,7 +15,7 @@ SINK_SUPPRESSED = "sink_suppressed"
 VisualMapKind = Literal["sink_filtered", "cosine", "kl", "mse"]
 LayerReduction = Literal["mean", "sum"]
 AttentionReduction = Literal["published", "sum", "mean"]
-HiddenKind = Literal["relative_mse", "cosine", "relation"]
+HiddenKind = Literal["relative_mse", "mse", "cosine", "relation"]
 
 
 def require(ok: bool, name: str, value: object, need: str) -> None:
@@ -42,8 +42,9 @@ class LossWeights:
         projector_output: What enters the language model at visual tokens.
         visual_logits: Divergence from the teacher's logits at visual tokens.
         temperature: Temperature of ``logits`` and ``visual_logits``, dimensionless; must be cached.
-        hidden_kind: Kind of the three losses on hidden states: ``relative_mse`` and ``cosine`` need the teacher's width,
-            ``relation`` compares each row's similarities to the others.
+        hidden_kind: Kind of the three losses on hidden states: ``relative_mse``, ``mse`` (plain; ``lm=1-A hidden=A`` is the
+            published A * MSE + (1 - A) * CE) and ``cosine`` need the teacher's width, ``relation`` compares each row's
+            similarities to the others.
         logit_kind: ``forward_kl``, ``reverse_kl``, ``jsd`` (Jensen-Shannon) or ``tvd`` (total variation).
         answer_kind: Kind of both row losses, answer and text: ``kl`` over the image, ``cosine``, ``relative``
             (rows divided by the sample's mean row), ``kl_with_rest`` (one more cell for the mass off the image), or

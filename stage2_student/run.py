@@ -38,6 +38,7 @@ from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.stage2_student.config import (
     EvaluationConfig,
     TrainConfig,
+    as_cut,
     describe,
     scoring_options,
     without_secrets,
@@ -313,8 +314,8 @@ def with_pruned_student(
         ConfigError: If the cache's data cannot be opened.
         ModelError: If the teacher cannot be pruned, or is not the cache's.
     """
-    keep = kept_share(config.student)
-    if keep is None:
+    kept = kept_share(config.student)
+    if kept is None:
         return config
     folder = Path(config.output) / FOLDER
     if os.path.lexists(folder) and (damage := pruned_damage(folder)):
@@ -326,8 +327,8 @@ def with_pruned_student(
         from vlm_distill_cache.stage2_student.prune.for_run import prune_for_cache  # torch
 
         say(f"{config.student}: cutting it out of {public_name(config.teacher or '')}")
-        say(prune_for_cache(config, caches[str(config.phase(config.phases[0]).cache)], folder, keep=keep))
-    return replace(config, student=str(folder))
+        say(prune_for_cache(config, caches[str(config.phase(config.phases[0]).cache)], folder, kept=kept))
+    return as_cut(config, folder)
 
 
 def train_arm(
@@ -422,8 +423,8 @@ def look_at_run(outlook: Outlook, config: TrainConfig, caches: Mapping[str, Teac
         stamp = {"run": describe(config, hashes)}
         refuse_other_run(output, previous, stamp, hashes=hashes, extends=extends)
         if extends and all(cache.manifest_hash for cache in caches.values()):
-            student = config.student if kept_share(config.student) is None else str(output / FOLDER)
-            look_at_extension(arms(replace(config, student=student)).values(), caches)
+            trained = config if kept_share(config.student) is None else as_cut(config, output / FOLDER)
+            look_at_extension(arms(trained).values(), caches)
         if previous.get("finished") and previous["run"] == stamp["run"]:
             outlook.lines.append("  it is finished: what is there is checked, and nothing trained again")
     with outlook.checking():
@@ -482,7 +483,13 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
     """
     from vlm_distill_cache.stage2_student.scores.on_the_way import read_evaluations
     from vlm_distill_cache.stage2_student.scores.page.run_page import RunPage, render_run_page, run_costs, run_facts
-    from vlm_distill_cache.stage2_student.trained_student import describe_size, open_student, show_flips, show_taught
+    from vlm_distill_cache.stage2_student.trained_student import (
+        describe_size,
+        open_student,
+        show_flips,
+        show_shift,
+        show_taught,
+    )
     from vlm_distill_cache.stage2_student.training.log import read_log
 
     stored = read_scores(output)
@@ -505,6 +512,7 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
         flips=flips,
         no_flips=no_flips,
         taught=show_taught(students, config, cache),
+        shift=show_shift(students, config, cache),
         provenance=students[DISTILLED].provenance,
         notes=notes,
     )
@@ -555,8 +563,11 @@ def refuse_other_page(output: Path, config: TrainConfig, stamp: Mapping[str, Any
     )
     with contextlib.suppress(FileNotFoundError, CacheFormatError):  # whoever opens the student says so
         found = read_provenance(output / DISTILLED / FINAL)["fingerprint"]
-        cut = {} if kept_share(config.student) is None else {"student": pruning_record(output / FOLDER)}
-        if not problem and found != (expected := fingerprint({**stamp["run"], **cut})):
+        of_run = dict(stamp["run"])
+        if kept_share(config.student) is not None:
+            of_run["student"] = pruning_record(output / FOLDER)
+            of_run.pop("pruning", None)
+        if not problem and found != (expected := fingerprint(of_run)):
             problem = f"{output / DISTILLED / FINAL} is another student: fingerprint {found}, expected {expected}"
     if problem:
         raise ConfigError(f"{output}: no page can be written: {problem}; run the same `distill run` command again")

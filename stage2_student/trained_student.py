@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from transformers import AutoModelForImageTextToText
 
 from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.cache.spaced import FEW_RECORDS
 from vlm_distill_cache.common.cache.versions import kept_versions
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import (
     CacheFormatError,
+    CacheMismatchError,
     ConfigError,
     DataError,
     DistillError,
@@ -33,10 +36,14 @@ from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.models.published import is_published
 from vlm_distill_cache.common.models.weight_files import read_weights
 from vlm_distill_cache.common.printing import size_words
+from vlm_distill_cache.common.tools.record_view import load_token_text
+from vlm_distill_cache.common.tools.shift import cache_shift
+from vlm_distill_cache.common.tools.shift_view import draw_shift
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.families.models import unify_dtype
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
+from vlm_distill_cache.data.questions import AskedData
 from vlm_distill_cache.data.sample import Dataset, EvaluationSet
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate
@@ -44,13 +51,15 @@ from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset, merg
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.exports.layouts import LAYOUTS
-from vlm_distill_cache.stage2_student.exports.source import Quantise, Source
+from vlm_distill_cache.stage2_student.exports.source import Quantise, Source, unpack_odd_layers
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_openable
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.scores.card import has_edited_card, read_scores, write_card
 from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
 from vlm_distill_cache.stage2_student.scores.flips import Flips, collect_flips
+from vlm_distill_cache.stage2_student.scores.gaze import RunShift, compare_shifts
 from vlm_distill_cache.stage2_student.scores.held_out import OpenedItems, open_items, scored_items
+from vlm_distill_cache.stage2_student.scores.quantised import Quantised
 from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
 from vlm_distill_cache.stage2_student.scores.taught import TEACHER, Taught, collect_taught
 from vlm_distill_cache.stage2_student.students.build import load_student
@@ -69,6 +78,7 @@ from vlm_distill_cache.stage2_student.training.preparation import encoder_for, o
 
 COMPARED_SIGNALS = (LogitCodec.signal, RowAttentionCodec.signal)
 _log = logging.getLogger(__name__)
+_SHIFT_SAMPLES, _SHIFT_SHEETS = 64, 3  # that students are run on; largest shifts that are drawn
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -108,6 +118,8 @@ def open_student(folder: Path, *, device: str | None = None) -> Student:
         opened = open_library_student(folder)
         model, tokenizer, image_processor = opened.model, opened.tokenizer, opened.image_processor
         image_encoder = opened.image_encoder
+    if _quantised(provenance):
+        unpack_odd_layers(model)
     return Student(
         path=folder,
         model=model.eval().to(device),
@@ -367,6 +379,27 @@ def show_taught(students: Mapping[str, Student], config: TrainConfig, cache: Tea
     )
 
 
+def show_shift(students: Mapping[str, Student], config: TrainConfig, cache: TeacherCache) -> RunShift | None:
+    """How the teacher's gaze shifts within its answers, and the students' on some of them; None: no gaze is cached."""
+    if RowAttentionCodec.signal not in cache.plan.signals:
+        return None
+    asked: AskedData | None = None
+    with contextlib.suppress(ConfigError, DataError):  # they were there when it was trained; kinds are of answers then
+        asked = AskedData(_data_of_cache(config, cache))
+    teacher = cache_shift(cache, asked=None if asked is None else asked.questions, most=FEW_RECORDS)
+    text, sheets = load_token_text(cache), []
+    for one in teacher.largest[:_SHIFT_SHEETS]:
+        with contextlib.suppress(CacheMismatchError):  # the data have other pictures now
+            image = None if asked is None else asked.picture(one.sample_id)
+            sheets.append(draw_shift(cache, teacher, one, text, image))
+    first, count = next(iter(students.values())), min(_SHIFT_SAMPLES, config.evaluation.agreement_samples)
+    looking = all(RowAttentionCodec.signal in comparable_signals(student, cache) for student in students.values())
+    cached = join_cached(first, config, cache, limit=count) if looking and count and asked is not None else None
+    models = {name: student.model for name, student in students.items()}
+    beside = {} if cached is None else compare_shifts(models, cached, text)
+    return RunShift(teacher=teacher, sheets=sheets, beside=beside)
+
+
 def show_flips(
     students: Mapping[str, Student],
     config: TrainConfig,
@@ -395,11 +428,53 @@ def _models(students: Mapping[str, Student]) -> dict[str, tuple[Any, SampleEncod
     return {name: (student.model, student.encoder) for name, student in students.items()}
 
 
+def evaluate_quantised(
+    student: Student,
+    config: TrainConfig,
+    cache: TeacherCache | None,
+    kinds: Sequence[Quantise],
+    *,
+    unfit: Callable[[str], None] | None = None,
+) -> dict[str, Quantised]:
+    """Score a student as `export_student` quantises it, on the same items; the exports are not kept.
+
+    They are for this machine alone, so that 4 bits may be scored of layers that not all processors compute with.
+
+    Args:
+        kinds: Which; of none nothing is done. The others are as of `evaluate_student`.
+
+    Raises:
+        ConfigError: If bitsandbytes is missing, or the student is none that was trained here.
+        ModelError: If it cannot be quantised, or is already.
+    """
+    if kinds and not (student.path / PROVENANCE).exists():
+        raise ConfigError(
+            f"--quantise: {student.path} has no {PROVENANCE}: it was not trained here, so it cannot be exported; train it "
+            "first (`distill train --student`), or leave the option out"
+        )
+    own = weight_bytes(student.path)
+    with TemporaryDirectory(prefix="quantised-") as scratch:
+        for kind in kinds:  # what is refused is refused before anything is scored
+            _write_export(student.path, Path(scratch) / kind, layout="auto", dtype=None, quantise=kind, portable=False)
+        return {
+            kind: Quantised(
+                report=evaluate_student(open_student(Path(scratch) / kind), config, cache, unfit=unfit),
+                weight_bytes=weight_bytes(Path(scratch) / kind),
+                own_bytes=own,
+            )
+            for kind in kinds
+        }
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a student's weights on disk."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def describe_size(student: Student) -> dict[str, str]:
     """Parameters and weights of a student, in words."""
-    stored = sum(path.stat().st_size for path in student.path.glob("*.safetensors"))
     count = sum(parameter.numel() for parameter in student.model.parameters())
-    return {"parameters": f"{count:,}", "weights on disk": size_words(stored)}
+    return {"parameters": f"{count:,}", "weights on disk": size_words(weight_bytes(student.path))}
 
 
 def export_student(
@@ -424,6 +499,18 @@ def export_student(
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists; give a new folder to export to")
     refuse_inside(target)
+    dtype = _write_export(folder, target, layout=layout, dtype=dtype, quantise=quantise)
+    if has_edited_card(folder):
+        _log.warning(
+            "%s was edited; the export has a card of its own, as it is loaded otherwise: copy what you want to keep of yours",
+            folder / CARD,
+        )
+    return dtype
+
+
+def _write_export(
+    folder: Path, target: Path, *, layout: str, dtype: str | None, quantise: Quantise | None, portable: bool = True
+) -> str:
     student = open_student(folder, device="cpu")
     if _quantised(student.provenance):
         raise ModelError(
@@ -439,6 +526,7 @@ def export_student(
         dtype=DTYPES[dtype],
         quantise=quantise,
         trained=partial(_trained, folder, student.provenance["fingerprint"]),
+        portable=portable,
     )
     made_from = {"files": student.provenance.get("files", {}), "export": student.provenance.get("export")}
     said = {"layout": layout, "dtype": dtype, "quantise": quantise, "made_from": made_from}
@@ -449,11 +537,6 @@ def export_student(
         provenance["files"] = list_files(temporary)
         write_signed(temporary / PROVENANCE, provenance)
         write_card(temporary, provenance, scores=read_scores(folder))
-        if has_edited_card(folder):
-            _log.warning(
-                "%s was edited; the export has a card of its own, as it is loaded otherwise: copy what you want to keep of yours",
-                folder / CARD,
-            )
     return dtype
 
 

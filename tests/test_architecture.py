@@ -26,7 +26,7 @@ ORDER = {  # inside a package, each level imports only what stands before it
         "cli",
     ),
     "stage2_student": (
-        "loss_weights pruned_folder final_folder presets", "config", "students batches", "exports", "losses",
+        "loss_weights", "pruned_folder final_folder presets", "config", "students batches", "exports", "losses",
         "training", "scores", "trained_student", "train prune", "suite", "run", "cli",
     ),
 }  # fmt: skip

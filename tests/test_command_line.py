@@ -24,14 +24,14 @@ SURFACE = {
     "cachectl convert": "--dry-run --json --store SOURCE TARGET",
     "cachectl import-logprobs": "--cache --data --format --images --json --limit "
     "--missing-target --overwrite --set --store --teacher --teacher-name FILES",
-    "cachectl inspect": "--data --failed --image --images --json --picture --shift CACHE SAMPLE_ID",
+    "cachectl inspect": "--data --failed --image --images --json --picture --shift --sinks CACHE SAMPLE_ID",
     "cachectl pull": "--dry-run --jobs --json --no-verify --samples --shards --signals --top-k CACHE SOURCE",
     "cachectl push": "--dry-run --jobs --json --overwrite CACHE DESTINATION",
     "cachectl merge": "--dry-run --json --output --store SOURCES",
     "cachectl repair": "--deep --dry-run --json CACHE",
     "cachectl verify": "--deep --json CACHE",
     "distill compare": "--json --output OUTPUTS",
-    "distill evaluate": "--cache --card --data --images --json --limit --oracle --output --split STUDENT",
+    "distill evaluate": "--cache --card --data --images --json --limit --oracle --output --quantise --split STUDENT",
     "distill export": "--dtype --json --layout --output --quantise STUDENT",
     "distill import": "--json --output --vision-tower CHECKPOINT",
     "distill push": "--dry-run --json --message --overwrite --public --revision --which REPOSITORY STUDENT",
@@ -39,7 +39,8 @@ SURFACE = {
     "distill select-tokens": "--cache --data --decoding-selection --decoding-tokens --images --json --merge-frames --output "
     "--seed --shift-threshold --sink-penalty --token-selection --visual-tokens MODEL",
     "distill suite": "--cache --dry-run --images --json --limit --nproc --only --output --prompts BENCHMARKS STUDENT",
-    "distill prune": "--data --images --json --keep --output --samples --teacher --template",
+    "distill prune": "--data --depth-importance --images --importance --json --keep --output --ratios --samples --spare-first "
+    "--spare-last --teacher --template",
     "distill run": "--cache --config --data --dry-run --extend --images --json --log-with --nproc --output --phases --seed "
     "--set --sketch --student --teacher",
     "distill train": "--cache --config --data --dry-run --extend --images --json --log-with --output --phases --seed "
@@ -60,7 +61,7 @@ SURFACE = {
 }
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "suite", "demo", "demo-teacher", "experiment",
-    "experiment-smollm",
+    "experiment-seeds", "experiment-smollm",
     "test", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "full-size", "battery", "matrix",
     "harness", "lock", "sbom", "audit", "clean",
 }  # fmt: skip
@@ -188,7 +189,8 @@ def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
 @pytest.mark.parametrize(
     ("student", "folder"),
     [
-        ("mobilevlm", "mobilevlm"), ("pruned:0.5", "pruned-0.5"), ("/models/mine/", "mine"), ("/of@me/mine", "mine"),
+        ("mobilevlm", "mobilevlm"), ("pruned:0.5", "pruned-0.5"), ("pruned:width:0.5,depth:0.75", "pruned-width-0.5-depth-0.75"),
+        ("/models/mine/", "mine"), ("/of@me/mine", "mine"),
         ("mtgv/MobileVLM_V2-1.7B", "MobileVLM_V2-1.7B"), ("org/name@v1", "org-name@v1"),
         ("org/name@refs/pr/3", "org-name@refs-pr-3"),
     ],

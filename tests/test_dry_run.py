@@ -25,6 +25,7 @@ from vlm_distill_cache.stage2_student.run import train_alone
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = "shapes:images=20,seed=5"
+CUT = ("teacher={llava}", "dft.losses.hidden=0")
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -135,6 +136,8 @@ def test_all_that_a_build_lacks_is_named_at_once(tmp_path):
         ("no/where/at/all", (), "no/where/at/all' is neither a known student"),
         ("{tmp}", (), "no readable config.json|config.json"),
         ("pruned:2", (), "above 0 and at most 1"),
+        ("pruned:depth:0.5", (*CUT, "pruning.spare_last=4"), "keeps . of . layers, fewer than the 1 first and 4 last"),
+        ("pruned:0.5", (*CUT, "pruning.ratios=global"), "ratios is 'global'; it must be layer, or global together"),
         ("mobilevlm-tiny", ("dft.lrr=1",), "unknown option dft.lrr"),
         ("mobilevlm-tiny", ("device=cuda:99",), "CUDA devices are here; choose auto"),
         ("mobilevlm-tiny", ("projector=mlp", "max_length=38", "evaluation.data=easy-vqa"), "exceed max_length=38"),
@@ -146,8 +149,11 @@ def test_all_that_a_build_lacks_is_named_at_once(tmp_path):
         ("compodistill-tiny", (), "needs the teacher's own vision tower"),
     ],
 )
-def test_what_is_wrong_with_a_student_is_known_before_its_cache_is_built(sketch, tmp_path, student, settings, problem):
+def test_what_is_wrong_with_a_student_is_known_before_its_cache_is_built(
+    sketch, tiny_llava, tmp_path, student, settings, problem
+):
     output = tmp_path / "run"
+    settings = [setting.format(llava=tiny_llava) for setting in settings]
     words = run_options("the-cache", output, *settings, student=student.format(tmp=tmp_path))
     told = invoke("stage2_student", "run", *words, "--sketch", sketch)
     assert told.exit_code == 1, told.output

@@ -169,7 +169,35 @@ def test_every_recipe_gives_known_options_of_both_stages_and_says_where_they_are
         recipe = read_recipe(name)
         assert "arXiv:" in recipe.source
         BuildConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in recipe.stage_one.items()})
-        assert resolved(f"recipe={name}").phases == PHASE_NAMES
+        assert resolved(f"recipe={name}").phases == (("dft",) if recipe.students else PHASE_NAMES)
+
+
+BUILTIN = Path(__file__).parents[1] / "stage1_teacher" / "builtin"
+RECOVERIES = {
+    "sft": {"lm": 1.0},
+    "projector": {"lm": 1.0},
+    "hidden": {"lm": 0.5, "hidden": 0.5},
+    "logits": {"lm": 1.0, "logits": 1.0},
+    "reverse-kl": {"lm": 1.0, "logits": 1.0},
+    "attention": {"lm": 1.0, "logits": 1.0, "answer_attention": 1.0},
+}
+
+
+@pytest.mark.parametrize("width", [96, 4096], ids=["tiny", "published"])
+def test_a_recovery_gives_losses_and_leaves_budgets_to_the_preset_of_pruned_students(width: int):
+    assert [name for name in recipe_names() if read_recipe(name).students] == sorted(
+        f"recovery-{n}" for n in RECOVERIES
+    )
+    plain = resolved("student=pruned:0.5", f"teacher={BUILTIN}", width=width)
+    kinds = {"hidden": ("mse", "forward_kl"), "reverse-kl": ("relative_mse", "reverse_kl")}
+    for name, losses in RECOVERIES.items():
+        config = resolved("student=pruned:0.5", f"teacher={BUILTIN}", f"recipe=recovery-{name}", width=width)
+        assert config.dft.losses.active() == losses
+        found = (config.dft.losses.hidden_kind, config.dft.losses.logit_kind)
+        assert found == kinds.get(name, ("relative_mse", "forward_kl"))
+        assert config.dft.trainable == ("projector" if name == "projector" else plain.dft.trainable)
+        left = replace(config, dft=replace(config.dft, losses=plain.dft.losses, trainable=plain.dft.trainable))
+        assert left == plain
 
 
 def test_the_demonstration_runs_by_a_recipe(tmp_path: Path):

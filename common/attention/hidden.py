@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from vlm_distill_cache.common.attention.capture import checkpoints_activations, renumber
 from vlm_distill_cache.common.errors import ModelError
 
+KEPT_LAYERS = "kept_layers"
+"""A key of the language model's configuration, where it was cut out of a deeper one."""
+
 
 @dataclass(frozen=True)
 class HiddenRequest:
@@ -124,9 +127,41 @@ def gather_rows(states: Tensor, rows: Tensor) -> Tensor:
     return states[batch, rows.clamp_min(0)] * mask
 
 
-def student_layers(layers: tuple[int, ...], *, teacher_depth: int, student_depth: int) -> tuple[int, ...]:
-    """The student's hidden states at the same share of the depth; first and last meet first and last.
+def student_layers(
+    layers: tuple[int, ...], *, teacher_depth: int, student_depth: int, kept: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
+    """The student's hidden states that meet the teacher's; first and last meet first and last.
 
     As many as the teacher's ``layers``; of a shallow student one may meet several.
+
+    Args:
+        kept: Which of the teacher's layers are the student's own, if it was cut out of the teacher: a state then meets the
+            one behind the same layers. None: the one at the same share of the depth.
     """
-    return tuple((2 * layer * student_depth + teacher_depth) // (2 * teacher_depth) for layer in layers)
+    if kept is None:
+        return tuple((2 * layer * student_depth + teacher_depth) // (2 * teacher_depth) for layer in layers)
+    # The student's last state comes after the final norm, as the teacher's last alone does.
+    return tuple(
+        student_depth if layer == teacher_depth else min(sum(own < layer for own in kept), student_depth - 1)
+        for layer in layers
+    )
+
+
+def kept_layers(text_config: Any, *, teacher_depth: int) -> tuple[int, ...] | None:
+    """Which layers of a teacher of this depth a language model kept when it was cut out of it; None: unknown.
+
+    Raises:
+        ModelError: If the configuration names layers that cannot be its own.
+    """
+    told = getattr(text_config, KEPT_LAYERS, None)
+    if told is None:
+        return None
+    of, kept = (told.get("of"), told.get("kept")) if isinstance(told, Mapping) else (None, None)
+    depth = int(text_config.num_hidden_layers)
+    own = kept if isinstance(kept, list) and all(type(layer) is int for layer in kept) else []
+    if type(of) is not int or len(own) != depth or own != sorted(set(own)) or own[0] < 0 or own[-1] >= of:
+        raise ModelError(
+            f"config.json: {KEPT_LAYERS} is {str(told)[:80]!r}; expected the depth `of` the teacher and the {depth} layers "
+            "`kept` of it, ascending; use the config.json of the checkpoint"
+        )
+    return tuple(own) if of == teacher_depth else None

@@ -79,11 +79,11 @@ def gaze_shift(gaze: ArrayLike, *, keep: int | None = None, threshold: float = T
     is_own = np.zeros((tokens, places), bool)
     np.put_along_axis(is_own, own, values=True, axis=1)
     best = np.where(is_own, shares, 0).sum(axis=1)
-    first = shares[:, is_own[0]].sum(axis=1)
+    first = np.where(is_own[0], shares, 0).sum(axis=1)  # in the order of places: equal sets hold equal shares
     common = (is_own & is_own[0]).sum(axis=1) / k
     event, kept = np.zeros(tokens, bool), is_own[0]
     for token in np.flatnonzero(seen):
-        if shares[token, kept].sum() < threshold * best[token]:
+        if np.where(kept, shares[token], 0).sum() < threshold * best[token]:
             event[token], kept = True, is_own[token]
     unseen = np.where(seen, 0.0, np.nan)
     return GazeShift(

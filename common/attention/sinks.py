@@ -162,8 +162,8 @@ def find_sinks(
         ]
     else:
         places, layout = "cell", (grid_tile(FINEST_SIDE, FINEST_SIDE),)
-        cells = box_array(layout)
-        rows = [(received @ overlaps(box_array(tiles), cells), np.ones(len(cells), bool)) for tiles, received in found]
+        shown = np.ones(FINEST_SIDE**2, bool)
+        rows = [(on_cells(tiles, received, FINEST_SIDE), shown) for tiles, received in found]
     attention, present = (np.stack(part) for part in zip(*rows, strict=True))
     often = np.stack([are_sinks(*row) for row in rows]).sum(axis=0, dtype=np.int64)
     return SinkMap(
@@ -174,6 +174,31 @@ def find_sinks(
         often=often,
         scores=sink_scores(attention, present=present),
     )
+
+
+def on_cells(tiles: Sequence[Tile], received: Floats, side: int) -> Floats:
+    """What each cell of a grid of ``side`` by ``side`` over the picture receives, float64 ``[side * side]``.
+
+    As ``received @ overlaps(...)``, in a time that does not grow with the product of tokens and cells.
+    """
+    total = np.zeros((side, side))
+    ends = np.cumsum([tile.token_count for tile in tiles])[:-1]
+    for tile, part in zip(tiles, np.split(received, ends), strict=True):
+        kept = np.where(carries_image(box_array((tile,))), part, 0.0).reshape(tile.rows, tile.cols)
+        x0, y0, x1, y1 = tile.region
+        total += _line_shares(tile.rows, y0, y1, side).T @ kept @ _line_shares(tile.cols, x0, x1, side)
+    return total.ravel()
+
+
+def _line_shares(parts: int, low: float, high: float, side: int) -> Floats:
+    """Of each of equal parts of a line, the share of what lies in [0, 1] in each of ``side`` equal ones, ``[parts, side]``."""
+    edges = np.clip(low + (high - low) * np.arange(parts + 1) / parts, 0.0, 1.0)
+    marks = np.arange(side + 1) / side
+    shared = np.minimum(edges[1:, None], marks[None, 1:]) - np.maximum(edges[:-1, None], marks[None, :-1])
+    length = np.maximum(np.diff(edges), np.finfo(np.float64).tiny)[:, None]
+    shares = np.where(shared > SLIVER * length, shared / length, 0.0)
+    total = shares.sum(axis=1, keepdims=True)
+    return shares / np.where(total > 0, total, 1.0)
 
 
 def overlaps(source: npt.ArrayLike, target: npt.ArrayLike) -> Floats:

@@ -11,10 +11,14 @@ from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
+from vlm_distill_cache.common.cache.side_files import check_file
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.cache.stores import open_reader
 
 MOST_RECORDS = 2048
+FEW_RECORDS = 128
+"""Where the data are read again for each of them, which may lie far away."""
+_REMEDY = "run `cachectl repair`, then build those shards again with the same options"
 _LEAST_SHARDS = 64  # looked into where there are so many; each is read whole to be checked
 
 
@@ -57,10 +61,16 @@ def spaced_records(
 def spaced_unsealed(
     cache_dir: Path, plan: Plan, names: Collection[str], *, most: int = MOST_RECORDS
 ) -> Iterator[tuple[str, Record]]:
-    """As `spaced_records`, of a folder whose shards are all there but which is not sealed yet."""
+    """As `spaced_records`, of a folder whose shards are all there but which is not sealed yet; no link is followed.
+
+    Raises:
+        CacheFormatError: If a file of one of these shards is lost or damaged.
+    """
     images = SharedImages(plan.all_fields)
     counts = [len(read_sidecar(cache_dir, shard).sample_ids) for shard in range(plan.shard_count)]
     for shard, positions in spaced_places(counts, most=most):
+        for name, entry in read_sidecar(cache_dir, shard).files.items():
+            check_file(cache_dir, name, entry, _REMEDY)
         reader = open_reader(plan.store, cache_dir, shard, plan.all_fields)
         for position in positions:
             yield (

@@ -15,6 +15,7 @@ import transformers
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.decoding_tokens import decode_with_fewer
 from vlm_distill_cache.common.models.fewer_tokens import apply_visual_tokens
+from vlm_distill_cache.common.models.layer_sizes import apply_layer_sizes
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth as _LlavaOfAnyDepth  # as found here, it is changed
 
 CHANGES = "distilled"
@@ -22,6 +23,7 @@ CHANGES = "distilled"
 
 APPLIED: dict[str, Callable[[Any, Mapping[str, str], Any], None]] = {
     "decoding_tokens": decode_with_fewer,
+    "layer_sizes": apply_layer_sizes,
     "visual_tokens": apply_visual_tokens,
 }
 """By name: what applies one change to a model without values or with them, given its parts' paths and what is stored."""

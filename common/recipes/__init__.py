@@ -28,12 +28,14 @@ class Recipe:
         source: Publication and code.
         stage_one: Options of ``teacher-cache build``, nested as in YAML.
         stage_two: Options of ``distill``; the losses of a phase are all of its losses.
+        students: For which students it is, a word; empty: for any, so that a cache by it proposes it.
     """
 
     name: str
     source: str
     stage_one: Mapping[str, Any]
     stage_two: Mapping[str, Any]
+    students: str = ""
 
 
 def recipe_names() -> list[str]:

@@ -31,12 +31,13 @@ class Difference:
 
 
 def recipe_of(plan: Plan) -> str:
-    """The recipe whose stage one builds just such a cache, with these signals and no others; empty: none."""
-    for name in recipe_names():
-        recipe = read_recipe(name)
+    """The recipe for any student whose stage one builds just such a cache, with these signals and no others; empty: none."""
+    for recipe in map(read_recipe, recipe_names()):
+        if recipe.students:
+            continue
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, ConfigError):  # a plan from elsewhere
             if {*recipe.stage_one["signals"]} == {*plan.signals} and not cache_differences(recipe, plan):
-                return name
+                return recipe.name
     return ""
 
 
@@ -47,7 +48,7 @@ def cache_differences(recipe: Recipe, plan: Plan) -> list[Difference]:
     found = []
     if missing := tuple(signal for signal in wanted["signals"] if signal not in held):
         found.append(Difference(text=f"no {', '.join(missing)}", signals=missing))
-    attention = {signal: settings for signal, settings in held.items() if "groups" in settings}
+    attention = {signal: settings for signal, settings in held.items() if "groups" in settings and "groups" in wanted}
     if attention:
         found += _other_layers(wanted, plan, tuple(attention))
     for signal, settings in attention.items():
@@ -60,7 +61,7 @@ def cache_differences(recipe: Recipe, plan: Plan) -> list[Difference]:
         exact = any(settings.get("exact") or settings.get("preset") == "f4" for settings in attention.values())
         now["attention_dtype"] = "f4" if exact else "u1"
     for settings in held.values():
-        if not {*wanted["temperatures"]} <= {*settings.get("temperatures", wanted["temperatures"])}:
+        if not {*wanted.get("temperatures", ())} <= {*settings.get("temperatures", wanted.get("temperatures", ()))}:
             now["temperatures"] = settings["temperatures"]
     # Codes of 4 bytes lose less than those of 1, and a loss at a temperature that is missing is refused for itself.
     found += [

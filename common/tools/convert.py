@@ -63,6 +63,6 @@ def convert(
             unknown=unknown, tells_pictures=sidecar.pictures is not None,
         )  # fmt: skip
 
-    files = [(open_remote(source), side_files_of(cache.manifest))]
+    files = [(open_remote(source), side_files_of(cache.manifest, copied=True))]
     write_shards(target, plan, write_shard, side_files=files, card=card, on_shard=on_shard)
-    return seal_derived(target, fidelity=cache.manifest.fidelity)
+    return seal_derived(target, fidelity=cache.manifest.fidelity, copied=True)

@@ -131,10 +131,11 @@ def another_folder(target: Path) -> Iterator[None]:
         raise CacheMismatchError(f"{differences}\nName a new folder, or delete {target}.") from error
 
 
-def seal_derived(target: Path, *, fidelity: dict[str, Any] | None) -> Manifest:
-    """Seal what `write_shards` wrote."""
+def seal_derived(target: Path, *, fidelity: dict[str, Any] | None, copied: bool = False) -> Manifest:
+    """Seal what `write_shards` wrote; ``copied``: all records of one cache, whose sinks are known if it has them."""
     with name_full_disk(target):
-        write_sinks(target)
+        if not copied:
+            write_sinks(target)
         return seal(target, fidelity=fidelity, rewritten=True)
 
 
@@ -248,9 +249,10 @@ def _shared_anew(
             yield slot.sample_id, {field.name: record[field.name] for field in fields}
 
 
-def side_files_of(manifest: Manifest) -> dict[str, FileEntry]:
-    """The files beside the shards that a derived cache takes over as they are."""
-    return {name: entry for name, entry in manifest.files.items() if name not in (PLAN, INDEX, SINKS)}
+def side_files_of(manifest: Manifest, *, copied: bool = False) -> dict[str, FileEntry]:
+    """The files beside the shards that a derived cache takes over as they are; with its sinks if all records are ``copied``."""
+    others = (PLAN, INDEX) if copied else (PLAN, INDEX, SINKS)
+    return {name: entry for name, entry in manifest.files.items() if name not in others}
 
 
 def carry_fidelity(

@@ -106,8 +106,8 @@ The licences of all sources apply: name them when you pass this on. Their cards 
 | figure | mean over the source's probe |
 |---|---|
 {figures or "| none | what was measured has changed, or differs between the sources |"}
-
-{sinks}## Fingerprints
+{sinks}
+## Fingerprints
 
 | of | value |
 |---|---|

@@ -91,6 +91,15 @@ class AnswerShift:
         return 0 if not np.isfinite(share).any() else 1 + int(np.nanargmin(share))
 
 
+class SpanShift(NamedTuple):
+    """Of some places in answers: the number of tokens, and the means of `GazeShift`'s shares."""
+
+    tokens: int
+    first: Interval
+    best: Interval
+    common: Interval
+
+
 @dataclass(frozen=True, kw_only=True)
 class KindShift:
     """What one kind of answer shows; ``answers`` counts those of at least two tokens, which alone can shift."""
@@ -112,7 +121,7 @@ class ShiftReport:
         samples: Records that were looked at, ``total`` those of the cache, ``pictures`` those of them with a gaze.
         kept, places: k and C.
         single: Answers of one token, which cannot shift, beside ``answers``, which can; ``blind`` ones never look.
-        spans: By span of tokens: their number, and their shares ``first``, ``best`` and ``common`` (`GazeShift`).
+        spans: By `SPANS`.
         events: Shift events an answer that can shift; ``shifting``: the share of these with at least one.
         kinds: The commonest first.
         asked: Whether kinds are of questions; else of answers alone, since a cache holds no question.
@@ -129,7 +138,7 @@ class ShiftReport:
     answers: int
     single: int
     blind: int
-    spans: dict[str, tuple[int, Interval, Interval, Interval]]
+    spans: dict[str, SpanShift]
     events: Interval
     shifting: Interval
     kinds: tuple[KindShift, ...]
@@ -138,34 +147,11 @@ class ShiftReport:
 
     def values(self) -> dict[str, Any]:
         """All figures for programs, JSON."""
-        shown = (
-            "samples",
-            "total",
-            "pictures",
-            "grid",
-            "kept",
-            "places",
-            "threshold",
-            "answers",
-            "single",
-            "blind",
-            "asked",
-        )
+        others = {name: value for name, value in vars(self).items() if name not in ("spans", "kinds", "largest")}
         return {
-            **{name: getattr(self, name) for name in shown},
-            "tokens": {
-                span: {"count": count, **{name: one._asdict() for name, one in zip(_SHARES, shares, strict=True)}}
-                for span, (count, *shares) in self.spans.items()
-            },
-            "events": self.events._asdict(),
-            "shifting": self.shifting._asdict(),
-            "kinds": [
-                {
-                    **{name: getattr(kind, name) for name in ("name", "answers", "single")},
-                    **{name: getattr(kind, name)._asdict() for name in ("first", "best", "events", "shifting")},
-                }
-                for kind in self.kinds
-            ],
+            **_plain(others),
+            "tokens": {span: _plain(of._asdict()) for span, of in self.spans.items()},
+            "kinds": [_plain(vars(kind)) for kind in self.kinds],
             "largest": [
                 {
                     "sample": one.sample_id,
@@ -173,13 +159,17 @@ class ShiftReport:
                     "text": one.text,
                     "token": one.worst,
                     "tokens": list(one.tokens),
-                    "first": one.shift.first[one.worst],
-                    "best": one.shift.best[one.worst],
+                    "first": float(one.shift.first[one.worst]),
+                    "best": float(one.shift.best[one.worst]),
                     "events": one.events,
                 }
                 for one in self.largest
             ],
         }
+
+
+def _plain(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value._asdict() if isinstance(value, Interval) else value for name, value in figures.items()}
 
 
 def cache_shift(cache: TeacherCache, *, asked: Asked | None = None, most: int = MOST_RECORDS) -> ShiftReport:
@@ -290,7 +280,7 @@ def measure(
         answers=sum(counts.values()),
         single=sum(single.values()),
         blind=blind,
-        spans={span: (figures.count((span, "first")), *found_of(span)) for span in SPANS},
+        spans={span: SpanShift(figures.count((span, "first")), *found_of(span)) for span in SPANS},
         events=found.get((_ALL, "events"), _NONE),
         shifting=found.get((_ALL, "shifting"), _NONE),
         kinds=tuple(

@@ -15,7 +15,7 @@ from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.printing import markdown, one_line
 from vlm_distill_cache.common.terminal.result_files import PICTURE_MARK, marked, refuse_others_file
 from vlm_distill_cache.common.tools.picture import WordMap, check_image, draw_picture, word_maps
-from vlm_distill_cache.common.tools.record_view import load_token_text, save_picture
+from vlm_distill_cache.common.tools.record_view import TokenText, load_token_text, save_picture
 from vlm_distill_cache.common.tools.shift import AnswerShift, ShiftReport, cache_shift
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ LEGEND = {
     "gaze on the kept": "How much of the gaze of these tokens lies on the kept places of token 0; the gaze of a token is its "
     "attention on the picture, mean over heads and the cached layers, as a share of all on the picture.",
     "its own best": "The same for as many places, chosen anew for each token: the most that so many places can hold.",
-    "in common": "Share of a token's own best places that are among those of token 0; a third by chance.",
+    "in common": "Share of a token's own best places that are among those of token 0; about a third by chance.",
     "event": "A token whose gaze on the kept places is below 0.75 of what its own best places hold; these are kept from then on. "
     "The rule is ours.",
     "events": "Such events, in answers of at least two tokens; shorter ones cannot shift.",
@@ -72,7 +72,8 @@ def measure_cache(cache: TeacherCache, data: Asks | None, *, name: str) -> Shift
 
 def shift_lines(report: ShiftReport, place: str) -> Iterator[str]:
     """All figures as lines of a terminal."""
-    yield f"shift of the gaze   {place}: {_looked_at(report)}"
+    yield f"shift of the gaze   {place}"
+    yield f"{'':<20}{_looked_at(report)}"
     yield f"{'':<20}{_answers(report)}"
     if not report.answers:
         yield f"{'':<20}no answer of two tokens that looks at a picture: nothing can shift"
@@ -108,15 +109,16 @@ def shift_section(report: ShiftReport | None) -> str:
         for one in report.largest[:_CARD_LARGEST]
     )
     legend = "".join(f"- {name}: {said}\n" for name, said in LEGEND.items())
+    facts, kept, events = shift_facts(report)
     return f"""
 ## Shift of the gaze within answers
 
-{_looked_at(report)}; {_answers(report)}. Kept: {_kept(report)}.
+{facts}. {kept}.
 
 | token | tokens | gaze on the kept | its own best | in common |
 |---|---|---|---|---|
 {spans}
-Events: {number(report.events)} an answer; {percent(report.shifting)} of these answers have at least one.
+{events}.
 
 | {_kinds_of(report)} | answers | gaze on the kept | its own best | events | with an event |
 |---|---|---|---|---|---|
@@ -127,6 +129,15 @@ The largest shifts:
 {legend}
 More of it, and pictures: `cachectl inspect THIS_FOLDER --shift`.
 """
+
+
+def shift_facts(report: ShiftReport) -> tuple[str, str, str]:
+    """What was looked at, what is kept, and how often that fails, in sentences without their full stops."""
+    return (
+        f"{_looked_at(report)}; {_answers(report)}",
+        f"Kept: {_kept(report)}",
+        f"Events: {number(report.events)} an answer; {percent(report.shifting)} of these answers have at least one",
+    )
 
 
 def span_rows(report: ShiftReport) -> list[tuple[str, int, str, str, str]]:
@@ -176,13 +187,16 @@ def _shown(of: Interval, factor: int, digits: int) -> str:
 
 
 def _looked_at(report: ShiftReport) -> str:
-    some = "all" if report.samples == report.total else f"{report.samples:,} evenly spaced of"
+    some = "All" if report.samples == report.total else f"{report.samples:,} evenly spaced of"
     return f"{some} {report.total:,} samples, {report.pictures:,} with a picture"
 
 
 def _answers(report: ShiftReport) -> str:
     blind = f", {report.blind:,} that do not look at it" if report.blind else ""
-    return f"{report.answers:,} answers of at least two tokens, {report.single:,} of one, which cannot shift{blind}"
+    many = "s" * (report.answers != 1)
+    return (
+        f"{report.answers:,} answer{many} of at least two tokens, {report.single:,} of one, which cannot shift{blind}"
+    )
 
 
 def _kept(report: ShiftReport) -> str:
@@ -216,30 +230,39 @@ def draw_shifts(cache: TeacherCache, report: ShiftReport, data: Asks | None, fol
     text, drawn = load_token_text(cache), list[tuple[Path, bool]]()
     folder.mkdir(exist_ok=True)
     for place, one in enumerate(report.largest, start=1):
-        record = cache.read(one.sample_id)
-        labels = record["labels"].tolist()
         image = None if data is None else data.picture(one.sample_id)
-        if image is not None:
-            check_image(image, record, name=f"sample {one.sample_id!r} of the data")
-        words = []
-        for token in (0, one.worst):
-            row = one.rows[token]
-            word = next((word for word, rows in text.words(labels) if row in rows), text.of(labels[row]))
-            words.append((f"token {token}: {word}", [row]))
-        kept = np.zeros(report.places)
-        kept[one.shift.kept] = 1.0
-        held = WordMap(
-            word=f"kept; token {one.worst}:", cells=kept.reshape(report.grid), image_mass=one.shift.first[one.worst]
-        )
-        said = one_line(one.text, limit=80) or f"{len(one.rows)} tokens"
-        title = f"{one_line(one.sample_id, limit=60)}, answer {one.number + 1}: {said}"
         path = folder / _NAME.format(place)
-        save_picture(draw_picture([*word_maps(record, cache.plan, words), held], title=title, image=image), path)
+        save_picture(draw_shift(cache, report, one, text, image), path)
         drawn.append((path, image is not None))
     for path in folder.iterdir():
         if path not in {file for file, _ in drawn}:
             path.unlink()  # an earlier one of ours: `picture_folder` found no other
     return drawn
+
+
+def draw_shift(
+    cache: TeacherCache, report: ShiftReport, one: AnswerShift, text: TokenText, image: Image | None
+) -> Image:
+    """Draw one shift: the picture if there is one, and over it the gaze of token 0, of the shifted token, and what is kept.
+
+    Raises:
+        CacheMismatchError: If the picture is not the one that the teacher saw.
+    """
+    record = cache.read(one.sample_id)
+    if image is not None:
+        check_image(image, record, name=f"sample {one.sample_id!r} of the data")
+    words = []
+    for token in (0, one.worst):
+        row = one.rows[token]
+        own = next((word for word, rows in text.words(record["labels"].tolist()) if row in rows), "")
+        words.append((f"token {token}: {own or text.of(one.labels[token])}", [row]))
+    kept = np.zeros(report.places)
+    kept[one.shift.kept] = 1.0
+    share = float(one.shift.first[one.worst])
+    held = WordMap(word=f"kept; token {one.worst}:", cells=kept.reshape(report.grid), image_mass=share)
+    said = one_line(one.text, limit=80) or f"{len(one.rows)} tokens"
+    title = f"{one_line(one.sample_id, limit=60)}, answer {one.number + 1}: {said}"
+    return draw_picture([*word_maps(record, cache.plan, words), held], title=title, image=image)
 
 
 def picture_folder(folder: Path) -> Path:

@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from vlm_distill_cache.common.attention.sinks import GAMMA, Floats, SinkMap, find_sinks
-from vlm_distill_cache.common.attention.tiles import Tile, box_array, carries_image, tiles_from_array, tiles_to_array
+from vlm_distill_cache.common.attention.sinks import GAMMA, Floats, SinkMap, find_sinks, mean_over
+from vlm_distill_cache.common.attention.tiles import (
+    Tile,
+    box_array,
+    carries_image,
+    grid_tile,
+    tiles_from_array,
+    tiles_to_array,
+)
 from vlm_distill_cache.common.cache.document_rules import SINKS as RULE
 from vlm_distill_cache.common.cache.documents import read_document, write_document
 from vlm_distill_cache.common.cache.plan import Plan, read_plan, with_more
@@ -57,7 +64,9 @@ _MOST_MAPS = 256  # a whole map takes a thousand times as long to decode as its 
 _MAX_BYTES = 64 << 20
 _SHOWN = 10  # places
 _DRAWN = 8  # tiles
+_FINEST_DRAWN = 64  # rows or columns
 _DIGITS = 6
+_NEAR = 1e-3  # of scores: other libraries sum in another order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +110,7 @@ class Sinks:
     def from_dict(cls, data: Any, where: str) -> Sinks:
         """Read what ``to_dict`` wrote; a CacheFormatError if it is something else."""
         stored = check(data, RULE, where)
-        maps = {}
+        maps: dict[str, SinkMap] = {}
         for part, values in stored["maps"].items():
             tiles = tiles_from_array(np.array(values["tiles"], np.float32).reshape(-1, 6))
             count = sum(tile.token_count for tile in tiles)
@@ -120,8 +129,9 @@ class Sinks:
                 often=often.astype(np.int64),
                 scores=scores.astype(np.float64),
             )
-        signals = {part: values["signal"] for part, values in stored["maps"].items()}
-        return cls(samples=stored["samples"], maps=maps, signals=signals)
+        ordered: dict[str, SinkMap] = {part: maps[part] for part in PARTS if part in maps}  # JSON is stored by name
+        signals = {part: stored["maps"][part]["signal"] for part in ordered}
+        return cls(samples=stored["samples"], maps=ordered, signals=signals)
 
 
 def _rounded(value: float) -> float:
@@ -153,16 +163,18 @@ def _find(plan: Plan, records: Callable[[Iterable[str], int], Iterable[tuple[str
     samples, maps = 0, dict[Part, SinkMap]()
     for most, parts in runs.items():
         codecs = {part: codec_from_dict(plan.signals[sources[part]]) for part in parts}
-        names = {"tiles", *(entry.name for part in parts for entry in plan.fields[sources[part]])}
+        names = {"tiles", "image_hash", *(entry.name for part in parts for entry in plan.fields[sources[part]])}
         pictures: dict[Part, list[tuple[tuple[Tile, ...], Floats]]] = {part: [] for part in parts}
-        seen = 0
+        seen, known = 0, set[bytes]()
         for _, record in records(names, most):
             seen += 1
             if not len(record["tiles"]):
                 continue
-            tiles = tiles_from_array(np.asarray(record["tiles"]))
+            tiles, image = tiles_from_array(np.asarray(record["tiles"])), record["image_hash"].tobytes()
             for part, codec in codecs.items():
-                pictures[part].append((codec.cells_of(tiles), _received(codec, record)))
+                if part == "language_model" or image not in known:  # where text looks depends on the text
+                    pictures[part].append((codec.cells_of(tiles), _received(codec, record)))
+            known.add(image)
         samples = max(samples, seen)
         for part, shown in pictures.items():
             codec = codecs[part]
@@ -222,6 +234,25 @@ def read_sinks(cache: TeacherCache) -> Sinks:
     return _find(cache.plan, lambda names, most: spaced_records(cache, list(names), most=most))
 
 
+def sinks_damage(cache_dir: Path, plan: Plan) -> str | None:
+    """What ``sinks.json`` says that the records of a sound cache do not; None: nothing."""
+    path = cache_dir / SINKS
+    try:
+        stored = Sinks.from_dict(read_document(path, max_bytes=_MAX_BYTES), str(path))
+    except CacheFormatError as error:
+        return str(error)
+    found = _find(plan, lambda names, most: spaced_unsealed(cache_dir, plan, list(names), most=most))
+    if (list(stored.maps), stored.signals, stored.samples) != (list(found.maps), found.signals, found.samples):
+        said, given = ([one.samples, *one.signals.values()] for one in (stored, found))
+        return f"is of samples and signals {said}; the records give {given}"
+    for part, sinks in found.maps.items():
+        kept = stored.maps[part]
+        same = (kept.places, kept.pictures, len(kept.scores)) == (sinks.places, sinks.pictures, len(sinks.scores))
+        if not same or np.abs(kept.scores - sinks.scores).max() > _NEAR:
+            return f"has other sinks of the {_WORDS[part]} than the records"
+    return None
+
+
 def sinks_of(cache: TeacherCache, of: Part, *, known: Sinks | None = None) -> SinkMap:
     """The sinks of one part of a cache's teacher.
 
@@ -250,7 +281,7 @@ def _lack(plan: Plan, of: Part) -> str:
             f"attention ({_sources(plan)[of]}); give a cache of samples with pictures"
         )
     wanted = _SOURCES[of][0]
-    where = f"teacher-cache extend CACHE --signals {wanted}"
+    where = f"teacher-cache extend CACHE --data DATA --teacher TEACHER --signals {wanted}"
     single = " where that keeps single values" if VisualMapCodec.signal in _SOURCES[of] else ""
     return (
         f"no sinks of its teacher's {_WORDS[of]} are known: they are found in {' or '.join(_SOURCES[of])}{single}, and the cache "
@@ -286,11 +317,17 @@ def place_name(found: SinkMap, place: int) -> str:
     raise ValueError("there is no such place")
 
 
+def _of_words(found: SinkMap, part: str) -> str:
+    """How many were looked at, and what a place is."""
+    counted = "samples with a picture" if part == "language_model" else "pictures"
+    return f"of {found.pictures:,} {counted}; {_layout_words(found)}"
+
+
 def _layout_words(found: SinkMap) -> str:
     shape = " and ".join(f"{tile.rows} x {tile.cols}" for tile in found.tiles)
     return {
         "token": f"a place is a visual token of {shape}, which all pictures have",
-        "tile": f"pictures differ in tiles: a place is a visual token of a tile ({shape}), each tile counts as a picture",
+        "tile": f"layouts differ in tiles: a place is a visual token of a tile ({shape}), each tile counts as a picture",
         "cell": f"a place is a cell of a grid of {shape} over the picture",
     }[found.places]
 
@@ -328,7 +365,7 @@ def describe_sinks(cache: TeacherCache, found: Sinks, *, shades: str = BLOCKS) -
         sinks = found.maps[part]
         lines += [
             "",
-            f"{_WORDS[part]}: {found.signals[part]} of {sinks.pictures:,} pictures; {_layout_words(sinks)}",
+            f"{_WORDS[part]}: {found.signals[part]} {_of_words(sinks, part)}",
             f"  {'place':<26}{'score':>7}{'of the attention':>18}{'a sink in':>12}",
         ]
         lines += [
@@ -341,13 +378,18 @@ def describe_sinks(cache: TeacherCache, found: Sinks, *, shades: str = BLOCKS) -
         ]
     lines += [
         "",
-        "a sink in: the share of pictures in which the place receives more than their mean plus one standard deviation",
+        "a sink in: the share of those in which the place receives more than the mean plus one standard deviation",
     ]
     return "\n".join(lines)
 
 
 def _drawn(found: SinkMap, part: str) -> list[WordMap]:
-    """The scores of the first tiles as maps; the number beside each is its share of the attention."""
+    """The scores of the first tiles as maps; the number beside each is its share of the attention.
+
+    Tiles of different shapes (CompoDistill's, which lack the first place) are drawn as one, where they lie.
+    """
+    if len({(tile.rows, tile.cols) for tile in found.tiles}) > 1:
+        return [WordMap(word=_SHORT[part], cells=_joined(found), image_mass=1.0)]
     ends = np.cumsum([tile.token_count for tile in found.tiles])[:-1]
     parts = zip(found.tiles, np.split(found.scores, ends), np.split(found.shares, ends), strict=True)
     several = len(found.tiles) > 1
@@ -359,6 +401,20 @@ def _drawn(found: SinkMap, part: str) -> list[WordMap]:
         )
         for number, (tile, scores, shares) in enumerate(parts, start=1)
     ][:_DRAWN]
+
+
+def _joined(found: SinkMap) -> Floats:
+    """The scores of all tiles on one grid over what they cover, as fine as the finest, ``[rows, cols]``."""
+    regions = np.array([tile.region for tile in found.tiles])
+    low, high = regions[:, :2].min(axis=0), regions[:, 2:].max(axis=0)
+    counts = np.array([(tile.cols, tile.rows) for tile in found.tiles])
+    fine = ((regions[:, 2:] - regions[:, :2]) / counts).min(axis=0)
+    cols, rows = (max(1, min(_FINEST_DRAWN, round(side))) for side in ((high - low) / fine).tolist())
+    frame = (np.concatenate([box_array((tile,)) for tile in found.tiles]) - [*low, *low]) / [
+        *(high - low),
+        *(high - low),
+    ]
+    return mean_over(found.scores, frame, box_array((grid_tile(rows, cols),))).reshape(rows, cols)
 
 
 def draw_sinks(cache: TeacherCache, found: Sinks) -> Image:
@@ -392,15 +448,15 @@ def card_lines(found: Sinks | None) -> str:
     """The section of a cache's card; empty where nothing is known."""
     if found is None or not found.maps:
         return ""
-    lines = ["## Sinks: places that attract attention whatever the picture shows", ""]
+    lines = ["", "## Sinks: places that attract attention whatever the picture shows", ""]
     for part, sinks in found.maps.items():
         lines += [
-            f"Of the {_WORDS[part]}, from {markdown(found.signals[part])} of {sinks.pictures} pictures; {_layout_words(sinks)}.",
+            f"Of the {_WORDS[part]}, from {markdown(found.signals[part])} {_of_words(sinks, part)}.",
             "",
             "| place | score | share of the attention | a sink in |",
             "|---|---|---|---|",
             *(
-                f"| {name} | {score:.3f} | {share:.2%} | {often:.0%} of pictures |"
+                f"| {name} | {score:.3f} | {share:.2%} | {often:.0%} |"
                 for name, score, share, often in _rows(sinks)[:5]
             ),
             "",

@@ -22,7 +22,7 @@ from vlm_distill_cache.common.cache.other_folders import is_part_of_cache
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import check_record
 from vlm_distill_cache.common.cache.shared_images import SharedImages, SourceCheck
-from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, open_plain
+from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, SINKS, open_plain
 from vlm_distill_cache.common.cache.sidecar import (
     FileEntry,
     ShardSidecar,
@@ -41,6 +41,7 @@ from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, is_out_of_re
 from vlm_distill_cache.common.files.hashing import stream_digests
 from vlm_distill_cache.common.locations import is_url
 from vlm_distill_cache.common.printing import brief, one_line
+from vlm_distill_cache.common.tools.sinks import sinks_damage
 
 COPY_AGAIN = "copy it again from where the cache came from (the same `cachectl pull` replaces what is damaged)"
 _READ_IT = "it may be sound: make it readable first (mode and owner, of the folders above too, and the disk), then verify again"
@@ -174,6 +175,9 @@ def _verify(cache_dir: Path, *, deep: bool, on_shard: Callable[[], object] | Non
         damages += _index_damage(cache_dir, builder, plan.shard_count)
         if manifest is not None and manifest.field_bytes != field_bytes:
             damages.append(Damage(MANIFEST, "manifest", "field_bytes are not the sums over the sidecars"))
+    if deep and not damages and manifest is not None and SINKS in manifest.files:
+        wrong = sinks_damage(cache_dir, plan)
+        damages += [] if wrong is None else [Damage(SINKS, "side file", wrong)]
     if manifest is None:
         unlisted += [path.name for path in cache_dir.iterdir() if path.name != SHARDS]
     return _one_each(damages + _unexpected(cache_dir, known, unlisted))

@@ -446,8 +446,10 @@ def placement(
                 f"quantisation={quantisation}: bitsandbytes is not installed; run `pip install "
                 "'vlm-distill-cache[quantised]'`, or set quantisation=none (of an export: leave --quantise out)"
             )
-        # One line for every layer of every pass: that inputs are rounded to float16 is what 8 bits are.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        # One line for every layer of every pass: that inputs are rounded to float16 is what 8 bits are. And one about faster
+        # code for processors, which somebody else's server would give.
+        for name in ("autograd._functions", "backends.cpu.ops"):
+            logging.getLogger(f"bitsandbytes.{name}").setLevel(logging.ERROR)
         # A quantised tower could not be compared with a student's, nor could the projector be handed on.
         plain = [part for part in (family.vision_tower, family.projector, "lm_head") if part]
         options["quantization_config"] = transformers.BitsAndBytesConfig(

@@ -1,15 +1,19 @@
 """From an entry in any of the forms that users have to a sample; a reader only says where its parts lie."""
 
 import logging
+import posixpath
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.data.sample import Dataset, ImageSource, Sample
+from vlm_distill_cache.data.sample import Dataset, ImageSource, Sample, number_names
 from vlm_distill_cache.data.sources.conversations import Conversation, read_conversation, unread_forms
 from vlm_distill_cache.data.sources.pictures import (
     distinct,
@@ -23,6 +27,7 @@ from vlm_distill_cache.data.sources.rows import with_rows
 logger = logging.getLogger(__name__)
 
 PROBED = 256  # samples
+SOURCE_KEYS = ("source", "data_source", "dataset")  # of an entry: which data set it was taken from
 _LONGEST_KEY = 1024  # of a picture's name; a longer one is base64
 
 
@@ -59,6 +64,10 @@ class EntryDataset(Dataset):
     def image_keys(self) -> Sequence[str | None]:
         """The path of each sample's one image, as the data write it; None where only the picture tells. Reads all."""
         return [self._key(index) for index in range(len(self))]
+
+    def sources(self) -> NDArray[np.int64]:
+        """By what an entry says of it (`SOURCE_KEYS`), else by the folder of its one picture. Reads all."""
+        return number_names(self._source(index) for index in range(len(self)))
 
     def find(self, value: Any, index: int) -> ImageSource:
         """Where a picture that the entry at ``index`` gives is to be read; `SampleError` if it cannot be."""
@@ -144,6 +153,16 @@ class EntryDataset(Dataset):
         if len(found) != 1 or not isinstance(found[0], str):
             return None
         return found[0] if len(found[0]) <= _LONGEST_KEY else fingerprint(found[0])
+
+    def _source(self, index: int) -> str | None:
+        try:
+            entry = with_rows(self.read(index))
+        except SampleError:
+            return None
+        if named := next((entry[key] for key in SOURCE_KEYS if isinstance(entry.get(key), str) and entry[key]), None):
+            return str(named)
+        picture = self._key(index)
+        return None if picture is None else f"{posixpath.dirname(picture)}/"
 
     def _given(self, entry: Mapping[str, Any], said: Conversation) -> list[Any]:
         """The pictures that an entry gives, in its messages and beside them; the same in both places counts once."""

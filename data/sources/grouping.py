@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.data.sample import Dataset, Sample, Weighting, number_repeats
+from vlm_distill_cache.data.sample import Dataset, Sample, Weighting, number_names, number_repeats
 
 
 class ChosenSamples(Dataset):
@@ -34,6 +34,10 @@ class ChosenSamples(Dataset):
         """Names of these samples' images."""
         keys = self._dataset.image_keys()
         return [keys[position] for position in self._positions]
+
+    def sources(self) -> NDArray[np.int64]:
+        """Where these samples are from."""
+        return self._dataset.sources()[np.asarray(self._positions, dtype=np.int64)]
 
     def weighting(self) -> Weighting | None:
         """How often these samples are seen."""
@@ -84,6 +88,12 @@ class JoinedSamples(Dataset):
             (part, keys[part][place]) for part, place in zip(self.parts.tolist(), self._places.tolist(), strict=True)
         ]
         return [None if key is None else f"{part}:{key}" for part, key in found]
+
+    def sources(self) -> NDArray[np.int64]:
+        """Those of each data set, told from those of the others."""
+        inner = [dataset.sources() for dataset in self._datasets]
+        pairs = zip(self.parts.tolist(), self._places.tolist(), strict=True)
+        return number_names((part, int(inner[part][place])) for part, place in pairs)
 
 
 class GroupedByImage(ChosenSamples):

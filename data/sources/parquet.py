@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.common.locations import by_make
-from vlm_distill_cache.data.sample import ImageSource
+from vlm_distill_cache.data.sample import ImageSource, number_names
 from vlm_distill_cache.data.sources.parquet_rows import ParquetRows, ParquetSource, StoredPicture
 from vlm_distill_cache.data.sources.table import NEEDED, TableDataset
 
@@ -134,7 +137,13 @@ class ParquetDataset(TableDataset):
 
     def __init__(self, sources: Sequence[ParquetSource], *, name: str, where: str, image_root: Path | None) -> None:
         self._has_folder = image_root is not None
-        super().__init__(ParquetTable(sources), name=name, where=where, image_root=image_root or Path())
+        table = ParquetTable(sources)
+        self._files = [number for number, count in enumerate(table.rows.counts) for _ in range(count)]
+        super().__init__(table, name=name, where=where, image_root=image_root or Path())
+
+    def sources(self) -> NDArray[np.int64]:
+        """Those of each file, told from those of the others."""
+        return number_names(zip(self._files, super().sources().tolist(), strict=True))
 
     def find(self, value: Any, index: int) -> ImageSource:
         """A picture of the table, whose bytes are read when it is decoded, or a file that the row names."""

@@ -136,6 +136,7 @@ class ParquetRows:
     Attributes:
         columns: Names of the columns.
         schema: Of the first file, pictures and types as stored there.
+        counts: Rows of each file.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class ParquetRows:
         self._whole: dict[tuple[int, str], bool] = {}  # by row group and column: whether all its pictures have bytes
         self._of_file = [list(self._groups_of(number)) for number in range(len(self._sources))]
         self._groups = [group for groups in self._of_file for group in groups]
+        self.counts = [sum(group.rows for group in groups) for groups in self._of_file]
         self._ends = list(accumulate(group.rows for group in self._groups))
         if not self._ends or not self._ends[-1]:
             raise DataError(f"{self._sources[0].shown}: no row in {len(self._sources)} parquet files; nothing to learn")

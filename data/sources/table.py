@@ -4,14 +4,18 @@ Pictures are taken as the stored bytes and decoded by `data.images.load`, so tha
 `datasets` says of a column's type counts where the data tell it: pictures under any name, labels by their names.
 """
 
+import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.sample import resolve_ids
+from vlm_distill_cache.data.sample import number_names, resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
-from vlm_distill_cache.data.sources.entries import EntryDataset
+from vlm_distill_cache.data.sources.entries import SOURCE_KEYS, EntryDataset
 from vlm_distill_cache.data.sources.pictures import says_none
 
 NEEDED = "pip install 'vlm-distill-cache[hf]'"
@@ -93,6 +97,13 @@ class TableDataset(EntryDataset):
         if {"image", "images"} & self._table.texts:
             return super().image_keys()
         return [None] * len(self)
+
+    def sources(self) -> NDArray[np.int64]:
+        """By a column of texts that says so, else by the folders of pictures, where a column of texts names these."""
+        named = next((key for key in SOURCE_KEYS if key in self._table.texts), None)
+        if named is not None:
+            return number_names(self._table.column(named))
+        return number_names(key and posixpath.dirname(key) for key in self.image_keys())
 
 
 def by_name(value: Any, feature: Any) -> Any:

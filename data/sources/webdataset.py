@@ -20,10 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.images.load import FileSlice, ImageBytes
 from vlm_distill_cache.data.images.recognise import VIDEO_EXTENSIONS, is_picture, picture_extensions
-from vlm_distill_cache.data.sample import ImageSource, refuse_repeats, usable_ids
+from vlm_distill_cache.data.sample import ImageSource, number_names, refuse_repeats, usable_ids
 from vlm_distill_cache.data.sources.conversations import has_text
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, parse
@@ -65,7 +68,8 @@ class WebDataset(EntryDataset):
         self.name = Path(pattern).name
         self.image_root = Path(pattern).parent
         paths = paths or find_files(pattern, ".tar")
-        self._members = [member for path in paths for member in _index_tar(path)]
+        members = [(number, member) for number, path in enumerate(paths) for member in _index_tar(path)]
+        self._archives, self._members = [number for number, _ in members], [member for _, member in members]
         if not any(member.texts for member in self._members):
             raise DataError(
                 f"{pattern}: no member KEY.json or KEY.txt in {len(paths)} tars; nothing to learn from"
@@ -115,6 +119,10 @@ class WebDataset(EntryDataset):
     def image_keys(self) -> Sequence[str | None]:
         """None: only the pictures tell."""
         return [None] * len(self)
+
+    def sources(self) -> NDArray[np.int64]:
+        """By their archives."""
+        return number_names(self._archives)
 
 
 def _index_tar(path: Path) -> list[_Member]:

@@ -101,7 +101,9 @@ def _train_words(config: BuildConfig, *, student: str, steps: int, overrides: Se
     """The `distill train` of a short student, without its cache and its output."""
     data = ["--data", config.data, *(["--images", config.images] if config.images else [])]
     unserved = [f"{PHASE}.losses.{name}=0" for name in DEFAULT_SIGNALS if name not in config.signals]
-    given = [word for entry in (f"{PHASE}.steps={steps}", *unserved, *overrides) for word in ("--set", entry)]
+    # All of the probe, whatever the student's preset takes of whole data.
+    options = ("data_share=1.0", f"{PHASE}.steps={steps}", *unserved, *overrides)
+    given = [word for entry in options for word in ("--set", entry)]
     return ["train", "--student", student, *data, "--phases", PHASE, *given]
 
 

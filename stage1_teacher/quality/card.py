@@ -9,9 +9,14 @@ from vlm_distill_cache.common.cache.counts import SampleCounts
 from vlm_distill_cache.common.cache.plan import BASE, Plan, card_store_line, cut_words
 from vlm_distill_cache.common.cache.side_files import CARD
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
+from vlm_distill_cache.common.cache.spaced import FEW_RECORDS
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.printing import markdown, markdown_code, one_line
+from vlm_distill_cache.common.tools.shift import ShiftReport, folder_shift
+from vlm_distill_cache.common.tools.shift_view import shift_section
 from vlm_distill_cache.common.tools.sinks import Sinks, card_lines
+from vlm_distill_cache.data.questions import AskedData
+from vlm_distill_cache.data.sample import Dataset
 
 _MAX_CODEC = 4000  # characters of a codec's settings
 # The Hub's classes of size: below this many samples, this name.
@@ -20,8 +25,15 @@ _SIZES = (
 )  # fmt: skip
 
 
-def write_card(cache_dir: Path, plan: Plan, fidelity: dict[str, Any] | None, *, sinks: Sinks | None) -> None:
-    """Write the card of a cache whose shards are all there."""
+def write_card(
+    cache_dir: Path,
+    plan: Plan,
+    fidelity: dict[str, Any] | None,
+    *,
+    sinks: Sinks | None,
+    dataset: Dataset | None = None,
+) -> None:
+    """Write the card of a cache whose shards are all there; ``dataset`` tells the questions, of which it holds none."""
     counts = SampleCounts()
     field_bytes = dict.fromkeys((field.name for field in plan.all_fields), 0)
     for index in range(plan.shard_count):
@@ -29,7 +41,9 @@ def write_card(cache_dir: Path, plan: Plan, fidelity: dict[str, Any] | None, *, 
         counts.add(sidecar)
         for name, size in sidecar.field_bytes.items():
             field_bytes[name] = field_bytes.get(name, 0) + size
-    text = card_text(plan, fidelity, counts=counts, field_bytes=field_bytes, sinks=sinks)
+    asked = None if dataset is None else AskedData(dataset).questions
+    shift = folder_shift(cache_dir, plan, total=counts.samples, asked=asked, most=FEW_RECORDS)
+    text = card_text(plan, fidelity, counts=counts, field_bytes=field_bytes, sinks=sinks, shift=shift)
     write_bytes_atomic(cache_dir / CARD, text.encode())
 
 
@@ -40,6 +54,7 @@ def card_text(
     counts: SampleCounts,
     field_bytes: Mapping[str, int],
     sinks: Sinks | None = None,
+    shift: ShiftReport | None = None,
 ) -> str:
     """Write the card's text: a function of its arguments alone, equal for both stores but for the store's line.
 
@@ -48,6 +63,7 @@ def card_text(
         counts: Of all shards.
         field_bytes: Decoded bytes of all records by field.
         sinks: Of `write_sinks`.
+        shift: How the gaze moves within answers; None: the cache does not hold it.
     """
     rows, samples = max(1, counts.rows), max(1, counts.samples)
     signals = ""
@@ -116,8 +132,7 @@ Bytes are those of the decoded arrays; on disk they are packed.
 | figure | mean over the probe |
 |---|---|
 {figures}
-
-{card_lines(sinks)}
+{shift_section(shift)}{card_lines(sinks)}
 ## Fingerprints
 
 | of | value |

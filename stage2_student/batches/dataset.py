@@ -11,7 +11,7 @@ Dims: A supervised rows.
 import logging
 import math
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +88,10 @@ def join_cache(cache: TeacherCache, dataset: Dataset, *, limit: int | None = Non
     )
 
 
-def leave_out(join: Join, positions: Collection[int]) -> Join:
-    """The same samples without those at some positions."""
-    kept = np.array([position not in positions for position in range(len(join.sample_ids))], dtype=bool)
+def choose(join: Join, positions: Iterable[int]) -> Join:
+    """The samples at some positions alone."""
+    kept = np.zeros(len(join.sample_ids), dtype=bool)
+    kept[np.fromiter(positions, dtype=np.int64)] = True
     renumbered = np.cumsum(kept) - 1
     return Join(
         sample_ids=[name for name, stays in zip(join.sample_ids, kept, strict=True) if stays],
@@ -179,6 +180,7 @@ class CachedDataset:
         terms: Mapping[str, LossTerm],
         pad_token_id: int,
         limit: int | None = None,
+        join: Join | None = None,
         memory: SampleMemory | None = None,
         shuffle_teacher_images: bool = False,
         match: GroupMatch | None = None,
@@ -190,6 +192,8 @@ class CachedDataset:
 
         Args:
             terms: Losses by name, whose signals are read; none for supervised fine-tuning, which then reads no record.
+            limit: Take the first samples only, in the cache's order; None: all.
+            join: Which samples are taken, if that is known already.
             memory: Keeps encoded and decoded samples; joins of the same data and cache may share one.
             shuffle_teacher_images: Attention signals come from another sample (control experiment).
             vocabulary: Output rows of the student; cached token ids beyond them are counted. None: not counted.
@@ -209,7 +213,7 @@ class CachedDataset:
         self._compared: set[int] = set()
         self._counting = threading.Lock()
         self.failed = len(cache.failed)
-        join = join_cache(cache, dataset, limit=limit)
+        join = join or join_cache(cache, dataset, limit=limit)
         self.sample_ids, self.shards, self._places = join.sample_ids, join.shards, join.places
         long = self._beyond_positions()
         self.left_out = {self.sample_ids[position]: reason for position, reason in long.items()}
@@ -218,7 +222,7 @@ class CachedDataset:
                 "%d of %d samples of %s are longer than the student's positions and are not trained on; the first: %s",
                 len(long), len(self.sample_ids), cache.place, next(iter(long.values())),
             )  # fmt: skip
-            join = leave_out(join, long)
+            join = choose(join, (position for position in range(len(self.sample_ids)) if position not in long))
             self.sample_ids, self.shards, self._places = join.sample_ids, join.shards, join.places
             if not self.sample_ids:
                 raise CacheMismatchError(

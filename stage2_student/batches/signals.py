@@ -96,6 +96,9 @@ class StudentSizes(Protocol):
     def width(self) -> int:
         """Of the language model."""
 
+    def kept_layers(self, teacher_depth: int) -> tuple[int, ...] | None:
+        """Which of the layers of a teacher of this depth are its own; None: it was not cut out of one."""
+
 
 @dataclass(frozen=True)
 class Seen:

@@ -86,7 +86,7 @@ def save_processor(
             keep_files(source, target)
         _write_library(target, model.config, encoder)
         if isinstance(model, Changed) and (target / "config.json").exists():
-            _write_code(target, dict.fromkeys(_AUTO_MODELS, type(model)))
+            write_model_code(target, model)
     for name in ("tokenizer_config.json", "processor_config.json"):
         path = target / name
         if path.exists():
@@ -153,6 +153,12 @@ def _write_own(target: Path, ours: Mapping[str, type[Any]], encoder: SampleEncod
     )
     template = chat_template_of(encoder.template, encoder.tokenizer, encoder.image_token)
     (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def write_model_code(target: Path, model: Any) -> None:
+    """Write the code of a changed model's class beside its weights, and name it in ``config.json``."""
+    ours = {"AutoConfig": type(model.config)} if isinstance(model, VisionLanguageModel) else {}
+    _write_code(target, {**ours, **dict.fromkeys(_AUTO_MODELS, type(model))})
 
 
 def _write_code(target: Path, classes: Mapping[str, type[Any]]) -> dict[str, str]:

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.changed import changes_of
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
-from vlm_distill_cache.data.families.models import placement
+from vlm_distill_cache.data.families.models import BLOCK, PACKED_ROWS, placement
 from vlm_distill_cache.data.families.table import family_of
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 
 Quantise = Literal["8bit", "4bit"]
-_BLOCK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,7 @@ class Source:
         provenance: What it says of itself.
         dtype: Of the exported weights.
         quantise: What the language model's weights are quantised to; None: they are not.
+        portable: Refuse what some processors cannot compute with.
         trained: What the last checkpoint of its training holds of the student (``TrainedParts.state``).
     """
 
@@ -44,6 +44,7 @@ class Source:
     dtype: torch.dtype
     quantise: Quantise | None
     trained: Callable[[], Mapping[str, Any]]
+    portable: bool = True
 
     @property
     def core(self) -> Any:
@@ -115,13 +116,49 @@ def exported_model(source: Source) -> Any:
     dtype = str(source.dtype).removeprefix("torch.")
     options = placement(family_of(core.config.model_type), dtype=dtype, device_map="cpu", quantisation=source.quantise)
     kept = tuple(options["quantization_config"].llm_int8_skip_modules)
-    for name, module in core.named_modules() if source.quantise == "4bit" else ():
-        if type(module) is nn.Linear and not name.startswith(kept) and module.in_features % _BLOCK:
+    for name, module in core.named_modules() if source.quantise == "4bit" and source.portable else ():
+        if type(module) is nn.Linear and not name.startswith(kept) and not _fits_blocks(module):
             raise ModelError(
-                f"{where}: {name} reads {module.in_features} values, and 4-bit weights are packed in blocks of {_BLOCK}, which "
-                "some processors compute with whole blocks alone; take --quantise 8bit, or leave it out"
+                f"{where}: {name} reads {module.in_features} values and writes {module.out_features}, and some processors "
+                f"compute with 4-bit weights in whole blocks of {BLOCK} values and {PACKED_ROWS} rows alone; take --quantise "
+                "8bit, or leave it out"
             )
     state = cast(core.state_dict(), source.dtype, where=where)
     model = type(core).from_pretrained(None, config=core.config, state_dict=state, dtype=source.dtype, **options)
     model.generation_config = core.generation_config
     return model.eval()
+
+
+def unpack_odd_layers(model: nn.Module) -> None:
+    """Put the values that they stand for in the place of 4-bit layers that are no whole blocks, in float32.
+
+    On processors with AVX-512, bitsandbytes 0.50 fails on some of them and multiplies others by the scales of other blocks.
+    """
+    for name, layer in list(model.named_modules()):
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is None or _fits_blocks(layer):
+            continue
+        packed: Any = layer
+        values = unpack_4bit(packed.weight.data, state.absmax, state.code, state.shape, state.blocksize)
+        plain = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
+        plain.weight = nn.Parameter(values, requires_grad=False)
+        if packed.bias is not None:
+            plain.bias = nn.Parameter(packed.bias.data.float(), requires_grad=False)
+        model.set_submodule(name, plain)
+
+
+def unpack_4bit(packed: Tensor, scales: Tensor, code: Tensor, shape: torch.Size, block: int) -> Tensor:
+    """The values of 4-bit weights, float32 of ``shape``: ``code[number] * scale of its block``, blocks as the values lie.
+
+    Args:
+        packed: Two numbers a byte, the first in the upper half.
+        scales: Of each block of ``block`` values, float ``[ceil(values / block)]``.
+        code: What each number stands for, float ``[16]``.
+    """
+    halves = packed.view(torch.uint8).flatten()
+    numbers = torch.stack([halves >> 4, halves & 15], dim=1).flatten()[: shape.numel()].long()
+    return (code.float()[numbers] * scales.float().repeat_interleave(block)[: shape.numel()]).reshape(shape)
+
+
+def _fits_blocks(layer: Any) -> bool:
+    return not (int(layer.in_features) % BLOCK or int(layer.out_features) % PACKED_ROWS)

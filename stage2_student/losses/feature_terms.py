@@ -151,8 +151,9 @@ class HiddenTerm(RowsTerm):
                 f"hidden_kind={losses.hidden_kind} needs equal widths. Set PHASE.losses.hidden_kind=relation "
                 "(PHASE: dpt, dft or sft), or use a student of the teacher's width (a pruned one keeps it)"
             )
+        depth = plan.stated("teacher.layers", where)
         return student_layers(
-            codec.layers, teacher_depth=plan.stated("teacher.layers", where), student_depth=student.depth
+            codec.layers, teacher_depth=depth, student_depth=student.depth, kept=student.kept_layers(depth)
         )
 
     def target(self, sides: Sides) -> RowsTarget:

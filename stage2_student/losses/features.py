@@ -23,16 +23,18 @@ def hidden_loss(
         student: float ``[R, S, D]``; of another width than the teacher's for ``relation`` only.
         teacher: float32 ``[R, S, D']``.
         kind: ``relative_mse``: squared error over the teacher's squared norm, row by row, so that no layer counts
-            more because its numbers are larger. ``cosine``: 1 - cosine. ``relation``: 1 - cosine of a row's
-            similarities (cosines) to all rows of its sample, which needs no common width.
+            more because its numbers are larger. ``mse``: squared error, a mean over the width too. ``cosine``:
+            1 - cosine. ``relation``: 1 - cosine of a row's similarities (cosines) to all rows of its sample, which
+            needs no common width.
         row_counts: Rows of each sample; they sum to R.
 
     Returns:
         Scalar float32, dimensionless, mean over rows and layers; 0, with a graph, without rows.
 
     Source:
-        ``relative_mse``: the normalised hidden-state loss of structured-pruning recovery; ``relation``: after the
-        relational distillation of LLaVA-KD (arXiv 2410.16236), row by row instead of the whole matrix.
+        ``mse``: structural pruning (arXiv 2604.24380), which recovers by A * MSE of the last hidden state + (1 - A) *
+        cross-entropy; ours is over the cached layers and supervised rows. ``relative_mse``: the same, normalised.
+        ``relation``: after the relational distillation of LLaVA-KD (arXiv 2410.16236), row by row instead of the whole matrix.
     """
     if kind not in get_args(HiddenKind):
         raise ValueError(f"kind: expected one of {list(get_args(HiddenKind))}, got {kind!r}")
@@ -48,6 +50,8 @@ def hidden_loss(
     if kind == "relative_mse":
         scale = right.square().mean(dim=-1).clamp_min(_TINY)  # [R, S]
         return ((left - right).square().mean(dim=-1) / scale).mean()
+    if kind == "mse":
+        return (left - right).square().mean()
     if kind == "cosine":
         return (1 - F.cosine_similarity(left, right, dim=-1)).mean()
     parts = [

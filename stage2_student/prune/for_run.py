@@ -7,16 +7,13 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.data.sample import iterate_readable
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.prune.cut import prune_directory
+from vlm_distill_cache.stage2_student.pruned_folder import Kept
 from vlm_distill_cache.stage2_student.students.encoder import encoder_of_cache
 from vlm_distill_cache.stage2_student.training.checks import refuse_other_teacher
 from vlm_distill_cache.stage2_student.training.preparation import open_cached_data
 
-SAMPLES = 256  # that importance is measured on
 
-
-def prune_for_cache(
-    config: TrainConfig, cache: TeacherCache, output: Path, *, keep: float, samples: int = SAMPLES
-) -> str:
+def prune_for_cache(config: TrainConfig, cache: TeacherCache, output: Path, *, kept: Kept) -> str:
     """Cut a run's student out of the teacher of its cache, by the cache's own samples.
 
     Raises:
@@ -25,13 +22,14 @@ def prune_for_cache(
     refuse_other_teacher(config, cache)
     phase = config.phase(config.phases[0])
     dataset = open_cached_data(cache, data=phase.data, images=phase.images)
-    widths = prune_directory(
+    pruning = prune_directory(
         Path(config.teacher or ""),
         output,
-        keep=keep,
-        samples=islice(iterate_readable(dataset), samples),
+        kept=kept,
+        how=config.pruning,
+        samples=islice(iterate_readable(dataset), config.pruning.samples),
         encoder=encoder_of_cache(cache.plan, cache.path / "processor", max_length=config.max_length),
         described={"cache": cache.manifest_hash},
         device=config.device,
     )
-    return f"{output}: {widths.heads} heads ({widths.key_value_heads} of keys and values), {widths.channels} channels"
+    return f"{output}: {pruning}"

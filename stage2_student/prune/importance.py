@@ -1,46 +1,49 @@
-"""How much each attention head and MLP channel of a language model adds to its residual stream.
+"""How much each attention head, MLP channel and whole layer of a language model matters, measured on samples.
 
-The importance of a part is the mean, over all positions of some samples, of the square of what it adds: exactly
-what the layer's output would change by without it. Inputs and weights both count, and no gradient is needed.
+*Activation* (heads and channels): the mean, over all positions, of the square of what a part adds to the residual
+stream: exactly what the layer's output would change by without it. Inputs and weights both count, and no gradient is
+needed. *Taylor* (both, and layers): the sum of ``|w * dL/dw|`` over a part's weights, where L is the mean
+cross-entropy of the supervised rows: to first order, what the loss may change by without them. A head is its rows of
+queries and its columns of the output, a key-value head its rows of keys and values, a channel its rows of gate and up
+and its column of down, a layer all of these. *Influence* (layers): ``1 - cos(x_in, x_out)``, a mean over all
+positions, of what enters a layer and what enters the next one.
 
-Dims: L layers, H query heads, d width of a head, C channels, D width of the model, T sequence.
+Dims: L layers, H query heads, K key-value heads, d width of a head, C channels, D width of the model, T sequence.
+
+Source:
+    Huang et al. 2026 (arXiv:2604.24380), whose code is LLM-Pruner's (arXiv:2305.11627, ``param_first``: absolute values
+    of single weights) and ShortGPT's (arXiv:2403.03853, block influence). Activation is ours.
 """
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm_distill_cache.common.errors import DataError, ModelError
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Importance:
-    """Mean squares of what parts add to the residual stream.
-
-    Attributes:
-        heads: float32 ``[L, H]``.
-        channels: float32 ``[L, C]``.
-        rows: Positions they are means over.
-    """
-
-    heads: Tensor
-    channels: Tensor
-    rows: int
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.data.families.models import row_logits
+from vlm_distill_cache.stage2_student.prune.plan import Importance
+from vlm_distill_cache.stage2_student.pruned_folder import DepthImportance, WidthImportance
+from vlm_distill_cache.stage2_student.students.prunable import ATTENTION, MLP, prunable_layers
 
 
-class _Layer:
+class Measured(NamedTuple):
+    """A sample to measure on: keyword arguments of one forward pass, without padding, and labels int64 ``[1, T]``."""
+
+    inputs: Mapping[str, Any]
+    labels: Tensor
+
+
+class _Activation:
     """Sums of one decoder layer: of products of a head's outputs ``[H, d, d]``, of squares of channels ``[C]``."""
 
-    def __init__(self, layer: nn.Module, heads: int) -> None:
-        self.output: nn.Linear = layer.self_attn.o_proj  # type: ignore[union-attr, assignment]
-        self.down: nn.Linear = layer.mlp.down_proj  # type: ignore[union-attr, assignment]
+    def __init__(self, layer: Any, heads: int) -> None:
+        self.output: nn.Linear = layer.self_attn.o_proj
+        self.down: nn.Linear = layer.mlp.down_proj
         self.heads = heads
         width = self.output.in_features // heads
         device = self.output.weight.device
@@ -70,49 +73,156 @@ class _Layer:
         return (self.squares * self.down.weight.detach().float().square().sum(0)).cpu() / self.rows
 
 
-@torch.no_grad()
-def measure_importance(
-    model: Any, language_model: Any, batches: Iterable[Mapping[str, Any]], *, heads: int
-) -> Importance:
-    """Run a model over samples and see what each head and channel adds.
+class _Influence:
+    """Sums over rows of the cosine between what enters each layer and what enters the next one."""
 
-    The model is in evaluation mode; a batch is the keyword arguments of one forward pass, without padding, which
-    would count as rows.
+    def __init__(self, layers: list[nn.Module], hooks: ExitStack) -> None:
+        self.cosines = torch.zeros(len(layers), dtype=torch.float64)
+        self._before = torch.zeros(0)
+        for index, layer in enumerate(layers):
+            enters = layer.register_forward_pre_hook(
+                lambda _layer, inputs, named, index=index: self._see(index, (*inputs, *named.values())[0]),
+                with_kwargs=True,
+            )
+            hooks.callback(enters.remove)
+        leaves = layers[-1].register_forward_hook(
+            lambda _layer, _inputs, output: self._see(len(layers), output[0] if isinstance(output, tuple) else output)
+        )
+        hooks.callback(leaves.remove)
+
+    def _see(self, index: int, states: Tensor) -> None:
+        states = states.detach().float()
+        if index:
+            same = F.cosine_similarity(self._before.to(states.device), states, dim=-1)
+            self.cosines[index - 1] += same.double().sum().cpu()
+        self._before = states
+
+
+class _Gradients:
+    """The loss's gradients by the weights and biases that leave with a part, summed over samples, in float32."""
+
+    def __init__(self, model: Any, layers: list[Any], hooks: ExitStack) -> None:
+        self.layers = layers
+        self.rows = 0
+        self.sums: dict[Any, Tensor] = {}
+        before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+
+        def restore() -> None:
+            for parameter, wanted in before.items():
+                parameter.requires_grad_(wanted)
+                parameter.grad = None
+
+        hooks.callback(restore)
+        model.requires_grad_(False)
+        for layer in layers:
+            for linear in _linears(layer).values():
+                for value in (linear.weight, linear.bias):
+                    if value is not None:
+                        self.sums[value.requires_grad_(True)] = torch.zeros(0)
+
+    def see(self, model: Any, batch: Measured) -> None:
+        """Add the gradient of one sample's summed cross-entropy; one without supervised rows adds nothing."""
+        rows = batch.labels != IGNORE_INDEX
+        if not rows.any():
+            return
+        logits = row_logits(model, batch.inputs, rows)  # [A, V]
+        F.cross_entropy(logits.float(), batch.labels[rows].to(logits.device), reduction="sum").backward()
+        self.rows += int(rows.sum())
+        for value, total in self.sums.items():
+            # Many samples' gradients would not fit into bfloat16.
+            if value.grad is not None:
+                self.sums[value] = value.grad.float() if not len(total) else total + value.grad.float()
+            value.grad = None
+
+    def of(self, linear: nn.Linear, *, columns: bool = False) -> Tensor:
+        """``|w * dL/dw|`` summed over each row, its bias among them, or each column, float32; L is a mean over rows."""
+        weight, bias = linear.weight, linear.bias
+        found = self._of(weight).sum(0 if columns else 1)
+        return found if columns or bias is None else found + self._of(bias)
+
+    def _of(self, value: Tensor) -> Tensor:
+        total = self.sums[value]
+        return (value.detach().float() * total).abs().cpu() / self.rows if len(total) else torch.zeros(value.shape)
+
+    def importance(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of heads ``[L, H]``, of key-value heads ``[L, K]`` and of channels ``[L, C]``."""
+        found = []
+        for layer in self.layers:
+            part = _linears(layer)
+            width = part["o_proj"].in_features // heads
+            query = self.of(part["q_proj"]) + self.of(part["o_proj"], columns=True)
+            served = self.of(part["k_proj"]) + self.of(part["v_proj"])
+            channels = self.of(part["gate_proj"]) + self.of(part["up_proj"]) + self.of(part["down_proj"], columns=True)
+            found.append((query.view(-1, width).sum(1), served.view(-1, width).sum(1), channels))
+        of_heads, of_served, of_channels = (torch.stack(kind) for kind in zip(*found, strict=True))
+        return of_heads, of_served, of_channels
+
+
+def measure_importance(
+    model: Any,
+    language_model: Any,
+    batches: Iterable[Measured],
+    *,
+    heads: int,
+    width: WidthImportance = "activation",
+    depth: DepthImportance | None = None,
+) -> Importance:
+    """Run a model over samples and see what each head, channel and layer matters; one pass over the samples does all.
+
+    The model is in evaluation mode. Samples are run one by one: padding would count as rows.
+
+    Args:
+        heads: Query heads of each layer.
+        width: What heads and channels are measured by.
+        depth: What layers are measured by; None: they are not, and come out as zeros.
 
     Raises:
         ModelError: If the decoder's layers are built in another way.
-        DataError: If there is no batch.
+        DataError: If there is no sample, or, for ``taylor``, none with an answer.
     """
     layers = prunable_layers(language_model)
-    seen = [_Layer(layer, heads) for layer in layers]
+    seen = [_Activation(layer, heads) for layer in layers]
+    influence = gradients = None
+    by_loss = "taylor" in (width, depth)
     with ExitStack() as hooks:
         for layer in seen:
             hooks.enter_context(layer.output.register_forward_pre_hook(layer.see_heads))
             hooks.enter_context(layer.down.register_forward_pre_hook(layer.see_channels))
-        for batch in batches:
-            model(**batch, use_cache=False)
-    if not seen[0].rows:
-        raise DataError("no sample to measure the importance of heads and channels on; give more data")
-    return Importance(
-        heads=torch.stack([layer.head_importance() for layer in seen]),
-        channels=torch.stack([layer.channel_importance() for layer in seen]),
-        rows=seen[0].rows,
-    )
+        if depth == "influence":
+            influence = _Influence(layers, hooks)
+        if by_loss:
+            gradients = _Gradients(model, layers, hooks)
+        with torch.enable_grad() if by_loss else nullcontext():
+            _run(model, batches, gradients)
+        if gradients is not None and not gradients.rows:
+            raise DataError("no sample with an answer to measure importance=taylor on; give data with answers")
+        if not seen[0].rows:
+            raise DataError("no sample to measure the importance of heads and channels on; give more data")
+        of_heads = torch.stack([layer.head_importance() for layer in seen])
+        of_channels = torch.stack([layer.channel_importance() for layer in seen])
+        served = layers[0].self_attn.k_proj.out_features // (layers[0].self_attn.o_proj.in_features // heads)  # type: ignore[union-attr, operator]
+        of_served = torch.zeros(len(layers), int(served))
+        of_layers = torch.zeros(len(layers))
+        if influence is not None:
+            of_layers = 1 - (influence.cosines / seen[0].rows).float()
+        if gradients is not None:
+            by_taylor = gradients.importance(heads)
+            if width == "taylor":
+                of_heads, of_served, of_channels = by_taylor
+            if depth == "taylor":
+                of_layers = torch.stack([kind.sum(1) for kind in by_taylor]).sum(0)
+    return Importance(heads=of_heads, key_values=of_served, channels=of_channels, layers=of_layers, rows=seen[0].rows)
 
 
-def prunable_layers(language_model: Any) -> list[nn.Module]:
-    """The decoder layers, if all are built as Llama's."""
-    layers = list(getattr(language_model, "layers", []))
-    for index, layer in enumerate(layers):
-        for part, names in (("self_attn", ATTENTION), ("mlp", MLP)):
-            found = getattr(layer, part, None)
-            missing = [name for name in names if not isinstance(getattr(found, name, None), nn.Linear)]
-            if missing:
-                raise ModelError(
-                    f"{type(language_model).__name__}, layer {index}: no linear {part}.{', '.join(missing)}; expected "
-                    "layers built as Llama's (Llama, Qwen, Mistral, Gemma): this teacher cannot be pruned, choose "
-                    "another student"
-                )
-    if not layers:
-        raise ModelError(f"{type(language_model).__name__} keeps no list of decoder `layers`: it cannot be pruned")
-    return layers
+def _run(model: Any, batches: Iterable[Measured], gradients: _Gradients | None) -> None:
+    for batch in batches:
+        if gradients is None:
+            with torch.no_grad():
+                model(**batch.inputs, use_cache=False)
+        else:
+            gradients.see(model, batch)
+
+
+def _linears(layer: Any) -> dict[str, nn.Linear]:
+    """The projections of a layer by name."""
+    return {name: getattr(layer.self_attn if name in ATTENTION else layer.mlp, name) for name in (*ATTENTION, *MLP)}

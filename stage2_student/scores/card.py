@@ -30,7 +30,7 @@ from vlm_distill_cache.common.printing import hide_secrets, markdown, markdown_c
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.final_folder import FOR_OTHERS, PROVENANCE, own_file, read_provenance
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
-from vlm_distill_cache.stage2_student.pruned_folder import read_settings
+from vlm_distill_cache.stage2_student.pruned_folder import cut_words, read_settings
 from vlm_distill_cache.stage2_student.scores.origin import UNKNOWN
 from vlm_distill_cache.stage2_student.scores.results import (
     HEADLINE,
@@ -249,6 +249,7 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
         ("run", markdown_code(provenance["fingerprint"])),
         *_kept(provenance.get("best", {})),
         *((of.replace("_", " "), markdown(said)) for of, said in token_words(folder).items()),
+        *((of, markdown(said)) for of, said in cut_words(folder).items()),
         *((f"export: {key}", markdown_code(export[key])) for key in ("layout", "dtype", "quantise") if export.get(key)),
         *(fact for number, cache in enumerate(caches, 1) for fact in _facts(cache, number if len(caches) > 1 else 0)),
         *(

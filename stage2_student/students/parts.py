@@ -9,6 +9,7 @@ from typing import Any
 import PIL.Image
 from torch import nn
 
+from vlm_distill_cache.common.attention.hidden import kept_layers
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
@@ -69,6 +70,10 @@ class StudentParts:
     def width(self) -> int:
         """Of the language model."""
         return int(self.model.language_model.config.hidden_size)
+
+    def kept_layers(self, teacher_depth: int) -> tuple[int, ...] | None:
+        """Which of the layers of a teacher of this depth are its own; None: it was not cut out of one."""
+        return kept_layers(self.model.language_model.config, teacher_depth=teacher_depth)
 
     @property
     def visual_rows(self) -> str:

@@ -44,9 +44,9 @@ from vlm_distill_cache.stage2_student.students.parts import model_parts
 from vlm_distill_cache.stage2_student.training.preparation import Preparation, prepare
 from vlm_distill_cache.stage2_student.training.resolve import with_folders
 
-_OPTIONS = ("template", "max_length", "limit", "data_share", "memory_gib", "verify", "shuffle_teacher_images")
+_OPTIONS = ("template", "max_length", "limit", "data_share", "seed", "memory_gib", "verify", "shuffle_teacher_images")
 _STUDENT_OPTIONS = (
-    *("student_weights", "vision_tower", "language_model", "projector", "pool_teacher_tokens", "seed"),
+    *("student_weights", "vision_tower", "language_model", "projector", "pool_teacher_tokens"),
     *(name for head, names in TOKEN_OPTIONS.items() for name in (head, *names)),
 )
 _WHOLE = (
@@ -99,10 +99,10 @@ class DistillationDataset(Dataset[TrainingSample]):
                 tokenizer and image processor.
             data: What the cache was built from, as for stage one; None: the built-in data set that it names.
             images: Folder that relative image paths start from.
-            options: Of `TrainConfig`: ``template``, ``max_length``, ``limit``, ``data_share``, ``memory_gib`` (0 unless given;
-                each worker process keeps its own), ``verify`` and ``shuffle_teacher_images``; of a student that is not
-                given as a model, ``student_weights``, ``vision_tower``, ``language_model``, ``projector``,
-                ``pool_teacher_tokens``, ``seed`` and all about visual tokens, too (docs/visual-tokens.md).
+            options: Of `TrainConfig`: ``template``, ``max_length``, ``limit``, ``data_share``, ``seed``, ``memory_gib`` (0
+                unless given; each worker process keeps its own), ``verify`` and ``shuffle_teacher_images``; of a student that
+                is not given as a model, ``student_weights``, ``vision_tower``, ``language_model``, ``projector``,
+                ``pool_teacher_tokens`` and all about visual tokens, too (docs/visual-tokens.md).
 
         Raises:
             DistillError: With the remedy, if they do not fit each other.
@@ -163,6 +163,7 @@ class DistillationDataset(Dataset[TrainingSample]):
             len(self),
             len(self.sampler()),
             config.shuffle_teacher_images,
+            *([config.data_share, config.seed] if config.data_share < 1 else []),
         ]
         self.fingerprint = fingerprint([described, prepared.encoder_description])
 

@@ -48,19 +48,23 @@ def differing_options(output: Path, config: TrainConfig, hashes: Mapping[str, st
     With ``offers`` it says where ``--extend`` would help.
     """
     now, known = describe(config, hashes), True
+    # Of a training of such a version either nothing can be told, or it is described anew, which finds no difference.
+    older = "" if config.data_share == 1 else "; data_share took the first samples in older versions, not random ones"
     try:
         before = _described(output / FINAL)
     except FileNotFoundError:
         try:
             before, known = describe(config_from_dict(TrainConfig, read_yaml(output / CONFIG)), hashes), False
         except DistillError:
-            return ""
+            return older
     except DistillError:
-        return ""
+        return older
     lines = describe_differences(before, now, there="there", here="this run")
     offer = f"; {_OFFER}" if offers and (output / FINAL).is_dir() and is_longer(before, now) else ""
     return (
-        "".join(f"; {line.strip()}" for line in lines[:10]) + offer + versions_kept(before if known else None, hashes)
+        ("".join(f"; {line.strip()}" for line in lines[:10]) or older)
+        + offer
+        + versions_kept(before if known else None, hashes)
     )
 
 

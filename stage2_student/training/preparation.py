@@ -29,13 +29,16 @@ from vlm_distill_cache.common.tools.fidelity_words import poor_fidelity
 from vlm_distill_cache.common.tools.merge import refuse_different
 from vlm_distill_cache.data.families.inputs import known_positions
 from vlm_distill_cache.data.registry import open_dataset
-from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.sample import Dataset, number_names
 from vlm_distill_cache.data.sources.mixture import Part, deal, is_mixture, own_caches, read_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.batches.dataset import (
     CachedDataset,
+    Join,
     SampleMemory,
+    choose,
+    join_cache,
     merged_fingerprints,
     splits_and_limits,
     was_cut,
@@ -43,6 +46,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
 from vlm_distill_cache.stage2_student.batches.gaze import GAZE, GazeTerm
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.sampler import ShardShuffle
+from vlm_distill_cache.stage2_student.batches.share import draw_share
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm
 from vlm_distill_cache.stage2_student.batches.sinks import needed_sinks, sinks_for
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
@@ -240,9 +244,39 @@ def _open_parts(phase: PhaseConfig, caches: Mapping[str, TeacherCache]) -> list[
     return parts
 
 
-def _shares(sizes: Sequence[int], config: TrainConfig) -> list[int | None]:
+def _take(parts: Sequence[_Part], config: TrainConfig) -> list[tuple[_Part, Join]]:
+    """The parts that a run uses, each with its samples: the first ones, and of them all a random share."""
+    limits = _limits([len(part.dataset) for part in parts], config.limit)
+    taken = [
+        (part, join_cache(part.cache, part.dataset, limit=limit))
+        for part, limit in zip(parts, limits, strict=True)
+        if limit != 0
+    ]
+    if config.data_share == 1:
+        return taken
+    ids = [sample_id for _, join in taken for sample_id in join.sample_ids]
+    sources = number_names(
+        (number, source)
+        for number, (part, join) in enumerate(taken)
+        for source in part.dataset.sources()[join.places].tolist()
+    )
+    drawn = draw_share(ids, sources, share=config.data_share, seed=config.seed)
+    ends = np.cumsum([len(join.sample_ids) for _, join in taken])
+    shared = []
+    for (part, join), end in zip(taken, ends.tolist(), strict=True):
+        start = end - len(join.sample_ids)
+        own = drawn[(drawn >= start) & (drawn < end)] - start
+        if len(own):
+            shared.append((part, choose(join, own.tolist())))
+    _log.info(
+        "data_share=%g: %d of %d samples, drawn at random from %d sources",
+        config.data_share, len(drawn), len(ids), len(np.unique(sources)),
+    )  # fmt: skip
+    return shared
+
+
+def _limits(sizes: Sequence[int], limit: int | None) -> list[int | None]:
     """How many samples of each part a run uses at most: of several, as many as the mixture's beginning holds."""
-    limit = config.sample_limit(sum(sizes))
     if len(sizes) == 1 or limit is None:
         return [limit] * len(sizes)
     owners = np.repeat(np.arange(len(sizes)), sizes)[deal(sizes)[:limit]]
@@ -488,7 +522,7 @@ def _reading(
 def _prepare_phases(
     config: TrainConfig, caches: Mapping[str, TeacherCache], encoder: SampleEncoder, parts: StudentParts
 ) -> tuple[PreparedPhase, ...]:
-    opened: dict[tuple[object, ...], list[_Part]] = {}
+    opened: dict[tuple[object, ...], list[tuple[_Part, Join]]] = {}
     joined: dict[tuple[object, ...], CachedDataset | UnitedDataset] = {}
     memories: dict[tuple[object, ...], SampleMemory] = {}
     phases = []
@@ -499,7 +533,7 @@ def _prepare_phases(
         terms, template, match = check_phase(config, name, cache, parts)
         source = (phase.cache, phase.data, phase.images)
         if source not in opened:
-            opened[source] = _open_parts(phase, caches)
+            opened[source] = _take(_open_parts(phase, caches), config)
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
         read = terms | ({GAZE: GazeTerm()} if config.follows_gaze else {})
         join = (*source, tuple(read), match, needed_sinks(losses))
@@ -507,8 +541,7 @@ def _prepare_phases(
             compares = same_tokenizer(cache, parts.tokenizer) and template == PromptTemplate.from_dict(
                 cache.plan.template
             )
-            limits = _shares([len(part.dataset) for part in opened[source]], config)
-            taken = [(part, limit) for part, limit in zip(opened[source], limits, strict=True) if limit != 0]
+            taken = opened[source]
             memory = round(config.memory_gib * 2**30 / len(taken))
             datasets = [
                 CachedDataset(
@@ -517,7 +550,7 @@ def _prepare_phases(
                     part.cache,
                     terms=read,
                     pad_token_id=encoder.tokenizer.pad_token_id or 0,
-                    limit=limit,
+                    join=join_of_it,
                     memory=memories.setdefault((*source, part.place), SampleMemory(memory)),
                     shuffle_teacher_images=config.shuffle_teacher_images,
                     match=match,
@@ -525,7 +558,7 @@ def _prepare_phases(
                     vocabulary=vocabulary_rows(parts.model),
                     sinks=sinks_for(part.cache, losses, where=where),
                 )
-                for part, limit in taken
+                for part, join_of_it in taken
             ]
             several = len(datasets) > 1
             joined[join] = UnitedDataset(datasets, [part.weight for part, _ in taken]) if several else datasets[0]
@@ -558,7 +591,7 @@ def _prepare_phases(
                 dataset=dataset,
                 shuffle=shuffle,
                 objective=Objective(losses=losses, groups=() if match is None else match.student, fits=fits),
-                expect=_expecting(opened[source]),
+                expect=_expecting([part for part, _ in opened[source]]),
             )
         )
     check_pictures(

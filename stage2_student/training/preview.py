@@ -32,6 +32,7 @@ from vlm_distill_cache.stage2_student.pruned_folder import kept_share
 from vlm_distill_cache.stage2_student.students.model import vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts
 from vlm_distill_cache.stage2_student.students.presets import student_folder
+from vlm_distill_cache.stage2_student.students.prunable import check_prunable
 from vlm_distill_cache.stage2_student.students.tower import check_tower_is_free
 from vlm_distill_cache.stage2_student.training.checks import (
     check_labels_fit,
@@ -215,9 +216,13 @@ def look_at_student(
     if not known:
         return None
     first = caches[str(config.phase(config.phases[0]).cache)]
-    if kept_share(config.student) is not None:
-        with outlook.checking():
-            refuse_other_teacher(config, first)
+    if (kept := kept_share(config.student)) is not None:
+        for check in (
+            refuse_other_teacher,
+            lambda *_: check_prunable(Path(config.teacher or ""), kept, config.pruning),
+        ):
+            with outlook.checking():
+                check(config, first)
         return None
     folder = Path(config.student_weights or config.student)
     if is_without_weights(folder) and is_published(folder):

@@ -206,7 +206,7 @@ def student_sinks(cache: TeacherCache, encoder: AnyImageEncoder, where: str) -> 
         if found.places != "token" or grids != {encoder.grid}:
             raise CacheMismatchError(
                 f"token_selection=sinks: {where} reads pictures as tiles of {encoder.grid[0]} x {encoder.grid[1]} tokens, and "
-                f"{cache.place} knows no sinks of such tiles (but of {found.places}s, from {known.signals[part]}); choose "
+                f"{cache.place} knows no sinks of such tiles (but of {found.places}s); choose "
                 "token_selection=attention, gaze, grid or random, or give the cache of a teacher with such tiles"
             )
         scores = sink_scores(found.received.reshape(len(found.tiles), -1))

@@ -107,15 +107,15 @@ def map_table(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table_in(text: str) -> str:
-    """What stands between the two marks.
+def table_in(text: str, begin: str = BEGIN, end: str = END) -> str:
+    """What stands between two marks.
 
     Raises:
         ValueError: If a mark is missing.
     """
-    if text.count(BEGIN) != 1 or END not in text.partition(BEGIN)[2]:
-        raise ValueError(f"{TABLE_PAGE} has no block from {BEGIN.strip()} to {END.strip()}; put both lines back")
-    return text.partition(BEGIN)[2].partition(END)[0]
+    if text.count(begin) != 1 or end not in text.partition(begin)[2]:
+        raise ValueError(f"{TABLE_PAGE} has no block from {begin.strip()} to {end.strip()}; put both lines back")
+    return text.partition(begin)[2].partition(end)[0]
 
 
 def rewrite(text: str, page: str, before: Results | None, now: Results) -> str:

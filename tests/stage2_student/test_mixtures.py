@@ -2,21 +2,25 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
+import yaml
 
-from vlm_distill_cache.common.config import config_from_dict
-from vlm_distill_cache.common.errors import CacheMismatchError, DataError
+from vlm_distill_cache.common.config import config_from_dict, config_to_dict
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DataError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.registry import open_dataset
-from vlm_distill_cache.stage2_student.config import TrainConfig, describe
+from vlm_distill_cache.stage2_student.config import SHARE_OF, TrainConfig, describe
 from vlm_distill_cache.stage2_student.run import train_alone
+from vlm_distill_cache.stage2_student.training.extension import differing_options
 from vlm_distill_cache.stage2_student.training.preparation import open_cached_data, prepare
 from vlm_distill_cache.stage2_student.training.resolve import open_caches
+from vlm_distill_cache.stage2_student.training.stamp import refuse_other_run
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -133,12 +137,43 @@ def test_training_resumes_where_it_was_killed(caches, data, tmp_path, each):
     assert max(losses) == 8
 
 
-def test_a_share_of_the_data_takes_of_all_parts(caches, data, tmp_path):
-    for spec, place in ((caches[1], "a"), (caches[0], "all")):
-        part = prepare(config(spec, data / "caches" / place, tmp_path / "o", data_share=0.5)).phases[0]
-        labels = [tuple(part.dataset.load(i).encoded.labels.tolist()) for i in range(len(part.dataset))]
-        assert len(labels) == 6
-        assert part.shuffle.length == 4 + 5
+@pytest.mark.parametrize("each", [False, True])
+def test_a_share_of_the_data_is_drawn_at_random_from_each_part(caches, data, tmp_path, each):
+    spec, place = (caches[1], "a") if each else (caches[0], "all")
+
+    def drawn(**options):
+        phase = prepare(config(spec, data / "caches" / place, tmp_path / "o", data_share=0.5, **options)).phases[0]
+        loaded = [phase.dataset.load(i) for i in range(len(phase.dataset))]
+        assert [sample.encoded.sample_id for sample in loaded] == list(phase.dataset.sample_ids)
+        pictures = [bytes(sample.encoded.image_hash) for sample in loaded]
+        return phase.shuffle.length, list(phase.dataset.sample_ids), pictures
+
+    b_pictures = {bytes(open_cache(data / "caches" / "b").read(str(i))["image_hash"]) for i in range(4)}
+    seeds = [drawn(seed=seed) for seed in range(4)]
+    assert seeds[0] == drawn(seed=0)
+    for length, ids, pictures in seeds:
+        assert len(ids) == 6
+        assert sum(picture in b_pictures for picture in pictures) == 2
+        assert length == 4 + 5
+    assert len({tuple(ids) for _, ids, _ in seeds}) > 1
+    # `limit` comes first: half of the first 6, which are 4 and 2 of the parts.
+    first = set(prepare(config(spec, data / "caches" / place, tmp_path / "o", limit=6)).phases[0].dataset.sample_ids)
+    assert all(len(ids) == 3 and {*ids} <= first for _, ids, _ in (drawn(seed=seed, limit=6) for seed in range(3)))
+
+
+def test_a_run_says_that_its_share_is_drawn_at_random_and_other_runs_are_what_they_were(caches, data, tmp_path):
+    settings = config(caches[0], data / "caches" / "all", tmp_path / "o")
+    whole, half = describe(settings, {}), describe(replace(settings, data_share=0.5), {})
+    assert {name: half[name] for name in half.keys() - whole.keys()} == {"data_share_of": SHARE_OF}
+    # As an older version wrote it, which took the first samples: another run, and why.
+    older = {name: value for name, value in half.items() if name != "data_share_of"}
+    (tmp_path / "o" / "distilled" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match=r"data_share_of: the folder has 'nothing', this run has 'samples drawn at random"
+    ):
+        refuse_other_run(tmp_path / "o", {"run": older}, {"run": half}, hashes={})
+    (tmp_path / "o" / "config.yaml").write_text(yaml.safe_dump(config_to_dict(replace(settings, data_share=0.5))))
+    assert "first samples in older" in differing_options(tmp_path / "o", replace(settings, data_share=0.5), {})
 
 
 def test_other_weights_are_another_run(caches, data, tmp_path):

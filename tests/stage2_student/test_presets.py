@@ -10,7 +10,7 @@ from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.terminal.next_step import DEFAULT_SIGNALS
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
-from vlm_distill_cache.stage2_student.pruned_folder import RECORD, kept_share
+from vlm_distill_cache.stage2_student.pruned_folder import RECORD, Kept, kept_share
 from vlm_distill_cache.stage2_student.training.resolve import PRESETS, phases_preset, resolve_config
 
 GIVEN = ["cache=c", "output=o"]
@@ -105,15 +105,6 @@ def test_options_override_a_preset():
     assert (config.dft.trainable, config.dft.freeze, config.sft.trainable) == ("all", ("embeddings",), "lora")
 
 
-def test_a_share_of_the_data_is_a_number_of_samples():
-    config = load("phases-pruned")
-    assert config.sample_limit(1000) == 50
-    assert config.sample_limit(3) == 1
-    assert load("phases-tiny").sample_limit(3) is None
-    both = resolve_config(None, [*GIVEN, "limit=7", "data_share=0.5"], teacher_width=96)
-    assert [both.sample_limit(count) for count in (10, 100)] == [5, 7]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -134,4 +125,6 @@ def test_unusable_options_are_named(options, message):
 
 def test_other_students_are_no_share():
     assert kept_share("mobilevlm") is None
-    assert kept_share("pruned:0.25") == 0.25
+    assert kept_share("pruned:0.25") == kept_share("pruned:width:0.25") == Kept(width=0.25)
+    assert kept_share("pruned:depth:0.75") == Kept(depth=0.75)
+    assert kept_share("pruned:depth:0.75,width:0.5") == Kept(width=0.5, depth=0.75)

@@ -11,9 +11,19 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.common.printing import size_words
+from vlm_distill_cache.common.tools.shift_view import LEGEND as SHIFT_LEGEND
+from vlm_distill_cache.common.tools.shift_view import (
+    kind_rows,
+    largest_words,
+    number,
+    percent,
+    shift_facts,
+    span_rows,
+)
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.scores.card import reproduce
 from vlm_distill_cache.stage2_student.scores.flips import Flip, Flips
+from vlm_distill_cache.stage2_student.scores.gaze import RunShift
 from vlm_distill_cache.stage2_student.scores.page.charts import bars, curves, scored_on_the_way
 from vlm_distill_cache.stage2_student.scores.page.elements import (
     choices,
@@ -58,6 +68,7 @@ class RunPage:
         evaluations: By model, the baseline first.
         compared: The two models of which the page says what the second gains over the first.
         no_flips: Why ``flips`` are empty.
+        shift: None where no gaze is cached.
         provenance: What `PROVENANCE` says of the second: configuration, caches, fingerprints.
         notes: What the scores do not tell.
     """
@@ -72,6 +83,7 @@ class RunPage:
     flips: Sequence[Flips] = ()
     no_flips: str = ""
     taught: Sequence[Taught] = ()
+    shift: RunShift | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
@@ -91,6 +103,7 @@ def render_run_page(path: Path, page: RunPage) -> None:
             "Wins and losses": "".join(map(_flips, page.flips))
             or (page.no_flips and f"<p>{words(page.no_flips, 2000)}</p>"),
             "Beside the teacher": _taught(page.taught),
+            "Shift of the gaze": _shift(page.shift),
             "Training": curves("curves", page.curves) + legend({"loss": CURVES}) + _on_the_way(page.on_the_way),
             "Provenance": _provenance(page.provenance),
         }
@@ -213,6 +226,51 @@ def _view(taught: Taught, name: str) -> str:
 def _mass(look: Look) -> str:
     alike = "" if look.cosine is None else f", cosine {look.cosine:.2f}"
     return f"{100 * look.image_mass:.0f} % on the picture{alike}"
+
+
+def _shift(shift: RunShift | None) -> str:
+    """Where the gaze goes within answers: the teacher's by kind of question, and the students' beside it."""
+    if shift is None or not shift.teacher.answers:
+        return ""
+    report = shift.teacher
+    said = "".join(f"<p>{words(line, 400)}.</p>" for line in shift_facts(report))
+    spans = table(
+        ["token", "tokens", "gaze on the kept", "its own best", "in common"],
+        [[words(cell) for cell in row] for row in span_rows(report)],
+    )
+    kinds = table(
+        ["kind", "answers (+ of one token)", "gaze on the kept", "its own best", "events", "with an event"],
+        [[words(cell) for cell in row] for row in kind_rows(report)],
+    )
+    largest = "".join(
+        f"<li>{words(one.sample_id, 80)}: {words(largest_words(one, report), 400)}</li>" for one in report.largest
+    )
+    beside = table(
+        ["model", *(f"token {span}" for span in report.spans), "events", "with an event"],
+        [
+            [
+                words(name, 60),
+                *(percent(span.first) for span in of.spans.values()),
+                number(of.events),
+                percent(of.shifting),
+            ]
+            for name, of in shift.beside.items()
+        ],
+    )
+    students = (
+        "<h3>The students beside it</h3><p>Gaze on the places that token 0 looked at most, of each model its own token 0: "
+        f"{next(iter(shift.beside.values())).samples} cached samples, on the cells where all can be compared.</p>{beside}"
+        if shift.beside
+        else ""
+    )
+    sheets = "".join(picture(sheet, "where token 0 and the shifted token look") for sheet in shift.sheets)
+    drawn = (
+        "<p>The picture; where token 0 looks and where the shifted one does, each with its own scale and the share of its "
+        f"attention that lies on the picture; what is kept, and what the shifted token's gaze has there.</p>{sheets}"
+        if sheets
+        else ""
+    )
+    return f"{said}{spans}{kinds}<h3>The largest shifts</h3><ul>{largest}</ul>{drawn}{students}{legend(SHIFT_LEGEND)}"
 
 
 def _on_the_way(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

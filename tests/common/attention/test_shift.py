@@ -55,6 +55,8 @@ def test_by_hand():
     # been no event, with those of the second it is one.
     assert found.event.tolist() == [False, True, False, False, True]
     assert found.measured.tolist() == [True, True, True, False, True]
+    still = np.random.default_rng(0).random((1, 300)).repeat(5, axis=0)
+    assert not gaze_shift(still, threshold=1.0).event.any()  # to the last bit
     blind = gaze_shift(np.array([[0.0, 0], [1, 0]]))
     assert not blind.measured.any()
     assert not blind.event.any()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vlm_distill_cache.common.attention.boxes import overlap_matrix
-from vlm_distill_cache.common.attention.sinks import are_sinks, find_sinks, mean_over, overlaps, sink_scores
+from vlm_distill_cache.common.attention.sinks import are_sinks, find_sinks, mean_over, on_cells, overlaps, sink_scores
 from vlm_distill_cache.common.attention.tiles import Tile, box_array, grid_tile
 
 
@@ -57,6 +57,11 @@ def test_shares_of_boxes_are_those_of_the_losses():
     cells = box_array((grid_tile(5, 3),))
     expected = overlap_matrix(torch.from_numpy(boxes), torch.from_numpy(cells))
     np.testing.assert_allclose(overlaps(boxes, cells), expected, atol=1e-6)
+    # Tokens of tiles, some of them in padding, are moved to a grid in one go.
+    tiles = (Tile(5, 9, (-0.3, 0.1, 1.2, 0.8)), Tile(7, 4, (0.2, -0.6, 0.9, 1.4)), Tile(2, 1, (1.0, 0.0, 2.0, 1.0)))
+    received = rng.random(sum(tile.token_count for tile in tiles))
+    shares = overlaps(box_array(tiles), box_array((grid_tile(6, 6),)))
+    np.testing.assert_allclose(on_cells(tiles, received, 6), received @ shares, atol=1e-6)
 
 
 def pictures(layouts: list[tuple[Tile, ...]], seed: int = 3) -> list[tuple[tuple[Tile, ...], np.ndarray]]:
@@ -77,12 +82,17 @@ def test_equal_layouts_are_compared_token_by_token_whatever_their_padding():
     present = present.reshape(3, 16)
     np.testing.assert_allclose(found.scores, slow_scores(attention, present, 1.1))
     np.testing.assert_allclose(found.received, np.where(present, attention, 0).sum(0) / present.sum(0))
-    assert found.often.tolist() == sum(are_sinks(a, p).astype(int) for a, p in zip(attention, present, strict=True)).tolist()  # type: ignore[union-attr]
+    assert (
+        found.often.tolist()
+        == sum(are_sinks(a, p).astype(int) for a, p in zip(attention, present, strict=True)).tolist()
+    )  # type: ignore[union-attr]
     assert found.on(padded[1]).tolist() == found.scores.tolist()
     # A student with half as many rows and columns has the mean of four, wherever the picture lies in the frame.
     halved = found.scores.reshape(2, 2, 2, 2).mean(axis=(1, 3)).ravel()
     np.testing.assert_allclose(found.on((Tile(2, 2, (0.0, -1.0, 1.0, 2.0)),)), halved)
-    np.testing.assert_allclose(found.on((Tile(8, 8, (0.0, 0.0, 1.0, 1.0)),)).reshape(8, 8)[::2, ::2].ravel(), found.scores)
+    np.testing.assert_allclose(
+        found.on((Tile(8, 8, (0.0, 0.0, 1.0, 1.0)),)).reshape(8, 8)[::2, ::2].ravel(), found.scores
+    )
 
 
 def test_pictures_of_more_or_fewer_equal_tiles_are_compared_within_a_tile():
@@ -106,7 +116,9 @@ def test_pictures_of_different_grids_are_compared_on_cells_of_the_picture():
     first = shown[0][1].reshape(12, 2, 12).sum(axis=1).ravel()
     second = shown[1][1][:-1].reshape(12, 12, 2).sum(axis=2).ravel()  # a token beside the picture gives nothing
     np.testing.assert_allclose(found.scores, sink_scores(np.stack([first, second])))
-    np.testing.assert_allclose(found.on(layouts[0]).reshape(12, 2, 12), np.repeat(found.scores.reshape(12, 1, 12), 2, 1))
+    np.testing.assert_allclose(
+        found.on(layouts[0]).reshape(12, 2, 12), np.repeat(found.scores.reshape(12, 1, 12), 2, 1)
+    )
     assert found.on(layouts[1])[-1] == 0
     # What was pooled to a grid over the picture is about its cells, whatever the tiles.
     pooled = find_sinks([(layouts[0], np.arange(6.0)), (layouts[1], np.arange(6.0))], grid=(2, 3))

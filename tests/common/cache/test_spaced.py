@@ -6,6 +6,7 @@ import pytest
 from cache_factory import assert_equal_records, build_cache, make_plan
 
 from vlm_distill_cache.common.cache.spaced import spaced_places, spaced_records, spaced_unsealed
+from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.opening import open_cache
 
 
@@ -24,6 +25,17 @@ def test_a_small_cache_is_looked_at_whole_sealed_or_not(tmp_path, store):
         assert_equal_records(record, {field: whole[field] for field in record})
     few = [name for name, _ in spaced_records(cache, ("labels",), most=3)]
     assert few == [list(cache)[place] for place in (0, 3, 6)]
+
+
+def test_damage_is_found_before_anything_is_read_of_it(tmp_path):
+    build_cache(tmp_path / "cache", make_plan("webdataset"))
+    cache = open_cache(tmp_path / "cache")
+    [shard] = (tmp_path / "cache" / "shards").glob("00001*.tar")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    records = spaced_unsealed(cache.path, cache.plan, ("labels",))
+    assert [next(records)[0] for _ in range(3)] == list(cache)[:3]
+    with pytest.raises(CacheFormatError, match="cachectl repair"):
+        next(records)
 
 
 def test_places_are_even_bounded_and_skip_empty_shards():

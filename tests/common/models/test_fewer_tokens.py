@@ -13,6 +13,7 @@ from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenReque
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.around import surround
 from vlm_distill_cache.common.models.changed import change_model
+from vlm_distill_cache.common.models.decoding_tokens import decoding_counts
 from vlm_distill_cache.common.models.fed_sequence import pool
 from vlm_distill_cache.common.models.fewer_tokens import scores_given, tower_features
 from vlm_distill_cache.common.models.visual_tokens import choose
@@ -293,3 +294,47 @@ def test_passes_that_hide_where_pictures_are_are_refused(llava):
     assert torch.equal(model(**llava.inputs(2)).logits, llava.model(**llava.inputs(2)).logits)
     change_model(model, llava.parts, visual_tokens=None)
     assert torch.equal(model(**inputs).logits, llava.model(**inputs).logits)
+
+
+def cut_by_hand(model, parts, stands):
+    """One prompt without padding, cut to what is fed, physically; steps go on from its cache."""
+
+    def wrapper(run, decoder, **arguments):
+        length = arguments["inputs_embeds"].shape[1]
+        arguments["attention_mask"] = None
+        if length == 1:
+            return run(**arguments)
+        kept = stands[0] == torch.arange(length)
+        arguments["inputs_embeds"] = arguments["inputs_embeds"][:, kept]
+        arguments["position_ids"] = torch.arange(length)[None, kept]
+        decoder.visual_mask = decoder.visual_mask[:, kept]
+        found = run(**arguments)
+        found.last_hidden_state = torch.zeros(1, length, found.last_hidden_state.shape[2]).masked_scatter(
+            kept[None, :, None], found.last_hidden_state
+        )
+        return found
+
+    surround(model, parts, wrapper)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["fixed", "shift"])
+def test_decoding_with_fewer_tokens_goes_on_from_those_that_were_fed(llava, by):
+    decoding = {"keep": 2, "by": by, "shift_threshold": 1.0}
+    model, inputs = select(llava, by="random"), llava.inputs(0)
+    how = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [model.config.image_token_id]}
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+    stands = stands_of(model, llava, inputs)
+    fed = model.generate(**inputs, **how)
+    change_model(model, llava.parts, decoding_tokens={**decoding, "keep": 1000})
+    assert all(torch.equal(*pair) for pair in zip(model.generate(**inputs, **how).logits, fed.logits, strict=True))
+    reference = copy.deepcopy(llava.model)
+    for one in (model, reference):
+        change_model(one, llava.parts, decoding_tokens=decoding)
+    reference = cut_by_hand(reference, llava.parts, stands)
+    ours, slow = model.generate(**inputs, **how), reference.generate(**inputs, **how)
+    assert torch.equal(ours.sequences, slow.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(slow.logits), atol=2e-4, rtol=1e-4)
+    assert not torch.allclose(torch.stack(ours.logits)[1:], torch.stack(fed.logits)[1:], atol=1e-3)
+    assert (len(decoding_counts(model).events), by == "fixed") == (5, not any(map(bool, decoding_counts(model).events)))

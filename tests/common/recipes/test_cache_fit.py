@@ -8,7 +8,7 @@ import pytest
 from vlm_distill_cache.common.attention.layers import teacher_groups
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.recipes import read_recipe, recipe_names
-from vlm_distill_cache.common.recipes.cache_fit import COMPARED, cache_differences, differences_text
+from vlm_distill_cache.common.recipes.cache_fit import COMPARED, cache_differences, differences_text, recipe_of
 
 RELEASED, PAPER = read_recipe("compodistill-released"), read_recipe("compodistill-paper")
 SEVEN = teacher_groups(24, 7)
@@ -65,6 +65,17 @@ def test_what_makes_another_loss_names_the_signals_of_attention(plan: Plan, text
     (found,) = cache_differences(RELEASED, plan)
     assert found.text == text
     assert found.signals == ("visual_map",)
+
+
+def test_a_recipe_that_says_nothing_of_layers_asks_for_its_signals_alone_and_is_not_proposed():
+    recovery = read_recipe("recovery-hidden")
+    (found,) = cache_differences(recovery, plan_of(logits__temperatures=[2.0]))
+    assert (found.text, found.signals) == ("no hidden", ("hidden",))
+    attention = read_recipe("recovery-attention")
+    plan = without(plan_of(teacher_groups(24, 1)), "visual_map", "text_attention")
+    plan.signals["answer_attention"] = {"codec": "answer_attention", "groups": 1, "grid": [2, 2], "exact": False}
+    assert cache_differences(attention, plan) == []
+    assert recipe_of(plan) == ""
 
 
 def test_text_rows_may_be_finer_than_usual_and_not_coarser():

@@ -28,6 +28,7 @@ from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.merge import merge
 from vlm_distill_cache.common.tools.select import Selection, pull_partial
+from vlm_distill_cache.common.tools.sinks import write_sinks
 from vlm_distill_cache.common.tools.verify import verify
 
 
@@ -217,6 +218,8 @@ def part_of(root: Path, plan: Plan, shards) -> Path:
 def test_parts_of_one_plan_become_the_cache_one_machine_would_have_built(tmp_path: Path, store: str):
     plan = make_plan(store)
     build_cache(tmp_path / "whole", plan)
+    write_sinks(tmp_path / "whole")
+    seal(tmp_path / "whole")
     parts = [part_of(tmp_path / "a", plan, [0, 1]), part_of(tmp_path / "b", plan, [1, 2])]
     merged = merge(parts, tmp_path / "m")
     assert merged.manifest is not None

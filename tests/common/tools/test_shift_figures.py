@@ -163,7 +163,7 @@ def test_kinds_are_of_questions_where_the_data_is_given_and_of_answers_else(home
         "a number": (0, 1), "an option's letter": (0, 1), "yes or no": (0, 1),
     }  # fmt: skip
     said = run(home / "cache", "--shift")
-    assert "all 5 samples, 4 with a picture" in said
+    assert "All 5 samples, 4 with a picture" in said
     assert "kind of answer" in said
     assert "--shift --data DATA --picture FOLDER" in said
 

@@ -308,7 +308,7 @@ def test_short_students_get_caches_that_stage_two_takes(tmp_path: Path, tiny_lla
     )  # fmt: skip
     assert list(scores) == [f"logits={name}" for name in ("exact", "lean", "default", "wide", "full", "fixed:4")]
     assert short_students.score_lines(scores)["logits=lean"] == ["teacher/top1 0.5 [0.4, 0.6]"]
-    assert {word for words in called for word in words} >= {"seed=7", "dft.steps=2", "mobilevlm-tiny"}
+    assert {word for words in called for word in words} >= {"seed=7", "dft.steps=2", "mobilevlm-tiny", "data_share=1.0"}
     data = open_dataset("shapes", split="train", images=None, limit=20)
     for number in (1, 5):
         folder = tmp_path / "students" / f"cache-{number}"

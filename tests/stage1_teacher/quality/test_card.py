@@ -8,6 +8,10 @@ import yaml
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.opening import open_cache
+from vlm_distill_cache.common.tools.shift import cache_shift
+from vlm_distill_cache.common.tools.shift_view import shift_section
+from vlm_distill_cache.data.questions import AskedData
+from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
 
@@ -83,3 +87,16 @@ def test_whatever_an_author_states_is_text_in_the_card(tmp_path: Path, build_cac
     assert not {kind for kind in kinds if kind.startswith(("link", "image", "html", "em_"))}
     shown = said.replace("`", "'")  # as code, since it holds what would become a link by itself
     assert sum("".join(child.content for child in token.children) == shown for token in inline) == 3  # whole cells
+
+
+def test_it_tells_how_the_gaze_shifts_by_kind_of_question_and_says_nothing_without_it(tmp_path: Path, build_cache):
+    build_cache(tmp_path / "cache")
+    cache = open_cache(tmp_path / "cache")
+    card = (tmp_path / "cache" / "README.md").read_text()
+    data = AskedData(open_dataset("shapes"))
+    found = cache_shift(cache, asked=data.questions)
+    assert found.asked
+    assert shift_section(found) in card
+    assert "| no question (a caption) | " in card
+    build_cache(tmp_path / "without", signals=("logits",))
+    assert "Shift of the gaze" not in (tmp_path / "without" / "README.md").read_text()

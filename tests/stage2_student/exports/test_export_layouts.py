@@ -1,10 +1,12 @@
 """Every layout of an export computes what the student computes, or is refused in words; what it says travels along."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny_cache import make_teacher
 from transformers import (
@@ -40,7 +42,7 @@ from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final
 from vlm_distill_cache.stage2_student.students.encoder import describe_encoder
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
-from vlm_distill_cache.stage2_student.trained_student import export_student, open_student
+from vlm_distill_cache.stage2_student.trained_student import _write_export, export_student, open_student
 
 WIDTH = 64
 TEXT = {
@@ -326,9 +328,35 @@ def test_a_quantised_student_loads_back_and_computes_the_same(name, quantise, tm
     assert error(logits(half.model, half.encoder)[0]) < 1.5 * error(found[0]) + 0.01
 
 
+def test_four_bit_layers_that_are_no_whole_blocks_are_scored_as_the_formula_says(tmp_path):
+    """Blocks of 64 values, whatever the rows: the nearest of 16 numbers times the block's largest value."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    folder = save_final(tmp_path / "final", llava)  # 32 wide
+    _write_export(folder, tmp_path / "out", layout="auto", dtype=None, quantise="4bit", portable=False)
+    plain, packed = (open_student(path, device="cpu").model for path in (folder, tmp_path / "out"))
+    code, changed = functional.get_4bit_type("nf4", device="cpu"), 0
+    for name, expected in plain.state_dict().items():
+        if name.endswith("down_proj.weight"):  # 32 rows of 64 values, which the library computes with
+            continue
+        if re.search(r"language_model\.layers\..*_proj\.weight", name):
+            blocks = F.pad(expected.float().flatten(), (0, -expected.numel() % 64)).reshape(-1, 64)
+            scale = blocks.abs().amax(1, keepdim=True)
+            nearest = code[((blocks / scale)[:, :, None] - code).abs().argmin(-1)] * scale
+            expected, changed = nearest.flatten()[: expected.numel()].reshape(expected.shape), changed + 1
+        torch.testing.assert_close(packed.state_dict()[name].float(), expected.float(), atol=1e-6, rtol=1e-5)
+    assert changed == 6 * plain.model.config.text_config.num_hidden_layers
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert (
+        sum(value.dtype == torch.uint8 for name, value in stored.items() if name.endswith("_proj.weight"))
+        == changed * 7 / 6
+    )
+
+
 def test_what_cannot_be_quantised_is_refused_in_words(tmp_path, monkeypatch):
     folder = save_final(tmp_path / "final", llava)  # 32 wide
-    with pytest.raises(ModelError, match=r"q_proj reads 32 values.*blocks of 64.*8bit"):
+    with pytest.raises(
+        ModelError, match=r"q_proj reads 32 values and writes 32, .* blocks of 64 values and 32 rows.*8bit"
+    ):
         export_student(folder, tmp_path / "out", quantise="4bit")
     with pytest.raises(ModelError, match=r"layout published: its authors' code quantises what it loads"):
         export_student(folder, tmp_path / "out", layout="published", quantise="8bit")

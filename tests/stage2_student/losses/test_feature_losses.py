@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenRequest, gather_rows, student_layers
 from vlm_distill_cache.common.attention.tiles import grid_tile, tiles_to_array
@@ -15,9 +16,10 @@ from vlm_distill_cache.stage2_student.losses.features import hidden_loss
 from vlm_distill_cache.stage2_student.losses.objective import step_shares, units_of
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.training.preparation import prepare
+from vlm_distill_cache.stage2_student.training.resolve import resolve_config
 
 TERMS = ("hidden", "visual_hidden", "projector_output", "visual_logits")
-KINDS = ("relative_mse", "cosine", "relation")
+KINDS = ("relative_mse", "mse", "cosine", "relation")
 COUNTS = (3, 0, 4)
 
 
@@ -31,6 +33,8 @@ def slow_loss(student, teacher, kind):
                 s, t = student[row, layer], teacher[row, layer]
                 if kind == "relative_mse":
                     values.append(((s - t) ** 2).sum() / (t**2).sum())
+                elif kind == "mse":
+                    values.append(sum((a - b) ** 2 for a, b in zip(s, t, strict=True)) / len(s))
                 elif kind == "cosine":
                     values.append(1 - s @ t / (s.norm() * t.norm()))
                 else:
@@ -178,6 +182,34 @@ def test_another_student_is_compared_row_by_row_and_cell_by_cell(feature_cache, 
     rest = torch.where(eps > -torch.inf, eps.exp() * (eps - tail), 0.0)
     by_hand = ((p * (sparse.log_probs - kept)).nan_to_num().sum(1) + rest).mean()
     torch.testing.assert_close(terms.named()["visual_logits"].detach(), by_hand, atol=1e-5, rtol=1e-4)
+
+
+def test_the_published_recovery_is_alpha_times_mse_and_the_rest_cross_entropy(feature_cache, tiny_llava, tmp_path):
+    """By recipe=recovery-hidden, and with another alpha: from the library's own outputs of a disturbed teacher."""
+    given = [
+        f"student={tiny_llava}",
+        f"cache={feature_cache}",
+        f"output={tmp_path}",
+        "recipe=recovery-hidden",
+        "dft.steps=1",
+    ]
+    for alpha, options in ((0.5, []), (0.2, ["dft.losses.hidden=0.2", "dft.losses.lm=0.8"])):
+        config = resolve_config(None, [*given, *options], teacher_width=96)
+        run = prepare(config)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in run.student.language_model.parameters():
+                parameter.add_(0.1 * parameter.std().nan_to_num() * torch.randn_like(parameter))
+        phase = run.phases[0]
+        batch = phase.dataset.batch([0, 4])
+        with torch.no_grad():
+            total = phase.objective(run.student, None, batch, step_shares([batch], list(units_of(batch)))[0]).total
+            output = run.student(**batch.inputs.model_inputs(), output_hidden_states=True, use_cache=False)
+        supervised = batch.inputs.labels != IGNORE_INDEX
+        states = torch.stack([output.hidden_states[layer][supervised] for layer in (1, -1)], dim=1)
+        error = ((states - batch.targets["hidden"].teacher) ** 2).mean()
+        cross_entropy = F.cross_entropy(output.logits[supervised], batch.inputs.labels[supervised])
+        torch.testing.assert_close(total, alpha * error + (1 - alpha) * cross_entropy, atol=1e-5, rtol=1e-4)
 
 
 def test_a_step_is_the_same_however_it_is_split(feature_cache, tiny_llava, tmp_path):

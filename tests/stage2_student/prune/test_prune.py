@@ -25,8 +25,10 @@ from vlm_distill_cache.stage2_student.prune.cut import (
     prune_directory,
     teacher_encoder,
 )
-from vlm_distill_cache.stage2_student.prune.importance import measure_importance, prunable_layers
+from vlm_distill_cache.stage2_student.prune.importance import measure_importance
 from vlm_distill_cache.stage2_student.prune.plan import Widths, choose_layer_parts, narrow_widths
+from vlm_distill_cache.stage2_student.pruned_folder import Kept, PruningConfig
+from vlm_distill_cache.stage2_student.students.prunable import prunable_layers
 
 # Llama without and Qwen with biases, heads fixed by the width, heads with norms, several tiles, a prefix, ours.
 FAMILIES = (
@@ -45,13 +47,13 @@ def open_tiny(name, folder):
 
 def logits(model, batch):
     with torch.no_grad():
-        return model.eval()(**batch, use_cache=False).logits
+        return model.eval()(**batch.inputs, use_cache=False).logits
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_keeping_everything_gives_the_teacher_itself_bit_for_bit(name, tmp_path):
     opened, batches = open_tiny(name, tmp_path)
-    prune_directory(tmp_path / name, tmp_path / "student", keep=1.0, samples=SAMPLES)
+    prune_directory(tmp_path / name, tmp_path / "student", kept=Kept(), samples=SAMPLES)
     student = open_family_model(tmp_path / "student")
     assert student.model.config.to_dict().keys() == opened.model.config.to_dict().keys()
     for batch in batches:
@@ -61,9 +63,10 @@ def test_keeping_everything_gives_the_teacher_itself_bit_for_bit(name, tmp_path)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_student_is_the_teacher_whose_dropped_parts_are_zeroed(name, tmp_path):
     opened, batches = open_tiny(name, tmp_path)
-    have, want, parts, _ = plan_pruning(opened, batches, keep=0.5)
-    written = prune_directory(tmp_path / name, tmp_path / "student", keep=0.5, samples=SAMPLES)
-    assert written == want
+    pruning = plan_pruning(opened, batches, kept=Kept(width=0.5), how=PruningConfig())
+    have, want, parts = pruning.have, pruning.sizes[0], pruning.parts
+    written = prune_directory(tmp_path / name, tmp_path / "student", kept=Kept(width=0.5), samples=SAMPLES)
+    assert written.sizes == pruning.sizes == [want] * 3
     student = open_family_model(tmp_path / "student")
     assert student.family == opened.family
     width = head_width(opened)
@@ -158,7 +161,8 @@ def test_heads_leave_with_their_keys_or_inside_each_group(heads, served, keep, e
 
 def test_heads_that_the_width_fixes_all_stay_and_it_is_said(tmp_path, caplog):
     opened, batches = open_tiny("qwen2_vl", tmp_path)
-    have, want, _, _ = plan_pruning(opened, batches, keep=0.5)
+    pruning = plan_pruning(opened, batches, kept=Kept(width=0.5), how=PruningConfig())
+    have, want = pruning.have, pruning.sizes[0]
     assert (want.heads, want.key_value_heads, want.channels) == (
         have.heads,
         have.key_value_heads,
@@ -179,7 +183,7 @@ def test_every_row_counts_once_packed_conversations_too(tmp_path):
 
 def test_the_record_says_what_was_kept_and_the_folder_is_whole_or_absent(tmp_path, monkeypatch):
     save_tiny("llava", tmp_path / "llava")
-    options = {"keep": 0.5, "samples": SAMPLES, "described": {"data": "d"}}
+    options = {"kept": Kept(width=0.5), "samples": SAMPLES, "described": {"data": "d"}}
     import vlm_distill_cache.stage2_student.prune.cut as module
 
     def fail(*_arguments):
@@ -216,8 +220,8 @@ def test_what_cannot_be_pruned_is_refused_by_name(tmp_path):
 def test_cutting_leaves_the_teacher_as_it_was(tmp_path):
     opened, batches = open_tiny("llava", tmp_path)
     before = {name: value.clone() for name, value in opened.model.state_dict().items()}
-    _, want, parts, _ = plan_pruning(opened, batches, keep=0.5)
-    weights, config = cut(opened.model, opened.family.language_model, parts, want)
+    pruning = plan_pruning(opened, batches, kept=Kept(width=0.5), how=PruningConfig())
+    weights, config = cut(opened.model, opened.family, pruning)
     assert all(torch.equal(value, before[name]) for name, value in opened.model.state_dict().items())
     assert text_config(config).num_attention_heads == 2
     assert text_config(opened.model.config).num_attention_heads == 4

@@ -11,14 +11,16 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.signed import list_files
+from vlm_distill_cache.common.models.changed import changes_of
+from vlm_distill_cache.common.models.layer_sizes import SIZES
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.families.models import open_family_model
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import describe
 from vlm_distill_cache.stage2_student.prune import for_run as prune_for_run
 from vlm_distill_cache.stage2_student.prune.for_run import prune_for_cache
-from vlm_distill_cache.stage2_student.pruned_folder import refuse_damaged
-from vlm_distill_cache.stage2_student.run import load_run_config, run, with_pruned_student
+from vlm_distill_cache.stage2_student.pruned_folder import Kept, cut_words, pruning_record, refuse_damaged
+from vlm_distill_cache.stage2_student.run import load_run_config, run, with_pruned_student, write_report_again
 from vlm_distill_cache.stage2_student.training.resolve import open_caches
 
 FAST = [
@@ -63,11 +65,52 @@ def test_a_run_cuts_the_student_once_and_trains_scores_and_reports_it(tiny_cache
         run(replace(config, student="pruned:0.25"))
 
 
+def test_layers_of_unequal_sizes_are_cut_trained_scored_and_reported_and_the_way_is_the_runs(
+    tiny_cache, tmp_path, teacher
+):
+    how = ["student='pruned:width:0.75,depth:0.75'", "pruning.importance=taylor", "pruning.ratios=global"]
+    config = make_config(tiny_cache[0], tmp_path / "run", teacher, *how, "pruning.samples=6")
+    run(config)
+    record = pruning_record(tmp_path / "run" / "student")
+    assert (record["keep"], record["depth"], len(record["layers"])) == (0.75, 0.75, 3)
+    assert record["settings"] == {"importance": "taylor", "ratios": "global"}
+    student = open_family_model(tmp_path / "run" / "distilled" / "final").model
+    assert changes_of(student.config)["layer_sizes"] == record["sizes"]
+    decoder = student.model.language_model
+    assert [layer.mlp.down_proj.in_features for layer in decoder.layers] == [
+        size["channels"] for size in record["sizes"]
+    ]
+    assert decoder.config.kept_layers == {"of": 4, "kept": record["layers"]}
+    assert cut_words(tmp_path / "run" / "distilled" / "final") == {
+        "layers of its teacher": f"{str(record['layers'])[1:-1]} of 4, counted from 0",
+        "sizes of layers": ", ".join("/".join(str(size[name]) for name in SIZES) for size in record["sizes"])
+        + " (heads/heads of keys and values/channels)",
+    }
+    write_report_again(tmp_path / "run")  # which knows the student by its fingerprint
+    assert not run(config).fresh
+    with pytest.raises(ConfigError, match=r"pruning(.|\n)*another --output"):
+        run(replace(config, pruning=replace(config.pruning, depth_importance="taylor")))
+
+
+def test_runs_of_names_and_settings_that_were_there_before_are_described_as_then(tiny_cache, tmp_path, teacher):
+    def described(student, *more):
+        return describe(make_config(tiny_cache[0], tmp_path, teacher, f"student='{student}'", *more), {})
+
+    before = described("pruned:0.5")
+    assert "pruning" not in before
+    assert before["student"] == "pruned:0.5"
+    assert described("pruned:width:0.5") == before
+    assert described("pruned:depth:0.75,width:0.5") == described("pruned:width:0.5,depth:0.75") != before
+    assert described("pruned:0.5", "pruning.samples=255") != before
+    with pytest.raises(ConfigError, match=r"pruning.samples is 255; it must be left out.*student is mobilevlm"):
+        described("mobilevlm", "pruning.samples=255")
+
+
 def test_a_pruned_students_run_is_known_by_what_was_cut_not_by_where_it_lies(tiny_cache, tmp_path, teacher):
     config = make_config(tiny_cache[0], tmp_path / "run", teacher)
     described = []
     for name in ("here", "there"):
-        prune_for_cache(config, open_cache(tiny_cache[0]), tmp_path / name, keep=0.5, samples=4)
+        prune_for_cache(config, open_cache(tiny_cache[0]), tmp_path / name, kept=Kept(width=0.5))
         described.append(describe(replace(config, student=str(tmp_path / name)), {}))
     assert described[0] == described[1]
     assert described[0]["student"]["keep"] == 0.5
@@ -99,7 +142,7 @@ def test_another_teacher_than_the_caches_is_refused(tiny_cache, tmp_path, teache
     LlavaForConditionalGeneration(made).save_pretrained(other)
     config = make_config(tiny_cache[0], tmp_path / "run", other)
     with pytest.raises(ModelError, match=r"width 16; the cache .* width 32: give the directory of the cache's own"):
-        prune_for_cache(config, open_cache(tiny_cache[0]), tmp_path / "student", keep=0.5)
+        prune_for_cache(config, open_cache(tiny_cache[0]), tmp_path / "student", kept=Kept(width=0.5))
 
 
 def test_the_command_writes_a_folder_and_says_what_comes_next(tmp_path, teacher):
@@ -107,12 +150,23 @@ def test_the_command_writes_a_folder_and_says_what_comes_next(tmp_path, teacher)
     arguments += ["--template", "short", "--output", str(tmp_path / "student")]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert "2 heads (2 of keys and values) and 32 channels a layer" in result.output
+    assert "2 heads (2 of keys and values) and 32 channels a layer\n" in result.output
     assert f"Next: distill run --student {tmp_path / 'student'}" in result.output
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1
     assert "exists; give a new folder" in again.output
-    assert CliRunner().invoke(main, [*arguments[:6], "0", *arguments[7:]]).exit_code == 2
+    for share in ("0", "depth:2", "depth:0.5,depth:0.5", "height:0.5", "half", "0.5,0.5", "nan", ""):
+        refused = CliRunner().invoke(main, [*arguments[:6], share, *arguments[7:]])
+        assert refused.exit_code == 2
+        assert "such as 0.5, depth:0.75 or width:0.5,depth:0.75" in refused.output
+    more = ["--importance", "taylor", "--ratios", "global", "--spare-last", "1", "--spare-first", "0", "--json"]
+    deep = [*arguments[:6], "width:0.5,depth:0.5", *arguments[7:-1], str(tmp_path / "other"), *more]
+    result = CliRunner().invoke(main, deep)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (len(told["layers"]), told["sizes"][1]["channels"], told["widths"]) == (2, 64, None)
+    assert "2 to 4 heads (1 to 2 of keys and values) and 32 to 64 channels a layer" in result.stderr
+    assert "2 of 4 layers" in result.stderr
 
 
 def test_train_alone_asks_for_the_cut_first(tiny_cache, tmp_path, teacher):

@@ -87,6 +87,19 @@ def test_loss_and_gradient_are_those_of_a_run(student, tiny_cache, folder, tmp_p
     assert_same(gradients(dataset.student, found.total), ours, atol=1e-7, rtol=1e-5)
 
 
+def test_a_share_is_that_of_a_run_and_its_seed_is_part_of_the_fingerprint(tiny_cache, tmp_path):
+    made = [make(tiny_cache[0], "mobilevlm-tiny", data_share=0.25, seed=seed) for seed in (0, 0, 1)]
+    run = prepare(
+        make_config(tiny_cache[0], tmp_path, student="mobilevlm-tiny", phases=["dft"], data_share=0.25, seed=1)
+    )
+    assert list(made[2].sample_ids) == list(run.phases[0].dataset.sample_ids)
+    assert len(made[2]) == 5
+    prints = [dataset.fingerprint for dataset in made]
+    assert prints[0] == prints[1] != prints[2]
+    whole = [make(tiny_cache[0], "mobilevlm-tiny", seed=seed).fingerprint for seed in (0, 1)]
+    assert whole[0] == whole[1]
+
+
 @pytest.mark.parametrize("given_as", ["folder", "parts", "processor"])
 def test_a_model_that_the_caller_has_loaded_is_used_as_it_is(given_as, dataset, tiny_cache, folder):
     model = LlavaForConditionalGeneration.from_pretrained(folder)

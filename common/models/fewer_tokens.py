@@ -31,6 +31,7 @@ class FewerTokens:
         """Watch a model's passes."""
         self.settings: Settings | None = None
         self.given: Tensor | None = None
+        self.needed: Tensor | None = None
         self.shows = False
         self.decoder: Any = None
         self.pictures = Pictures(model, parts)
@@ -73,13 +74,19 @@ class FewerTokens:
         copies = self._copies(counts)
         rows = [b for b in range(0, len(counts), copies) if counts[b]]
         alone = [counts[b] for b in rows]
-        repeated = self._repeated(visual[rows], arguments["inputs_embeds"][rows], alone, settings)
+        needed = self._needed(visual)[rows]  # [rows, T]
+        asked = torch.zeros(len(rows), max(alone, default=0), dtype=torch.bool, device=visual.device)
+        for at, b in enumerate(rows):
+            asked[at, : alone[at]] = needed[at, visual[b]]
+        repeated = ~asked & self._repeated(visual[rows], arguments["inputs_embeds"][rows], alone, settings)
         if settings.by == "grid":
             local = self._pooled(alone, [budgets[b] for b in rows])
             local = local.to(visual.device).masked_fill(repeated, -1)
+            local = torch.where(asked, torch.arange(local.shape[1], device=local.device), local)
         else:
             scores = self._scores(rows, alone, settings).to(visual.device)
-            best = choose(scores.masked_fill(repeated, -torch.inf), [budgets[b] for b in rows])
+            scores = scores.masked_fill(repeated, -torch.inf).masked_fill(asked, torch.inf)
+            best = choose(scores, [budgets[b] for b in rows])
             whole = torch.tensor([budgets[b] >= counts[b] for b in rows], device=visual.device)
             kept = (best | whole[:, None]) & ~repeated
             local = torch.where(kept, torch.arange(kept.shape[1], device=kept.device), -1)  # [rows, M]
@@ -91,6 +98,12 @@ class FewerTokens:
             for copy in range(b, b + copies):  # beams of one sample
                 result[copy, visual[copy]] = stands
         return result
+
+    def _needed(self, visual: Tensor) -> Tensor:
+        """Visual tokens that must run, since what they say is asked for: no word stands between them and an answer."""
+        last = torch.zeros_like(visual)
+        last[:, -1] = visual[:, -1]
+        return last if self.needed is None else last | (visual & self.needed.to(visual.device))
 
     def _copies(self, counts: list[int]) -> int:
         """How often each sample stands in the batch: several times in a row, for beams, with pictures encoded once."""
@@ -204,10 +217,32 @@ def apply_visual_tokens(model: Any, parts: Mapping[str, str], stored: Any) -> No
                 "cannot be told from them; leave merge_frames out"
             )
     found = selector_of(model)
-    if found is None:
-        found = FewerTokens(model, parts)
-        found.decoder = surround(model, parts, found)
-    found.set(settings)
+    if found is not None or settings is not None:
+        (found or _watch(model, parts)).set(settings)
+
+
+def _watch(model: Any, parts: Mapping[str, str]) -> FewerTokens:
+    found = FewerTokens(model, parts)
+    found.decoder = surround(model, parts, found)
+    return found
+
+
+@contextmanager
+def rows_needed(model: Any, rows: Tensor) -> Iterator[None]:
+    """Feed these visual tokens in any case, in the pass inside the block: what they say is asked for.
+
+    Args:
+        model: As of `scores_given`.
+        rows: Bool ``[B, T]``; of other tokens it says nothing.
+    """
+    found = selector_of(model)
+    if found is not None:
+        found.needed = rows
+    try:
+        yield
+    finally:
+        if found is not None:
+            found.needed = None
 
 
 @contextmanager
@@ -244,11 +279,7 @@ def tower_features(model: Any, parts: Mapping[str, str], inputs: Mapping[str, An
     Returns:
         Of each sample with a picture float32 ``[M, D]``; 0 at the ends of lines.
     """
-    if selector_of(model) is None:
-        apply_visual_tokens(model, parts, None)
-    selector = selector_of(model)
-    assert selector is not None
-    pictures = selector.pictures
+    pictures = (selector_of(model) or _watch(model, parts)).pictures
     by, pictures.by = pictures.by, "gaze"
     try:
         if hasattr(model, "vision_encoder"):

@@ -23,7 +23,7 @@ from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenReque
 from vlm_distill_cache.common.attention.layers import Groups
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.live import SparseLogits
-from vlm_distill_cache.common.models.fewer_tokens import scores_given
+from vlm_distill_cache.common.models.fewer_tokens import rows_needed, scores_given
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.gaze import GAZE, Gaze
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen
@@ -102,7 +102,11 @@ class Objective:
         supervised = batch.inputs.labels != IGNORE_INDEX
         rows = supervised | batch.inputs.visual_mask if whole else supervised  # [B, T]
         in_pass = next((name for name, term in present.items() if term.in_pass), None)
-        with given_gaze(model, batch), record(model, capture, requests) as (maps, states):
+        with (
+            given_gaze(model, batch),
+            rows_needed(model, supervised),
+            record(model, capture, requests) as (maps, states),
+        ):
             teacher, weight = (None, 0.0) if in_pass is None else (batch.targets[in_pass], weights[in_pass])
             said = run_student(model, batch, rows, teacher, self.losses, weight=weight, whole=whole)
         fed = fed_shares(model, batch.keys) if fewer else None

@@ -16,7 +16,7 @@ from vlm_distill_cache.common.models.around import surround
 from vlm_distill_cache.common.models.changed import change_model
 from vlm_distill_cache.common.models.decoding_tokens import decoding_counts
 from vlm_distill_cache.common.models.fed_sequence import pool
-from vlm_distill_cache.common.models.fewer_tokens import scores_given, tower_features
+from vlm_distill_cache.common.models.fewer_tokens import rows_needed, scores_given, tower_features
 from vlm_distill_cache.common.models.visual_tokens import choose
 from vlm_distill_cache.data.families.models import open_family_model
 from vlm_distill_cache.data.sample import Sample, Turn
@@ -132,7 +132,9 @@ def test_every_family_says_what_the_whole_sequence_says_with_the_others_masked(o
     inputs = opened.inputs(0, 1, 2)
     visual = inputs["input_ids"] == opened.model.config.image_token_id
     text = inputs["attention_mask"].bool() & ~visual
-    for by in ("attention", "grid", "random"):
+    # Noise is arranged in three ways: tiles that are joined, pictures of many shapes, and one tile a picture.
+    drawn = ("random",) if opened.model.config.model_type in ("llava_next", "qwen2_5_vl", "llava") else ()
+    for by in (*drawn, "attention", "grid"):
         model = select(opened, by=by)
         logits = model(**inputs).logits
         stands = decoder_of(model, opened).stands_for
@@ -278,6 +280,26 @@ def test_scores_are_those_of_the_tower_of_a_regression_or_given(llava):
     assert (stands[0, places[0]] >= 0).tolist() == [False] * 5 + [True] * 4
     assert (stands[2, places[2]] >= 0).tolist() == kept(by="gaze", gaze=gaze)[1]
     assert kept(by="random") == kept(by="random") != kept(by="random", seed=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["attention", "grid"])
+def test_a_picture_that_an_answer_follows_at_once_keeps_its_last_token(llava, by):
+    model, inputs = select(llava, keep=2, by=by), llava.inputs(0, 2)
+    token = model.config.image_token_id
+    end = int((inputs["input_ids"][0] == token).nonzero().max()) + 1
+    inputs |= {"input_ids": inputs["input_ids"][:1, :end], "attention_mask": inputs["attention_mask"][:1, :end]}
+    stands = stands_of(model, llava, inputs)
+    assert stands[0, -1] == end - 1
+    assert model(**inputs).logits[0, -1].any()
+    longer = {**llava.inputs(0, 2)}
+    rows = torch.zeros(longer["input_ids"].shape, dtype=torch.bool)
+    last = int((longer["input_ids"][0] == token).nonzero().max())
+    assert stands_of(model, llava, longer)[0, last] != last
+    rows[0, last] = True
+    with rows_needed(model, rows):
+        assert stands_of(model, llava, longer)[0, last] == last
+    assert (stands_of(model, llava, longer)[0] < 0).sum() == (0 if by == "grid" else 7)
 
 
 @torch.no_grad()

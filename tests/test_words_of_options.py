@@ -145,7 +145,11 @@ def test_what_holds_for_all_phases_stands_under_what_a_phase_says_in_the_same_pl
         (BuildConfig, "wamup_ratio=1", r"did you mean warmup_ratio\? But"),
         (BuildConfig, "batchsize=1", r"did you mean batch_size\?"),
         (TrainConfig, "dtf.lr=1", r"unknown option dtf; did you mean dft\?"),
-        (TrainConfig, "train.lr=1", r"unknown option train: dpt, dft, sft, lora, pruning, evaluation have options of their own"),
+        (
+            TrainConfig,
+            "train.lr=1",
+            r"unknown option train: dpt, dft, sft, lora, pruning, evaluation have options of their own",
+        ),
         (TrainConfig, "dft.lora_r=1", r"lora_r is no option of dft: write lora_r"),
         (TrainConfig, "LEARNING_RATE=1", r"did you mean learning_rate\?"),
         (TrainConfig, "Lr=1", r"did you mean lr\?"),

@@ -22,7 +22,6 @@ CHANGES = "distilled"
 """The key of the configuration: ``{"parts": {"language_model": PATH, "vision_tower": PATH, "projector": PATH}, ...}``."""
 
 APPLIED: dict[str, Callable[[Any, Mapping[str, str], Any], None]] = {
-    "layer_sizes": apply_layer_sizes,
     "decoding_tokens": decode_with_fewer,
     "visual_tokens": apply_visual_tokens,
 }

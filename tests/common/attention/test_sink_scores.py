@@ -77,12 +77,17 @@ def test_equal_layouts_are_compared_token_by_token_whatever_their_padding():
     present = present.reshape(3, 16)
     np.testing.assert_allclose(found.scores, slow_scores(attention, present, 1.1))
     np.testing.assert_allclose(found.received, np.where(present, attention, 0).sum(0) / present.sum(0))
-    assert found.often.tolist() == sum(are_sinks(a, p).astype(int) for a, p in zip(attention, present, strict=True)).tolist()  # type: ignore[union-attr]
+    assert (
+        found.often.tolist()
+        == sum(are_sinks(a, p).astype(int) for a, p in zip(attention, present, strict=True)).tolist()
+    )  # type: ignore[union-attr]
     assert found.on(padded[1]).tolist() == found.scores.tolist()
     # A student with half as many rows and columns has the mean of four, wherever the picture lies in the frame.
     halved = found.scores.reshape(2, 2, 2, 2).mean(axis=(1, 3)).ravel()
     np.testing.assert_allclose(found.on((Tile(2, 2, (0.0, -1.0, 1.0, 2.0)),)), halved)
-    np.testing.assert_allclose(found.on((Tile(8, 8, (0.0, 0.0, 1.0, 1.0)),)).reshape(8, 8)[::2, ::2].ravel(), found.scores)
+    np.testing.assert_allclose(
+        found.on((Tile(8, 8, (0.0, 0.0, 1.0, 1.0)),)).reshape(8, 8)[::2, ::2].ravel(), found.scores
+    )
 
 
 def test_pictures_of_more_or_fewer_equal_tiles_are_compared_within_a_tile():
@@ -106,7 +111,9 @@ def test_pictures_of_different_grids_are_compared_on_cells_of_the_picture():
     first = shown[0][1].reshape(12, 2, 12).sum(axis=1).ravel()
     second = shown[1][1][:-1].reshape(12, 12, 2).sum(axis=2).ravel()  # a token beside the picture gives nothing
     np.testing.assert_allclose(found.scores, sink_scores(np.stack([first, second])))
-    np.testing.assert_allclose(found.on(layouts[0]).reshape(12, 2, 12), np.repeat(found.scores.reshape(12, 1, 12), 2, 1))
+    np.testing.assert_allclose(
+        found.on(layouts[0]).reshape(12, 2, 12), np.repeat(found.scores.reshape(12, 1, 12), 2, 1)
+    )
     assert found.on(layouts[1])[-1] == 0
     # What was pooled to a grid over the picture is about its cells, whatever the tiles.
     pooled = find_sinks([(layouts[0], np.arange(6.0)), (layouts[1], np.arange(6.0))], grid=(2, 3))

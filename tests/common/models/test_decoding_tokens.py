@@ -16,6 +16,7 @@ from vlm_distill_cache.common.models.around import surround
 from vlm_distill_cache.common.models.budget import kept_count
 from vlm_distill_cache.common.models.changed import CHANGES, change_model
 from vlm_distill_cache.common.models.decoding_tokens import best_places, decoding_counts, find_shift
+from vlm_distill_cache.common.models.vision_language import PAST
 
 FAMILIES = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "paligemma",
@@ -234,7 +235,7 @@ def test_padding_behind_prompts_changes_nothing(opened):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         made = opened.model(
             input_ids=answers[:, token : token + 1], attention_mask=mask, position_ids=(lengths + token)[:, None],
-            past_key_values=made.past_key_values,
+            **{PAST: made[PAST]},
         )  # fmt: skip
         torch.testing.assert_close(made.logits[:, 0], expected[:, token + 1], atol=1e-5, rtol=1e-5)
 
@@ -254,7 +255,7 @@ def test_attention_can_be_captured_and_prompts_recorded(opened):
             opened.model(**opened.inputs, use_cache=False)
         assert torch.equal(maps["any"], plain["any"])
         with pytest.raises(ModelError, match="record a pass over the whole text"), capture.record(requests):
-            opened.model(input_ids=torch.tensor([[5]] * 3), past_key_values=prompt.past_key_values)
+            opened.model(input_ids=torch.tensor([[5]] * 3), **{PAST: prompt[PAST]})
     finally:
         opened.decoder.set_attn_implementation("sdpa")
 
@@ -265,18 +266,18 @@ def test_what_cannot_be_decoded_with_fewer_is_refused(opened, tmp_path):
     ids = inputs["input_ids"]
     prompt = model(**inputs)
     for message, arguments in (
-        ("2 tokens at once", {"input_ids": ids[:, :2], "past_key_values": prompt.past_key_values}),
+        ("2 tokens at once", {"input_ids": ids[:, :2], PAST: prompt[PAST]}),
         ("embeddings alone", {"inputs_embeds": torch.zeros(1, 4, 32)}),
         (
             r"mask is \[3, 2\] for",
-            {"input_ids": ids[:, :1], "attention_mask": ids[:, :2], "past_key_values": prompt.past_key_values},
+            {"input_ids": ids[:, :1], "attention_mask": ids[:, :2], PAST: prompt[PAST]},
         ),
     ):
         with pytest.raises(ModelError, match=message):
             model(**arguments)
     text = model(input_ids=ids[2:, -3:])
     with pytest.raises(ModelError, match="pictures in a text that goes on"):
-        model(input_ids=ids[:1], past_key_values=text.past_key_values, pixel_values=inputs["pixel_values"][:1])
+        model(input_ids=ids[:1], **{PAST: text[PAST]}, pixel_values=inputs["pixel_values"][:1])
     with pytest.raises(ModelError, match=r"StaticLayer, which is no plain list.*Leave cache_implementation out"):
         decode(model, inputs, cache_implementation="static")
     opened.decoder.set_attn_implementation("eager")

@@ -23,6 +23,7 @@ CHANGES = "distilled"
 
 APPLIED: dict[str, Callable[[Any, Mapping[str, str], Any], None]] = {
     "decoding_tokens": decode_with_fewer,
+    "layer_sizes": apply_layer_sizes,
     "visual_tokens": apply_visual_tokens,
 }
 """By name: what applies one change to a model without values or with them, given its parts' paths and what is stored."""

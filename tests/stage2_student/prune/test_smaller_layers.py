@@ -1,7 +1,9 @@
 """Layers that leave, layers of different sizes, and by what they are chosen: against slow and obvious references."""
 
+import copy
 import json
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec
 from vlm_distill_cache.common.errors import ConfigError, DataError, ModelError
 from vlm_distill_cache.common.models.changed import CHANGES, change_model, changes_of
+from vlm_distill_cache.common.models.layer_sizes import apply_layer_sizes
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.families.models import FamilyModel, open_family_model
 from vlm_distill_cache.data.families.table import submodule
@@ -363,3 +366,16 @@ def test_what_cannot_be_cut_so_is_refused_by_name(tmp_path):
     layer.self_attn.register_parameter("sinks", torch.nn.Parameter(torch.zeros(4)))
     with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.sinks has the shape \[4\] behind the cut.*None"):
         cut(opened.model, opened.family, pruning)
+    del layer.self_attn.sinks
+    # Sizes of single layers: what no projection holds and each head has by itself would be the other heads'.
+    sizes = [{"heads": heads, "key_value_heads": 2, "channels": 64} for heads in (4, 2, 4)]
+    norms = torch.nn.ModuleList([torch.nn.LayerNorm(8) for _ in range(4)])
+    parts = {"language_model": opened.family.language_model}
+    refused = pytest.raises(
+        ModelError, match=r"layer 1: self_attn\.q_norm\.\S*weight has values for each head by itself"
+    )
+    for norm, expected in ((torch.nn.RMSNorm(8), nullcontext()), (torch.nn.RMSNorm(32), refused), (norms, refused)):
+        model = copy.deepcopy(opened.model)
+        model.model.language_model.layers[1].self_attn.q_norm = norm
+        with expected:
+            apply_layer_sizes(model, parts, sizes)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_prune import FAMILIES, SAMPLES, logits, open_tiny
+from tiny_families import save_tiny
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
@@ -30,6 +31,7 @@ from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.terms import TERMS
 from vlm_distill_cache.stage2_student.prune.cut import (
     _features_of_layers,
+    _renumber_decoding,
     cut,
     head_width,
     plan_pruning,
@@ -94,6 +96,8 @@ def test_a_smaller_student_is_the_teacher_with_all_else_zeroed(name, how, tmp_pa
         assert layer.mlp.down_proj.in_features == size.channels
     if how is ENDS:
         assert pruning.sizes[0] == pruning.have
+    named = json.loads((tmp_path / "student" / "config.json").read_text())["auto_map"]["AutoModel"]
+    assert (named == "changed.LlavaOfAnyDepth") == (name == "llava_original")  # the library's looks up its image token
 
 
 def test_a_student_without_some_layers_is_a_plain_one_of_its_library_and_its_states_are_the_teachers(tmp_path):
@@ -326,6 +330,28 @@ def test_a_model_is_narrowed_to_its_first_rows_and_other_sizes_are_refused(tmp_p
             change_model(model, parts, layer_sizes=stored)
     config = json.loads(json.dumps(model.config.to_dict()))
     assert CHANGES in config
+
+
+def test_a_changed_student_that_is_cut_keeps_its_code_and_its_own_layers_of_decoding(tmp_path):
+    opened, _ = open_tiny("llava", tmp_path)
+    family = opened.family
+    parts = {"language_model": family.language_model, "vision_tower": family.vision_tower}
+    change_model(opened.model, parts, decoding_tokens={"keep": 2, "by": "fixed", "layers": [1, 2]})
+    opened.model.save_pretrained(tmp_path / "llava")
+    config = json.loads((tmp_path / "llava" / "config.json").read_text())
+    named = {"AutoModel": "changed.LlavaForConditionalGeneration"}
+    (tmp_path / "llava" / "config.json").write_text(json.dumps({**config, "auto_map": named}))
+    pruning = prune_directory(tmp_path / "llava", tmp_path / "student", kept=Kept(depth=0.67), samples=SAMPLES[:1])
+    stored = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert pruning.layers == (0, 2)
+    assert stored[CHANGES]["decoding_tokens"]["layers"] == [1]  # which was layer 2
+    assert stored["auto_map"]["AutoModel"] == named["AutoModel"]
+    assert (tmp_path / "student" / "changed.py").is_file()
+    plain = open_family_model(save_tiny("llava", tmp_path / "plain")).model
+    _renumber_decoding(plain.config, [0])
+    assert not changes_of(plain.config)
+    _renumber_decoding(opened.model.config, [0])
+    assert changes_of(opened.model.config)["decoding_tokens"]["layers"] is None
 
 
 def test_lists_of_layers_and_features_of_the_tower_are_cut_alike(tmp_path):

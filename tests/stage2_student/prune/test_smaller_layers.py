@@ -389,6 +389,12 @@ def test_what_cannot_be_cut_so_is_refused_by_name(tmp_path):
         plan_pruning(opened, silent, kept=Kept(width=0.5), how=TAYLOR)
     pruning = plan_pruning(opened, batches, kept=Kept(width=0.5), how=PruningConfig())
     layer = opened.model.model.language_model.layers[0]
+    layer.mlp.down_proj.weight.data[0, 0] = math.inf
+    for how in (PruningConfig(), TAYLOR):
+        with pytest.raises(
+            ModelError, match=r"importance of heads cannot be .* float32 .* not finite; look at its weights"
+        ):
+            plan_pruning(opened, batches, kept=Kept(width=0.5), how=how)
     layer.self_attn.register_parameter("sinks", torch.nn.Parameter(torch.zeros(4)))
     with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.sinks has the shape \[4\] behind the cut.*None"):
         cut(opened.model, opened.family, pruning)

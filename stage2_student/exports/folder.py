@@ -155,10 +155,25 @@ def _write_own(target: Path, ours: Mapping[str, type[Any]], encoder: SampleEncod
     (target / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
+def is_ours(model: Any) -> bool:
+    """Whether a model needs code that the library does not have: ours, changed, or a LLaVA whose image token is none."""
+    return isinstance(model, Changed | VisionLanguageModel | LlavaOfAnyDepth) or _lacks_image_token(model)
+
+
 def write_model_code(target: Path, model: Any) -> None:
-    """Write the code of a changed model's class beside its weights, and name it in ``config.json``."""
+    """Write the code of such a model's class beside its weights, and name it in ``config.json``."""
     ours = {"AutoConfig": type(model.config)} if isinstance(model, VisionLanguageModel) else {}
-    _write_code(target, {**ours, **dict.fromkeys(_AUTO_MODELS, type(model))})
+    model_class: Any = type(model)
+    if _lacks_image_token(model) and not isinstance(model, LlavaOfAnyDepth):
+        model_class = changed_class(LlavaOfAnyDepth) if isinstance(model, Changed) else LlavaOfAnyDepth
+    _write_code(target, {**ours, **dict.fromkeys(_AUTO_MODELS, model_class)})
+
+
+def _lacks_image_token(model: Any) -> bool:
+    """Whether the image token of a LLaVA is beyond its vocabulary, as in the original layout."""
+    if model.config.model_type != "llava":
+        return False
+    return bool(model.config.image_token_id >= model.get_input_embeddings().weight.shape[0])
 
 
 def _write_code(target: Path, classes: Mapping[str, type[Any]]) -> dict[str, str]:

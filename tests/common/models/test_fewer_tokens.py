@@ -383,6 +383,10 @@ def test_frames_lose_places_that_stay_as_they_were(llava):
         ({"by": "gaze"}, "the regression's weights and bias, or scores that are given"),
         ({"by": "sinks", "sinks": [0.0] * 8}, "8 sinks; expected one for each of the .9. visual tokens of a picture"),
         ({"by": "grid", "merge_frames": "alike"}, "merge_frames 'alike'; expected a number"),
+        ({"by": "grid", "keep": 10**400}, "expected a share above 0 and below 1"),
+        ({"by": "sinks", "sinks": [float("inf")] * 9}, "expected a list of numbers"),
+        ({"by": "gaze", "gaze": {"weights": [1e300] * 32, "bias": 0.0}}, "expected a list of numbers"),
+        ({"by": "random", "seed": 2**64}, "expected a whole number of 64 bits"),
         ({"by": "grid", "seed": 0.5}, "seed '0.5'; expected a whole number"),
     ],
 )

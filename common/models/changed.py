@@ -76,6 +76,14 @@ def apply_changes(model: Any) -> None:
     parts = stored.get("parts") if isinstance(stored, Mapping) else None
     if not isinstance(parts, Mapping) or not all(isinstance(path, str) for path in parts.values()):
         raise ModelError(f"config.json: {CHANGES} is {str(stored)[:80]!r}; expected an object with `parts`, its paths")
+    for name, path in parts.items():
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            raise ModelError(
+                f"config.json: {CHANGES}.parts: {str(name)[:40]} is {path[:80]!r}, which {type(model).__name__} does not have; "
+                "copy the file again from where the model was made"
+            ) from None
     if unknown := sorted(changes_of(model.config).keys() - APPLIED.keys()):
         raise ModelError(
             f"config.json: {CHANGES} names {', '.join(unknown)}, which this version does not know; expected some of "

@@ -25,7 +25,7 @@ from typing import Any
 
 from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest
 from vlm_distill_cache.common.cache.plan import SHARDS, read_plan
-from vlm_distill_cache.common.cache.side_files import MANIFEST, check_digests, check_sizes
+from vlm_distill_cache.common.cache.side_files import MANIFEST, SINKS, check_digests, check_sizes
 from vlm_distill_cache.common.cache.sidecar import FileEntry, check_sidecar, read_sidecar, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import (
@@ -121,17 +121,19 @@ class Mirror:
 
     def fetch_descriptions(self, raw: bytes) -> None:
         """Bring everything but the shards here; ``raw``: the manifest's file, written last."""
-        if (self.folder / MANIFEST).is_file():
-            held = read_manifest(self.folder)
-            # The folder's name is a fast hash, which somebody could forge; the sha256 in the manifest is not.
-            if replace(held, fidelity=None) != replace(self.manifest, fidelity=None):
-                raise CacheFormatError(
-                    f"{self.folder}: holds another cache than {public_location(self.location)} under the same hash; "
-                    "one of the two is forged: delete the folder, and ask who gave you either"
-                )
+        held = read_manifest(self.folder) if (self.folder / MANIFEST).is_file() else None
+        # The folder's name is a fast hash, which somebody could forge; the sha256 in the manifest is not.
+        if held is not None and _hashed(held) != _hashed(self.manifest):
+            raise CacheFormatError(
+                f"{self.folder}: holds another cache than {public_location(self.location)} under the same hash; "
+                "one of the two is forged: delete the folder, and ask who gave you either"
+            )
         files = descriptions(self.manifest)
+        as_held = held is not None and held.files == self.manifest.files
+        if not as_held and SINKS in files:  # found since, or elsewhere: those of this address, whatever lies here
+            self._fetch_checked({SINKS: files[SINKS]})
         self._fetch_checked({n: entry for n, entry in files.items() if not _is_there(self.folder / n, entry)})
-        if not (self.folder / MANIFEST).is_file():
+        if not as_held:
             write_bytes_atomic(self.folder / MANIFEST, raw)
 
     def is_complete(self) -> bool:
@@ -330,6 +332,12 @@ def _known_mirror(note: Path, location: str, root: Path, limit: int) -> Mirror |
         return None
     mirror = Mirror(location, manifest, root, limit)
     return mirror if mirror.folder == _folder(root, name) and mirror.is_complete() else None
+
+
+def _hashed(manifest: Manifest) -> Manifest:
+    """What the hash of a manifest covers."""
+    files = {name: entry for name, entry in manifest.files.items() if name != SINKS}
+    return replace(manifest, fidelity=None, files=files)
 
 
 def _is_there(path: Path, entry: FileEntry) -> bool:

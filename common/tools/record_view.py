@@ -28,7 +28,8 @@ _MAX_ROWS = 40  # shown
 _MAX_WORDS = 28  # as text
 _MAX_DRAWN = 100  # in the picture
 _TOP = 4
-_FIRST_IDEOGRAPH = 0x2E80
+FIRST_IDEOGRAPH = 0x2E80
+"""From here on scripts write no spaces."""
 _CUT = "\ufffd"  # what a decoder makes of a character of which a part is missing
 _TOKENIZER = "processor/tokenizer.json"
 _SOFTWARE = 0x0131  # the tag of EXIF
@@ -72,7 +73,7 @@ class TokenText:
             end += 1
         piece = text.removeprefix(before)
         # Punctuation stands alone, and so do characters of scripts that write no spaces.
-        return bool(piece) and piece[0].isalnum() and ord(piece[0]) < _FIRST_IDEOGRAPH
+        return bool(piece) and piece[0].isalnum() and ord(piece[0]) < FIRST_IDEOGRAPH
 
 
 def load_token_text(cache: TeacherCache) -> TokenText:

@@ -9,6 +9,7 @@ Dims: A supervised rows of a record, T tokens of one answer, C cells of the grid
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,12 @@ from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.spaced import MOST_RECORDS, spaced_records, spaced_unsealed
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.printing import one_line
-from vlm_distill_cache.common.tools.record_view import TokenText, load_token_text, read_token_text
+from vlm_distill_cache.common.tools.record_view import (
+    FIRST_IDEOGRAPH,
+    TokenText,
+    load_token_text,
+    read_token_text,
+)
 
 SPANS = {"1": (1, 1), "2-3": (2, 3), "4-7": (4, 7), "8+": (8, None)}
 """Tokens of an answer that are counted together, from and to; token 0 is the one that they are compared with."""
@@ -45,6 +51,7 @@ _LEAST_SHARE = 0.01  # of all answers, for a kind of its own
 _SHARES = ("first", "best", "common")
 _ALL, _BEGINS, CAPTIONS, OTHERS = "", " ...", "no question (a caption)", "other questions"
 _FEW, _MAX_WORDS = 5, 32  # words of a short answer; characters of a question's first words
+_READ, _INSIDE = 1000, "'-\u2019\u200c\u200d"  # characters of a question; what may stand inside a word
 _NONE = Interval(np.nan, np.nan, np.nan)
 _NUMBER, _OPTION = re.compile(r"[-+]?\d[\d.,/:]*"), re.compile(r"\(?[a-z]\)?")
 Asked = Callable[[Sequence[str]], Mapping[str, Sequence[str]]]
@@ -366,6 +373,20 @@ def _kinds_of(records: Sequence[Sequence[AnswerShift]], questions: Mapping[str, 
     return [[kind if kind in named or not kind.endswith(_BEGINS) else OTHERS for kind in of] for of in kinds]
 
 
+def _beginning(question: str) -> str:
+    """The first two words of a question, or the first two characters of a script that writes no spaces."""
+    letters = "".join(
+        one if one.isalnum() or one in _INSIDE or _is_mark(one) else " " for one in question.lower()[:_READ]
+    )
+    words = [word for part in letters.split() if (word := part.strip(_INSIDE))][:2]
+    return words[0][:2] if words and ord(words[0][0]) >= FIRST_IDEOGRAPH else " ".join(words)
+
+
+def _is_mark(character: str) -> bool:
+    """Whether it belongs to the letter before it, as the vowels of Indian scripts do."""
+    return unicodedata.category(character).startswith("M")
+
+
 def _kind(question: str | None, answer: AnswerShift, *, known: bool) -> str:
     """By the answer where that tells, then by the first two words of the question."""
     said = answer.text.strip().rstrip(".").lower()
@@ -376,8 +397,8 @@ def _kind(question: str | None, answer: AnswerShift, *, known: bool) -> str:
     if _OPTION.fullmatch(said):
         return "an option's letter"
     if question is not None:
-        words = re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", question.lower())[:2]
-        return one_line(" ".join(words), limit=_MAX_WORDS) + _BEGINS if words else CAPTIONS
+        begins = _beginning(question)
+        return one_line(begins, limit=_MAX_WORDS) + _BEGINS if begins else CAPTIONS
     if known:
         return "question not known"
     count = len(said.split()) if said else len(answer.rows)

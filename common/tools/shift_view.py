@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -33,7 +34,8 @@ LEGEND = {
     "events": "Such events, in answers of at least two tokens; shorter ones cannot shift.",
     "with an event": "Share of these answers that have at least one.",
     "kind": "Of an answer that is yes or no, a number or an option's letter just that; else the first two words of the question, "
-    "the eight commonest that begin at least 1 % of the questions, the others together; where no question is known, how many words "
+    "of scripts that write no spaces its first two characters, the eight commonest that begin at least 1 % of the questions, the "
+    "others together; where no question is known, how many words "
     "the answer has. In brackets with a +: answers of one token.",
     "interval": "In brackets: 95 % of the means that other draws of these samples give (2000 draws, with replacement); one without "
     "width is no certainty.",
@@ -59,14 +61,21 @@ def measure_cache(cache: TeacherCache, data: Asks | None, *, name: str) -> Shift
     """`cache_shift`, with the questions of the data if there are any.
 
     Raises:
-        CacheMismatchError: If none of the samples that were looked at is in the data called ``name``.
+        CacheMismatchError: If none of the samples that were looked at is in the data called ``name``, or a sample that
+            shifts most has another picture there.
     """
-    report = cache_shift(cache, asked=None if data is None else data.questions)
-    if data is not None and report.pictures and not report.asked:
+    if data is None:
+        return cache_shift(cache)
+    report = cache_shift(cache, asked=data.questions)
+    if report.pictures and not report.asked:
         raise CacheMismatchError(
             f"{cache.place}: none of the {report.pictures} samples that were looked at is in {one_line(name)}; give the data "
             f"that the cache was built from, {one_line(cache.plan.data.get('name'))}"
         )
+    for one in report.largest:  # other data may have the same ids
+        if (image := data.picture(one.sample_id)) is not None:
+            record = cache.read(one.sample_id, ("image_hash",))
+            check_image(image, record, name=f"sample {one.sample_id!r} of {one_line(name)}")
     return report
 
 
@@ -277,7 +286,7 @@ def picture_folder(folder: Path) -> Path:
             if path.is_dir():
                 raise ConfigError(f"{path}: a folder where only pictures of this command may be; give a new folder")
             refuse_others_file(path, marked(PICTURE_MARK))
-    elif folder.exists():
+    elif os.path.lexists(folder):
         raise ConfigError(f"{folder}: a file; --shift draws several pictures, give a new folder for them")
     elif not folder.parent.is_dir():
         raise ConfigError(f"{folder}: there is no folder {folder.parent}; make it, or choose another place")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from vlm_distill_cache.common.attention.sinks import GAMMA, Floats, SinkMap, find_sinks, mean_over
+from vlm_distill_cache.common.attention.sinks import GAMMA, Floats, SinkMap, find_sinks, mean_over, on_cells
 from vlm_distill_cache.common.attention.tiles import (
     Tile,
     box_array,
@@ -77,17 +77,19 @@ class Sinks:
         samples: Records that were looked at, pictures or not.
         maps: By part of the teacher; without those that the cache has nothing of.
         signals: From which signal each was found.
+        gamma: The exponent of the scores.
     """
 
     samples: int
     maps: Mapping[str, SinkMap] = field(default_factory=dict)
     signals: Mapping[str, str] = field(default_factory=dict)
+    gamma: float = GAMMA
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of ``sinks.json``."""
         return {
             "format_version": FORMAT_VERSION,
-            "gamma": GAMMA,
+            "gamma": self.gamma,
             "samples": self.samples,
             "maps": {
                 part: {
@@ -120,6 +122,11 @@ class Sinks:
                     f"{where}: maps.{one_line(part, limit=40)} has {[len(array) for array in arrays]} values; expected {count} "
                     f"of each, for its tiles, and one of {', '.join(PARTS)}; run `cachectl verify`"
                 )
+            if values["places"] != "token" and len(tiles) != 1:
+                raise CacheFormatError(
+                    f"{where}: maps.{part} has {len(tiles)} tiles; expected one, of which each place is a {values['places']}'s; "
+                    "run `cachectl verify`"
+                )
             received, often, scores = arrays
             maps[part] = SinkMap(
                 places=values["places"],
@@ -131,7 +138,7 @@ class Sinks:
             )
         ordered: dict[str, SinkMap] = {part: maps[part] for part in PARTS if part in maps}  # JSON is stored by name
         signals = {part: stored["maps"][part]["signal"] for part in ordered}
-        return cls(samples=stored["samples"], maps=ordered, signals=signals)
+        return cls(samples=stored["samples"], maps=ordered, signals=signals, gamma=stored["gamma"])
 
 
 def _rounded(value: float) -> float:
@@ -165,7 +172,7 @@ def _find(plan: Plan, records: Callable[[Iterable[str], int], Iterable[tuple[str
         codecs = {part: codec_from_dict(plan.signals[sources[part]]) for part in parts}
         names = {"tiles", "image_hash", *(entry.name for part in parts for entry in plan.fields[sources[part]])}
         pictures: dict[Part, list[tuple[tuple[Tile, ...], Floats]]] = {part: [] for part in parts}
-        seen, known = 0, set[bytes]()
+        seen, known, tiled = 0, set[bytes](), False
         for _, record in records(names, most):
             seen += 1
             if not len(record["tiles"]):
@@ -175,10 +182,15 @@ def _find(plan: Plan, records: Callable[[Iterable[str], int], Iterable[tuple[str
                 if part == "language_model" or image not in known:  # where text looks depends on the text
                     pictures[part].append((codec.cells_of(tiles), _received(codec, record)))
             known.add(image)
+            tiled |= len(tiles) > 1
         samples = max(samples, seen)
         for part, shown in pictures.items():
             codec = codecs[part]
             grid = codec.grid if isinstance(codec, RowAttentionCodec) else None
+            if isinstance(codec, VisualMapCodec) and (side := codec.grid) and tiled:
+                # Of several tiles a map is pooled over the picture, of one over its frame, padding and all.
+                grid = (side, side)
+                shown = [((grid_tile(side, side),), on_cells(tiles, values, side)) for tiles, values in shown]
             if (found := find_sinks(shown, grid=grid)) is not None:
                 maps[part] = found
     ordered: dict[str, SinkMap] = {part: maps[part] for part in PARTS if part in maps}
@@ -245,12 +257,27 @@ def sinks_damage(cache_dir: Path, plan: Plan) -> str | None:
     if (list(stored.maps), stored.signals, stored.samples) != (list(found.maps), found.signals, found.samples):
         said, given = ([one.samples, *one.signals.values()] for one in (stored, found))
         return f"is of samples and signals {said}; the records give {given}"
+    if stored.gamma != found.gamma:
+        return f"has scores of gamma {stored.gamma:g}; this version finds those of gamma {found.gamma:g}"
     for part, sinks in found.maps.items():
         kept = stored.maps[part]
-        same = (kept.places, kept.pictures, len(kept.scores)) == (sinks.places, sinks.pictures, len(sinks.scores))
-        if not same or np.abs(kept.scores - sinks.scores).max() > _NEAR:
+        if (kept.places, kept.pictures) != (sinks.places, sinks.pictures) or not _alike(kept, sinks):
             return f"has other sinks of the {_WORDS[part]} than the records"
     return None
+
+
+def _alike(one: SinkMap, other: SinkMap) -> bool:
+    """Whether two maps are of one layout and say the same, but for rounding."""
+    ours, theirs = (tiles_to_array(found.tiles) for found in (one, other))
+    if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=1e-6, atol=1e-6):
+        return False
+    # A token near the threshold of `are_sinks` may lie on either side of it elsewhere.
+    unsure = max(1.0, _NEAR * one.pictures)
+    return (
+        float(np.abs(one.scores - other.scores).max()) <= _NEAR
+        and float(np.abs(one.received - other.received).max()) <= _NEAR * float(other.received.max())
+        and int(np.abs(one.often - other.often).max()) <= unsure
+    )
 
 
 def sinks_of(cache: TeacherCache, of: Part, *, known: Sinks | None = None) -> SinkMap:
@@ -357,7 +384,9 @@ def _together(found: SinkMap) -> str:
 
 def describe_sinks(cache: TeacherCache, found: Sinks, *, shades: str = BLOCKS) -> str:
     """The sinks of a cache as tables and heat maps in characters; ``shades`` as of `draw_text`."""
-    lines = [f"sinks of {cache.place}, in {found.samples:,} evenly spaced samples of {len(cache):,} (gamma {GAMMA:g})"]
+    lines = [
+        f"sinks of {cache.place}, in {found.samples:,} evenly spaced samples of {len(cache):,} (gamma {found.gamma:g})"
+    ]
     for part in PARTS:
         if part not in found.maps:
             lines += ["", f"{_WORDS[part]}: {_lack(cache.plan, part)}"]

@@ -134,7 +134,10 @@ def visual_columns_loss(
         kept = _kept(sinks, "visual_columns_loss")
         kept = kept if kept.ndim == 1 else kept[:, None]  # [N] or [B, 1, N]
         left, right = left * kept, right * kept
-    return _reduce(1 - F.cosine_similarity(left, right, dim=-1), present, student, reduction)
+    losses = 1 - F.cosine_similarity(left, right, dim=-1)
+    if kind == SINK_SUPPRESSED:  # columns that lie on sinks alone: nothing is left to differ from
+        losses = losses * right.any(dim=-1)
+    return _reduce(losses, present, student, reduction)
 
 
 def sink_filtered_cosine_loss(

@@ -20,6 +20,7 @@ from servers import s3_environment, serve_nginx, serve_s3
 
 from vlm_distill_cache.common.cache.manifest import read_manifest, seal
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.cache.side_files import SINKS
 from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.opening import open_cache
@@ -337,6 +338,25 @@ def test_a_forged_cache_of_the_same_hash_does_not_pass_for_the_real_one(
         open_mirror(forged.location, open_shards=1)
     with pytest.raises(CacheFormatError, match="one of the two is forged"):
         open_mirror(remote.location, open_shards=1)
+
+
+def test_sinks_that_were_found_since_are_those_of_the_address_and_its_shards_stay(remote: CountingRemote):
+    cache = open_mirror(remote.location, open_shards=1)
+    cache.read(first_of(1))
+    for text in ("{}", "[]", None):  # none before, others of this size, none again
+        (remote.root / SINKS).unlink(missing_ok=True)
+        if text is not None:
+            (remote.root / SINKS).write_text(text)
+        made = seal(remote.root, rewritten=True)
+        mirror_module._pinned.clear()  # as another process would
+        again = open_mirror(remote.location, open_shards=1)
+        assert again.manifest.files == made.files
+        assert again.manifest_hash == cache.manifest_hash
+        if text is not None:
+            again.check_side_files([SINKS])
+            assert (again.path / SINKS).read_text() == text
+        assert_equal_records(again.read(first_of(1)), make_record(4))
+    assert {name: count for name, count in remote.fetched.items() if count > 1} == {SINKS: 2}
 
 
 @pytest.mark.parametrize("limit", ["0", "10 GB", "-1", "\u00b2"])

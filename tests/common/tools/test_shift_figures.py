@@ -17,7 +17,7 @@ from vlm_distill_cache.common.codecs.row_attention import AttentionRows, RowAtte
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.pixels import image_hash
 from vlm_distill_cache.common.tools.record_view import TokenText
-from vlm_distill_cache.common.tools.shift import Gaze, cache_shift, folder_shift, measure, split_answers
+from vlm_distill_cache.common.tools.shift import Gaze, _beginning, cache_shift, folder_shift, measure, split_answers
 
 WORDS = ("</s>", "<box>", "a", "red", "circle", "left", "of", "square", "yes", "no", "3", "b", "blue")
 CODEC = RowAttentionCodec(grid=(2, 3), groups=2, exact=True)
@@ -162,6 +162,12 @@ def test_kinds_are_of_questions_where_the_data_is_given_and_of_answers_else(home
         "2 to 5 words": (5, 0), "more than 5 words": (1, 0), "one word": (0, 1),
         "a number": (0, 1), "an option's letter": (0, 1), "yes or no": (0, 1),
     }  # fmt: skip
+    for question, begins in (
+        ("What's in THE photo?", "what's in"), ("- Where\tis it", "where is"), ("?!", ""),
+        ("\u0939\u093f\u0928 \u092e\u0947\u0902 \u0915\u094d\u092f", "\u0939\u093f\u0928 \u092e\u0947\u0902"),
+        ("\u56fe\u4e2d\u6709\u4ec0\u4e48\uff1f", "\u56fe\u4e2d"),
+    ):  # fmt: skip
+        assert _beginning(question) == begins
     said = run(home / "cache", "--shift")
     assert "All 5 samples, 4 with a picture" in said
     assert "kind of answer" in said
@@ -184,8 +190,11 @@ def test_the_largest_shifts_are_drawn_over_their_pictures(home, tmp_path):
     for entry in other:
         entry["image"] = "text.png"
     (home / "other.json").write_text(json.dumps(other))
-    said = run(home / "cache", "--shift", "--data", home / "other.json", "--picture", tmp_path / "new", code=1)
-    assert "give the image that the teacher saw" in said
+    for more in (("--picture", tmp_path / "new"), ()):  # nor are questions of other data with the same ids taken
+        said = run(home / "cache", "--shift", "--data", home / "other.json", *more, code=1)
+        assert "give the image that the teacher saw" in said
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    assert "give a new folder" in run(home / "cache", "--shift", "--picture", tmp_path / "nowhere", code=1)
     (tmp_path / "maps" / "mine.txt").write_text("?")
     assert "nothing else is overwritten" in run(home / "cache", "--shift", "--picture", tmp_path / "maps", code=1)
     assert "takes nothing else" in run(home / "cache", "--shift", "--picture", home / "cache" / "maps", code=1)

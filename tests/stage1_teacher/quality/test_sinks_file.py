@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,18 @@ from click.testing import CliRunner
 from hostile_documents import hostile_documents, sign
 
 from vlm_distill_cache.common.attention.sinks import sink_scores
-from vlm_distill_cache.common.attention.tiles import Tile, box_array, carries_image, grid_tile, tiles_from_array
+from vlm_distill_cache.common.attention.tiles import (
+    Tile,
+    box_array,
+    carries_image,
+    grid_tile,
+    tiles_from_array,
+    tiles_to_array,
+)
 from vlm_distill_cache.common.cache.manifest import read_manifest, seal
 from vlm_distill_cache.common.cache.side_files import CARD, SINKS
 from vlm_distill_cache.common.cli import main as cachectl
+from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, DistillError
 from vlm_distill_cache.common.files.signed import document_bytes
 from vlm_distill_cache.common.opening import open_cache
@@ -21,7 +30,7 @@ from vlm_distill_cache.common.remotes.push import push
 from vlm_distill_cache.common.tools.convert import convert
 from vlm_distill_cache.common.tools.merge import merge
 from vlm_distill_cache.common.tools.select import Selection, pull_partial
-from vlm_distill_cache.common.tools.sinks import _received, read_sinks, sink_map, write_sinks
+from vlm_distill_cache.common.tools.sinks import Sinks, _find, _received, read_sinks, sink_map, write_sinks
 from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.stage1_teacher.cli import main as teacher_cache
 
@@ -96,6 +105,30 @@ def test_maps_say_what_their_column_means_say(family_cache):
         np.testing.assert_allclose(_received(maps, record), _received(columns, record), rtol=2e-2, atol=2e-4)
 
 
+def test_maps_that_were_pooled_over_the_picture_where_it_has_several_tiles_are_of_its_cells():
+    codec = VisualMapCodec(groups=1, preset="f4", grid=2)
+    frame = Tile(
+        4, 4, (0.0, -0.5, 1.0, 1.5)
+    )  # half of it is padding: each of its two rows of cells sees half of the picture
+    layouts = ((frame,), (grid_tile(2, 2), grid_tile(4, 4)))
+    maps = np.random.default_rng(0).random((2, 1, 4, 4)) / 8
+    records = []
+    for number, (tiles, values) in enumerate(zip(layouts, maps, strict=True)):
+        record = {"tiles": tiles_to_array(tiles), "image_hash": np.full((1, 16), number, np.uint8)}
+        records.append((str(number), record | codec.encode(values, tiles=tiles)))
+
+    def found(shown):
+        plan = SimpleNamespace(signals={codec.signal: codec.to_dict()}, fields={codec.signal: codec.fields()})
+        return _find(plan, lambda names, most: shown).maps["visual_rows"]
+
+    assert found(records[:1]).places == "token"
+    both = found(records)
+    assert both.places == "cell"
+    assert both.tiles == (grid_tile(2, 2),)
+    first, second = (found([record]).received for record in records)
+    np.testing.assert_allclose(both.received, (first + second) / 2)
+
+
 def test_it_is_the_same_after_sealing_again_repair_and_conversion_and_own_for_what_is_derived(family_cache, tmp_path):
     source = family_cache("llava").path
     known = (source / SINKS).read_bytes()
@@ -111,14 +144,26 @@ def test_it_is_the_same_after_sealing_again_repair_and_conversion_and_own_for_wh
     run("seal", tmp_path / "cache", main=teacher_cache)
     assert (tmp_path / "cache" / SINKS).read_bytes() == known
     assert verify(tmp_path / "cache", deep=True) == []
+    said = "has other sinks of the vision tower than the records"
+    for change, reason in (
+        (lambda tower, whole: tower["scores"].reverse(), said),
+        (lambda tower, whole: tower["received"].reverse(), said),
+        (lambda tower, whole: tower["often"].__setitem__(0, 8 - tower["often"][0]), said),
+        (lambda tower, whole: tower["tiles"][0].__setitem__(2, 0.5), said),
+        (lambda tower, whole: tower["tiles"][0].__setitem__(slice(2), (1, 9)), said),
+        (lambda tower, whole: whole.update(gamma=3.0), "has scores of gamma 3; this version finds those of gamma 1.1"),
+    ):
+        changed = json.loads(known)
+        change(changed["maps"]["tower"], changed)
+        (tmp_path / "cache" / SINKS).write_bytes(document_bytes({k: v for k, v in changed.items() if k != "checksum"}))
+        sign(tmp_path / "cache", SINKS)  # an author who knows this code
+        assert verify(tmp_path / "cache") == []
+        assert [(one.path, one.reason) for one in verify(tmp_path / "cache", deep=True)] == [(SINKS, reason)]
     changed = json.loads(known)
-    changed["maps"]["tower"]["scores"].reverse()
-    (tmp_path / "cache" / SINKS).write_bytes(document_bytes({k: v for k, v in changed.items() if k != "checksum"}))
-    sign(tmp_path / "cache", SINKS)  # an author who knows this code
-    assert verify(tmp_path / "cache") == []
-    assert [(damage.path, damage.reason) for damage in verify(tmp_path / "cache", deep=True)] == [
-        (SINKS, "has other sinks of the vision tower than the records")
-    ]
+    tower = changed["maps"]["tower"]
+    tower |= {name: tower[name] * 2 for name in ("tiles", "received", "often", "scores")} | {"places": "tile"}
+    with pytest.raises(CacheFormatError, match=r"maps.tower has 2 tiles; expected one"):
+        Sinks.from_dict({k: v for k, v in changed.items() if k != "checksum"}, "it")
     convert(source, tmp_path / "tar", "webdataset")
     assert (tmp_path / "tar" / SINKS).read_bytes() == known
     halves = []

@@ -82,6 +82,16 @@ def test_columns_are_compared_after_both_sides_lost_what_sinks_receive():
     assert float(found) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
     with pytest.raises(ValueError, match="needs the sink scores"):
         visual_columns_loss(student, teacher, kind=KIND)
+    # Where all that the teacher's tokens receive lies on whole sinks, there is nothing to learn, as of rows.
+    for alone in (torch.ones(5), torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])):
+        lost = teacher * (alone > 0)
+        seen = student.clone().requires_grad_()
+        nothing = visual_columns_loss(seen, lost, kind=KIND, sinks=alone)
+        nothing.backward()
+        assert float(nothing.detach()) == 0
+        assert not bool(seen.grad.any())
+        answers = RowAttention.from_cells(lost)
+        assert float(answer_attention_loss(student, answers, kind=KIND, sinks=alone)) == 0
 
 
 @pytest.mark.parametrize("masked", [False, True])

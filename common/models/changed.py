@@ -6,27 +6,18 @@ themselves. Both are saved, loaded and exported like any other model: where this
 beside the weights (``auto_map``), and `__getattr__` makes the class that it names.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import transformers
 
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.common.models.decoding_tokens import decode_with_fewer
-from vlm_distill_cache.common.models.fewer_tokens import apply_visual_tokens
-from vlm_distill_cache.common.models.layer_sizes import apply_layer_sizes
+from vlm_distill_cache.common.models.changes import APPLIED
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth as _LlavaOfAnyDepth  # as found here, it is changed
 
 CHANGES = "distilled"
 """The key of the configuration: ``{"parts": {"language_model": PATH, "vision_tower": PATH, "projector": PATH}, ...}``."""
-
-APPLIED: dict[str, Callable[[Any, Mapping[str, str], Any], None]] = {
-    "decoding_tokens": decode_with_fewer,
-    "layer_sizes": apply_layer_sizes,
-    "visual_tokens": apply_visual_tokens,
-}
-"""By name: what applies one change to a model without values or with them, given its parts' paths and what is stored."""
 
 
 class Changed:

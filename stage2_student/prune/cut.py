@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.hidden import KEPT_LAYERS
+from vlm_distill_cache.common.attention.hidden import KEPT_LAYERS, kept_layers
 from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.errors import ConfigError, ModelError, SampleError
 from vlm_distill_cache.common.files.atomic import new_directory
@@ -328,11 +328,15 @@ def shallower_config(config: Any, layers: Sequence[int]) -> Any:
     """A copy of a configuration for some of the language model's layers; lists of all its layers are cut alike.
 
     ``kept_layers`` of the language model's part then says which ones they were, ``{"of": DEPTH, "kept": [...]}``, for
-    losses on hidden states. Of all layers the copy is equal.
+    losses on hidden states; ``before`` there, which ones of the teacher's own teacher. Of all layers the copy is equal.
+
+    Raises:
+        ModelError: If the teacher's configuration names layers that cannot be its own.
     """
     shallower = copy.deepcopy(config)
     text = text_config(shallower)
     depth = text.num_hidden_layers
+    kept_layers(text, teacher_depth=depth)
     if len(layers) == depth:
         return shallower
     for name, value in list(vars(text).items()):
@@ -341,8 +345,16 @@ def shallower_config(config: Any, layers: Sequence[int]) -> Any:
     if isinstance(getattr(text, "max_window_layers", None), int):  # from which one on there are windows
         text.max_window_layers = sum(layer < text.max_window_layers for layer in layers)
     text.num_hidden_layers = len(layers)
-    setattr(text, KEPT_LAYERS, {"of": depth, "kept": list(layers)})
+    before = getattr(text, KEPT_LAYERS, None)
+    earlier = {} if before is None else {"before": _kept_of_kept(before, layers)}
+    setattr(text, KEPT_LAYERS, {"of": depth, "kept": list(layers), **earlier})
     return shallower
+
+
+def _kept_of_kept(told: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """What is left of a teacher that was cut out of a deeper one itself: a cache may be of either."""
+    earlier = {"before": _kept_of_kept(told["before"], layers)} if "before" in told else {}
+    return {"of": told["of"], "kept": [told["kept"][layer] for layer in layers], **earlier}
 
 
 def _renumber_decoding(config: Any, layers: Sequence[int]) -> None:

@@ -441,7 +441,7 @@ def model_batches(
             bar.update()
     if failed:
         _log.warning(
-            "importance is measured without %d samples that cannot be read; the first: %s", len(failed), failed[0]
+            "importance is measured without samples that cannot be read, %d; the first: %s", len(failed), failed[0]
         )
 
 

@@ -200,7 +200,7 @@ def test_settings_that_nothing_comes_of_are_said_and_samples_that_cannot_be_read
     ]
     assert rows[0].rows == rows[1].rows > 0
     assert caplog.text.count("depth_importance=taylor changes nothing") == 2
-    assert caplog.text.count("importance is measured without 1 samples that cannot be read; the first: ") == 1
+    assert caplog.text.count("importance is measured without samples that cannot be read, 1; the first: ") == 1
 
 
 def test_train_alone_asks_for_the_cut_first(tiny_cache, tmp_path, teacher):

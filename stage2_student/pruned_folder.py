@@ -121,6 +121,19 @@ def layers_kept(depth: int, kept: Kept, how: PruningConfig) -> tuple[int, int, i
     return count, first, last
 
 
+def unused_settings(kept: Kept, how: PruningConfig) -> list[str]:
+    """What is said of how to cut, and does nothing where no layer leaves, or none is narrowed; a sentence each."""
+    default, found = PruningConfig(), []
+    for share, kind, names in (
+        (kept.width, "no layer is narrowed", ("importance", "ratios")),
+        (kept.depth, "no layer leaves", ("depth_importance",)),
+    ):
+        given = [f"{name}={getattr(how, name)}" for name in names if getattr(how, name) != getattr(default, name)]
+        if share == 1 and given:
+            found.append(f"{' and '.join(given)} changes nothing: {kind} ({describe_kept(kept)} is kept)")
+    return found
+
+
 def kept_share(student: str) -> Kept | None:
     """What ``pruned:0.5``, ``pruned:depth:0.75`` or ``pruned:width:0.5,depth:0.75`` keeps; None for other students."""
     if not student.startswith(PREFIX):

@@ -153,15 +153,17 @@ def kept_layers(text_config: Any, *, teacher_depth: int) -> tuple[int, ...] | No
     Raises:
         ModelError: If the configuration names layers that cannot be its own.
     """
-    told = getattr(text_config, KEPT_LAYERS, None)
-    if told is None:
-        return None
-    of, kept = (told.get("of"), told.get("kept")) if isinstance(told, Mapping) else (None, None)
-    depth = int(text_config.num_hidden_layers)
-    own = kept if isinstance(kept, list) and all(type(layer) is int for layer in kept) else []
-    if type(of) is not int or len(own) != depth or own != sorted(set(own)) or own[0] < 0 or own[-1] >= of:
-        raise ModelError(
-            f"config.json: {KEPT_LAYERS} is {str(told)[:80]!r}; expected the depth `of` the teacher and the {depth} layers "
-            "`kept` of it, ascending; use the config.json of the checkpoint"
-        )
-    return tuple(own) if of == teacher_depth else None
+    told, depth = getattr(text_config, KEPT_LAYERS, None), int(text_config.num_hidden_layers)
+    found = None
+    while told is not None:
+        of, kept = (told.get("of"), told.get("kept")) if isinstance(told, Mapping) else (None, None)
+        own = kept if isinstance(kept, list) and all(type(layer) is int for layer in kept) else []
+        if type(of) is not int or len(own) != depth or own != sorted(set(own)) or own[0] < 0 or own[-1] >= of:
+            raise ModelError(
+                f"config.json: {KEPT_LAYERS} is {str(told)[:80]!r}; expected the depth `of` the teacher and the {depth} layers "
+                "`kept` of it, ascending; use the config.json of the checkpoint"
+            )
+        if found is None and of == teacher_depth:
+            found = tuple(own)
+        told = told.get("before")  # of a teacher that was cut out of a deeper one
+    return found

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.hidden import KEPT_LAYERS
+from vlm_distill_cache.common.attention.hidden import KEPT_LAYERS, kept_layers
 from vlm_distill_cache.common.cache.other_folders import refuse_inside
-from vlm_distill_cache.common.errors import ConfigError, ModelError
+from vlm_distill_cache.common.errors import ConfigError, ModelError, SampleError
 from vlm_distill_cache.common.files.atomic import new_directory
 from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.common.models.changed import CHANGES, changed_class, changes_of
@@ -47,7 +47,14 @@ from vlm_distill_cache.stage2_student.prune.plan import (
     narrow_widths,
     rank_over_layers,
 )
-from vlm_distill_cache.stage2_student.pruned_folder import RECORD, Kept, PruningConfig, layers_kept, read_settings
+from vlm_distill_cache.stage2_student.pruned_folder import (
+    RECORD,
+    Kept,
+    PruningConfig,
+    layers_kept,
+    read_settings,
+    unused_settings,
+)
 from vlm_distill_cache.stage2_student.students.prunable import MLP, prunable_layers, refuse_unprunable
 
 _log = logging.getLogger(__name__)
@@ -186,6 +193,8 @@ def plan_pruning(opened: FamilyModel, batches: Iterable[Measured], *, kept: Kept
     )
     language_model = submodule(opened.model, opened.family.language_model)
     count, first, last = layers_kept(len(prunable_layers(language_model)), kept, how)
+    for unused in unused_settings(kept, how):
+        _log.warning("%s", unused)
     importance = measure_importance(
         opened.model,
         language_model,
@@ -319,11 +328,15 @@ def shallower_config(config: Any, layers: Sequence[int]) -> Any:
     """A copy of a configuration for some of the language model's layers; lists of all its layers are cut alike.
 
     ``kept_layers`` of the language model's part then says which ones they were, ``{"of": DEPTH, "kept": [...]}``, for
-    losses on hidden states. Of all layers the copy is equal.
+    losses on hidden states; ``before`` there, which ones of the teacher's own teacher. Of all layers the copy is equal.
+
+    Raises:
+        ModelError: If the teacher's configuration names layers that cannot be its own.
     """
     shallower = copy.deepcopy(config)
     text = text_config(shallower)
     depth = text.num_hidden_layers
+    kept_layers(text, teacher_depth=depth)
     if len(layers) == depth:
         return shallower
     for name, value in list(vars(text).items()):
@@ -332,8 +345,16 @@ def shallower_config(config: Any, layers: Sequence[int]) -> Any:
     if isinstance(getattr(text, "max_window_layers", None), int):  # from which one on there are windows
         text.max_window_layers = sum(layer < text.max_window_layers for layer in layers)
     text.num_hidden_layers = len(layers)
-    setattr(text, KEPT_LAYERS, {"of": depth, "kept": list(layers)})
+    before = getattr(text, KEPT_LAYERS, None)
+    earlier = {} if before is None else {"before": _kept_of_kept(before, layers)}
+    setattr(text, KEPT_LAYERS, {"of": depth, "kept": list(layers), **earlier})
     return shallower
+
+
+def _kept_of_kept(told: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """What is left of a teacher that was cut out of a deeper one itself: a cache may be of either."""
+    earlier = {"before": _kept_of_kept(told["before"], layers)} if "before" in told else {}
+    return {"of": told["of"], "kept": [told["kept"][layer] for layer in layers], **earlier}
 
 
 def _renumber_decoding(config: Any, layers: Sequence[int]) -> None:
@@ -405,13 +426,23 @@ def head_rows(heads: Tensor, width: int) -> Tensor:
 def model_batches(
     opened: FamilyModel, encoder: SampleEncoder, samples: Iterable[Sample], device: str
 ) -> Iterator[Measured]:
-    """Each sample as the teacher's keyword arguments, alone, so that no row is padding."""
+    """Each sample as the teacher's keyword arguments, alone, so that no row is padding; those it cannot read are left out."""
     dtype = next(opened.model.parameters()).dtype
+    failed: list[SampleError] = []
     with progress("importance", unit="sample") as bar:
         for sample in samples:
-            batch = collate([encoder(sample)], int(opened.tokenizer.pad_token_id or 0)).to(device)
+            try:
+                encoded = encoder(sample)
+            except SampleError as error:  # its picture is missing, it is too long: stage one leaves it out, too
+                failed.append(error)
+                continue
+            batch = collate([encoded], int(opened.tokenizer.pad_token_id or 0)).to(device)
             yield Measured(opened.family.model_inputs(opened.model.config, batch, dtype=dtype), batch.labels)
             bar.update()
+    if failed:
+        _log.warning(
+            "importance is measured without samples that cannot be read, %d; the first: %s", len(failed), failed[0]
+        )
 
 
 def teacher_encoder(teacher: Path, opened: FamilyModel, template: str | None) -> SampleEncoder:

@@ -15,11 +15,21 @@ from vlm_distill_cache.common.models.changed import changes_of
 from vlm_distill_cache.common.models.layer_sizes import SIZES
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.data.families.models import open_family_model
+from vlm_distill_cache.data.registry import open_dataset
+from vlm_distill_cache.data.sample import iterate_readable
 from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import describe
 from vlm_distill_cache.stage2_student.prune import for_run as prune_for_run
+from vlm_distill_cache.stage2_student.prune.cut import prune_directory
 from vlm_distill_cache.stage2_student.prune.for_run import prune_for_cache
-from vlm_distill_cache.stage2_student.pruned_folder import Kept, cut_words, pruning_record, refuse_damaged
+from vlm_distill_cache.stage2_student.pruned_folder import (
+    Kept,
+    PruningConfig,
+    cut_words,
+    pruning_record,
+    refuse_damaged,
+    unused_settings,
+)
 from vlm_distill_cache.stage2_student.run import load_run_config, run, with_pruned_student, write_report_again
 from vlm_distill_cache.stage2_student.training.resolve import open_caches
 
@@ -152,6 +162,7 @@ def test_the_command_writes_a_folder_and_says_what_comes_next(tmp_path, teacher)
     assert result.exit_code == 0, result.output
     assert "2 heads (2 of keys and values) and 32 channels a layer\n" in result.output
     assert f"Next: distill run --student {tmp_path / 'student'}" in result.output
+    assert "changes nothing" not in result.output
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1
     assert "exists; give a new folder" in again.output
@@ -167,6 +178,29 @@ def test_the_command_writes_a_folder_and_says_what_comes_next(tmp_path, teacher)
     assert (len(told["layers"]), told["sizes"][1]["channels"], told["widths"]) == (2, 64, None)
     assert "2 to 4 heads (1 to 2 of keys and values) and 32 to 64 channels a layer" in result.stderr
     assert "2 of 4 layers" in result.stderr
+
+
+def test_settings_that_nothing_comes_of_are_said_and_samples_that_cannot_be_read_are_left_out(
+    tmp_path, teacher, caplog
+):
+    how = PruningConfig(importance="taylor", ratios="global", depth_importance="taylor")
+    said = [unused_settings(kept, how) for kept in (Kept(width=0.5), Kept(depth=0.5), Kept(width=0.5, depth=0.5))]
+    assert said == [
+        ["depth_importance=taylor changes nothing: no layer leaves (0.5 is kept)"],
+        ["importance=taylor and ratios=global changes nothing: no layer is narrowed (depth:0.5 is kept)"],
+        [],
+    ]
+    samples = [sample for sample, _ in zip(iterate_readable(open_dataset(DATA)), range(2), strict=False)]
+    lost = replace(samples[0], turns=())
+    rows = [
+        prune_directory(
+            teacher, tmp_path / str(len(given)), kept=Kept(width=0.5), samples=given, template="short", how=how
+        )
+        for given in (samples, [lost, *samples])
+    ]
+    assert rows[0].rows == rows[1].rows > 0
+    assert caplog.text.count("depth_importance=taylor changes nothing") == 2
+    assert caplog.text.count("importance is measured without samples that cannot be read, 1; the first: ") == 1
 
 
 def test_train_alone_asks_for_the_cut_first(tiny_cache, tmp_path, teacher):

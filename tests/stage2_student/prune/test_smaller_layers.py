@@ -31,6 +31,7 @@ from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.terms import TERMS
 from vlm_distill_cache.stage2_student.prune.cut import (
     _features_of_layers,
+    _kept_of_kept,
     _renumber_decoding,
     cut,
     head_width,
@@ -136,7 +137,13 @@ def test_states_before_the_final_norm_meet_none_behind_it():
     ):
         student: Any = SimpleNamespace(width=8, depth=3, kept_layers=lambda _depth, kept=kept: kept)
         assert TERMS["hidden"].fit(cache, LossWeights(hidden=1.0), student, "cache") == expected
-    for told in ([0], {"of": 4, "kept": [0, 0, 1]}, {"of": 2, "kept": [0, 1, 2]}, {"of": 4, "kept": [0, 1]}):
+    for told in (
+        [0],
+        {"of": 4, "kept": [0, 1, 2], "before": {"of": 2}},
+        {"of": 4, "kept": [0, 0, 1]},
+        {"of": 2, "kept": [0, 1, 2]},
+        {"of": 4, "kept": [0, 1]},
+    ):
         with pytest.raises(ModelError, match="kept_layers is"):
             kept_layers(SimpleNamespace(num_hidden_layers=3, kept_layers=told), teacher_depth=4)
 
@@ -361,6 +368,13 @@ def test_lists_of_layers_and_features_of_the_tower_are_cut_alike(tmp_path):
     assert (text.num_hidden_layers, text.layer_types) == (2, ["sliding_attention"] * 2)
     assert text.kept_layers == {"of": 3, "kept": [0, 2]}
     assert shallower_config(config, [0, 1, 2]).to_dict() == config.to_dict()
+    again = shallower_config(shallower_config(shallower_config(config, [0, 2]), [0, 1]), [1])  # the second leaves all
+    told = text_config(again).kept_layers
+    assert told == {"of": 2, "kept": [1], "before": {"of": 3, "kept": [2]}}
+    found = [kept_layers(text_config(again), teacher_depth=depth) for depth in (1, 2, 3)]
+    assert found == [None, (1,), (2,)]
+    twice = {"of": 4, "kept": [0, 1, 3], "before": {"of": 9, "kept": [0, 4, 8]}}
+    assert _kept_of_kept(twice, [0, 2]) == {"of": 4, "kept": [0, 3], "before": {"of": 9, "kept": [0, 8]}}
     opened, _ = open_tiny("qwen2_5_vl", tmp_path)
     text_config(opened.model.config).max_window_layers = 2
     assert text_config(shallower_config(opened.model.config, [0, 2])).max_window_layers == 1

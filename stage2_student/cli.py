@@ -310,11 +310,12 @@ def prune(
     """Cut a smaller student out of a teacher, to be trained with its hidden states."""
     from vlm_distill_cache.data.registry import open_dataset
     from vlm_distill_cache.data.sample import iterate_readable
+    from vlm_distill_cache.stage2_student.batches.share import some_samples
     from vlm_distill_cache.stage2_student.prune.cut import prune_directory
 
     runs.set_up_libraries()
     settings = PruningConfig(**how)
-    dataset = open_dataset(data, images=images, limit=settings.samples)
+    dataset = some_samples(open_dataset(data, images=images), settings.samples)
     pruning = prune_directory(
         model_folder(teacher, what="--teacher").path,
         output,

@@ -50,7 +50,7 @@ class PruningConfig:
         spare_first: Layers at the beginning that neither leave nor are narrowed; none: 1 of depth, 0 of width.
         spare_last: The same at the end. (The released code of arXiv 2604.24380 narrows layers 3 to 20 of 32:
             spare_first=3, spare_last=11; LLM-Pruner's own examples 4 to 29: spare_first=4, spare_last=2.)
-        samples: Samples to measure on.
+        samples: Samples to measure on, drawn at random in proportion from each source, always the same ones.
 
     Source:
         Huang et al. 2026 (arXiv:2604.24380): width by LLM-Pruner's Taylor importance, depth by block influence.

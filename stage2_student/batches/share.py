@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.data.sample import Dataset, number_names
+from vlm_distill_cache.data.sources.grouping import ChosenSamples
 from vlm_distill_cache.data.sources.mixture import deal
 from vlm_distill_cache.stage2_student.batches.dataset import Join, choose, join_cache
 
@@ -57,6 +58,14 @@ def take_samples(
         share, len(drawn), len(ids), len(np.unique(sources)),
     )  # fmt: skip
     return taken
+
+
+def some_samples(dataset: Dataset, count: int) -> Dataset:
+    """So many samples to measure something on, always the same ones, in proportion from each source; all, if there are fewer."""
+    if count >= len(dataset):
+        return dataset
+    drawn = draw_share(dataset.sample_ids, dataset.sources(), share=count / len(dataset), seed=0)
+    return ChosenSamples(dataset, drawn.tolist(), name=f"{count} samples of {dataset.name}")
 
 
 def _limits(sizes: Sequence[int], limit: int | None) -> list[int | None]:

@@ -1,10 +1,10 @@
 """The student of a run that is cut out of the teacher of the run's own cache, measured on the cache's own samples."""
 
-from itertools import islice
 from pathlib import Path
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.data.sample import iterate_readable
+from vlm_distill_cache.stage2_student.batches.share import some_samples
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.prune.cut import prune_directory
 from vlm_distill_cache.stage2_student.pruned_folder import Kept
@@ -27,7 +27,7 @@ def prune_for_cache(config: TrainConfig, cache: TeacherCache, output: Path, *, k
         output,
         kept=kept,
         how=config.pruning,
-        samples=islice(iterate_readable(dataset), config.pruning.samples),
+        samples=iterate_readable(some_samples(dataset, config.pruning.samples)),
         encoder=encoder_of_cache(cache.plan, cache.path / "processor", max_length=config.max_length),
         described={"cache": cache.manifest_hash},
         device=config.device,

@@ -50,7 +50,7 @@ pruning_options: Callable[[Any], Any] = shared_options(
         type=click.IntRange(min=1),
         default=PruningConfig().samples,
         show_default=True,
-        help="Samples to measure on.",
+        help="Samples to measure on, drawn at random in proportion from each source.",
     ),
     _choice("importance", get_args(WidthImportance), "What heads and channels are ranked by."),
     _choice("depth_importance", get_args(DepthImportance), "What layers are ranked by."),

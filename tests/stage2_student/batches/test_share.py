@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_distill_cache.data.registry import open_dataset
-from vlm_distill_cache.stage2_student.batches.share import draw_share
+from vlm_distill_cache.stage2_student.batches.share import draw_share, some_samples
 
 SOURCES = st.lists(st.integers(0, 4), min_size=1, max_size=40)
 
@@ -133,3 +133,15 @@ def test_readers_know_their_sources(tmp_path):
     assert named(open_dataset("shapes:images=4,seed=0", limit=3)) == [
         [*open_dataset("shapes:images=4,seed=0").sample_ids[:3]]
     ]
+
+
+def test_what_is_measured_is_measured_on_samples_of_all_of_the_data(tmp_path):
+    rows = [
+        {"id": f"{kind}{i}", "question": "What?", "answer": kind, "source": kind} for kind in "ab" for i in range(20)
+    ]
+    (tmp_path / "sorted.json").write_text(json.dumps(rows))
+    whole = open_dataset(str(tmp_path / "sorted.json"))
+    few = some_samples(whole, 8)
+    assert sorted(few.sample_ids) == sorted(some_samples(whole, 8).sample_ids)
+    assert [few[place].turns[0].answer for place in range(8)] == ["a"] * 4 + ["b"] * 4
+    assert some_samples(whole, 40) is whole

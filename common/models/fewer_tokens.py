@@ -22,7 +22,13 @@ from vlm_distill_cache.common.models.budget import kept_count
 from vlm_distill_cache.common.models.fed_sequence import Feeding, feed
 from vlm_distill_cache.common.models.token_settings import Settings
 from vlm_distill_cache.common.models.tower_pictures import Pictures
-from vlm_distill_cache.common.models.visual_tokens import choose, pool_cells, repeated_places, split_budget
+from vlm_distill_cache.common.models.visual_tokens import (
+    choose,
+    pool_cells,
+    repeated_places,
+    split_budget,
+    without,
+)
 
 
 class FewerTokens:
@@ -93,7 +99,7 @@ class FewerTokens:
         repeated = ~asked & self._repeated(visual[rows], arguments["inputs_embeds"][rows], alone, settings)
         if settings.by == "grid":
             local = self._pooled(alone, [budgets[b] for b in rows])
-            local = local.to(visual.device).masked_fill(repeated, -1)
+            local = without(local.to(visual.device), repeated)
             local = torch.where(asked, torch.arange(local.shape[1], device=local.device), local)
         else:
             scores = self._scores(rows, alone, settings).to(visual.device)

@@ -100,6 +100,25 @@ def pool_cells(row: Tensor, col: Tensor, rows: int, cols: int, k: int) -> Tensor
     return torch.where(row < 0, -1, chosen[cell.clamp_min(0)])
 
 
+def without(stands_for: Tensor, gone: Tensor) -> Tensor:
+    """Take tokens out of pools: where the one that stood for others is gone, the first that is left of them does.
+
+    Args:
+        stands_for: Which token stands for each, int64 ``[M, N]``; -1: none.
+        gone: Bool ``[M, N]``.
+
+    Returns:
+        int64 ``[M, N]``; -1 also for those that are gone.
+    """
+    count = stands_for.shape[1]
+    stays, owner = (stands_for >= 0) & ~gone, stands_for.clamp_min(0)
+    index = torch.arange(count, device=gone.device).expand_as(owner)
+    none = torch.full_like(owner, count)
+    first = none.scatter_reduce(1, owner, torch.where(stays, index, none), "amin")
+    left = torch.where(stays.gather(1, owner), owner, first.gather(1, owner))
+    return torch.where(stays, left, -1)
+
+
 def split_budget(counts: Sequence[int], k: int) -> list[int]:
     """Divide k tokens among blocks of so many: in proportion, by largest remainders, of equal ones the first."""
     total = sum(counts)

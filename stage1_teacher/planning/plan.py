@@ -17,6 +17,7 @@ from vlm_distill_cache.common.errors import ConfigError, ModelError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.hub import model_folder
 from vlm_distill_cache.common.locations import by_make
+from vlm_distill_cache.common.models.changed import changes_of
 from vlm_distill_cache.common.models.original_llava import is_original_llava, refuse_other_llavas
 from vlm_distill_cache.common.models.parts import read_config
 from vlm_distill_cache.common.models.published import is_published
@@ -34,6 +35,11 @@ from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
+
+_AT_VISUAL_TOKENS = (
+    "visual_columns", "visual_map", "visual_hidden", "projector_output", "visual_logits", TowerAttentionCodec.signal
+)  # fmt: skip
+"""What is said of every visual token."""
 
 
 def evaluation_of(training: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -83,6 +89,13 @@ def refuse_signals(signals: Sequence[str], teacher: Teacher) -> None:
         raise ModelError(
             f"teacher {teacher.directory}: {', '.join(attention)} cannot be had: {teacher.no_attention}; cache its "
             "logits only (--signals logits)"
+        )
+    lacking = [name for name in signals if name in _AT_VISUAL_TOKENS]
+    if lacking and changes_of(teacher.config).get("visual_tokens"):
+        raise ModelError(
+            f"teacher {teacher.directory}: it feeds only some of a picture's visual tokens (config.json: distilled), so "
+            f"{', '.join(lacking)} cannot be had: leave them out of the signals (logits, answer_attention and hidden are "
+            "available), or give the model that it was made from"
         )
     if TowerAttentionCodec.signal in signals:
         try:

@@ -40,7 +40,7 @@ def words_of(changes: object) -> dict[str, str]:
             else ""
         )
         said["decoding_tokens"] = (
-            f"a generated token looks at {count} of the visual tokens that were read, those that the prompt's last token looked "
+            f"a generated token sees {count} of the visual tokens that were read, those that the prompt's last token looked "
             f"at most{swaps}"
         )
     return said

@@ -11,6 +11,7 @@ from vlm_distill_cache.common.models.visual_tokens import (
     predicted_gaze,
     repeated_places,
     split_budget,
+    without,
     without_sinks,
 )
 
@@ -63,6 +64,13 @@ def test_cells_are_disjoint_rectangles_and_their_middle_stands_for_them(rows, co
     # Of a cell without its middle the first token stands; line ends stand for nothing.
     some = pool_cells(torch.tensor([0, -1, 1, 1]), torch.tensor([1, -1, 0, 1]), 2, 2, 1)
     assert some.tolist() == [0, -1, 0, 0]
+
+
+def test_what_is_left_of_a_pool_is_fed_when_its_middle_is_gone():
+    stands = torch.tensor([[1, 1, 1, 4, 4, -1]]).expand(3, -1)
+    gone = torch.zeros(3, 6, dtype=torch.bool)
+    gone[0, 1] = gone[1, 0] = gone[2, 3] = gone[2, 4] = True
+    assert without(stands, gone).tolist() == [[0, -1, 0, 4, 4, -1], [-1, 1, 1, 4, 4, -1], [1, 1, 1, -1, -1, -1]]
 
 
 def test_a_budget_is_divided_in_proportion():

@@ -1,5 +1,6 @@
 """`teacher-cache build` with a teacher of every family, and what it refuses of whom."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
 from vlm_distill_cache.common.errors import CacheMismatchError, ModelError
 from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.data.families.inputs import text_config
+from vlm_distill_cache.data.families.table import family_of
 from vlm_distill_cache.data.images.layouts.any_resolution import AnyResolutionEncoder
 from vlm_distill_cache.data.text.processors import weights_fingerprint
 from vlm_distill_cache.stage1_teacher.cli import main
@@ -88,6 +90,12 @@ def test_a_teacher_whose_attention_cannot_be_captured_still_gives_logits(
     with pytest.raises(ModelError, match=r"answer_attention cannot be had: not in this version.*--signals logits"):
         build(folder, family_data, tmp_path / "cache")
     assert len(build(folder, family_data, tmp_path / "cache", signals=("logits",))) == 10
+    # Of visual tokens that do not run there is nothing to keep.
+    stored = json.loads((folder / "config.json").read_text())
+    stored["distilled"] = {"parts": family_of("smolvlm").parts, "visual_tokens": {"keep": 0.5, "by": "random"}}
+    (folder / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ModelError, match=r"feeds only some of .*, so visual_logits cannot be had: leave them out"):
+        build(folder, family_data, tmp_path / "fewer", signals=("logits", "visual_logits"))
 
 
 def test_questions_that_share_a_picture_are_refused_where_it_sees_them(tmp_path: Path):

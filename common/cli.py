@@ -53,12 +53,22 @@ def main() -> None:
     start_logging(logging.WARNING)
 
 
+class _Picture(ResultFile):
+    """A picture to draw; with --shift a folder of them, which is looked at before the work begins, too."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """Return the path."""
+        return Path(value) if ctx is not None and ctx.params.get("shift") else super().convert(value, param, ctx)
+
+
 @main.command()
 @click.argument("cache", type=CacheLocation())
 @click.argument("sample_id", required=False)
 @click.option(
     "--picture",
-    type=click.Path(path_type=Path),
+    type=_Picture(marked(PICTURE_MARK)),
     help="Draw where each word looked, or with --sinks their heat maps: OUT.png; with --shift the largest shifts: a folder.",
 )
 @click.option(
@@ -70,7 +80,7 @@ def main() -> None:
 @click.option(
     "--sinks", is_flag=True, help="Show which places attract the teacher's attention whatever the picture shows."
 )
-@click.option("--shift", is_flag=True, help="Measure how the teacher's gaze shifts within its answers.")
+@click.option("--shift", is_flag=True, is_eager=True, help="Measure how the teacher's gaze shifts within its answers.")
 @click.option(
     "--data", help="With --shift: the data that the cache was built from, for kinds of questions and pictures."
 )
@@ -104,10 +114,6 @@ def inspect(
         return
     if (picture is not None and sample_id is None and not sinks) or (image is not None and picture is None):
         raise click.UsageError("--picture needs a SAMPLE_ID, --sinks or --shift, and --image needs --picture")
-    if picture is not None:
-        picture = Path(
-            os.fsdecode(ResultFile(marked(PICTURE_MARK)).convert(picture, None, click.get_current_context()))
-        )
     if sinks:
         _show_sinks(cache, picture)
         return

@@ -9,6 +9,7 @@ Dims: B batch, T tokens of this pass.
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -54,6 +55,16 @@ class _Decoder(Around):
         finally:
             self.visual_mask = None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the library's class, which is found by its name, with this one in front."""
+        return remade, (_around, type(self).__bases__[1]), self.__dict__
+
+
+def remade(make: Callable[[Any], Any], base: Any) -> Any:
+    """An empty instance of a class that is made of another."""
+    made = make(base)
+    return made.__new__(made)
+
 
 @cache
 def _around(decoder_class: Any) -> Any:
@@ -73,11 +84,28 @@ def surround(model: Any, parts: Mapping[str, str], wrapper: Wrapper, *, inside: 
     if not isinstance(decoder, Around):
         decoder_class: Any = type(decoder)
         decoder.__class__ = _around(decoder_class)
-        model.register_forward_pre_hook(partial(_tell, decoder), with_kwargs=True)
+        inner = reader_of(model)
+        (model if inner is decoder else inner).register_forward_pre_hook(partial(_tell, decoder), with_kwargs=True)
     decoder.wrappers = (wrapper, *decoder.wrappers) if inside else (*decoder.wrappers, wrapper)
     return decoder
 
 
+def reader_of(model: Any) -> Any:
+    """The part of a model that reads ids and pictures.
+
+    It runs with its hooks however the model is called: losses on chunks of logits call this part alone, and who calls the
+    model's ``forward`` passes the model's own hooks by.
+    """
+    return getattr(model, "model", model)
+
+
+def by_name(module: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a pass by name, those too that were given by place."""
+    return (
+        dict(zip(signature(module.forward).parameters, inputs, strict=False)) | dict(named) if inputs else dict(named)
+    )
+
+
 def _tell(decoder: Any, model: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-    ids = named.get("input_ids", inputs[0] if inputs else None)
+    ids = by_name(model, inputs, named).get("input_ids")
     decoder.visual_mask = None if ids is None else ids == model.config.image_token_id

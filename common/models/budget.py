@@ -8,7 +8,9 @@ from vlm_distill_cache.common.errors import ModelError
 def check_budget(name: str, keep: Any) -> float:
     """A share above 0 and below 1, or a whole number of at least 2, which no share can be mistaken for; else a ModelError."""
     fits = (
-        isinstance(keep, int | float) and not isinstance(keep, bool) and (0 < keep < 1 or (keep >= 2 and keep % 1 == 0))
+        isinstance(keep, int | float)
+        and not isinstance(keep, bool)
+        and (0 < keep < 1 or (2 <= keep <= 1e30 and keep % 1 == 0))
     )
     if not fits:
         raise ModelError(

@@ -6,27 +6,18 @@ themselves. Both are saved, loaded and exported like any other model: where this
 beside the weights (``auto_map``), and `__getattr__` makes the class that it names.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import transformers
 
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.common.models.decoding_tokens import decode_with_fewer
-from vlm_distill_cache.common.models.fewer_tokens import apply_visual_tokens
-from vlm_distill_cache.common.models.layer_sizes import apply_layer_sizes
+from vlm_distill_cache.common.models.changes import APPLIED
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth as _LlavaOfAnyDepth  # as found here, it is changed
 
 CHANGES = "distilled"
 """The key of the configuration: ``{"parts": {"language_model": PATH, "vision_tower": PATH, "projector": PATH}, ...}``."""
-
-APPLIED: dict[str, Callable[[Any, Mapping[str, str], Any], None]] = {
-    "decoding_tokens": decode_with_fewer,
-    "layer_sizes": apply_layer_sizes,
-    "visual_tokens": apply_visual_tokens,
-}
-"""By name: what applies one change to a model without values or with them, given its parts' paths and what is stored."""
 
 
 class Changed:
@@ -76,6 +67,14 @@ def apply_changes(model: Any) -> None:
     parts = stored.get("parts") if isinstance(stored, Mapping) else None
     if not isinstance(parts, Mapping) or not all(isinstance(path, str) for path in parts.values()):
         raise ModelError(f"config.json: {CHANGES} is {str(stored)[:80]!r}; expected an object with `parts`, its paths")
+    for name, path in parts.items():
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            raise ModelError(
+                f"config.json: {CHANGES}.parts: {str(name)[:40]} is {path[:80]!r}, which {type(model).__name__} does not have; "
+                "copy the file again from where the model was made"
+            ) from None
     if unknown := sorted(changes_of(model.config).keys() - APPLIED.keys()):
         raise ModelError(
             f"config.json: {CHANGES} names {', '.join(unknown)}, which this version does not know; expected some of "

@@ -30,7 +30,7 @@ class Fed:
         places: Of its tokens in the text, int64 ``[B, S]``.
         live: Which of them may be seen, bool ``[B, S]``.
         dropped: How many tokens less it has than the text.
-        least: How many of its tokens were there when some were left out last: they cannot be taken back one by one.
+        least: How many of its tokens there are up to the last that was left out: they cannot be taken back one by one.
     """
 
     places: Tensor
@@ -393,8 +393,8 @@ def _restored(feeding: Feeding, found: Any, past: Any, length: int) -> Any:
         if not hasattr(new, "fed"):
             cache_class: Any = type(new)
             new.__class__ = _shorter(cache_class)
-        held = feeding.keys.shape[1]
-        new.fed = Fed(feeding.keys, feeding.live_keys, dropped, new.fed.least if feeding.stands_for is None else held)
+        least = new.fed.least if feeding.stands_for is None else _up_to_gaps(feeding, feeding.before + length)
+        new.fed = Fed(feeding.keys, feeding.live_keys, dropped, least)
     if feeding.stands_for is None:
         return found
     if as_tuple:
@@ -405,6 +405,14 @@ def _restored(feeding: Feeding, found: Any, past: Any, length: int) -> Any:
     if found.get("attentions") is not None:
         found["attentions"] = tuple(_spread_map(feeding, part, length) for part in found["attentions"])
     return found
+
+
+def _up_to_gaps(feeding: Feeding, length: int) -> int:
+    """How many tokens the cache holds in front of the end of the text that all samples have without a gap."""
+    held = feeding.keys.shape[1]
+    expected = torch.arange(length - held, length, device=feeding.keys.device)
+    whole = ((feeding.keys == expected) & feeding.live_keys).all(dim=0)
+    return held - int(whole.flip(0).cumprod(dim=0).sum())
 
 
 def _spread_map(feeding: Feeding, attention: Tensor, length: int) -> Tensor:

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.common.models.around import Run, surround
+from vlm_distill_cache.common.models.around import Run, by_name, reader_of, surround
 from vlm_distill_cache.common.models.budget import kept_count
 from vlm_distill_cache.common.models.fed_sequence import Feeding, feed
 from vlm_distill_cache.common.models.token_settings import Settings
@@ -32,10 +33,13 @@ class FewerTokens:
         self.settings: Settings | None = None
         self.given: Tensor | None = None
         self.needed: Tensor | None = None
+        self.labelled: Tensor | None = None
         self.shows = False
         self.decoder: Any = None
         self.pictures = Pictures(model, parts)
-        model.register_forward_pre_hook(self._look, with_kwargs=True)
+        reader_of(model).register_forward_pre_hook(self._look, with_kwargs=True)
+        if reader_of(model) is not model:
+            model.register_forward_pre_hook(self._look_at_labels, with_kwargs=True)
 
     def set(self, settings: Settings | None) -> None:
         """Feed as settings say; None: feed all."""
@@ -45,6 +49,7 @@ class FewerTokens:
 
     def _look(self, model: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Whether the pass that begins reads pictures."""
+        named = by_name(model, inputs, named)
         before = named.get("mm_encoder_outputs") or {}
         images = before.get("image") if isinstance(before, Mapping) else before
         self.shows = named.get("pixel_values") is not None or images is not None
@@ -52,20 +57,27 @@ class FewerTokens:
         if self.settings is not None and videos:
             raise ModelError("a student that feeds fewer visual tokens reads no videos; give their frames as pictures")
 
+    def _look_at_labels(self, model: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Which tokens a loss asks for the next one, of ``labels`` as the library shifts them."""
+        labels = by_name(model, inputs, named).get("labels")
+        self.labelled = None if labels is None else F.pad(labels[:, 1:] >= 0, (0, 1))
+
     def __call__(self, run: Run, decoder: Any, **arguments: Any) -> Any:
         """Run the decoder on what is chosen."""
-        decoder.places = decoder.stands_for = None
-        stands_for = None
+        decoder.places = decoder.stands_for = stands_for = None
+        labelled, self.labelled = self.labelled, None
         if self.settings is not None and self.shows:
             if decoder.visual_mask is None:
                 raise ModelError(
                     "a student that feeds fewer visual tokens must know where they are: give input_ids, not inputs_embeds"
                 )
-            stands_for = self._decide(decoder.visual_mask, arguments, self.settings)
+            stands_for = self._decide(decoder.visual_mask, arguments, self.settings, labelled)
         feeding = Feeding.of(decoder, arguments, stands_for)
         return run(**arguments) if feeding is None else feed(feeding, run, decoder, arguments)
 
-    def _decide(self, visual: Tensor, arguments: Mapping[str, Any], settings: Settings) -> Tensor | None:
+    def _decide(
+        self, visual: Tensor, arguments: Mapping[str, Any], settings: Settings, labelled: Tensor | None
+    ) -> Tensor | None:
         """Which token of the pass stands for each: int64 ``[B, T]``, -1 for none; None: all stay."""
         counts = visual.sum(dim=1).tolist()
         budgets = [kept_count(settings.keep, count) for count in counts]
@@ -74,7 +86,7 @@ class FewerTokens:
         copies = self._copies(counts)
         rows = [b for b in range(0, len(counts), copies) if counts[b]]
         alone = [counts[b] for b in rows]
-        needed = self._needed(visual)[rows]  # [rows, T]
+        needed = self._needed(visual, labelled)[rows]  # [rows, T]
         asked = torch.zeros(len(rows), max(alone, default=0), dtype=torch.bool, device=visual.device)
         for at, b in enumerate(rows):
             asked[at, : alone[at]] = needed[at, visual[b]]
@@ -99,11 +111,11 @@ class FewerTokens:
                 result[copy, visual[copy]] = stands
         return result
 
-    def _needed(self, visual: Tensor) -> Tensor:
+    def _needed(self, visual: Tensor, labelled: Tensor | None) -> Tensor:
         """Visual tokens that must run, since what they say is asked for: no word stands between them and an answer."""
-        last = torch.zeros_like(visual)
-        last[:, -1] = visual[:, -1]
-        return last if self.needed is None else last | (visual & self.needed.to(visual.device))
+        found = visual & ~F.pad(visual[:, 1:], (0, 1))  # each picture's last
+        found[:, :-1] &= False if labelled is None else labelled[:, :-1].to(visual.device)
+        return found if self.needed is None else found | (visual & self.needed.to(visual.device))
 
     def _copies(self, counts: list[int]) -> int:
         """How often each sample stands in the batch: several times in a row, for beams, with pictures encoded once."""

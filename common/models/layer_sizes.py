@@ -12,6 +12,7 @@ from torch import nn
 from vlm_distill_cache.common.errors import ModelError
 
 SIZES = ("heads", "key_value_heads", "channels")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def apply_layer_sizes(model: Any, parts: Mapping[str, str], stored: Any) -> None:
@@ -54,6 +55,22 @@ def _refuse_misfit(where: str, layer: Any, sizes: Any) -> None:
         raise ModelError(
             f"{where}: {sizes['heads']} heads cannot share {sizes['key_value_heads']} heads of keys and values evenly"
         )
+    if (other := _of_single_heads(attention)) and any(sizes[name] != most[name] for name in SIZES[:2]):
+        raise ModelError(
+            f"{where}: self_attn.{other} has values for each head by itself, so that no layer can have fewer heads than the "
+            "configuration says; leave the heads as they are (of a teacher that is cut: keep a share of layers alone, depth:KEEP)"
+        )
+
+
+def _of_single_heads(attention: Any) -> str | None:
+    """A weight beside the projections that would have to be cut with their heads, such as a norm over all heads."""
+    for name, value in attention.named_parameters():
+        one_for_all = name.count(".") == 1 and value.shape == (
+            attention.head_dim,
+        )  # a norm of each head, the same for all
+        if name.partition(".")[0] not in PROJECTIONS and not one_for_all:
+            return str(name)
+    return None
 
 
 def _narrow_layer(layer: Any, *, heads: int, key_value_heads: int, channels: int) -> None:

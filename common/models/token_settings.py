@@ -52,8 +52,8 @@ class Settings:
             if not _is_number(given.get(name, 0.0)):
                 raise refusal(f"{name} {str(given[name])[:80]!r}", "a number")
         seed, sinks, gaze = given.get("seed", 0), given.get("sinks"), given.get("gaze")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise refusal(f"seed {str(seed)[:80]!r}", "a whole number")
+        if not isinstance(seed, int) or isinstance(seed, bool) or not -(1 << 63) <= seed < 1 << 63:
+            raise refusal(f"seed {str(seed)[:80]!r}", "a whole number of 64 bits")
         if sinks is not None:
             given["sinks"] = _numbers("sinks", sinks)
         elif given["by"] == "sinks":
@@ -66,7 +66,8 @@ class Settings:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    """Whether it is one, and no larger than single precision holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 <= value <= 1e30
 
 
 def _numbers(name: str, value: Any) -> tuple[float, ...]:

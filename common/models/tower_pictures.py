@@ -3,15 +3,18 @@
 Dims: M pictures or tiles that the tower reads, T places of the tower, N visual tokens of a batch, D width.
 """
 
+import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlm_distill_cache.common.errors import ModelError
+from vlm_distill_cache.common.models.around import reader_of, remade
 from vlm_distill_cache.common.models.token_settings import REMEDY, Settings, refusal
 from vlm_distill_cache.common.models.tower_attention import by_visual_token, last_layer, observe_tower
 from vlm_distill_cache.common.models.visual_tokens import picture_noise, predicted_gaze, without_sinks
@@ -58,6 +61,21 @@ class _Block:
     col: Tensor
 
 
+class _Hook:
+    """A method of `Pictures` as a hook: a copy of the hooked part alone (an adapter's of a projector) tells the same ones."""
+
+    def __init__(self, pictures: "Pictures", method: str) -> None:
+        self.pictures, self.method = pictures, method
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return getattr(self.pictures, self.method)(*inputs, **named)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        model = self.pictures.model
+        whole = any(id(one) in memo for one in (self.pictures, model, reader_of(model)))
+        return _Hook(copy.deepcopy(self.pictures, memo) if whole else self.pictures, self.method)
+
+
 class Pictures:
     """Takes down what a model's tower and projector do, so that scores of visual tokens can be had of it."""
 
@@ -69,13 +87,14 @@ class Pictures:
         self._observing = ExitStack()
         # Our own models call the layers of the library's tower themselves.
         runs = model.model.vision_tower if hasattr(model, "vision_encoder") else self.tower
-        runs.register_forward_pre_hook(self._begin, with_kwargs=True)
-        runs.register_forward_hook(self._end, always_call=True)
-        model.get_submodule(parts["projector"]).register_forward_hook(self._project)
-        inner = getattr(model, "model", model)
+        runs.register_forward_pre_hook(_Hook(self, "_begin"), with_kwargs=True)
+        runs.register_forward_hook(_Hook(self, "_end"), always_call=True)
+        model.get_submodule(parts["projector"]).register_forward_hook(_Hook(self, "_project"))
+        inner = reader_of(model)
         if hasattr(inner, "pack_image_features"):
             inner.pictures = self
-            inner.__class__ = _packing(type(inner))
+            inner_class: Any = type(inner)
+            inner.__class__ = _packing(inner_class)
 
     def _begin(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._observing.close()
@@ -84,8 +103,8 @@ class Pictures:
         pixels = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
         self.encoded = _Encoded(pixels=pixels, grids=named.get("grid_thw"))
         if self.by in ("attention", "sinks"):
-            layer = last_layer(self.model.config, self.tower)
-            self.encoded.received = self._observing.enter_context(observe_tower(self.tower, layer))
+            layer = last_layer(self.model.config, module)
+            self.encoded.received = self._observing.enter_context(observe_tower(module, layer))
 
     def _end(self, *_: Any) -> None:
         self._observing.close()
@@ -258,6 +277,7 @@ def _in_order(grids: list[_Grid]) -> list[_Block]:
     return blocks
 
 
+@cache
 def _packing(inner_class: Any) -> Any:
     """A class of the library that joins tiles of pictures, which tells how it did."""
     if hasattr(inner_class, "pictures"):
@@ -271,5 +291,13 @@ def _packing(inner_class: Any) -> Any:
             )
         return found
 
-    body = {"pack_image_features": pack_image_features, "pictures": None, "__module__": inner_class.__module__}
+    def reduced(self: Any, protocol: Any) -> Any:
+        return remade, (_packing, inner_class), self.__dict__
+
+    body = {
+        "pack_image_features": pack_image_features,
+        "pictures": None,
+        "__reduce_ex__": reduced,
+        "__module__": inner_class.__module__,
+    }
     return type(inner_class.__name__, (inner_class,), body)

@@ -82,9 +82,12 @@ def draw_share(sample_ids: Sequence[str], sources: NDArray[np.int64], *, share: 
     hashes = np.array([_hash(seed, name) for name in sample_ids], dtype=np.uint64)
     order = np.lexsort((hashes, sources))  # by source, shuffled in each
     _, starts, sizes = np.unique(sources[order], return_index=True, return_counts=True)
-    firsts = np.array([_hash(seed, f"source of {sample_ids[order[start]]}") for start in starts], dtype=np.uint64)
+    firsts = [sample_ids[order[start]] for start in starts]
+    ranked = np.argsort(np.array([_hash(seed, f"source of {name}") for name in firsts], dtype=np.uint64), kind="stable")
+    # Of each source by itself anywhere in [0, 1), alike often: else the only sample of a source would be drawn always or never.
+    within = np.array([_hash(seed, f"start of {name}") for name in firsts], dtype=np.float64) / 2.0**64
     offsets = np.empty(len(starts))
-    offsets[np.argsort(firsts, kind="stable")] = (np.arange(len(starts)) + 0.5) / len(starts)
+    offsets[ranked] = (np.arange(len(starts)) + within[ranked]) / len(starts)
     ranks = np.arange(len(order)) - np.repeat(starts, sizes)
     keys = (ranks + np.repeat(offsets, sizes)) / np.repeat(sizes, sizes)  # in (0, 1): when a source's next one is dealt
     dealt = order[np.lexsort((hashes[order], keys))]

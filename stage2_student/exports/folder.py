@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import parse_json, read_bounded
 from vlm_distill_cache.common.files.rules import OBJECT, check, maybe, record, whole
-from vlm_distill_cache.common.models.changed import Changed, changed_class
+from vlm_distill_cache.common.models import changes as all_changes
+from vlm_distill_cache.common.models.changed import CHANGES, Changed, changed_class
 from vlm_distill_cache.common.models.llava import LlavaOfAnyDepth
 from vlm_distill_cache.common.models.processing import VisionLanguageProcessor
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
@@ -155,36 +156,62 @@ def _write_own(target: Path, ours: Mapping[str, type[Any]], encoder: SampleEncod
     (target / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
+def is_ours(model: Any) -> bool:
+    """Whether a model needs code that the library does not have: ours, changed, or a LLaVA whose image token is none."""
+    return isinstance(model, Changed | VisionLanguageModel | LlavaOfAnyDepth) or _lacks_image_token(model)
+
+
 def write_model_code(target: Path, model: Any) -> None:
-    """Write the code of a changed model's class beside its weights, and name it in ``config.json``."""
+    """Write the code of such a model's class beside its weights, and name it in ``config.json``."""
     ours = {"AutoConfig": type(model.config)} if isinstance(model, VisionLanguageModel) else {}
-    _write_code(target, {**ours, **dict.fromkeys(_AUTO_MODELS, type(model))})
+    model_class: Any = type(model)
+    if _lacks_image_token(model) and not isinstance(model, LlavaOfAnyDepth):
+        model_class = changed_class(LlavaOfAnyDepth) if isinstance(model, Changed) else LlavaOfAnyDepth
+    _write_code(target, {**ours, **dict.fromkeys(_AUTO_MODELS, model_class)})
+
+
+def _lacks_image_token(model: Any) -> bool:
+    """Whether the image token of a LLaVA is beyond its vocabulary, as in the original layout."""
+    if model.config.model_type != "llava":
+        return False
+    return bool(model.config.image_token_id >= model.get_input_embeddings().weight.shape[0])
 
 
 def _write_code(target: Path, classes: Mapping[str, type[Any]]) -> dict[str, str]:
     """Write the code of classes, name them in ``config.json`` if there is one, and return how they are named."""
-    for name, source in code_of({one.__module__ for one in classes.values()}).items():
+    config = target / "config.json"
+    changes = (json.loads(config.read_text(encoding="utf-8")).get(CHANGES) or {}) if config.exists() else {}
+    for name, source in code_of({one.__module__ for one in classes.values()}, changes=changes).items():
         (target / f"{name}.py").write_text(source, encoding="utf-8")
     auto_map = {auto: f"{one.__module__.rpartition('.')[2]}.{one.__name__}" for auto, one in classes.items()}
-    if (target / "config.json").exists():
-        _update(target / "config.json", auto_map=auto_map)
+    if config.exists():
+        _update(config, auto_map=auto_map)
     return auto_map
 
 
-def code_of(modules: Iterable[str]) -> dict[str, str]:
+def code_of(modules: Iterable[str], *, changes: Collection[str] = ()) -> dict[str, str]:
     """Source of modules and of all of ours that they import, by the last part of their names.
 
-    Each imports the others from beside it.
+    Each imports the others from beside it. Of what can be changed in a student only ``changes`` are there.
     """
     found: dict[str, str] = {}
     wanted = sorted(modules)
     while wanted:
         name = wanted.pop()
-        source = inspect.getsource(import_module(name))
+        module = import_module(name)
+        source = _source_of_changes(changes) if module is all_changes else inspect.getsource(module)
         found[name.rpartition(".")[2]] = _OURS.sub(r"from .\2 import", source)
         theirs = {f"vlm_distill_cache.{path}" for path, _ in _OURS.findall(source)}
         wanted += sorted(one for one in theirs if one.rpartition(".")[2] not in found)
     return dict(sorted(found.items()))
+
+
+def _source_of_changes(names: Collection[str]) -> str:
+    """The module of all changes with these alone."""
+    applied = {name: apply for name, apply in all_changes.APPLIED.items() if name in names}
+    lines = [f"from {apply.__module__} import {apply.__name__}" for apply in applied.values()]
+    table = ", ".join(f'"{name}": {apply.__name__}' for name, apply in applied.items())
+    return "\n".join(['"""The changes that this student has."""', "", *lines, "", f"APPLIED = {{{table}}}", ""])
 
 
 def _write_library(target: Path, config: Any, encoder: SampleEncoder) -> None:

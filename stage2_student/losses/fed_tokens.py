@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.models.budget import kept_count
 from vlm_distill_cache.common.models.fewer_tokens import selector_of
 from vlm_distill_cache.stage2_student.losses.feature_terms import RowsTerm
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
@@ -18,6 +19,20 @@ def feeds_fewer(model: Any) -> bool:
     return selector is not None and selector.settings is not None
 
 
+def leaves_tokens_out(model: Any, keys: Tensor) -> bool:
+    """Whether a student feeds fewer visual tokens of a batch than there are; where not, its losses are those of any other.
+
+    Args:
+        keys: As of `fed_shares`.
+    """
+    selector = selector_of(model)
+    if selector is None or selector.settings is None:
+        return False
+    counts, keep = (keys >= 0).sum(dim=1).tolist(), selector.settings.keep
+    merges = selector.settings.merge_frames is not None and any(counts)
+    return merges or any(kept_count(keep, count) < count for count in counts if count)
+
+
 def fed_shares(model: Any, keys: Tensor) -> Tensor | None:
     """What each visual token of the last pass stood for: float32 ``[B, M, M]``, rows that sum to 1, or to 0 if it was not fed.
 
@@ -25,17 +40,14 @@ def fed_shares(model: Any, keys: Tensor) -> Tensor | None:
         keys: Positions of visual tokens in the sequence, int64 ``[B, M]``, padding -1.
 
     Returns:
-        None where the model feeds all.
+        None where the model fed all.
     """
     selector = selector_of(model)
-    if selector is None or selector.settings is None:
+    stands_for = selector.decoder.stands_for if selector is not None and selector.settings is not None else None
+    if not isinstance(stands_for, Tensor):
         return None
-    stands_for = selector.decoder.stands_for
-    if stands_for is None:
-        owner = keys
-    else:
-        keys = keys.to(stands_for.device)
-        owner = stands_for.gather(1, keys.clamp_min(0)).masked_fill(keys < 0, -1)  # [B, M]
+    keys = keys.to(stands_for.device)
+    owner = stands_for.gather(1, keys.clamp_min(0)).masked_fill(keys < 0, -1)  # [B, M]
     shares = ((owner[:, None] == keys[:, :, None]) & (keys >= 0)[:, :, None]).to(torch.float32)
     return shares / shares.sum(dim=2, keepdim=True).clamp_min(1.0)
 

@@ -29,7 +29,12 @@ from vlm_distill_cache.stage2_student.batches.gaze import GAZE, Gaze
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget
-from vlm_distill_cache.stage2_student.losses.fed_tokens import fed_shares, feeds_fewer, refuse_fewer_tokens
+from vlm_distill_cache.stage2_student.losses.fed_tokens import (
+    fed_shares,
+    feeds_fewer,
+    leaves_tokens_out,
+    refuse_fewer_tokens,
+)
 from vlm_distill_cache.stage2_student.losses.fused import FusedLosses, fused_losses
 from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
@@ -94,8 +99,9 @@ class Objective:
         terms = choose_terms(weights)
         present = {name: term for name, term in terms.items() if name in batch.targets}
         requests = requests_of(present, batch, self.groups, fits)
-        if fewer := feeds_fewer(model):
+        if feeds_fewer(model):
             refuse_fewer_tokens(present, "a student with fewer visual tokens")
+        if fewer := leaves_tokens_out(model, batch.keys):
             # Which rows a mean is over is known when they are chosen.
             requests = {name: _of_all_rows(request) for name, request in requests.items()}
         whole = any(term.logits_at_images for term in present.values())

@@ -36,7 +36,7 @@ from vlm_distill_cache.data.sample import Sample
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
-from vlm_distill_cache.stage2_student.exports.folder import keep_files, write_model_code
+from vlm_distill_cache.stage2_student.exports.folder import is_ours, keep_files, write_model_code
 from vlm_distill_cache.stage2_student.prune.importance import Measured, measure_importance
 from vlm_distill_cache.stage2_student.prune.plan import (
     LayerParts,
@@ -139,12 +139,13 @@ def prune_directory(
     if pruning.changed and not isinstance(model, VisionLanguageModel):
         model_class: Any = type(model)
         model.__class__ = changed_class(model_class)
+    named = vars(config).pop("auto_map", None)  # code beside the teacher; what of it is needed is written again
     with new_directory(output) as temporary:
         model.save_pretrained(temporary, state_dict=weights)
         opened.tokenizer.save_pretrained(temporary)
         opened.processor.save_pretrained(temporary)
         keep_files(teacher, temporary)
-        if pruning.changed:
+        if pruning.changed or (named and is_ours(model)):
             write_model_code(temporary, model)
         record = {
             **(described or {}),
@@ -243,6 +244,7 @@ def cut(model: Any, family: Family, pruning: Pruning) -> tuple[dict[str, Tensor]
     width = layers[0].self_attn.o_proj.in_features // pruning.have.heads
     config = shallower_config(model.config, pruning.layers)
     features = _features_of_layers(config, pruning.layers, f"{family.vision_tower}.deepstack_merger_list.")
+    _renumber_decoding(config, pruning.layers)
     if pruning.changed:
         setattr(
             config,
@@ -332,6 +334,14 @@ def shallower_config(config: Any, layers: Sequence[int]) -> Any:
     text.num_hidden_layers = len(layers)
     setattr(text, KEPT_LAYERS, {"of": depth, "kept": list(layers)})
     return shallower
+
+
+def _renumber_decoding(config: Any, layers: Sequence[int]) -> None:
+    """Name the layers that choose tokens in decoding as they are counted now, in place; where none stays, the middle ones."""
+    changes = getattr(config, CHANGES, None) or {}
+    if chosen := (changes.get("decoding_tokens") or {}).get("layers"):
+        stay = [layers.index(layer) for layer in chosen if layer in layers]
+        setattr(config, CHANGES, {**changes, "decoding_tokens": {**changes["decoding_tokens"], "layers": stay or None}})
 
 
 def _features_of_layers(config: Any, layers: Sequence[int], prefix: str) -> dict[str, str | None]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.common.errors import DataError, ModelError
 from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.stage2_student.prune.plan import Importance
 from vlm_distill_cache.stage2_student.pruned_folder import DepthImportance, WidthImportance
@@ -177,7 +177,7 @@ def measure_importance(
         depth: What layers are measured by; None: they are not, and come out as zeros.
 
     Raises:
-        ModelError: If the decoder's layers are built in another way.
+        ModelError: If the decoder's layers are built in another way, or what it computes is not finite.
         DataError: If there is no sample, or, for ``taylor``, none with an answer.
     """
     layers = prunable_layers(language_model)
@@ -211,7 +211,25 @@ def measure_importance(
                 of_heads, of_served, of_channels = by_taylor
             if depth == "taylor":
                 of_layers = torch.stack([kind.sum(1) for kind in by_taylor]).sum(0)
+    measured = {"heads": of_heads, "heads of keys and values": of_served, "channels": of_channels, "layers": of_layers}
+    _refuse_infinite(measured, next(iter(model.parameters())).dtype)
     return Importance(heads=of_heads, key_values=of_served, channels=of_channels, layers=of_layers, rows=seen[0].rows)
+
+
+def _refuse_infinite(measured: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Refuse to rank by numbers of which some are none: what was beyond a precision's range would stay or leave by chance."""
+    name = str(dtype).removeprefix("torch.")
+    remedy = (
+        "store it in bfloat16 or float32 (save_pretrained of the library)"
+        if name == "float16"
+        else "look at its weights"
+    )
+    for of, values in measured.items():
+        if not values.isfinite().all():
+            raise ModelError(
+                f"the importance of {of} cannot be measured: in the {name} that the teacher is stored in, it computes numbers "
+                f"that are not finite; {remedy}"
+            )
 
 
 def _run(model: Any, batches: Iterable[Measured], gradients: _Gradients | None) -> None:

@@ -58,6 +58,8 @@ def select_command(folder: Path, config: Mapping[str, Any]) -> str:
                 options["sink_penalty"] = _number(found[head].get("sink_penalty"))
             if found[head]["by"] == "shift":
                 options["shift_threshold"] = _number(found[head].get("shift_threshold"))
+            if found[head]["by"] == "random" and (seed := int(_number(found[head].get("seed")))):
+                options["seed"] = seed
             if merge := _number(found[head].get("merge_frames")):
                 options["merge_frames"] = merge
             given += [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
@@ -74,4 +76,6 @@ def _count(keep: object) -> str:
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -1e30 <= value <= 1e30:
+        return 0.0
+    return float(value)

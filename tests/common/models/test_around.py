@@ -1,13 +1,17 @@
 """Functions around a decoder: they see where the visual tokens are, nest, and change nothing of themselves."""
 
 import copy
+import pickle
 
 import pytest
 import torch
-from tiny_families import save_tiny
+from tiny_families import TINY, save_tiny
 
 from vlm_distill_cache.common.models.around import surround
+from vlm_distill_cache.common.models.changed import change_model
+from vlm_distill_cache.common.models.fewer_tokens import selector_of
 from vlm_distill_cache.data.families.models import open_family_model
+from vlm_distill_cache.data.families.table import family_of
 
 
 @pytest.mark.parametrize("name", ["llava", "mobilevlm_v2", "qwen2_vl"])
@@ -32,3 +36,12 @@ def test_wrappers_nest_and_know_the_visual_tokens(name, tmp_path):
         seen.clear()
         assert torch.equal(one(input_ids=ids).logits, expected)
         assert seen == [("outer", [[False] * 4]), ("inner", [[False] * 4])]
+
+
+def test_a_changed_model_is_pickled_like_the_librarys(tmp_path):
+    model = TINY["llava_next"](tmp_path)[0]
+    change_model(model, family_of("llava_next").parts, visual_tokens={"keep": 2, "by": "random"})
+    found = pickle.loads(pickle.dumps(model))  # noqa: S301 - of ours
+    assert [type(part) for part in found.modules()] == [type(part) for part in model.modules()]
+    assert selector_of(found).settings == selector_of(model).settings
+    assert found.model.pictures.model is found

@@ -116,6 +116,10 @@ def blocked(mask, gone):
     return mask.masked_fill(gone[:, None, None], False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
 
+def visual_of(opened, inputs):
+    return inputs["input_ids"] == opened.model.config.image_token_id
+
+
 def select(opened, **settings):
     """A copy of a model that feeds fewer visual tokens."""
     model = copy.deepcopy(opened.model)
@@ -196,10 +200,17 @@ def test_beams_sampling_and_later_turns_go_on_from_a_shorter_cache(llava):
     past = model(**inputs, position_ids=positions[:, :length], use_cache=True).past_key_values
     step = {"attention_mask": mask, "position_ids": positions[:, length:], "past_key_values": past}
     torch.testing.assert_close(model(input_ids=more, **step).logits, expected, atol=2e-4, rtol=1e-4)
-    with pytest.raises(ModelError, match="4 tokens were to be taken back, more than follow the pictures"):
-        past.crop(-4)
+    behind = int(visual_of(llava, inputs).flip(1).int().argmax(1)[:2].min())  # the text behind the pictures
+    with pytest.raises(ModelError, match="tokens were to be taken back, more than follow the pictures"):
+        past.crop(-behind - 12)  # 3 words, and 9 of a picture
     past.crop(-2)
     assert past.get_seq_length() == length + 1
+    # Words behind the picture that were read with it are taken back, as guesses are.
+    alone, again = llava.inputs(0), {"attention_mask": llava.inputs(0)["attention_mask"]}
+    read = model(**alone, use_cache=True)
+    read.past_key_values.crop(-2)
+    found = model(input_ids=alone["input_ids"][:, -2:], past_key_values=read.past_key_values, **again).logits
+    torch.testing.assert_close(found, read.logits[:, -2:], atol=2e-4, rtol=1e-4)
     last = {**step, "position_ids": positions[:, length + 1 :]}
     torch.testing.assert_close(
         copy.deepcopy(model)(input_ids=more[:, 1:], **last).logits, expected[:, 1:], atol=2e-4, rtol=1e-4
@@ -303,6 +314,43 @@ def test_a_picture_that_an_answer_follows_at_once_keeps_its_last_token(llava, by
 
 
 @torch.no_grad()
+def test_tokens_are_chosen_however_a_model_is_called_or_copied(llava):
+    model, inputs = select(llava, by="attention"), llava.inputs(0, 1, 2)
+    expected, three = model(**inputs).logits, ("input_ids", "pixel_values", "attention_mask")
+    adapted = copy.deepcopy(model)  # as adapters take a part that is trained whole
+    adapted.model.multi_modal_projector = copy.deepcopy(adapted.model.multi_modal_projector)
+    for call in (
+        lambda: model.forward(**inputs).logits,
+        lambda: model.lm_head(model.model(**inputs).last_hidden_state),
+        lambda: model(*(inputs[name] for name in three)).logits,
+        lambda: model.lm_head(model.model(*(inputs[name] for name in three)).last_hidden_state),
+        lambda: adapted(**inputs).logits,
+    ):
+        assert torch.equal(call(), expected)
+
+
+@torch.no_grad()
+def test_labels_right_behind_a_picture_are_asked_of_its_last_token(llava):
+    model, inputs = select(llava, keep=2, by="attention"), llava.inputs(0, 1, 2)
+    visual = inputs["input_ids"] == model.config.image_token_id
+    ends = visual & ~visual.roll(-1, dims=1)
+    first = (torch.arange(3), inputs["attention_mask"].argmax(1))
+    labels = (
+        inputs["input_ids"]
+        .masked_fill(visual | (inputs["attention_mask"] == 0), -100)
+        .index_put(first, torch.tensor(-100))
+    )
+    assert not (stands_of(model, llava, inputs)[ends] >= 0).all()
+    loss = model(**inputs, labels=labels).loss
+    stands = decoder_of(model, llava).stands_for
+    assert (stands[ends] >= 0).all()
+    assert (stands >= 0)[visual].sum() == 4
+    reference = masked(copy.deepcopy(llava.model), llava.parts, stands)
+    torch.testing.assert_close(loss, reference(**inputs, labels=labels).loss, atol=1e-5, rtol=1e-5)
+    assert not (stands_of(model, llava, inputs)[ends] >= 0).all()
+
+
+@torch.no_grad()
 def test_frames_lose_places_that_stay_as_they_were(llava):
     one = llava.inputs(0)
     picture, other = one["pixel_values"], llava.inputs(1)["pixel_values"]
@@ -335,6 +383,10 @@ def test_frames_lose_places_that_stay_as_they_were(llava):
         ({"by": "gaze"}, "the regression's weights and bias, or scores that are given"),
         ({"by": "sinks", "sinks": [0.0] * 8}, "8 sinks; expected one for each of the .9. visual tokens of a picture"),
         ({"by": "grid", "merge_frames": "alike"}, "merge_frames 'alike'; expected a number"),
+        ({"by": "grid", "keep": 10**400}, "expected a share above 0 and below 1"),
+        ({"by": "sinks", "sinks": [float("inf")] * 9}, "expected a list of numbers"),
+        ({"by": "gaze", "gaze": {"weights": [1e300] * 32, "bias": 0.0}}, "expected a list of numbers"),
+        ({"by": "random", "seed": 2**64}, "expected a whole number of 64 bits"),
         ({"by": "grid", "seed": 0.5}, "seed '0.5'; expected a whole number"),
     ],
 )

@@ -27,7 +27,8 @@ def deal_slowly(ids, sources, count, seed):
 
     decks = {s: sorted((i for i, of in zip(ids, sources, strict=True) if of == s), key=number) for s in {*sources}}
     ranked = sorted(decks, key=lambda s: number(f"source of {decks[s][0]}"))
-    offsets = {s: (place + 0.5) / len(ranked) for place, s in enumerate(ranked)}
+    within = {s: number(f"start of {decks[s][0]}") / 2.0**64 for s in ranked}
+    offsets = {s: (place + within[s]) / len(ranked) for place, s in enumerate(ranked)}
     taken = dict.fromkeys(decks, 0)
     found = []
     for _ in range(count):
@@ -69,7 +70,7 @@ def test_sources_of_few_samples_round_up_and_down_in_equal_numbers():
 
 
 def test_every_sample_is_as_likely_and_a_sorted_file_gives_of_its_end():
-    sources = np.repeat([0, 1, 2], [5, 20, 35])
+    sources = np.repeat([0, 1, 2], [1, 7, 52])
     ids = [f"sample {i}" for i in range(60)]
     counts = np.zeros(60)
     for seed in range(600):

@@ -137,7 +137,8 @@ def expected_of(model, encoder, picture: Path):
 
 def loss_of(model, encoder, inputs):
     """Mean surprise at each word of a prompt behind its first token, one by one."""
-    said = model(**inputs).logits[0].double().log_softmax(-1)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == encoder.image_token_id, -100)
+    said = model(**inputs, labels=labels).logits[0].double().log_softmax(-1)
     ids = inputs["input_ids"][0].tolist()
     words = [at for at, one in enumerate(ids) if at and one != encoder.image_token_id]
     return -sum(float(said[at - 1, ids[at]]) for at in words) / len(words)

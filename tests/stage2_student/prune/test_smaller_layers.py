@@ -1,7 +1,9 @@
 """Layers that leave, layers of different sizes, and by what they are chosen: against slow and obvious references."""
 
+import copy
 import json
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_prune import FAMILIES, SAMPLES, logits, open_tiny
+from tiny_families import save_tiny
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
@@ -20,6 +23,7 @@ from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec
 from vlm_distill_cache.common.errors import ConfigError, DataError, ModelError
 from vlm_distill_cache.common.models.changed import CHANGES, change_model, changes_of
+from vlm_distill_cache.common.models.layer_sizes import apply_layer_sizes
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.families.models import FamilyModel, open_family_model
 from vlm_distill_cache.data.families.table import submodule
@@ -27,6 +31,7 @@ from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.terms import TERMS
 from vlm_distill_cache.stage2_student.prune.cut import (
     _features_of_layers,
+    _renumber_decoding,
     cut,
     head_width,
     plan_pruning,
@@ -91,6 +96,8 @@ def test_a_smaller_student_is_the_teacher_with_all_else_zeroed(name, how, tmp_pa
         assert layer.mlp.down_proj.in_features == size.channels
     if how is ENDS:
         assert pruning.sizes[0] == pruning.have
+    named = json.loads((tmp_path / "student" / "config.json").read_text())["auto_map"]["AutoModel"]
+    assert (named == "changed.LlavaOfAnyDepth") == (name == "llava_original")  # the library's looks up its image token
 
 
 def test_a_student_without_some_layers_is_a_plain_one_of_its_library_and_its_states_are_the_teachers(tmp_path):
@@ -325,6 +332,28 @@ def test_a_model_is_narrowed_to_its_first_rows_and_other_sizes_are_refused(tmp_p
     assert CHANGES in config
 
 
+def test_a_changed_student_that_is_cut_keeps_its_code_and_its_own_layers_of_decoding(tmp_path):
+    opened, _ = open_tiny("llava", tmp_path)
+    family = opened.family
+    parts = {"language_model": family.language_model, "vision_tower": family.vision_tower}
+    change_model(opened.model, parts, decoding_tokens={"keep": 2, "by": "fixed", "layers": [1, 2]})
+    opened.model.save_pretrained(tmp_path / "llava")
+    config = json.loads((tmp_path / "llava" / "config.json").read_text())
+    named = {"AutoModel": "changed.LlavaForConditionalGeneration"}
+    (tmp_path / "llava" / "config.json").write_text(json.dumps({**config, "auto_map": named}))
+    pruning = prune_directory(tmp_path / "llava", tmp_path / "student", kept=Kept(depth=0.67), samples=SAMPLES[:1])
+    stored = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert pruning.layers == (0, 2)
+    assert stored[CHANGES]["decoding_tokens"]["layers"] == [1]  # which was layer 2
+    assert stored["auto_map"]["AutoModel"] == named["AutoModel"]
+    assert (tmp_path / "student" / "changed.py").is_file()
+    plain = open_family_model(save_tiny("llava", tmp_path / "plain")).model
+    _renumber_decoding(plain.config, [0])
+    assert not changes_of(plain.config)
+    _renumber_decoding(opened.model.config, [0])
+    assert changes_of(opened.model.config)["decoding_tokens"]["layers"] is None
+
+
 def test_lists_of_layers_and_features_of_the_tower_are_cut_alike(tmp_path):
     opened, _ = open_tiny("gemma3", tmp_path)
     config = opened.model.config
@@ -360,6 +389,25 @@ def test_what_cannot_be_cut_so_is_refused_by_name(tmp_path):
         plan_pruning(opened, silent, kept=Kept(width=0.5), how=TAYLOR)
     pruning = plan_pruning(opened, batches, kept=Kept(width=0.5), how=PruningConfig())
     layer = opened.model.model.language_model.layers[0]
+    layer.mlp.down_proj.weight.data[0, 0] = math.inf
+    for how in (PruningConfig(), TAYLOR):
+        with pytest.raises(
+            ModelError, match=r"importance of heads cannot be .* float32 .* not finite; look at its weights"
+        ):
+            plan_pruning(opened, batches, kept=Kept(width=0.5), how=how)
     layer.self_attn.register_parameter("sinks", torch.nn.Parameter(torch.zeros(4)))
     with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.sinks has the shape \[4\] behind the cut.*None"):
         cut(opened.model, opened.family, pruning)
+    del layer.self_attn.sinks
+    # Sizes of single layers: what no projection holds and each head has by itself would be the other heads'.
+    sizes = [{"heads": heads, "key_value_heads": 2, "channels": 64} for heads in (4, 2, 4)]
+    norms = torch.nn.ModuleList([torch.nn.LayerNorm(8) for _ in range(4)])
+    parts = {"language_model": opened.family.language_model}
+    refused = pytest.raises(
+        ModelError, match=r"layer 1: self_attn\.q_norm\.\S*weight has values for each head by itself"
+    )
+    for norm, expected in ((torch.nn.RMSNorm(8), nullcontext()), (torch.nn.RMSNorm(32), refused), (norms, refused)):
+        model = copy.deepcopy(opened.model)
+        model.model.language_model.layers[1].self_attn.q_norm = norm
+        with expected:
+            apply_layer_sizes(model, parts, sizes)

@@ -68,7 +68,7 @@ class _Picture(ResultFile):
 @click.argument("sample_id", required=False)
 @click.option(
     "--picture",
-    type=_Picture(marked(PICTURE_MARK)),
+    type=_Picture(marked(PICTURE_MARK), ending=".png"),
     help="Draw where each word looked, or with --sinks their heat maps: OUT.png; with --shift the largest shifts: a folder.",
 )
 @click.option(

@@ -396,7 +396,8 @@ def show_shift(students: Mapping[str, Student], config: TrainConfig, cache: Teac
     looking = all(RowAttentionCodec.signal in comparable_signals(student, cache) for student in students.values())
     cached = join_cached(first, config, cache, limit=count) if looking and count and asked is not None else None
     models = {name: student.model for name, student in students.items()}
-    beside = {} if cached is None else compare_shifts(models, cached, text)
+    end = cache.plan.template.get("answer_end")
+    beside = {} if cached is None else compare_shifts(models, cached, text, written_end=end)
     return RunShift(teacher=teacher, sheets=sheets, beside=beside)
 
 

@@ -37,13 +37,14 @@ def marked(mark: bytes) -> IsOurs:
     return lambda content: mark in content
 
 
-def refuse_others_file(path: Path, is_ours: IsOurs) -> Path:
+def refuse_others_file(path: Path, is_ours: IsOurs, *, ending: str = ".json") -> Path:
     """Refuse a place for a result where something else lies, or that belongs to a cache or a student.
 
     An empty file may be there, as `mktemp` makes them. A link is followed to its file.
 
     Args:
         is_ours: Whether these bytes are an earlier result of the same command; may raise `CacheFormatError` for no.
+        ending: Of the name that is proposed where a folder was given.
 
     Returns:
         Where to write: the path, or where it leads if it is a link.
@@ -61,7 +62,7 @@ def refuse_others_file(path: Path, is_ours: IsOurs) -> Path:
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.parent}; make it, or choose another place")
     if path.is_dir():
-        raise ConfigError(f"{path}: is a folder; give a file in it, {quoted(path / 'result')}{path.suffix or '.json'}")
+        raise ConfigError(f"{path}: is a folder; give a file in it, {quoted(path / 'result')}{path.suffix or ending}")
     if not os.path.lexists(path):
         return path
     try:
@@ -93,9 +94,9 @@ def is_stream(path: Path) -> bool:
 class ResultFile(click.Path):
     """A file for a command's result, looked at before the work begins; see `refuse_others_file`."""
 
-    def __init__(self, is_ours: IsOurs) -> None:
+    def __init__(self, is_ours: IsOurs, *, ending: str = ".json") -> None:
         super().__init__(dir_okay=False, path_type=Path)
-        self.is_ours = is_ours
+        self.is_ours, self.ending = is_ours, ending
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -104,7 +105,7 @@ class ResultFile(click.Path):
         if value == "":
             return ""
         try:
-            value = os.fspath(refuse_others_file(Path(value), self.is_ours))
+            value = os.fspath(refuse_others_file(Path(value), self.is_ours, ending=self.ending))
         except ConfigError as error:
             self.fail(str(error), param, ctx)
         return super().convert(value, param, ctx)

@@ -191,7 +191,8 @@ def cache_shift(cache: TeacherCache, *, asked: Asked | None = None, most: int = 
     """
     cache.codec(RowAttentionCodec.signal)
     gazes = _gazes(spaced_records(cache, _FIELDS, most=most), cache.plan)
-    return measure(gazes, load_token_text(cache), grid=grid_of(cache.plan), total=len(cache), asked=asked)
+    text, end = load_token_text(cache), cache.plan.template.get("answer_end")
+    return measure(gazes, text, grid=grid_of(cache.plan), total=len(cache), asked=asked, written_end=end)
 
 
 def folder_shift(
@@ -201,7 +202,8 @@ def folder_shift(
     if RowAttentionCodec.signal not in plan.signals:
         return None
     gazes = _gazes(spaced_unsealed(cache_dir, plan, _FIELDS, most=most), plan)
-    return measure(gazes, read_token_text(cache_dir), grid=grid_of(plan), total=total, asked=asked)
+    text, end = read_token_text(cache_dir), plan.template.get("answer_end")
+    return measure(gazes, text, grid=grid_of(plan), total=total, asked=asked, written_end=end)
 
 
 def grid_of(plan: Plan) -> tuple[int, int]:
@@ -217,13 +219,20 @@ def _gazes(records: Iterable[tuple[str, Record]], plan: Plan) -> Iterator[Gaze]:
 
 
 def measure(
-    gazes: Iterable[Gaze], text: TokenText, *, grid: tuple[int, int], total: int, asked: Asked | None = None
+    gazes: Iterable[Gaze],
+    text: TokenText,
+    *,
+    grid: tuple[int, int],
+    total: int,
+    asked: Asked | None = None,
+    written_end: str | None = None,
 ) -> ShiftReport:
     """Follow the gaze through each answer of some records.
 
     Args:
         gazes: Of the teacher, or of a student that said the same answers.
         total: Records that these stand for.
+        written_end: What the prompt's template writes behind an answer where that is no special token (a line feed).
     """
     gazes = iter(gazes)
     head = list(islice(gazes, _LOOKED_AT))
@@ -242,7 +251,9 @@ def measure(
                         text=text.decode(own).strip() if text.special else "",
                         shift=gaze_shift(gaze.cells[rows.start : rows.stop]),
                     )
-                    for number, rows in enumerate(split_answers(gaze.labels, end))
+                    for number, rows in enumerate(
+                        _without_end(gaze.labels, text, written_end) or split_answers(gaze.labels, end)
+                    )
                 ]
             )
     questions = {} if asked is None else asked([of[0].sample_id for of in records if of])
@@ -314,6 +325,17 @@ def split_answers(labels: Sequence[int], end: int | None) -> list[range]:
     if start < len(labels):
         found.append(range(start, len(labels)))
     return found
+
+
+def _without_end(labels: Sequence[int], text: TokenText, written: str | None) -> list[range]:
+    """The rows of the one answer before an end that is written out; none where it does not stand there.
+
+    Such an end may stand inside an answer, too, which is then not cut: templates that write one hold one answer.
+    """
+    stands = (
+        bool(written) and len(labels) > 0 and labels[-1] not in text.special and text.decode(labels[-1:]) == written
+    )
+    return [range(len(labels) - 1)] if stands else []
 
 
 def _end_of_answers(labels: Iterable[Sequence[int]], text: TokenText) -> int | None:

@@ -46,12 +46,15 @@ class RunShift:
     beside: Mapping[str, ShiftReport] = field(default_factory=dict)
 
 
-def compare_shifts(models: Mapping[str, Any], cached: CachedDataset, text: TokenText) -> dict[str, ShiftReport]:
+def compare_shifts(
+    models: Mapping[str, Any], cached: CachedDataset, text: TokenText, *, written_end: str | None = None
+) -> dict[str, ShiftReport]:
     """Follow the gaze of teacher and students through the same answers, on the cells where both can be told.
 
     Args:
         models: Students by name, all of one depth and one way of cutting pictures.
         cached: Samples joined to their records, with the teacher's answer attention.
+        written_end: As of `measure`.
 
     Returns:
         By model, the teacher first; none where no sample has a picture.
@@ -66,7 +69,9 @@ def compare_shifts(models: Mapping[str, Any], cached: CachedDataset, text: Token
     )
     if not places:
         return {}
-    return {name: measure(of, text, grid=(1, places), total=len(of)) for name, of in gazes.items()}
+    return {
+        name: measure(of, text, grid=(1, places), total=len(of), written_end=written_end) for name, of in gazes.items()
+    }
 
 
 @torch.inference_mode()

@@ -142,6 +142,12 @@ def test_answers_end_where_most_records_end_and_a_cut_one_counts():
     gazes = [Gaze("a", [1, 8, 2, 9], look), Gaze("b", [1, 2, 9], look[:3]), Gaze("c", [1, 9, 3, 7], look)]
     found = measure(gazes, text, grid=(1, 3), total=9)
     assert (found.samples, found.total, found.answers, found.single) == (3, 9, 3, 1)
+    # A line feed that the template writes behind its one answer is no word of it; inside it is.
+    lined = TokenText(decode=lambda ids: "\n" if list(ids) == [7] else "a", special=frozenset({9}))
+    gazes = [Gaze("a", [1, 7, 2, 7], look), Gaze("b", [1, 7], look[:2])]
+    for end, answers in ((None, (2, 0)), ("\n", (1, 1))):
+        found = measure(gazes, lined, grid=(1, 3), total=2, written_end=end)
+        assert (found.answers, found.single) == answers
     blind = measure([Gaze("a", [1, 2], 0 * look[:2])], text, grid=(1, 3), total=1)
     assert (blind.blind, blind.answers, blind.largest) == (1, 0, ())
     empty = measure([Gaze("a", [9], look[:1]), Gaze("b", [], look[:0])], text, grid=(1, 3), total=1)

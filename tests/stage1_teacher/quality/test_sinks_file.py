@@ -202,6 +202,7 @@ def test_inspect_prints_draws_and_gives_them_to_programs(family_cache, tmp_path)
     assert "answer_attention of 9 samples with a picture" in said
     assert f"Drew {tmp_path / 'map.png'}" in said
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert "result.png" in run("inspect", cache.path, "--sinks", "--picture", tmp_path, code=2)  # a folder
     figures = json.loads(CliRunner().invoke(cachectl, ["inspect", str(cache.path), "--sinks", "--json"]).stdout)
     tower = figures["maps"]["tower"]
     assert tower["top"][0]["score"] == 1.0

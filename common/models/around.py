@@ -26,10 +26,10 @@ class Around:
         wrappers: In the order that they were added.
         visual_mask: Which tokens of this pass are visual, bool ``[B, T]``; None where only embeddings were given.
         places: Where each token of the last pass stood among those that ran, int64 ``[B, T]``, -1 where it did not run; None:
-            all ran (`common.models.fewer_tokens`).
+            all ran (`common.models.tokens.fewer_tokens`).
         stands_for: Which token of the last pass ran in the place of each, int64 ``[B, T]``: itself, or the one that it was
             pooled into; -1: none.
-        decoded: What a function beside the decoder counted since the last prompt (`common.models.decoding_tokens`).
+        decoded: What a function beside the decoder counted since the last prompt (`common.models.tokens.decoding_tokens`).
     """
 
     wrappers: tuple[Wrapper, ...] = ()

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vlm_distill_cache.common.models.decoding_tokens import decode_with_fewer
-from vlm_distill_cache.common.models.fewer_tokens import apply_visual_tokens
 from vlm_distill_cache.common.models.layer_sizes import apply_layer_sizes
+from vlm_distill_cache.common.models.tokens.decoding_tokens import decode_with_fewer
+from vlm_distill_cache.common.models.tokens.fewer_tokens import apply_visual_tokens
 
 APPLIED: dict[str, Callable[[Any, Mapping[str, str], Any], None]] = {
     "decoding_tokens": decode_with_fewer,

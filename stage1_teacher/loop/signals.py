@@ -36,7 +36,7 @@ from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, Tex
 from vlm_distill_cache.common.codecs.tower_attention import TowerAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, VisualMapCodec
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.common.models.tower_attention import TowerRequest
+from vlm_distill_cache.common.models.tokens.tower_attention import TowerRequest
 from vlm_distill_cache.data.text.collate import Batch, supervised_rows, text_rows, visual_keys
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.teacher.inputs import Request

@@ -21,7 +21,7 @@ from vlm_distill_cache.common.models.changed import changes_of
 from vlm_distill_cache.common.models.original_llava import is_original_llava, refuse_other_llavas
 from vlm_distill_cache.common.models.parts import read_config
 from vlm_distill_cache.common.models.published import is_published
-from vlm_distill_cache.common.models.tower_attention import last_layer
+from vlm_distill_cache.common.models.tokens.tower_attention import last_layer
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.inputs import known_positions, text_config
 from vlm_distill_cache.data.families.unusable import refuse_config

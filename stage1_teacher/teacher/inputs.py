@@ -18,7 +18,7 @@ from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.hidden import HiddenRequest
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.live import map_tensors
-from vlm_distill_cache.common.models.tower_attention import TowerRequest
+from vlm_distill_cache.common.models.tokens.tower_attention import TowerRequest
 from vlm_distill_cache.data.families.table import Family
 from vlm_distill_cache.data.text.collate import Batch
 

@@ -18,7 +18,7 @@ from vlm_distill_cache.common.attention.hidden import HiddenCapture
 from vlm_distill_cache.common.attention.layers import teacher_groups
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
-from vlm_distill_cache.common.models.tower_attention import by_visual_token, last_layer, observe_tower
+from vlm_distill_cache.common.models.tokens.tower_attention import by_visual_token, last_layer, observe_tower
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.families.models import (
     Quantisation,

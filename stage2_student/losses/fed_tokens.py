@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.models.budget import kept_count
-from vlm_distill_cache.common.models.fewer_tokens import selector_of
+from vlm_distill_cache.common.models.tokens.budget import kept_count
+from vlm_distill_cache.common.models.tokens.fewer_tokens import selector_of
 from vlm_distill_cache.stage2_student.losses.feature_terms import RowsTerm
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 

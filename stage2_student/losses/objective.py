@@ -23,7 +23,7 @@ from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenReque
 from vlm_distill_cache.common.attention.layers import Groups
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.codecs.live import SparseLogits
-from vlm_distill_cache.common.models.fewer_tokens import rows_needed, scores_given
+from vlm_distill_cache.common.models.tokens.fewer_tokens import rows_needed, scores_given
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.gaze import GAZE, Gaze
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen

@@ -1,7 +1,7 @@
 """How likely a given answer is when it is decoded token by token, as a model decodes: with fewer visual tokens, for one.
 
 A pass over prompt and answer at once, by which answers are scored elsewhere, sees all visual tokens at every token. Here
-``generate`` runs and is made to say the answer, so budgets of visual tokens in decoding (`common.models.decoding_tokens`)
+``generate`` runs and is made to say the answer, so budgets of visual tokens in decoding (`common.models.tokens.decoding_tokens`)
 can be compared by likelihood, and by how often they say what the full student would.
 
 Dims: B batch, A longest answer in tokens, V vocabulary.
@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.common.models.decoding_tokens import decoding_counts
+from vlm_distill_cache.common.models.tokens.decoding_tokens import decoding_counts
 from vlm_distill_cache.data.sample import Sample
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
 from vlm_distill_cache.data.text.generation import (

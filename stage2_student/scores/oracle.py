@@ -19,7 +19,7 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.models.changed import changes_of
-from vlm_distill_cache.common.models.fewer_tokens import scores_given
+from vlm_distill_cache.common.models.tokens.fewer_tokens import scores_given
 from vlm_distill_cache.stage2_student.batches.gaze import gaze_on
 from vlm_distill_cache.stage2_student.students.library import core_of
 

@@ -22,7 +22,7 @@ from vlm_distill_cache.common.files.rules import check, items, number, record, t
 from vlm_distill_cache.common.files.signed import read_signed, write_signed
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.models.changed import change_model
-from vlm_distill_cache.common.models.fewer_tokens import tower_features
+from vlm_distill_cache.common.models.tokens.fewer_tokens import tower_features
 from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.common.tools.sinks import Part, read_sinks, sinks_of
 from vlm_distill_cache.data.families.table import family_of

@@ -9,7 +9,7 @@ from tiny_families import TINY, save_tiny
 
 from vlm_distill_cache.common.models.around import surround
 from vlm_distill_cache.common.models.changed import change_model
-from vlm_distill_cache.common.models.fewer_tokens import selector_of
+from vlm_distill_cache.common.models.tokens.fewer_tokens import selector_of
 from vlm_distill_cache.data.families.models import open_family_model
 from vlm_distill_cache.data.families.table import family_of
 

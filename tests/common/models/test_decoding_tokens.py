@@ -13,9 +13,9 @@ from vlm_distill_cache.common.attention.layers import middle_span
 from vlm_distill_cache.common.attention.shift import gaze_shift
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.around import surround
-from vlm_distill_cache.common.models.budget import kept_count
 from vlm_distill_cache.common.models.changed import CHANGES, change_model
-from vlm_distill_cache.common.models.decoding_tokens import best_places, decoding_counts, find_shift
+from vlm_distill_cache.common.models.tokens.budget import kept_count
+from vlm_distill_cache.common.models.tokens.decoding_tokens import best_places, decoding_counts, find_shift
 from vlm_distill_cache.common.models.vision_language import PAST
 
 FAMILIES = (

@@ -14,10 +14,10 @@ from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.around import surround
 from vlm_distill_cache.common.models.changed import change_model
-from vlm_distill_cache.common.models.decoding_tokens import decoding_counts
-from vlm_distill_cache.common.models.fed_sequence import pool
-from vlm_distill_cache.common.models.fewer_tokens import rows_needed, scores_given, tower_features
-from vlm_distill_cache.common.models.visual_tokens import choose
+from vlm_distill_cache.common.models.tokens.decoding_tokens import decoding_counts
+from vlm_distill_cache.common.models.tokens.fed_sequence import pool
+from vlm_distill_cache.common.models.tokens.fewer_tokens import rows_needed, scores_given, tower_features
+from vlm_distill_cache.common.models.tokens.visual_tokens import choose
 from vlm_distill_cache.data.families.models import open_family_model
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.collate import collate

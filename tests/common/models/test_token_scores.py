@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm_distill_cache.common.models.visual_tokens import (
+from vlm_distill_cache.common.models.tokens.visual_tokens import (
     choose,
     picture_noise,
     pool_cells,

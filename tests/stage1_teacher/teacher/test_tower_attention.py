@@ -9,7 +9,7 @@ from tiny_families import TINY
 
 from vlm_distill_cache.common.attention.hidden import HiddenCapture, HiddenRequest
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.common.models.tower_attention import (
+from vlm_distill_cache.common.models.tokens.tower_attention import (
     attention_of_layer,
     by_visual_token,
     last_layer,
@@ -118,7 +118,7 @@ def test_masks_chunks_and_shared_keys_change_nothing_but_what_they_say(monkeypat
     added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     added[1, :, 6] = -torch.inf
     torch.testing.assert_close(received_attention(query, key, added), expected)
-    monkeypatch.setattr("vlm_distill_cache.common.models.tower_attention._CHUNK", 1)
+    monkeypatch.setattr("vlm_distill_cache.common.models.tokens.tower_attention._CHUNK", 1)
     torch.testing.assert_close(received_attention(query, key, mask), expected)
 
 

@@ -9,7 +9,7 @@ from test_student_elsewhere import STUDENTS
 from transformers import AutoModelForImageTextToText
 
 from vlm_distill_cache.common.models.changed import change_model
-from vlm_distill_cache.common.models.decoding_tokens import decoding_counts
+from vlm_distill_cache.common.models.tokens.decoding_tokens import decoding_counts
 from vlm_distill_cache.common.models.vision_language import VisionLanguageModel
 from vlm_distill_cache.data.families.models import open_family_model
 from vlm_distill_cache.data.families.table import family_of

@@ -10,8 +10,8 @@ from test_equal_student import GROUPS, TERMS, TEXT_ROWS, TOKENS, Scene, make_map
 
 from vlm_distill_cache.common.codecs.live import RowAttention, TeacherMap
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.models.fewer_tokens import FewerTokens
-from vlm_distill_cache.common.models.token_settings import Settings
+from vlm_distill_cache.common.models.tokens.fewer_tokens import FewerTokens
+from vlm_distill_cache.common.models.tokens.token_settings import Settings
 from vlm_distill_cache.stage2_student.batches.signals import collate_samples
 from vlm_distill_cache.stage2_student.losses.attention import (
     all_attention_loss,

@@ -12,7 +12,7 @@ from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ModelError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.signed import list_files
-from vlm_distill_cache.common.models.budget import kept_count
+from vlm_distill_cache.common.models.tokens.budget import kept_count
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage2_student.batches.gaze import gaze_on
 from vlm_distill_cache.stage2_student.config import TOKEN_OPTIONS, TrainConfig, describe

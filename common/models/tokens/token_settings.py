@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_distill_cache.common.errors import ModelError
-from vlm_distill_cache.common.models.budget import check_budget
+from vlm_distill_cache.common.models.tokens.budget import check_budget
 
 WAYS = ("attention", "sinks", "gaze", "grid", "random")
 _KEYS = {"keep", "by", "sink_penalty", "sinks", "gaze", "merge_frames", "seed"}

@@ -33,7 +33,7 @@ from vlm_distill_cache.common.attention.layers import middle_span
 from vlm_distill_cache.common.attention.rows import head_mean_attention, last_row_attention
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.around import Around, Run, surround
-from vlm_distill_cache.common.models.budget import check_budget, kept_count
+from vlm_distill_cache.common.models.tokens.budget import check_budget, kept_count
 
 NAME = "decoding_tokens"
 _PASTS = ("cache", "past_key_values")  # the library's names for keys and values of earlier steps

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.around import reader_of, remade
-from vlm_distill_cache.common.models.token_settings import REMEDY, Settings, refusal
-from vlm_distill_cache.common.models.tower_attention import by_visual_token, last_layer, observe_tower
-from vlm_distill_cache.common.models.visual_tokens import picture_noise, predicted_gaze, without_sinks
+from vlm_distill_cache.common.models.tokens.token_settings import REMEDY, Settings, refusal
+from vlm_distill_cache.common.models.tokens.tower_attention import by_visual_token, last_layer, observe_tower
+from vlm_distill_cache.common.models.tokens.visual_tokens import picture_noise, predicted_gaze, without_sinks
 
 
 @dataclass

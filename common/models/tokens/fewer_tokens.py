@@ -18,11 +18,11 @@ from torch import Tensor
 
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.common.models.around import Run, by_name, reader_of, surround
-from vlm_distill_cache.common.models.budget import kept_count
-from vlm_distill_cache.common.models.fed_sequence import Feeding, feed
-from vlm_distill_cache.common.models.token_settings import Settings
-from vlm_distill_cache.common.models.tower_pictures import Pictures
-from vlm_distill_cache.common.models.visual_tokens import (
+from vlm_distill_cache.common.models.tokens.budget import kept_count
+from vlm_distill_cache.common.models.tokens.fed_sequence import Feeding, feed
+from vlm_distill_cache.common.models.tokens.token_settings import Settings
+from vlm_distill_cache.common.models.tokens.tower_pictures import Pictures
+from vlm_distill_cache.common.models.tokens.visual_tokens import (
     choose,
     pool_cells,
     repeated_places,

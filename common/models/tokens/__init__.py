@@ -1,0 +1,1 @@
+"""Students that feed, or look at, fewer visual tokens."""

@@ -74,12 +74,14 @@ class Extractor(ABC):
         any_family: Whether it can be had of families that are not in the table.
         attention: Whether it needs the teacher's attention.
         causal: Whether visual tokens may only see what precedes them.
+        at_images: Whether every visual token has a part in it.
     """
 
     options: tuple[str, ...] = ()
     any_family: ClassVar[bool] = False
     attention: ClassVar[bool] = False
     causal: ClassVar[bool] = False
+    at_images: bool = False
 
     @abstractmethod
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
@@ -169,6 +171,7 @@ class _VisualLogits(_Logits):
     """The same of visual tokens, which have no ground truth: the likeliest token stands for it."""
 
     any_family = False
+    at_images = True
     kind = VisualLogitsCodec
 
     def mask(self, batch: Batch) -> Tensor:
@@ -225,6 +228,7 @@ class _VisualMap(_Attention):
 
     options = (*_Attention.options, "map_preset", "map_grid")
     causal = True
+    at_images = True
 
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
         preset = "f4" if config.attention_dtype == "f4" else config.map_preset
@@ -257,6 +261,8 @@ class _VisualMap(_Attention):
 class _VisualColumns(_Attention):
     """The mean of these maps over the visual tokens that carry image: ``[G, N]``."""
 
+    at_images = True
+
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
         return VisualColumnsCodec(groups=config.groups, exact=config.attention_dtype == "f4")
 
@@ -282,6 +288,7 @@ class _Hidden(Extractor):
 
     def __init__(self, kind: type[HiddenCodec], rows: Positions) -> None:
         self._kind, self._rows = kind, rows
+        self.at_images = rows is visual_keys
         self._chosen = kind is not ProjectorOutputCodec  # which has one layer
         self.options = (*(("hidden_layers",) if self._chosen else ()), "hidden_dtype")
 
@@ -317,6 +324,8 @@ class _Hidden(Extractor):
 
 class _TowerAttention(_Attention):
     """What each visual token receives inside the vision tower: ``[N]`` of each sample."""
+
+    at_images = True
 
     options = ("attention_dtype",)
     attention = False  # of the language model

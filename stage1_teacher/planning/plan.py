@@ -36,11 +36,6 @@ from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-_AT_VISUAL_TOKENS = (
-    "visual_columns", "visual_map", "visual_hidden", "projector_output", "visual_logits", TowerAttentionCodec.signal
-)  # fmt: skip
-"""What is said of every visual token."""
-
 
 def evaluation_of(training: Mapping[str, Any]) -> dict[str, Any] | None:
     """Turn the accuracy in ``training.json`` into scores as ``distill evaluate`` writes them.
@@ -90,7 +85,7 @@ def refuse_signals(signals: Sequence[str], teacher: Teacher) -> None:
             f"teacher {teacher.directory}: {', '.join(attention)} cannot be had: {teacher.no_attention}; cache its "
             "logits only (--signals logits)"
         )
-    lacking = [name for name in signals if name in _AT_VISUAL_TOKENS]
+    lacking = [name for name in signals if EXTRACTORS[name].at_images]
     if lacking and changes_of(teacher.config).get("visual_tokens"):
         raise ModelError(
             f"teacher {teacher.directory}: it feeds only some of a picture's visual tokens (config.json: distilled), so "

@@ -130,7 +130,7 @@ def test_whatever_signed_documents_of_a_run_say_is_refused_in_words_or_harmless(
         places = [place for place in places if path == run_json or place[0] != "config"]
         places = [place for place in places if path == final or len(place) < 4]
         for number, (place, value) in enumerate(itertools.product([*places, ("files",)], [*ODD, ...])):
-            if number % (29 if path == final else 151):
+            if number % (17 if path == final else 97):
                 continue
             lie = json.loads(json.dumps(body))
             inner = functools.reduce(lambda inner, name: inner[name], place[:-1], lie)

@@ -12,7 +12,7 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
 from vlm_distill_cache.stage2_student.run import load_run_config, run
 
-DATA = "shapes:images=24,seed=3"
+DATA = "shapes:images=12,seed=3"
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -25,7 +25,7 @@ def test_a_student_is_distilled_with_the_teacher_deleted_and_the_cache_read_only
     teacher, cache = tmp_path / "teacher", tmp_path / "cache"
     shutil.copytree(tiny_llava, teacher)
     options = {"data": DATA, "teacher": str(teacher), "cache": str(cache), "store": store, "device": "cpu"}
-    extract(config_from_dict(BuildConfig, options | {"shard_size": 8, "fidelity_samples": 2, "template": "short"}))
+    extract(config_from_dict(BuildConfig, options | {"shard_size": 4, "fidelity_samples": 2, "template": "short"}))
     shutil.rmtree(teacher)
     before = snapshot(cache)
     for path in [cache, *cache.rglob("*")]:
@@ -33,7 +33,9 @@ def test_a_student_is_distilled_with_the_teacher_deleted_and_the_cache_read_only
     try:
         overrides = ["student=mobilevlm", f"data='{DATA}'", f"output={tmp_path / 'run'}", "device=cpu"]
         overrides += ["dpt.steps=1", "dft.steps=2", "sft.steps=1"]
+        overrides += [f"{phase}.batch_size=4" for phase in ("dpt", "dft", "sft")]
         overrides += ["evaluation.limit=2", "evaluation.letters=false", "evaluation.overlays=1"]
+        overrides += ["evaluation.agreement_samples=4"]
         summary = run(load_run_config(None, overrides, cache=cache))
     finally:
         for path in [cache, *cache.rglob("*")]:
@@ -56,7 +58,7 @@ def test_a_users_file_with_a_broken_image_and_long_answers_runs_to_the_report(tm
     (tmp_path / "3.png").write_bytes(b"\x89PNG broken")
     (tmp_path / "d.json").write_text(json.dumps(entries))
     build_cache(tmp_path / "cache", data=str(tmp_path / "d.json"), limit=0, max_failed_share=0.2)
-    steps = [f"{phase}.steps=2" for phase in ("dpt", "dft", "sft")]
+    steps = [f"{phase}.{option}" for phase in ("dpt", "dft", "sft") for option in ("steps=2", "batch_size=4")]
     overrides = [*steps, f"data={json.dumps(str(tmp_path / 'd.json'))}", f"output={tmp_path / 'run'}"]
     summary = run(load_run_config(None, overrides, cache=tmp_path / "cache"))
     assert summary.report.is_file()

@@ -26,7 +26,7 @@ from tests.benchmarks.experiment_seeds_tables import BEGIN, END, in_order, table
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.stage2_student.config import TrainConfig
 
-TINY = Budget(data="shapes:images=32", items=1, steps=2, pruned_steps=2)
+TINY = Budget(data="shapes:images=20", items=1, steps=2, pruned_steps=2)
 
 
 def result(arm, seed, likelihood, questions=50.0, **more):
@@ -123,7 +123,7 @@ def test_a_job_of_each_part_is_run(place: Place):
         found = experiment.run_job(place, Job(arm, 101))
         assert set(found["scores"]) >= {"likelihood", "questions"}
         if arm in trained:
-            assert found["samples"] == (2 if "5 % of the data" in arm else 32)
+            assert found["samples"] == (1 if "5 % of the data" in arm else 20)
     assert found["scores"].keys() == {"likelihood", "questions", "nats", "agreement", "events"}
     found = experiment.quantised(place, Job(BASE, 101), Arm("quantised", {"quantise": "8bit"}))
     assert found["megabytes"] < 2

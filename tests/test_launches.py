@@ -9,9 +9,32 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
+
+from vlm_distill_cache.stage1_teacher.cli import main as teacher_cache
+from vlm_distill_cache.stage2_student.cli import main as distill
 
 ROOT = Path(__file__).parents[1]
 STAGES = {"one": "vlm_distill_cache.stage1_teacher.cli", "two": "vlm_distill_cache.stage2_student.cli"}
+# Both stages in one interpreter, each in the environment that it began with.
+BOTH = """
+import importlib, os, sys
+from vlm_distill_cache.common.terminal.launch import enter_launch
+began = dict(os.environ)
+arguments = sys.argv[1:]
+while arguments:
+    module, count, *arguments = arguments
+    try:
+        importlib.import_module(module).main(arguments[: int(count)])
+    except SystemExit as done:
+        if done.code:
+            raise
+    arguments = arguments[int(count) :]
+    os.environ.clear()
+    os.environ.update(began)
+    enter_launch.cache_clear()
+"""
 LEFT = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
     "TORCHELASTIC_RESTART_COUNT": "0", "PET_NNODES": "2", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1",
@@ -32,8 +55,7 @@ def command(tiny_llava: Path, tmp_path_factory):
         return ["build", "--teacher", str(tiny_llava), "--data", "shapes", "--cache", str(folder), *options]
 
     cache = tmp_path_factory.mktemp("undisturbed") / "cache"
-    done = start("one", build(cache), {}).communicate(timeout=200)
-    assert (cache / "manifest.json").is_file(), done
+    here(teacher_cache, build(cache))
 
     def train(folder: Path) -> list[str]:
         sets = ["limit=10", "dft.steps=2", "dft.batch_size=4", "device=cpu"]
@@ -44,9 +66,24 @@ def command(tiny_llava: Path, tmp_path_factory):
     return {"one": build, "two": train, "cache": cache}
 
 
+def here(main, arguments: list[str]) -> None:
+    """Run a command in this process, with one thread as those that are started have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        done = CliRunner().invoke(main, arguments)
+    finally:
+        torch.set_num_threads(threads)
+    assert done.exit_code == 0, done.output
+
+
 def start(stage: str, arguments: list[str], left: dict[str, str]) -> subprocess.Popen:
+    return begin(["-m", STAGES[stage], *arguments], left)
+
+
+def begin(words: list[str], left: dict[str, str]) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", STAGES[stage], *arguments],
+        [sys.executable, *words],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | left,
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
@@ -66,9 +103,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def undisturbed(command, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "student"
-    process = start("two", command["two"](output), {})
-    assert process.wait(timeout=200) == 0, process.stdout.read()
-    process.stdout.close()
+    here(distill, command["two"](output))
     return {"one": content(command["cache"]), "two": content(output)}
 
 
@@ -80,18 +115,18 @@ def test_left_over_variables_change_one_line_and_no_byte(stage: str, command, un
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_processes_that_srun_started_share_the_work(stage: str, command, undisturbed, tmp_path: Path):
+def test_processes_that_srun_started_share_the_work(command, undisturbed, tmp_path: Path):
     step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
-    both = [
-        start(stage, command[stage](tmp_path / "made"), step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank})
-        for rank in "01"
-    ]
+    words = []
+    for stage, module in STAGES.items():
+        arguments = command[stage](tmp_path / stage)
+        words += [module, str(len(arguments)), *arguments]
+    both = [begin(["-c", BOTH, *words], step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in "01"]
     said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    made = content(tmp_path / "made")
-    assert made.keys() == undisturbed[stage].keys()
-    assert stage == "two" or made == undisturbed[stage]  # a sum of two gradients may differ in the last bit
+    assert content(tmp_path / "one") == undisturbed["one"]
+    # A sum of two gradients may differ in the last bit.
+    assert content(tmp_path / "two").keys() == undisturbed["two"].keys()
 
 
 @pytest.mark.parametrize("how", ["timeout", signal.SIGINT, signal.SIGTERM])

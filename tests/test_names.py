@@ -1,9 +1,11 @@
 """Names that are not UTF-8, or that move a terminal's cursor: used, or refused in one line, by every command."""
 
+import functools
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -47,11 +49,15 @@ for name in sys.argv[2:]:
         main(["evaluate", "--data", name, "--", sys.argv[1]])
     sys.stderr.flush()
     sys.stderr.buffer.write(b"\\0")
+sys.stderr.flush()
 """
+ENVIRONMENTS = ((), (("LC_ALL", "C"), ("PYTHONUTF8", "0")), (("PYTHONIOENCODING", "ascii"),))
+NAMES = ("päth 数据.json", "-x", "x" * 4000, "quo'te \"x", "non\u00a0breaking\u200d")
 
 
-@pytest.mark.parametrize("environment", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "ascii"}])
-def test_every_command_refuses_a_bad_name_in_one_line(environment, tmp_path: Path):
+@functools.cache
+def in_one_process(environment) -> tuple[bytes, list[bytes]]:
+    """What a process says of names that are usable, each alone, and then of those that are not, by every command."""
     lines = [
         b"\t".join([module.encode(), *(word.encode().replace(b"NAME", bad) for word in command.split())])
         for module, commands in COMMANDS.items()
@@ -59,25 +65,27 @@ def test_every_command_refuses_a_bad_name_in_one_line(environment, tmp_path: Pat
         for bad in BAD
         if not (bad.startswith(b"line") and "--set" in command)  # the values of options may stand on several lines
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input=b"\0".join(lines), env=os.environ | {"PYTHONPATH": str(ROOT / "src")} | environment, cwd=tmp_path,
-        capture_output=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    assert list(tmp_path.iterdir()) == []
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", ONE_AFTER_ANOTHER + SCRIPT, folder, *NAMES], input=b"\0".join(lines),
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src")} | dict(environment), cwd=folder,
+            capture_output=True, check=True,
+        )  # fmt: skip
+        assert list(Path(folder).iterdir()) == []
+    return done.stdout, done.stderr.split(b"\0")
 
 
-@pytest.mark.parametrize("environment", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "ascii"}])
-def test_other_names_reach_the_command_whatever_can_be_printed(environment, tmp_path: Path):
-    names = ["päth 数据.json", "-x", "x" * 4000, "quo'te \"x", "non\u00a0breaking\u200d"]
-    done = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_ANOTHER, str(tmp_path), *names],
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src")} | environment, capture_output=True, check=True,
-    )  # fmt: skip
-    for name, told in zip(names, done.stderr.split(b"\0")[:-1], strict=True):
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_every_command_refuses_a_bad_name_in_one_line(environment):
+    unexpected, told = in_one_process(environment)
+    assert (unexpected, told[-1]) == (b"", b"")
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_other_names_reach_the_command_whatever_can_be_printed(environment):
+    for name, told in zip(NAMES, in_one_process(environment)[1][:-1], strict=True):
         assert b"Traceback" not in told
-        not_told = "PYTHONUTF8" in environment and not name.isascii()
+        not_told = "PYTHONUTF8" in dict(environment) and not name.isascii()
         assert (b"UTF-8" if not_told else b"no distillation.json") in told, name
 
 

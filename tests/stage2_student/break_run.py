@@ -2,7 +2,8 @@
 
 Run as ``python break_run.py HOW STRIDE FOLDER [PLACE ...]``: a process of its own, which forks the runs that it
 breaks. HOW is ``kill`` (the process dies) or ``full`` (this and every later operation that needs space fails); the
-places are those named, or every STRIDE-th. Prints the number of places.
+places are those named, each of them in the run that the one before it left, or every STRIDE-th, each in a run of its
+own. Prints the number of places.
 """
 
 import gc
@@ -103,7 +104,7 @@ def main():
     remaining = iter([int(place) for place in places] or range(1, 10_000, stride))
     broken = 0
     for place in remaining:
-        output = folder / f"run-{place}"
+        output = folder / (f"run-{place}" if not places else "run")
         code, said = in_child(log, break_at, place, how, cache, output)
         assert "Traceback" not in said, f"place {place}: {said}"
         if code == 0:
@@ -111,13 +112,15 @@ def main():
             break
         assert code == {"kill": KILLED, "full": FAILED}[how], f"place {place}: exit code {code}: {said}"
         assert how == "kill" or "then run the same command again" in said, f"place {place}: {said}"
+        broken += 1
+        if places and broken < len(places):
+            continue
         code, said = in_child(log, run, cache, output)
         assert code == 0, f"place {place}: {said}"
         found = left(output)
         differing = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
         assert found == expected, f"place {place}: {sorted(expected.keys() ^ found.keys())} {differing}"
         shutil.rmtree(output)
-        broken += 1
     sys.stdout.write(f"{broken}\n")
 
 

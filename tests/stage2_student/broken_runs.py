@@ -11,11 +11,13 @@ from vlm_distill_cache.common.config import save_config
 SCRIPT = """
 import sys
 from pathlib import Path
+import fused_models
 from vlm_distill_cache.common.config import load_config
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.train import train
 for path in sys.argv[1:]:
     train(load_config(TrainConfig, Path(path)))
+fused_models.main(Path(__file__).parent)
 """
 
 
@@ -35,16 +37,16 @@ class Copies:
 
 
 def train_in_two_processes(folder: Path, *configs) -> None:
-    """Train runs one after the other, in the same two processes: starting these takes longer than the runs."""
+    """Train runs, and `fused_models`, one after the other in the same two processes: starting these takes longer."""
     (folder / "run.py").write_text(SCRIPT)
     paths = [folder / f"config{index}.yaml" for index in range(len(configs))]
     for config, path in zip(configs, paths, strict=True):
         save_config(config, path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", folder / "run.py"]
-    root = Path(__file__).parents[2]
+    root, here = Path(__file__).parents[2], Path(__file__).parent
     done = subprocess.run(
         [*map(str, command), *map(str, paths)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{here}"},
         cwd=root, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -30,7 +30,7 @@ def tiny_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def in_two_processes(tiny_cache, tmp_path_factory):
-    """The folders of the runs of `train_runs`, `lora_runs` and `tower_runs`, each trained in two processes.
+    """The folders of the runs of `train_runs`, `lora_runs` and `tower_runs`, and of `fused_models`, in two processes.
 
     Whoever of the workers comes first trains them for all: starting torch twice takes longer than the runs.
     """
@@ -45,7 +45,7 @@ def in_two_processes(tiny_cache, tmp_path_factory):
             configs.append(tower_runs.make_config(tower_runs.mixed_cache(folder / "mixed"), folder / "tower"))
             train_in_two_processes(folder, *configs)
             (folder / "done").touch()
-    return {name: folder / name for name in ("plain", "lora", "tower", "mixed")}
+    return {name: folder / name for name in ("plain", "lora", "tower", "mixed")} | {"fused": folder}
 
 
 @pytest.fixture(autouse=True)

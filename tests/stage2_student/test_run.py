@@ -1,6 +1,7 @@
 """`distill run`: two students, one table, one page; nothing is done twice and nothing is mixed."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -101,12 +102,15 @@ def test_no_damage_to_what_a_run_left_is_vouched_for_scored_or_exported(tiny_cac
     config = make_config(tiny_cache[0], copied)
     stamp = read_stamp(copied)
     of_final = [path for path in final.iterdir() if path.is_file() and path.name not in ("README.md", "scores.json")]
+    asked = itertools.cycle(DAMAGES)
     for path in [*(copied / name for name in LEFT), *of_final]:
         sound = path.read_bytes()
+        # The commands are asked for one damage of a file, and for another one of the next file.
+        now = {next(asked), "lost"} if path.name == "distillation.json" else {next(asked)}
         for name, damage in DAMAGES.items():
             damage(path)
             assert str(path) in find_lost(copied, stamp["left"])[0], (path, name)
-            if path in of_final:
+            if path in of_final and name in now:
                 for command in (["evaluate"], ["export", "--output", str(tmp_path / "x")]):
                     refused = CliRunner().invoke(main, [command[0], str(final), *command[1:]])
                     assert refused.exit_code == 1, (path, name)

@@ -29,7 +29,7 @@ def check_every_kill(store: str, folder: Path, stride: int) -> None:
     assert all(int(places) > 5 for places in result.stdout.split())
 
 
-@pytest.mark.parametrize(("store", "stride"), [("zarr", 41), ("webdataset", 9)])
+@pytest.mark.parametrize(("store", "stride"), [("zarr", 61), ("webdataset", 15)])
 def test_killed_anywhere_and_resumed_the_bytes_are_the_same(tmp_path: Path, store: str, stride: int):
     check_every_kill(store, tmp_path, stride)
 

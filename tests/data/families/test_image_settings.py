@@ -170,7 +170,7 @@ def test_settings_are_read_as_the_library_reads_them_or_refused_by_name(name, ch
                 assert counted == encoded.inputs["image_grid_thw"].prod() // config.vision_config.spatial_merge_size**2
             elif name in ("idefics3", "smolvlm", "internvl"):
                 assert counted == len(encoded.inputs["pixel_values"]) * encoder.least_token_count
-            if len(encoded.tiles) > 400:
+            if len(encoded.tiles) > 100:
                 break  # the seconds of such a picture show what the next one would
     assert len(worked) > 8, worked
     assert refused

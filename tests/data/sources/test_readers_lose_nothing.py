@@ -205,7 +205,7 @@ def check(dataset, entries, *, beside=()):
     assert len(dataset.image_keys()) == len(entries)
 
 
-RULES = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RULES = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @RULES

@@ -51,18 +51,18 @@ def test_bytes_and_errors_are_those_of_real_builds(
     tmp_path: Path, build_cache, tiny_llava: Path, store: str, monkeypatch
 ):
     """A probe of all samples has the very bytes; one of a third of them is near; the error is the fidelity card's."""
-    options = {"limit": 32, "shard_size": 16, "store": store, "signals": SIGNALS, "batch_size": 3}
+    options = {"limit": 20, "shard_size": 10, "store": store, "signals": SIGNALS, "batch_size": 3}
     monkeypatch.setattr(advise_module, "LOGITS", ("default", "fixed:4"))
     monkeypatch.setattr(advise_module, "MAPS", ("exact", "blocks"))
     scratch = {"cache": str(tmp_path / "none"), "template": "short"}
     whole = advise(measured(tiny_llava, tmp_path / "all", samples=300, **options, **scratch))
-    third = advise(measured(tiny_llava, tmp_path / "some", samples=16, **options, **scratch))
+    third = advise(measured(tiny_llava, tmp_path / "some", samples=10, **options, **scratch))
     assert not (tmp_path / "none").exists()
-    assert (whole.probe, third.probe) == (whole.samples, 16)
+    assert (whole.probe, third.probe) == (whole.samples, 10)
     found = {one.name: one for one in whole.sets}
     kept = {"zarr": "default", "webdataset": "fixed:4"}[store]
     cache, name = tmp_path / "built", f"logits={kept}"
-    build_cache(cache, fidelity_samples=32, logits=kept, **options)
+    build_cache(cache, fidelity_samples=20, logits=kept, **options)
     card, actual = read_manifest(cache).fidelity, on_disk(cache)
     assert found[name].cache_bytes == pytest.approx(actual, rel=0.003)
     near = next(one for one in third.sets if one.name == name)

@@ -1,9 +1,5 @@
 """The fused losses under what training puts around them: wrappers, mixed precision, checkpointing; and their memory."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -19,8 +15,6 @@ from vlm_distill_cache.common.codecs.live import SparseLogits
 from vlm_distill_cache.stage2_student.losses import fused
 from vlm_distill_cache.stage2_student.losses.fused import fused_losses
 from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
-
-ROOT = Path(__file__).parents[3]
 
 
 def leaves(*, dtype: torch.dtype = torch.float32):
@@ -52,17 +46,10 @@ def test_a_tied_embedding_gets_both_gradients():
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_get_the_mean_of_their_gradients_under_ddp_and_fsdp2(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).parents[1] / "fused_models.py"), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_get_the_mean_of_their_gradients_under_ddp_and_fsdp2(in_two_processes):
     model = TinyModel(tied=True, fused=False)
     ((model(*batch(0)) + model(*batch(1))) / 2).backward()
-    for found in torch.load(tmp_path / "gradients.pt").values():
+    for found in torch.load(in_two_processes["fused"] / "gradients.pt").values():
         assert found.keys() == gradients_of(model).keys()
         for name, gradient in gradients_of(model).items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)

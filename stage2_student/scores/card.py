@@ -274,7 +274,7 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
 
 ## Load it
 
-{_fenced(_loading(folder, place, export.get("dtype")), "python")}
+{_fenced(loading(folder, place, export.get("dtype")), "python")}
 
 ## Where it comes from
 
@@ -475,7 +475,7 @@ def _score_table(reports: Mapping[str, EvaluationReport], own: str) -> str:
     return _table(["score", *(f"**{markdown(name)}**" if name == own else markdown(name) for name in reports)], rows)
 
 
-def _loading(folder: Path, place: HubName, dtype: Any) -> str:
+def loading(folder: Path, place: HubName, dtype: Any) -> str:
     """Lines of Python that load what lies in a folder, in a precision if an adapter, and ask it about a picture."""
     shown = json.dumps(place.repository) + (f", revision={json.dumps(place.revision)}" if place.revision else "")
     settings = read_settings(folder / "config.json")

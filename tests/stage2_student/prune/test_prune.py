@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoProcessor
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_families import save_tiny
 from torch.nn import functional as F
+from transformers import AutoProcessor
 
 from vlm_distill_cache.common.errors import ConfigError, DataError, ModelError
 from vlm_distill_cache.data.families.inputs import text_config

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from tiny_cache import DATA
+from tiny_families import save_tiny
 from train_runs import make_config
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
@@ -15,6 +17,7 @@ from vlm_distill_cache.common.files.signed import list_files
 from vlm_distill_cache.common.models.budget import kept_count
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage2_student.batches.gaze import gaze_on
+from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import TOKEN_OPTIONS, TrainConfig, describe
 from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.losses.objective import Shares
@@ -167,3 +170,19 @@ def test_training_and_the_oracle_feed_what_the_teacher_looked_at(by_gaze, tiny_c
         oracle_scores(student, tiles[:1], [b"x" * 16])
     student(**batch.inputs.model_inputs())  # alone, by the regression
     assert all(int(kept.sum()) == kept_count(0.5, len(kept)) for kept in kept_places(student, batch))
+
+
+def test_a_model_of_the_library_is_changed_and_says_what_it_needs_elsewhere(tmp_path):
+    save_tiny("llava", tmp_path / "llava")
+    arguments = ["select-tokens", str(tmp_path / "llava"), "--output", str(tmp_path / "few"), "--visual-tokens", "0.5"]
+    result = CliRunner().invoke(main, [*arguments, "--decoding-tokens", "2"])
+    assert result.exit_code == 0, result.output
+    assert "elsewhere it needs trust_remote_code=True" in result.output
+    assert "generated answers alone change by it" in result.output
+    card = (tmp_path / "few" / "README.md").read_text()
+    for line in (
+        "50 % of a picture's visual tokens",
+        "Elsewhere it needs `trust_remote_code=True`",
+        "# llava, with fewer",
+    ):
+        assert line in card

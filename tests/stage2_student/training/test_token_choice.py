@@ -22,6 +22,7 @@ from vlm_distill_cache.stage2_student.config import TOKEN_OPTIONS, TrainConfig, 
 from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.losses.objective import Shares
 from vlm_distill_cache.stage2_student.prune.tokens import select_tokens
+from vlm_distill_cache.stage2_student.scores import oracle
 from vlm_distill_cache.stage2_student.scores.oracle import followed, oracle_scores, read_oracle, refuse_no_choice
 from vlm_distill_cache.stage2_student.scores.token_words import token_words
 from vlm_distill_cache.stage2_student.students.library import core_of
@@ -186,3 +187,14 @@ def test_a_model_of_the_library_is_changed_and_says_what_it_needs_elsewhere(tmp_
         "# llava, with fewer",
     ):
         assert line in card
+
+
+def test_of_the_oracle_it_is_said_what_chose_and_nothing_else(by_gaze, tiny_cache, monkeypatch):
+    monkeypatch.setattr(oracle, "read_oracle", lambda cache: None)  # held-out pictures, which this cache does not hold
+    arguments = ["evaluate", str(by_gaze[1].final), "--cache", str(tiny_cache[0]), "--limit", "2"]
+    result = CliRunner().invoke(main, [*arguments, "--oracle"])
+    assert result.exit_code == 0, result.output
+    assert "looked on the same pictures (--oracle)" in result.output
+    assert "are fed into the language model" not in result.output
+    assert "Next:" not in result.output
+    assert "generated answers alone change" in result.output

@@ -162,6 +162,18 @@ def pruning_record(student: str | Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in (CHECKSUM, "files")}
 
 
+def describe_cut(record: Mapping[str, Any]) -> dict[str, Any]:
+    """How a student is cut again: its name, ``pruned:depth:0.75``, and other than usual settings; empty for no record of one."""
+    shares = [record.get("keep"), record.get("depth", 1)]
+    width, depth = (share if isinstance(share, int | float) else 0 for share in shares)
+    settings = record.get("settings")
+    if not 0 < width <= 1 or not 0 < depth <= 1:
+        return {}
+    return {"student": PREFIX + describe_kept(Kept(width=width, depth=depth))} | (
+        settings if isinstance(settings, dict) else {}
+    )
+
+
 def cut_words(student: str | Path) -> dict[str, str]:
     """What a student's ``config.json`` says of layers that left and of layers of other sizes, for people."""
     found = read_settings(Path(student) / "config.json")

@@ -6,7 +6,8 @@ from pathlib import Path
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.hub import CARD, HubName, hub_name
 from vlm_distill_cache.common.printing import markdown
-from vlm_distill_cache.stage2_student.scores.card import PLACE, loading, shown_model
+from vlm_distill_cache.stage2_student.scores.again import shown_model
+from vlm_distill_cache.stage2_student.scores.card import PLACE, loading
 from vlm_distill_cache.stage2_student.scores.token_words import token_words
 
 NEEDS_CODE = (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.config import config_to_dict
 from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.common.printing import size_words
@@ -21,7 +22,8 @@ from vlm_distill_cache.common.tools.shift_view import (
     span_rows,
 )
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.scores.card import reproduce
+from vlm_distill_cache.stage2_student.pruned_folder import describe_cut, pruning_record
+from vlm_distill_cache.stage2_student.scores.again import recipe_of, reproduce
 from vlm_distill_cache.stage2_student.scores.flips import Flip, Flips
 from vlm_distill_cache.stage2_student.scores.gaze import RunShift
 from vlm_distill_cache.stage2_student.scores.page.charts import bars, curves, scored_on_the_way
@@ -297,7 +299,7 @@ def _provenance(provenance: Mapping[str, Any]) -> str:
         parts += [f"<h3>Cache {words(shown.pop('place', ''), 120)}</h3>", facts(shown)]
     if versions := origin.get("versions"):
         parts += ["<h3>Versions</h3>", facts(versions)]
-    lines, settings = reproduce(provenance["config"], origin.get("caches", []), "run")
+    lines, settings = reproduce(provenance["config"], origin.get("caches", []), "run", origin.get("cut"))
     parts.append(
         "<h3>Make it again</h3><p>The cache, then the student. Words in capitals and PATH_TO stand for places of your own.</p>"
         f"{code(lines)}<details><summary>config.yaml</summary>{code(settings)}</details>"
@@ -305,16 +307,23 @@ def _provenance(provenance: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
+def called(config: TrainConfig) -> str:
+    """A run's student by name, and how it was cut where a folder was given."""
+    cut = describe_cut(pruning_record(config.student)).get("student")
+    return f"{public_name(config.student)} ({cut})" if cut else public_name(config.student)
+
+
 def run_facts(config: TrainConfig, cache: TeacherCache, phases: str, vocabulary: Mapping[str, Any]) -> dict[str, str]:
     """What was run, in words; ``vocabulary`` is what the student counted of it."""
     plan = cache.plan
     at = f"@{plan.teacher['revision']}" if plan.teacher.get("revision") else ""
     told = {
-        "student": public_name(config.student),
+        "student": called(config),
         "teacher": f"{plan.teacher.get('name')}{at} (not loaded: its signals come from the cache)",
         "cache": f"{public_location(config.cache)} ({', '.join(sorted(plan.signals))})",
         "data": str(plan.data.get("name")),
         "phases": phases,
+        **({"recipe": f"options of training as of {recipe}"} if (recipe := recipe_of(config_to_dict(config))) else {}),
         "seed": str(config.seed),
     }
     if vocabulary.get("entries_beyond"):

@@ -52,6 +52,18 @@ def test_a_run_cuts_the_student_once_and_trains_scores_and_reports_it(tiny_cache
     assert record["keep"] == 0.5
     student = open_family_model(tmp_path / "run" / "distilled" / "final").model
     assert student.config.text_config.num_attention_heads == 2
+    card = (tmp_path / "run" / "distilled" / "final" / "README.md").read_text()
+    for line in (
+        "| student | pruned:0.5 |",
+        "| cut out of | llava |",
+        "student: pruned:0.5\n",
+        "teacher: PATH_TO/llava\n",
+    ):
+        assert line in card
+    assert str(tmp_path) not in card
+    card = (tmp_path / "run" / "sft" / "final" / "README.md").read_text()
+    assert "distill prune --teacher PATH_TO/llava --keep 0.5 --data DATA --output STUDENT\n" in card
+    assert "student: STUDENT\n" in card
     assert student.config.text_config.hidden_size == 32
     # killed behind the cut: it is used as it is
     stamp = json.loads((tmp_path / "run" / "run.json").read_text())

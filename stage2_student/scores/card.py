@@ -38,7 +38,7 @@ from vlm_distill_cache.stage2_student.scores.results import (
     format_score,
     table_rows,
 )
-from vlm_distill_cache.stage2_student.scores.token_words import select_command, token_words
+from vlm_distill_cache.stage2_student.scores.token_words import fed_of, select_command, token_words
 
 SCORES = "scores.json"
 PLACE = "PATH_OR_NAME"  # of the student, in the lines that load it
@@ -254,6 +254,7 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
         *_kept(provenance.get("best", {})),
         *((of, markdown(said)) for of, said in cut_words(folder).items()),
         *((of.replace("_", " "), markdown(said)) for of, said in token_words(folder).items()),
+        *((of, markdown(said)) for of, said in fed_of(folder, provenance["encoder"].get("geometry") or {}).items()),
         *((f"export: {key}", markdown_code(export[key])) for key in ("layout", "dtype", "quantise") if export.get(key)),
         *(fact for number, cache in enumerate(caches, 1) for fact in _facts(cache, number if len(caches) > 1 else 0)),
         *(

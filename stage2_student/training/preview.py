@@ -52,7 +52,7 @@ from vlm_distill_cache.stage2_student.training.preparation import (
 )
 from vlm_distill_cache.stage2_student.training.resolve import open_caches, resolve_config
 from vlm_distill_cache.stage2_student.training.steps import extended_training
-from vlm_distill_cache.stage2_student.training.token_choice import check_choice
+from vlm_distill_cache.stage2_student.training.token_choice import check_choice, say_fed
 
 UNKNOWN_WIDTH = 1 << 20  # of a teacher that is not known
 _FLOAT, _OPTIMIZER = 4, 12  # bytes of a parameter: saved; in a checkpoint with both averages of its optimizer
@@ -238,6 +238,8 @@ def look_at_student(
             check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
     with outlook.checking():
         check_choice(config, caches.values(), parts.model, parts.image_encoder, where=f"student {config.student}")
+    if fed := say_fed(config, parts.image_encoder):
+        outlook.lines.append(f"  student: {fed}")
     for name in config.phases:
         cache = caches[str(config.phase(name).cache)]
         losses, where = config.phase(name).losses, f"phase {name}, {cache.place}"

@@ -77,7 +77,9 @@ def test_the_page_of_a_run_tells_of_teacher_and_students_with_a_legend_for_each_
         title="run",
         shift=replace(shift, beside=whole),
         facts={"visual tokens": "few"},
-        evaluations={"distilled": EvaluationReport(scores={"attention/cosine": Score(value=0.5, low=0.4, high=0.6, items=3)})},
+        evaluations={
+            "distilled": EvaluationReport(scores={"attention/cosine": Score(value=0.5, low=0.4, high=0.6, items=3)})
+        },
     )
     render_run_page(tmp_path / "fewer.html", fewer)
     page = (tmp_path / "fewer.html").read_text()

@@ -1,6 +1,7 @@
 """Students that feed fewer visual tokens, from options to the folder that is scored, exported and resumed."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -104,6 +105,18 @@ def test_a_run_by_gaze_resumes_bit_for_bit_and_needs_no_teacher_afterwards(by_ga
     assert stored["visual_tokens"]["gaze"]["weights"] == json.loads((tmp_path / "run/gaze.json").read_text())["weights"]
     assert "expects the teacher to look" in token_words(result.final)["visual_tokens"]
     assert "50 % of a picture's visual tokens are fed" in (result.final / "README.md").read_text()
+
+
+def test_how_many_tokens_are_fed_is_said_before_and_behind_a_training(by_gaze, tiny_cache, tmp_path):
+    fed = re.compile(r"feeds (\d+) of (\d+) visual tokens of a picture \(token_selection=gaze\)")
+    found = fed.search((by_gaze[1].final / "README.md").read_text().replace("\\", ""))
+    assert found is not None
+    assert 2 * int(found[1]) in (int(found[2]), int(found[2]) + 1)
+    arguments = ["train", "--cache", str(tiny_cache[0]), "--output", str(tmp_path / "run"), "--dry-run", "--data", DATA]
+    given = ["student=mobilevlm-tiny", "visual_tokens=0.01", "token_selection=attention", "device=cpu"]
+    told = CliRunner().invoke(main, [*arguments, *(word for one in given for word in ("--set", one))])
+    assert told.exit_code == 0, told.output
+    assert re.search(r"student: feeds 1 of \d+ visual tokens of a picture \(token_selection=attention\)", told.output)
 
 
 def test_layouts_that_cannot_say_it_refuse_and_an_export_says_it(by_gaze, tmp_path):

@@ -67,7 +67,7 @@ def recipe_of(config: Mapping[str, Any]) -> str:
     none, fitting = config_to_dict(LossWeights()), {}
     for name in recipe_names():
         wanted = read_recipe(name).stage_two
-        phases = {
+        phases: dict[str, Any] = {
             phase: merge_options({"losses": none}, wanted[phase])
             for phase in PHASE_NAMES
             if "losses" in wanted.get(phase, {})

@@ -14,6 +14,7 @@ from typing import Any
 from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.plan import Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.config import last_given
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.files.disk import folder_bytes, refuse_overlap
 from vlm_distill_cache.common.hub import is_without_weights, public_name
@@ -123,8 +124,9 @@ def preview(
         with outlook.checking():
             caches = open_caches(config, opening=partial(open_or_plan, sketch=sketch, named=cache))
         output = Path(config.output)
+        student = public_name(last_given(left, "student") or config.student)
         outlook.lines += [
-            f"{'distill run' if len(trainings) > 1 else 'distill train'} would train {public_name(config.student)} into {output}",
+            f"{'distill run' if len(trainings) > 1 else 'distill train'} would train {student} into {output}",
             *(f"  cache: {_cache_line(found)}" for found in caches.values()),
             f"  phases: {', '.join(config.phases)}; processes: {processes}",
         ]

@@ -181,6 +181,16 @@ def test_the_command_writes_a_folder_and_says_what_comes_next(tmp_path, teacher)
     assert "2 of 4 layers" in result.stderr
 
 
+def test_a_dry_run_names_the_student_that_was_given_and_recoveries_refuse_others(tiny_cache, tmp_path):
+    arguments = ["run", "--dry-run", "--cache", str(tiny_cache[0]), "--output", str(tmp_path / "run"), "--data", DATA]
+    result = CliRunner().invoke(main, [*arguments, "--student", "pruned:depth:0.75"])
+    assert "would train pruned:depth:0.75 into" in result.output
+    assert "the directory of the teacher (--teacher) that student pruned:depth:0.75 is cut out of" in result.output
+    result = CliRunner().invoke(main, [*arguments, "--student", "mobilevlm-tiny", "--set", "recipe=recovery-hidden"])
+    assert result.exit_code == 1
+    assert "recipe=recovery-hidden is for students that are cut out of their teacher" in result.output
+
+
 def test_train_alone_asks_for_the_cut_first(tiny_cache, tmp_path, teacher):
     arguments = ["train", "--student", "pruned:0.5", "--cache", str(tiny_cache[0]), "--data", DATA]
     arguments += ["--set", f"teacher={teacher}", "--output", str(tmp_path / "run")]

@@ -14,6 +14,7 @@ from vlm_distill_cache.common.config import SAYS_NOTHING, Word
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.files.signed import CHECKSUM, find_damage, read_signed
+from vlm_distill_cache.common.models.budget import kept_count
 from vlm_distill_cache.stage2_student.loss_weights import require
 
 WidthImportance = Literal["activation", "taylor"]
@@ -192,6 +193,15 @@ def cut_words(student: str | Path) -> dict[str, str]:
         )
         words["sizes of layers"] += " (heads/heads of keys and values/channels)"
     return words
+
+
+def fed_words(keep: float, by: str, layout: Mapping[str, Any]) -> str:
+    """How many of how many tokens, for a student that has as many for every picture (``layout`` as its encoder says it)."""
+    grid = layout.get("grid")
+    if layout.get("layout") not in ("square", "crop", "pad") or not isinstance(grid, list) or len(grid) != 2:
+        return ""
+    count = grid[0] * grid[1] - bool(layout.get("drops_first"))
+    return f"feeds {kept_count(keep, count)} of {count} visual tokens of a picture (token_selection={by})"
 
 
 def pruned_damage(folder: Path) -> list[str]:

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.models.budget import kept_count
-from vlm_distill_cache.stage2_student.pruned_folder import read_settings
+from vlm_distill_cache.stage2_student.pruned_folder import fed_words, read_settings
 
 CHANGES = ("visual_tokens", "decoding_tokens")
 _CHOSEN = {
@@ -46,15 +45,6 @@ def words_of(changes: object) -> dict[str, str]:
             "attention decode nothing, so they are those of the same student without it"
         )
     return said
-
-
-def fed_words(keep: float, by: str, layout: Mapping[str, Any]) -> str:
-    """How many of how many tokens, for a student that has as many for every picture (``layout`` as its encoder says it)."""
-    grid = layout.get("grid")
-    if layout.get("layout") not in ("square", "crop", "pad") or not isinstance(grid, list) or len(grid) != 2:
-        return ""
-    count = grid[0] * grid[1] - bool(layout.get("drops_first"))
-    return f"feeds {kept_count(keep, count)} of {count} visual tokens of a picture (token_selection={by})"
 
 
 def fed_of(folder: Path, layout: Mapping[str, Any]) -> dict[str, str]:

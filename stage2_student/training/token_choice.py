@@ -36,7 +36,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.gaze import GAZE, GazeTerm, fit_gaze
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.scores.token_words import fed_words
+from vlm_distill_cache.stage2_student.pruned_folder import fed_words
 from vlm_distill_cache.stage2_student.students.build import read_cache_json
 from vlm_distill_cache.stage2_student.students.encoder import knows_boxes
 from vlm_distill_cache.stage2_student.students.library import core_of

@@ -191,6 +191,10 @@ def _show_shift(cache: str, picture: Path | None, data: str | None, images: str 
         say(line)
     for path, over in drawn:
         say(f"Drew {path}" + ("" if over else " (maps alone)"))
+    if drawn:
+        say(
+            "In a picture, the percentage beside a token is its attention on the picture; beside `kept` its gaze on the kept cells"
+        )
     named = (
         "--data DATA" if data is None else f"--data {quoted(data)}" + (f" --images {quoted(images)}" if images else "")
     )

@@ -94,6 +94,12 @@ def snapshot_name(folder: Path) -> HubName | None:
     return HubName(repository.replace("--", "/"), place.name) if repository else None
 
 
+def on_hub(given: str) -> HubName | None:
+    """A model of the hub, by repository and commit; None for all other texts."""
+    found = hub_name(given)
+    return found if found is not None and _COMMIT.fullmatch(found.revision) else None
+
+
 def public_name(given: str) -> str:
     """What to write down of a model that was given: ``org/name@COMMIT`` for a folder of a hub's cache, else as it is."""
     name = snapshot_name(Path(given)) if given and Path(given).is_dir() else None

@@ -118,7 +118,8 @@ class BuildConfig:
             values={False: SAYS_NOTHING}, note="write answers=generate and answer_temperature=1 for sampled answers"
         ),
         "bits": Word(options=("quantisation",), values={4: "4bit", 8: "8bit", 16: SAYS_NOTHING, None: SAYS_NOTHING}),
-        **dict.fromkeys(("output", "output_dir"), Word(options=("cache",), note="the folder that is written")),
+        "output": Word(options=("cache",)),  # as `--output`, which the documentation has, so that nothing is said of it
+        "output_dir": Word(options=("cache",), note="the folder that is written"),
         **SHARED_WORDS,
         "dataset_split": Word(options=("split",)),
         **{

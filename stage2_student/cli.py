@@ -423,6 +423,8 @@ def evaluate(
     notes += scoring_notes(settings, seen, scorable=scorable, option=EVALUATE_OPTION, known=not unknown)
     notes += filter(None, [unreadable_note(report.unreadable)])
     tokens = token_words(folder.path)
+    if oracle:
+        tokens.pop("visual_tokens", None)  # its own choice, which was not followed
     notes = list(dict.fromkeys([*notes, *tokens.values()]))
     answer(student=student, **stored, notes=notes, **tokens)
     own = folder.path.resolve()
@@ -436,7 +438,7 @@ def evaluate(
     if output is not None:
         write_json_atomic(output, stored)
         say(f"Scores: {output}")
-    if not unknown:
+    if not unknown and not oracle:
         tell(f"Next: distill export {quoted(student)} --output FOLDER")
 
 

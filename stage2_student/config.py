@@ -28,6 +28,7 @@ DecodingSelection = Literal["shift", "fixed"]
 RATES: tuple[RateName, ...] = ("lr", "projector_lr", "tower_lr")
 PHASE_NAMES: tuple[PhaseName, ...] = ("dpt", "dft", "sft")
 SHARE_OF = "samples drawn at random from each source"
+_BUILT_IN = "stage1_teacher/builtin"  # the teacher's folder in a clone
 MODELS = ("student", "student_weights", "teacher", "vision_tower", "language_model")
 # Options that change when a run ends and what it prints, not what it learns.
 MOST, MOST_SAMPLES = 2**40, 2**20  # larger ones are slips of the finger
@@ -345,7 +346,8 @@ class TrainConfig:
         _within(self, "max_length", 1, None, "tokens")
         require(0 < self.data_share <= 1, "data_share", self.data_share, "above 0 and at most 1")
         self._check_tokens()
-        need = f"the directory of the teacher (--teacher) that student {self.student} is cut out of"
+        built_in = f": {_BUILT_IN}, where that is the built-in one" if Path(_BUILT_IN).is_dir() else ""
+        need = f"the directory of the teacher (--teacher) that student {self.student} is cut out of{built_in}"
         kept = kept_share(self.student)
         require(kept is None or self.teacher is not None, "teacher", self.teacher, need)
         changed = [name for name, value in vars(self.pruning).items() if value != getattr(PruningConfig(), name)]

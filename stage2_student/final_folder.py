@@ -63,6 +63,7 @@ _ORIGIN = record(
         "caches": items(entries(maybe(either(_WORDS, _COUNT, items(_WORDS, most=1000))), most=100), most=1000),
         "bases": entries(_WORDS, most=100),
         "license": _WORDS,
+        "cut": entries(maybe(either(_WORDS, _COUNT)), most=100),
         "phases": items(
             entries(either(_WORDS, number(-1e300, 1e300), entries(number(-1e300, 1e300), most=100)), most=100), most=100
         ),

@@ -14,6 +14,7 @@ from vlm_distill_cache.common.config import SAYS_NOTHING, Word
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.files.signed import CHECKSUM, find_damage, read_signed
+from vlm_distill_cache.common.models.tokens.budget import kept_count
 from vlm_distill_cache.stage2_student.loss_weights import require
 
 WidthImportance = Literal["activation", "taylor"]
@@ -175,6 +176,18 @@ def pruning_record(student: str | Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in (CHECKSUM, "files")}
 
 
+def describe_cut(record: Mapping[str, Any]) -> dict[str, Any]:
+    """How a student is cut again: its name, ``pruned:depth:0.75``, and other than usual settings; empty for no record of one."""
+    shares = [record.get("keep"), record.get("depth", 1)]
+    width, depth = (share if isinstance(share, int | float) else 0 for share in shares)
+    settings = record.get("settings")
+    if not 0 < width <= 1 or not 0 < depth <= 1:
+        return {}
+    return {"student": PREFIX + describe_kept(Kept(width=width, depth=depth))} | (
+        settings if isinstance(settings, dict) else {}
+    )
+
+
 def cut_words(student: str | Path) -> dict[str, str]:
     """What a student's ``config.json`` says of layers that left and of layers of other sizes, for people."""
     found = read_settings(Path(student) / "config.json")
@@ -193,6 +206,15 @@ def cut_words(student: str | Path) -> dict[str, str]:
         )
         words["sizes of layers"] += " (heads/heads of keys and values/channels)"
     return words
+
+
+def fed_words(keep: float, by: str, layout: Mapping[str, Any]) -> str:
+    """How many of how many tokens, for a student that has as many for every picture (``layout`` as its encoder says it)."""
+    grid = layout.get("grid")
+    if layout.get("layout") not in ("square", "crop", "pad") or not isinstance(grid, list) or len(grid) != 2:
+        return ""
+    count = grid[0] * grid[1] - bool(layout.get("drops_first"))
+    return f"feeds {kept_count(keep, count)} of {count} visual tokens of a picture (token_selection={by})"
 
 
 def pruned_damage(folder: Path) -> list[str]:

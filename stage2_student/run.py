@@ -500,10 +500,10 @@ def write_report(output: Path, config: TrainConfig, cache: TeacherCache) -> None
     curves = {name: read_log(output / name) for name in COMPARED}
     sizes = {name: describe_size(student) for name, student in students.items()}
     flips, no_flips = show_flips(students, config, cache, evaluations)
+    told = run_facts(config, cache, describe_phases(config), students[DISTILLED].provenance["vocabulary"])
     page = RunPage(
-        title=f"{public_name(config.student)}: distilled from a teacher cache",
-        facts=run_facts(config, cache, describe_phases(config), students[DISTILLED].provenance["vocabulary"])
-        | {of.replace("_", " "): said for of, said in token_words(students[DISTILLED].path).items()},
+        title=f"{told['student']}: distilled from a teacher cache",
+        facts=told | {of.replace("_", " "): said for of, said in token_words(students[DISTILLED].path).items()},
         cost=run_costs(sizes, curves, cache),
         curves=curves,
         on_the_way={name: read_evaluations(output / name) for name in COMPARED},

@@ -17,7 +17,7 @@ from vlm_distill_cache.common.attention.capture import AttentionCapture, Attenti
 from vlm_distill_cache.common.attention.layers import student_groups, teacher_groups
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cli import main as cachectl
-from vlm_distill_cache.common.config import read_yaml
+from vlm_distill_cache.common.config import config_to_dict, read_yaml
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.recipes import merge_options, read_recipe, recipe_names, split_recipe
 from vlm_distill_cache.stage1_teacher.cli import main as teacher_cache
@@ -26,6 +26,7 @@ from vlm_distill_cache.stage2_student.cli import main as distill
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
 from vlm_distill_cache.stage2_student.losses.objective import Shares
 from vlm_distill_cache.stage2_student.run import load_run_config
+from vlm_distill_cache.stage2_student.scores.again import recipe_of
 from vlm_distill_cache.stage2_student.students import build
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
 from vlm_distill_cache.stage2_student.training.preparation import prepare
@@ -162,6 +163,12 @@ def test_a_recipe_may_stand_in_a_file_and_the_last_one_named_counts(tmp_path: Pa
 def test_an_unknown_recipe_is_refused_with_those_there_are(name: str):
     with pytest.raises(ConfigError, match=rf"there is no recipe of this name.*Known: {PAPER}, {RELEASED}"):
         resolved(f"recipe={name}")
+
+
+def test_a_configuration_tells_its_recipe():
+    for name in recipe_names():
+        assert recipe_of(config_to_dict(resolved(f"recipe={name}"))) == name
+    assert recipe_of(config_to_dict(resolved("dft.losses.logits=0.25"))) == ""
 
 
 def test_every_recipe_gives_known_options_of_both_stages_and_says_where_they_are_from():

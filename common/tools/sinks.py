@@ -304,14 +304,16 @@ def _lack(plan: Plan, of: Part) -> str:
     held = ", ".join(sorted(plan.signals))
     if of in _sources(plan):
         return (
-            f"no sinks of its teacher's {_WORDS[of]} are known: none of the records that were looked at has a picture with any "
+            f"no sinks are known of its teacher's {_WORDS[of]}: none of the records that were looked at has a picture with any "
             f"attention ({_sources(plan)[of]}); give a cache of samples with pictures"
         )
     wanted = _SOURCES[of][0]
-    where = f"teacher-cache extend CACHE --data DATA --teacher TEACHER --signals {wanted}"
+    built_in = str(plan.teacher.get("name")).startswith("built-in") and str(plan.data.get("name")).startswith("shapes")
+    needed = "" if built_in else "--data DATA --teacher TEACHER "
+    where = f"teacher-cache extend CACHE {needed}--signals {wanted}"
     single = " where that keeps single values" if VisualMapCodec.signal in _SOURCES[of] else ""
     return (
-        f"no sinks of its teacher's {_WORDS[of]} are known: they are found in {' or '.join(_SOURCES[of])}{single}, and the cache "
+        f"no sinks are known of its teacher's {_WORDS[of]}: they are found in {' or '.join(_SOURCES[of])}{single}, and the cache "
         f"holds {held}; "
         + with_more(plan, f"add it with `{where}`", options=f"--signals {','.join((*plan.signals, wanted))}")
     )
@@ -373,12 +375,26 @@ def _rows(found: SinkMap) -> list[tuple[str, float, float, float]]:
     ]
 
 
-def _together(found: SinkMap) -> str:
+def _together(found: SinkMap, part: str) -> str:
     count = len(found.order[:_SHOWN])
     held, even = float(found.shares[found.order[:_SHOWN]].sum()), count / len(found.scores)
     return (
         f"these {count} of {len(found.scores)} places receive {held:.1%} of the attention on the picture; equal places would "
-        f"receive {even:.1%}"
+        f"receive {even:.1%}{_causal(found) if part == 'visual_rows' else ''}"
+    )
+
+
+def _causal(found: SinkMap) -> str:
+    """What the first places receive for their place alone, where each visual token sees those before it and itself."""
+    if found.places != "token":
+        return (
+            "; in a causal language model the first tokens receive more, since more rows see them, which makes no sinks"
+        )
+    count = len(found.scores)
+    seen = np.cumsum((1 / np.arange(1, count + 1))[::-1])[::-1] / count  # by rows that look alike at all they see
+    return (
+        f"; in a causal language model, where each row sees the tokens before it and itself, rows that look at all of these "
+        f"equally would give these places {seen[found.order[:_SHOWN]].sum():.1%}: so much is no sign of sinks"
     )
 
 
@@ -401,13 +417,14 @@ def describe_sinks(cache: TeacherCache, found: Sinks, *, shades: str = BLOCKS) -
             f"  {name:<26}{score:>7.3f}{share:>18.2%}{often:>12.0%}" for name, score, share, often in _rows(sinks)
         ]
         lines += [
-            f"  {_together(sinks)}",
+            f"  {_together(sinks, part)}",
             "",
             *(f"  {line}".rstrip() for line in draw_text(_drawn(sinks, part), shades=shades)),
         ]
     lines += [
         "",
         "a sink in: the share of those in which the place receives more than the mean plus one standard deviation",
+        "the number beside a map's name, here and in a picture: the share of the part's attention that the map's places receive",
     ]
     return "\n".join(lines)
 

@@ -36,7 +36,7 @@ from vlm_distill_cache.data.sample import Sample
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
-from vlm_distill_cache.stage2_student.exports.folder import is_ours, keep_files, write_model_code
+from vlm_distill_cache.stage2_student.exports.folder import is_ours, save_processor, write_model_code
 from vlm_distill_cache.stage2_student.prune.importance import Measured, measure_importance
 from vlm_distill_cache.stage2_student.prune.plan import (
     LayerParts,
@@ -149,11 +149,9 @@ def prune_directory(
     named = vars(config).pop("auto_map", None)  # code beside the teacher; what of it is needed is written again
     with new_directory(output) as temporary:
         model.save_pretrained(temporary, state_dict=weights)
-        opened.tokenizer.save_pretrained(temporary)
-        opened.processor.save_pretrained(temporary)
-        keep_files(teacher, temporary)
         if pruning.changed or (named and is_ours(model)):
             write_model_code(temporary, model)
+        _save_processor(temporary, opened, encoder, teacher)
         record = {
             **(described or {}),
             "keep": kept.width,
@@ -166,6 +164,16 @@ def prune_directory(
         }
         write_signed(temporary / RECORD, record)
     return pruning
+
+
+def _save_processor(target: Path, opened: FamilyModel, encoder: SampleEncoder, teacher: Path) -> None:
+    """Write what a trained student's folder has beside the weights; a chat template of the teacher's own stays."""
+    opened.tokenizer.save_pretrained(target)
+    template = target / "chat_template.jinja"
+    own = template.read_bytes() if template.exists() else None
+    save_processor(target, model=opened.model, encoder=encoder, image_processor=opened.processor, source=teacher)
+    if own is not None:
+        template.write_bytes(own)
 
 
 def _beyond_width(kept: Kept, how: PruningConfig, pruning: Pruning) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import clean_stale, new_directory
 from vlm_distill_cache.common.files.signed import list_files, write_signed
+from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.text.generation import pad_token_id
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
@@ -17,6 +18,7 @@ from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE
 from vlm_distill_cache.stage2_student.scores.card import write_card
+from vlm_distill_cache.stage2_student.scores.plain_card import write_plain_card
 from vlm_distill_cache.stage2_student.scores.token_words import token_words
 from vlm_distill_cache.stage2_student.students.library import core_of
 from vlm_distill_cache.stage2_student.students.parts import lone_encoder, lone_parts
@@ -87,6 +89,8 @@ def select_tokens(folder: Path, target: Path, config: TrainConfig, *, cache: str
             provenance = {**student.provenance, "export": said, "files": list_files(temporary)}
             write_signed(temporary / PROVENANCE, provenance)
             write_card(temporary, provenance)
+        else:
+            write_plain_card(temporary, public_name(str(folder)))
         return token_words(temporary)
 
 

@@ -59,6 +59,7 @@ def select_tokens(model: str, *, output: Path, cache: str | None, images: Path |
     )
 
     from vlm_distill_cache.stage2_student.prune.tokens import select_tokens as select
+    from vlm_distill_cache.stage2_student.scores.plain_card import NEEDS_CODE
 
     quiet_libraries()
     leave_one_core()
@@ -67,6 +68,7 @@ def select_tokens(model: str, *, output: Path, cache: str | None, images: Path |
     say(f"Written to {output}")
     for line in chosen.values():
         say(f"  {line}")
+    say(f"  {NEEDS_CODE}")
     known = (output / PROVENANCE).exists()
     tell(
         f"Next: distill {'evaluate' if known else 'suite'} {quoted(output)}{'' if known else ' BENCHMARKS --output FOLDER'}"

@@ -17,20 +17,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from vlm_distill_cache.common.cache.document_rules import EVALUATION
 from vlm_distill_cache.common.config import config_from_dict, config_to_dict
 from vlm_distill_cache.common.errors import CacheFormatError, ModelError
 from vlm_distill_cache.common.files.atomic import read_bounded, write_bytes_atomic
 from vlm_distill_cache.common.files.rules import check, items, record, text
 from vlm_distill_cache.common.files.signed import read_signed, write_signed
-from vlm_distill_cache.common.hub import CARD, HubName, hub_name
+from vlm_distill_cache.common.hub import CARD, HubName, hub_name, on_hub
 from vlm_distill_cache.common.printing import hide_secrets, markdown, markdown_code, one_line, printable
-from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TrainConfig
+from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.final_folder import FOR_OTHERS, PROVENANCE, own_file, read_provenance
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.pruned_folder import cut_words, read_settings
+from vlm_distill_cache.stage2_student.scores.again import recipe_of, reproduce, shown_model, student_name
 from vlm_distill_cache.stage2_student.scores.origin import UNKNOWN
 from vlm_distill_cache.stage2_student.scores.results import (
     HEADLINE,
@@ -39,13 +38,12 @@ from vlm_distill_cache.stage2_student.scores.results import (
     format_score,
     table_rows,
 )
-from vlm_distill_cache.stage2_student.scores.token_words import select_command, token_words
+from vlm_distill_cache.stage2_student.scores.token_words import fed_of, select_command, token_words
 
 SCORES = "scores.json"
 PLACE = "PATH_OR_NAME"  # of the student, in the lines that load it
 GAIN = "distilled minus sft"  # a column of differences
 _MOST_BYTES = 4 << 20
-_COMMIT = re.compile("[0-9a-f]{40}")
 _SEAL = "<!-- written by vlm-distill-cache; sha256 of the lines above: {} -->\n"
 _SEALED = re.compile(
     r"(.*\n)<!-- written by vlm-distill-cache; sha256 of the lines above: ([0-9a-f]{64}) -->\n", re.DOTALL
@@ -235,7 +233,7 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
     config = config_to_dict(config_from_dict(TrainConfig, known, where=str(folder / PROVENANCE)))
     origin = provenance.get("origin", {})
     caches = origin.get("caches", [])
-    student = shown_model(config.get("student"))
+    student = student_name(config, origin)
     teachers = list(dict.fromkeys(one_line(cache.get("teacher_name") or "an unnamed teacher") for cache in caches))
     taught = _is_taught(config)
     name = (
@@ -246,10 +244,17 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
     export = provenance.get("export", {})
     facts = [
         ("student", markdown(student)),
+        *(
+            [("cut out of", markdown(shown_model(config.get("teacher"))))]
+            if origin.get("cut") and config.get("teacher")
+            else []
+        ),
+        *([("recipe", f"options of training as of {markdown_code(recipe)}")] if (recipe := recipe_of(config)) else []),
         ("run", markdown_code(provenance["fingerprint"])),
         *_kept(provenance.get("best", {})),
         *((of, markdown(said)) for of, said in cut_words(folder).items()),
         *((of.replace("_", " "), markdown(said)) for of, said in token_words(folder).items()),
+        *((of, markdown(said)) for of, said in fed_of(folder, provenance["encoder"].get("geometry") or {}).items()),
         *((f"export: {key}", markdown_code(export[key])) for key in ("layout", "dtype", "quantise") if export.get(key)),
         *(fact for number, cache in enumerate(caches, 1) for fact in _facts(cache, number if len(caches) > 1 else 0)),
         *(
@@ -274,7 +279,7 @@ def _body(folder: Path, provenance: Mapping[str, Any], scores: CardScores | None
 
 ## Load it
 
-{_fenced(_loading(folder, place, export.get("dtype")), "python")}
+{_fenced(loading(folder, place, export.get("dtype")), "python")}
 
 ## Where it comes from
 
@@ -296,7 +301,7 @@ What is derived is under the licences of what it was derived from: teacher, data
 
 ## Make it again
 
-{_commands(config, caches, "run" if taught and scores and GAIN in scores.reports else "train", select_command(folder, config))}
+{_commands(config, origin, "run" if taught and scores and GAIN in scores.reports else "train", select_command(folder, config))}
 
 Versions: {", ".join(versions) or "not stated"}.
 
@@ -328,17 +333,6 @@ def _kept(best: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("kept", f"after step {best['step']} of run {markdown_code(best['run'])}, {why}")]
 
 
-def shown_model(given: Any) -> str:
-    """A model as its card names it: on the hub by repository and commit, else without the folders around it."""
-    named = str(given or "unknown")
-    return one_line(named if _on_hub(named) else Path(named).name or named)
-
-
-def _on_hub(given: str) -> HubName | None:
-    found = hub_name(given)
-    return found if found is not None and _COMMIT.fullmatch(found.revision) else None
-
-
 def _is_taught(config: Mapping[str, Any]) -> bool:
     """Whether any phase has a loss that reads a cache."""
     used = [config[phase]["losses"] for phase in config["phases"]]
@@ -351,7 +345,7 @@ def _metadata(
     from huggingface_hub import EvalResult, ModelCardData
 
     begun_from = [str(config.get(key) or "") for key in ("student", "student_weights", "language_model", "teacher")]
-    bases = dict.fromkeys(found.repository for given in begun_from if (found := _on_hub(given)))
+    bases = dict.fromkeys(found.repository for given in begun_from if (found := on_hub(given)))
     data = dict.fromkeys(str(found) for cache in origin.get("caches", []) if (found := cache.get("data_repository")))
     licence = one_line(origin.get("license") or "unknown").strip()
     known = licence.lower() in _LICENCES.split()
@@ -475,7 +469,7 @@ def _score_table(reports: Mapping[str, EvaluationReport], own: str) -> str:
     return _table(["score", *(f"**{markdown(name)}**" if name == own else markdown(name) for name in reports)], rows)
 
 
-def _loading(folder: Path, place: HubName, dtype: Any) -> str:
+def loading(folder: Path, place: HubName, dtype: Any) -> str:
     """Lines of Python that load what lies in a folder, in a precision if an adapter, and ask it about a picture."""
     shown = json.dumps(place.repository) + (f", revision={json.dumps(place.revision)}" if place.revision else "")
     settings = read_settings(folder / "config.json")
@@ -512,35 +506,15 @@ answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shap
 print(processor.decode(answer, skip_special_tokens=True))"""
 
 
-def _commands(config: Mapping[str, Any], caches: Iterable[Mapping[str, Any]], verb: str, after: str) -> str:
+def _commands(config: Mapping[str, Any], origin: Mapping[str, Any], verb: str, after: str) -> str:
     """The commands of both stages, and the configuration that they take; a run's scores tell that it was one."""
-    lines, settings = reproduce(config, caches, verb)
+    lines, settings = reproduce(config, origin.get("caches", []), verb, origin.get("cut"))
     lines = "\n".join(filter(None, [lines, after]))
     return (
         "The cache, from the teacher and the data; then the student, from the data and the cache. Words in capitals, and "
         f"`PATH_TO`, stand for places of your own.\n\n{_fenced(lines, 'sh')}\n\n<details>\n"
         f"<summary>config.yaml</summary>\n\n{_fenced(settings, 'yaml')}\n\n</details>"
     )
-
-
-def reproduce(config: Mapping[str, Any], caches: Iterable[Mapping[str, Any]], verb: str) -> tuple[str, str]:
-    """The commands that make a student again, and the ``config.yaml`` that they take, without folders of this machine."""
-    left_out = {"output", "cache", *({*PHASE_NAMES} - {*config["phases"]})}
-    told = {key: _without_folders(value) for key, value in config.items() if key not in left_out}
-    builds = list(dict.fromkeys(str(cache["command"]) for cache in caches if cache.get("command")))
-    lines = [*builds, f"distill {verb} --config config.yaml --cache CACHE --output OUTPUT"]
-    return "\n".join(lines), yaml.safe_dump(told, sort_keys=False, width=10_000)
-
-
-def _without_folders(value: Any) -> Any:
-    """Options without the folders of the machine that they were given on."""
-    if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(item) for item in value]
-    if isinstance(value, str) and value.startswith(("/", "~")):
-        return f"PATH_TO/{Path(value).name}"
-    return value
 
 
 def _fenced(code: str, language: str) -> str:

@@ -27,7 +27,7 @@ from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.data.sources.mixture import NAMED as BUILT_IN_DATA
 from vlm_distill_cache.stage2_student.config import MODELS, TrainConfig
-from vlm_distill_cache.stage2_student.pruned_folder import pruning_record
+from vlm_distill_cache.stage2_student.pruned_folder import describe_cut, pruning_record
 from vlm_distill_cache.stage2_student.training.log import NOT_LOSSES
 
 UNKNOWN = "unknown: ask"
@@ -54,6 +54,7 @@ def describe_origin(
         "caches": [_cache(place, cache, images=bool(config.images)) for place, cache in caches.items()],
         "bases": _bases(config),
         "license": config.license,
+        **({"cut": cut} if (cut := describe_cut(pruning_record(config.student))) else {}),
         "phases": [
             {"name": name, "steps": steps, "batch_size": size, "rates": dict(rates), "losses": _losses(name, log)}
             for name, steps, size, rates in phases

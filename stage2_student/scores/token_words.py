@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.stage2_student.pruned_folder import read_settings
+from vlm_distill_cache.stage2_student.pruned_folder import fed_words, read_settings
 
 CHANGES = ("visual_tokens", "decoding_tokens")
 _CHOSEN = {
@@ -41,9 +41,20 @@ def words_of(changes: object) -> dict[str, str]:
         )
         said["decoding_tokens"] = (
             f"a generated token sees {count} of the visual tokens that were read, those that the prompt's last token looked "
-            f"at most{swaps}"
+            f"at most{swaps}; generated answers alone change by it: likelihood, captions by likelihood, agreement, KL and "
+            "attention decode nothing, so they are those of the same student without it"
         )
     return said
+
+
+def fed_of(folder: Path, layout: Mapping[str, Any]) -> dict[str, str]:
+    """The same of a student's folder, by the name of a fact of its card; empty where it feeds all, or the number varies."""
+    changes = read_settings(folder / "config.json").get("distilled")
+    fed = changes.get("visual_tokens") if isinstance(changes, Mapping) else None
+    if not isinstance(fed, Mapping) or fed.get("by") not in _CHOSEN or (keep := _number(fed.get("keep"))) <= 0:
+        return {}
+    said = fed_words(keep, str(fed["by"]), layout)
+    return {"of a picture": said} if said else {}
 
 
 def select_command(folder: Path, config: Mapping[str, Any]) -> str:

@@ -59,13 +59,18 @@ def differing_options(output: Path, config: TrainConfig, hashes: Mapping[str, st
             return older
     except DistillError:
         return older
-    lines = describe_differences(before, now, there="there", here="this run")
+    lines = describe_differences(_set(before, now), _set(now, before), there="there", here="this run")
     offer = f"; {_OFFER}" if offers and (output / FINAL).is_dir() and is_longer(before, now) else ""
     return (
         ("".join(f"; {line.strip()}" for line in lines[:10]) or older)
         + offer
         + versions_kept(before if known else None, hashes)
     )
+
+
+def _set(described: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """A description without options that nobody set, where another does not name them."""
+    return {name: value for name, value in described.items() if value is not None or name in other}
 
 
 def versions_kept(before: Mapping[str, Any] | None, hashes: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.cache.plan import Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.config import last_given
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.files.disk import folder_bytes, refuse_overlap
 from vlm_distill_cache.common.hub import is_without_weights, public_name
@@ -52,7 +53,7 @@ from vlm_distill_cache.stage2_student.training.preparation import (
 )
 from vlm_distill_cache.stage2_student.training.resolve import open_caches, resolve_config
 from vlm_distill_cache.stage2_student.training.steps import extended_training
-from vlm_distill_cache.stage2_student.training.token_choice import check_choice
+from vlm_distill_cache.stage2_student.training.token_choice import check_choice, say_fed
 
 UNKNOWN_WIDTH = 1 << 20  # of a teacher that is not known
 _FLOAT, _OPTIMIZER = 4, 12  # bytes of a parameter: saved; in a checkpoint with both averages of its optimizer
@@ -123,8 +124,9 @@ def preview(
         with outlook.checking():
             caches = open_caches(config, opening=partial(open_or_plan, sketch=sketch, named=cache))
         output = Path(config.output)
+        student = public_name(last_given(left, "student") or config.student)
         outlook.lines += [
-            f"{'distill run' if len(trainings) > 1 else 'distill train'} would train {public_name(config.student)} into {output}",
+            f"{'distill run' if len(trainings) > 1 else 'distill train'} would train {student} into {output}",
             *(f"  cache: {_cache_line(found)}" for found in caches.values()),
             f"  phases: {', '.join(config.phases)}; processes: {processes}",
         ]
@@ -238,6 +240,8 @@ def look_at_student(
             check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
     with outlook.checking():
         check_choice(config, caches.values(), parts.model, parts.image_encoder, where=f"student {config.student}")
+    if fed := say_fed(config, parts.image_encoder):
+        outlook.lines.append(f"  student: {fed}")
     for name in config.phases:
         cache = caches[str(config.phase(name).cache)]
         losses, where = config.phase(name).losses, f"phase {name}, {cache.place}"

@@ -3,24 +3,31 @@
 from collections.abc import Collection
 
 from vlm_distill_cache.common.cache.plan import read_plan
-from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.locations import by_make, public_location
 from vlm_distill_cache.common.recipes import OPTION, Recipe
 from vlm_distill_cache.common.recipes.cache_fit import Difference, cache_differences, differences_text
 from vlm_distill_cache.common.remotes.mirror import local_folder
 from vlm_distill_cache.common.terminal.next_step import set_words
 from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.students.presets import LIBRARY_STUDENTS, STUDENTS, split_student_name
 
 
 def refuse_other_caches(config: TrainConfig, recipe: Recipe, given: Collection[str]) -> None:
-    """Refuse a loss of the recipe that a cache cannot give as the recipe means it, unless somebody gave that loss.
+    """Refuse a recipe that is for other students, or a loss of it that a cache cannot give as meant, unless somebody gave it.
 
     Args:
         given: Options that are not the recipe's, as ``a.b=c``.
 
     Raises:
+        ConfigError: For a recipe of students that are cut, on one that is built or published.
         CacheMismatchError: Naming what the cache holds instead, and what to do.
     """
+    if recipe.students == "pruned" and split_student_name(config.student)[0] in (*STUDENTS, *LIBRARY_STUDENTS):
+        raise ConfigError(
+            f"{OPTION}={recipe.name} is for students that are cut out of their teacher, and student is {config.student}; give "
+            "student=pruned:0.5 (or pruned:depth:0.75) with teacher=FOLDER, what `distill prune` wrote, or another recipe"
+        )
     by_hand = {option.partition("=")[0].strip() for option in given}
     for name in config.phases:
         place = str(config.phase(name).cache)

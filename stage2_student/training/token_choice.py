@@ -36,6 +36,7 @@ from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.batches.gaze import GAZE, GazeTerm, fit_gaze
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
 from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.pruned_folder import fed_words
 from vlm_distill_cache.stage2_student.students.build import read_cache_json
 from vlm_distill_cache.stage2_student.students.encoder import knows_boxes
 from vlm_distill_cache.stage2_student.students.library import core_of
@@ -217,6 +218,13 @@ def student_sinks(cache: TeacherCache, encoder: AnyImageEncoder, where: str) -> 
 Joined = CachedDataset | UnitedDataset
 
 
+def say_fed(config: TrainConfig, encoder: AnyImageEncoder) -> str:
+    """How many visual tokens of a picture a run's student feeds; empty where it is all of them, or the number varies."""
+    if config.visual_tokens is None:
+        return ""
+    return fed_words(config.visual_tokens, config.token_selection, encoder.to_dict())
+
+
 def choose_tokens(
     config: TrainConfig,
     student: StudentModel,
@@ -239,6 +247,8 @@ def choose_tokens(
     """
     if not chooses_tokens(config):
         return None
+    if (fed := say_fed(config, encoder)) and enter_launch().rank == 0:
+        _log.info("%s %s", where, fed)
     core, sinks, gaze = core_of(student), None, None
     if config.follows_gaze and cache is not None and dataset is not None:
         of = _identity(config, cache)

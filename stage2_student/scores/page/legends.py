@@ -52,6 +52,14 @@ ON_THE_WAY = (
     "The headline scores at every so many steps (evaluation.every), by the code of `distill evaluate`, on fewer items and by "
     "default on the split validation: they tell how a training went, and are not to be compared with those above."
 )
+SEEN_ALONE = (
+    "It is taken on the cells that a student's fed visual tokens see, so it rises as fewer are fed: compare it among students "
+    "that feed as many."
+)
+ALL_KEPT = (
+    "fewer visual tokens are fed than there are places to keep: all of the gaze lies on those, wherever it goes, and no shift "
+    "could be seen."
+)
 _CHOICE = "Share of caption pairs where the right caption is chosen"
 _SCORES = {
     "likelihood": f"{_CHOICE}: log p(caption | picture), summed over its tokens, is higher than the wrong one's. 50 is chance.",

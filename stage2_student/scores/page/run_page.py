@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.config import config_to_dict
 from vlm_distill_cache.common.hub import public_name
 from vlm_distill_cache.common.locations import public_location
 from vlm_distill_cache.common.printing import size_words
+from vlm_distill_cache.common.tools.shift import ShiftReport
 from vlm_distill_cache.common.tools.shift_view import LEGEND as SHIFT_LEGEND
 from vlm_distill_cache.common.tools.shift_view import (
     kind_rows,
@@ -21,7 +23,8 @@ from vlm_distill_cache.common.tools.shift_view import (
     span_rows,
 )
 from vlm_distill_cache.stage2_student.config import TrainConfig
-from vlm_distill_cache.stage2_student.scores.card import reproduce
+from vlm_distill_cache.stage2_student.pruned_folder import describe_cut, pruning_record
+from vlm_distill_cache.stage2_student.scores.again import recipe_of, reproduce
 from vlm_distill_cache.stage2_student.scores.flips import Flip, Flips
 from vlm_distill_cache.stage2_student.scores.gaze import RunShift
 from vlm_distill_cache.stage2_student.scores.page.charts import bars, curves, scored_on_the_way
@@ -38,12 +41,14 @@ from vlm_distill_cache.stage2_student.scores.page.elements import (
     write_page,
 )
 from vlm_distill_cache.stage2_student.scores.page.legends import (
+    ALL_KEPT,
     COST,
     CURVES,
     FLIPS,
     GAIN,
     INTERVAL,
     ON_THE_WAY,
+    SEEN_ALONE,
     TAUGHT,
     explain,
     verdict,
@@ -52,6 +57,7 @@ from vlm_distill_cache.stage2_student.scores.page.score_rows import score_groups
 from vlm_distill_cache.stage2_student.scores.results import OUTCOMES, EvaluationReport, Row, format_score, table_rows
 from vlm_distill_cache.stage2_student.scores.taught import TEACHER, Look, Taught, Word
 
+_ROUNDING = 1e-6
 _UNASKED = "What the teacher says here is not known: it is not loaded, and these items are not in the cache."
 _TELLS = {"won": ("good", "only the distilled student is right"), "lost": ("bad", "only the baseline is right")}
 
@@ -97,7 +103,7 @@ def render_run_page(path: Path, page: RunPage) -> None:
             "Headline": _headline(page, headlines, models) if models else "<p>No evaluation was run.</p>",
             "Scores": bars(score_groups(page.evaluations), models)
             + score_table([*headlines, *details], models)
-            + legend({"interval": INTERVAL, **explain([*headlines, *details])})
+            + legend({"interval": INTERVAL, **_explained(page, [*headlines, *details])})
             if models
             else "",
             "Wins and losses": "".join(map(_flips, page.flips))
@@ -110,6 +116,12 @@ def render_run_page(path: Path, page: RunPage) -> None:
     )
     notes = "".join(f"<p><b>{words(note, 2000)}</b></p>" for note in page.notes)
     write_page(path, page.title, [f"<h1>{words(page.title)}</h1>", facts(page.facts), notes, *body])
+
+
+def _explained(page: RunPage, rows: Sequence[Row]) -> dict[str, str]:
+    """The legend of scores; of a student that feeds fewer visual tokens with what that does to them."""
+    fewer = {row.heading for row in rows if row.name == "attention/cosine"} if "visual tokens" in page.facts else set()
+    return {name: f"{told} {SEEN_ALONE}" if name in fewer else told for name, told in explain(rows).items()}
 
 
 def _headline(page: RunPage, headlines: Sequence[Row], models: Sequence[str]) -> str:
@@ -138,7 +150,7 @@ def _headline(page: RunPage, headlines: Sequence[Row], models: Sequence[str]) ->
         if any(name in of for of in page.cost.values())
     ]
     cost = f"<h3>What it cost</h3>{table(['', *page.cost], rows)}" if rows else ""
-    told = {"interval": INTERVAL, "gain": GAIN, **explain(headlines), **{row[0]: COST[row[0]] for row in rows}}
+    told = {"interval": INTERVAL, "gain": GAIN, **_explained(page, headlines), **{row[0]: COST[row[0]] for row in rows}}
     told[TEACHER] = (
         "Its own scores where whoever built the cache put them there, on the whole test set of its data; it is not loaded."
     )
@@ -257,10 +269,13 @@ def _shift(shift: RunShift | None) -> str:
             for name, of in shift.beside.items()
         ],
     )
+    vacuous = [name for name, of in shift.beside.items() if name != TEACHER and _keeps_all(of)]
     students = (
         "<h3>The students beside it</h3><p>Gaze on the places that token 0 looked at most, of each model its own token 0: "
         f"{next(iter(shift.beside.values())).samples} cached samples, on the cells where all can be compared.</p>{beside}"
-        if shift.beside
+        if shift.beside and not vacuous
+        else f"<h3>The students beside it</h3><p>{words(', '.join(vacuous))}: not shown, since {ALL_KEPT}</p>"
+        if vacuous
         else ""
     )
     sheets = "".join(picture(sheet, "where token 0 and the shifted token look") for sheet in shift.sheets)
@@ -271,6 +286,12 @@ def _shift(shift: RunShift | None) -> str:
         else ""
     )
     return f"{said}{spans}{kinds}<h3>The largest shifts</h3><ul>{largest}</ul>{drawn}{students}{legend(SHIFT_LEGEND)}"
+
+
+def _keeps_all(report: ShiftReport) -> bool:
+    """Whether all gaze lies on the kept places, in every token that was followed."""
+    found = [span.first.value for span in report.spans.values() if span.tokens]
+    return bool(found) and all(value > 1 - _ROUNDING for value in found)
 
 
 def _on_the_way(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -297,7 +318,7 @@ def _provenance(provenance: Mapping[str, Any]) -> str:
         parts += [f"<h3>Cache {words(shown.pop('place', ''), 120)}</h3>", facts(shown)]
     if versions := origin.get("versions"):
         parts += ["<h3>Versions</h3>", facts(versions)]
-    lines, settings = reproduce(provenance["config"], origin.get("caches", []), "run")
+    lines, settings = reproduce(provenance["config"], origin.get("caches", []), "run", origin.get("cut"))
     parts.append(
         "<h3>Make it again</h3><p>The cache, then the student. Words in capitals and PATH_TO stand for places of your own.</p>"
         f"{code(lines)}<details><summary>config.yaml</summary>{code(settings)}</details>"
@@ -305,16 +326,23 @@ def _provenance(provenance: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
+def called(config: TrainConfig) -> str:
+    """A run's student by name, and how it was cut where a folder was given."""
+    cut = describe_cut(pruning_record(config.student)).get("student")
+    return f"{public_name(config.student)} ({cut})" if cut else public_name(config.student)
+
+
 def run_facts(config: TrainConfig, cache: TeacherCache, phases: str, vocabulary: Mapping[str, Any]) -> dict[str, str]:
     """What was run, in words; ``vocabulary`` is what the student counted of it."""
     plan = cache.plan
     at = f"@{plan.teacher['revision']}" if plan.teacher.get("revision") else ""
     told = {
-        "student": public_name(config.student),
+        "student": called(config),
         "teacher": f"{plan.teacher.get('name')}{at} (not loaded: its signals come from the cache)",
         "cache": f"{public_location(config.cache)} ({', '.join(sorted(plan.signals))})",
         "data": str(plan.data.get("name")),
         "phases": phases,
+        **({"recipe": f"options of training as of {recipe}"} if (recipe := recipe_of(config_to_dict(config))) else {}),
         "seed": str(config.seed),
     }
     if vocabulary.get("entries_beyond"):

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from hostile_documents import hostile_documents, sign
 
-from vlm_distill_cache.common.attention.sinks import sink_scores
+from vlm_distill_cache.common.attention.sinks import SinkMap, sink_scores
 from vlm_distill_cache.common.attention.tiles import (
     Tile,
     box_array,
@@ -30,7 +30,7 @@ from vlm_distill_cache.common.remotes.push import push
 from vlm_distill_cache.common.tools.convert import convert
 from vlm_distill_cache.common.tools.merge import merge
 from vlm_distill_cache.common.tools.select import Selection, pull_partial
-from vlm_distill_cache.common.tools.sinks import Sinks, _find, _received, read_sinks, sink_map, write_sinks
+from vlm_distill_cache.common.tools.sinks import Sinks, _find, _received, _together, read_sinks, sink_map, write_sinks
 from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.stage1_teacher.cli import main as teacher_cache
 
@@ -217,12 +217,24 @@ def test_inspect_prints_draws_and_gives_them_to_programs(family_cache, tmp_path)
         assert "--sinks is about a whole cache" in run("inspect", cache.path, "--sinks", *others, code=2)
 
 
+def test_of_causal_rows_it_is_said_what_an_even_gaze_would_give():
+    found = SinkMap(
+        tiles=(grid_tile(6, 6),), places="token", pictures=1, received=np.ones(36), scores=np.linspace(1, 0, 36),
+        often=np.ones(36, dtype=np.int64),
+    )  # fmt: skip
+    said = _together(found, "visual_rows")
+    even = sum(1 / (row + 1) for place in range(10) for row in range(place, 36)) / 36
+    assert f"equally would give these places {even:.1%}" in said
+    assert round(even, 2) == 0.62
+    assert "causal" not in _together(found, "language_model")
+
+
 def test_a_cache_that_holds_nothing_of_them_says_what_to_add(family_cache, tmp_path):
     pull_partial(str(family_cache("llava").path), tmp_path / "words", Selection(signals=("logits",)))
     cache = open_cache(tmp_path / "words")
     assert SINKS not in cache.manifest.files
     said = run("inspect", cache.path, "--sinks")
-    assert "vision tower: no sinks of its teacher's vision tower are known: they are found in tower_attention" in said
+    assert "vision tower: no sinks are known of its teacher's vision tower: they are found in tower_attention" in said
     assert "add it with `teacher-cache extend CACHE --data DATA --teacher TEACHER --signals visual_columns`" in said
     with pytest.raises(CacheMismatchError, match=r"holds logits; add it with .* --signals tower_attention"):
         sink_map(cache, "tower", (grid_tile(3, 3),))

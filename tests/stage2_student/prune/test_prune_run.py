@@ -62,6 +62,18 @@ def test_a_run_cuts_the_student_once_and_trains_scores_and_reports_it(tiny_cache
     assert record["keep"] == 0.5
     student = open_family_model(tmp_path / "run" / "distilled" / "final").model
     assert student.config.text_config.num_attention_heads == 2
+    card = (tmp_path / "run" / "distilled" / "final" / "README.md").read_text()
+    for line in (
+        "| student | pruned:0.5 |",
+        "| cut out of | llava |",
+        "student: pruned:0.5\n",
+        "teacher: PATH_TO/llava\n",
+    ):
+        assert line in card
+    assert str(tmp_path) not in card
+    card = (tmp_path / "run" / "sft" / "final" / "README.md").read_text()
+    assert "distill prune --teacher PATH_TO/llava --keep 0.5 --data DATA --output STUDENT\n" in card
+    assert "student: STUDENT\n" in card
     assert student.config.text_config.hidden_size == 32
     # killed behind the cut: it is used as it is
     stamp = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -201,6 +213,16 @@ def test_settings_that_nothing_comes_of_are_said_and_samples_that_cannot_be_read
     assert rows[0].rows == rows[1].rows > 0
     assert caplog.text.count("depth_importance=taylor changes nothing") == 2
     assert caplog.text.count("importance is measured without samples that cannot be read, 1; the first: ") == 1
+
+
+def test_a_dry_run_names_the_student_that_was_given_and_recoveries_refuse_others(tiny_cache, tmp_path):
+    arguments = ["run", "--dry-run", "--cache", str(tiny_cache[0]), "--output", str(tmp_path / "run"), "--data", DATA]
+    result = CliRunner().invoke(main, [*arguments, "--student", "pruned:depth:0.75"])
+    assert "would train pruned:depth:0.75 into" in result.output
+    assert "the directory of the teacher (--teacher) that student pruned:depth:0.75 is cut out of" in result.output
+    result = CliRunner().invoke(main, [*arguments, "--student", "mobilevlm-tiny", "--set", "recipe=recovery-hidden"])
+    assert result.exit_code == 1
+    assert "recipe=recovery-hidden is for students that are cut out of their teacher" in result.output
 
 
 def test_train_alone_asks_for_the_cut_first(tiny_cache, tmp_path, teacher):

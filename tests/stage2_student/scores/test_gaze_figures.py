@@ -1,6 +1,7 @@
 """Shifts of a student's gaze: measured as the teacher's are, on the same cells, and told on the page of a run."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from finished_runs import make_config
 from page_inputs import without_heads
 from tiny_cache import DATA
 
-from vlm_distill_cache.common.attention.shift import gaze_shift
+from vlm_distill_cache.common.attention.shift import Interval, gaze_shift
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.tools.record_view import load_token_text
 from vlm_distill_cache.common.tools.shift_view import LEGEND, percent
@@ -16,7 +17,9 @@ from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.scores.gaze import compare_shifts
+from vlm_distill_cache.stage2_student.scores.metrics import Score
 from vlm_distill_cache.stage2_student.scores.page.run_page import RunPage, render_run_page
+from vlm_distill_cache.stage2_student.scores.results import EvaluationReport
 from vlm_distill_cache.stage2_student.trained_student import open_student, show_shift
 
 
@@ -66,5 +69,22 @@ def test_the_page_of_a_run_tells_of_teacher_and_students_with_a_legend_for_each_
         assert percent(report.shifting) in section
     assert set(re.findall(r"<dt>(.*?)</dt>", section)) == set(LEGEND)
     assert section.count("<img ") == len(shift.sheets) == 3
+    whole = {
+        name: replace(of, spans={key: span._replace(first=Interval(1.0, 1.0, 1.0)) for key, span in of.spans.items()})
+        for name, of in shift.beside.items()
+    }
+    fewer = RunPage(
+        title="run",
+        shift=replace(shift, beside=whole),
+        facts={"visual tokens": "few"},
+        evaluations={
+            "distilled": EvaluationReport(scores={"attention/cosine": Score(value=0.5, low=0.4, high=0.6, items=3)})
+        },
+    )
+    render_run_page(tmp_path / "fewer.html", fewer)
+    page = (tmp_path / "fewer.html").read_text()
+    assert "sft, distilled: not shown, since fewer visual tokens are fed" in page
+    assert "on the cells where all can be compared" not in page
+    assert "so it rises as fewer are fed" in page
     unlooked = show_shift(students, make_config(path, finished.output, "evaluation.agreement_samples=0"), cache)
     assert unlooked.beside == {}

@@ -14,7 +14,7 @@ from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.run import look_at_training, run, train_alone
-from vlm_distill_cache.stage2_student.training.extension import versions_kept
+from vlm_distill_cache.stage2_student.training.extension import _set, versions_kept
 from vlm_distill_cache.stage2_student.training.resolve import open_caches
 
 SHORT, LONG = "sft.steps=2", "sft.steps=4"
@@ -117,3 +117,7 @@ def test_who_trained_on_a_cache_that_was_extended_since_is_told_where_that_one_i
     assert f"--cache '{kept}' is what it was before" in versions_kept(None, now)
     assert versions_kept({"cache": "4" * 32, "dft": {"cache": None}, "lr": "x"}, now) == ""
     assert versions_kept({"cache": was}, {str(cache): was}) == ""
+
+
+def test_options_that_nobody_set_are_no_difference():
+    assert _set({"merge_frames": None, "seed": 0, "limit": None}, {"limit": 3}) == {"seed": 0, "limit": None}

@@ -1,11 +1,14 @@
 """Students that feed fewer visual tokens, from options to the folder that is scored, exported and resumed."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from tiny_cache import DATA
+from tiny_families import save_tiny
 from train_runs import make_config
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
@@ -15,10 +18,12 @@ from vlm_distill_cache.common.files.signed import list_files
 from vlm_distill_cache.common.models.tokens.budget import kept_count
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage2_student.batches.gaze import gaze_on
+from vlm_distill_cache.stage2_student.cli import main
 from vlm_distill_cache.stage2_student.config import TOKEN_OPTIONS, TrainConfig, describe
 from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.losses.objective import Shares
 from vlm_distill_cache.stage2_student.prune.tokens import select_tokens
+from vlm_distill_cache.stage2_student.scores import oracle
 from vlm_distill_cache.stage2_student.scores.oracle import followed, oracle_scores, read_oracle, refuse_no_choice
 from vlm_distill_cache.stage2_student.scores.token_words import token_words
 from vlm_distill_cache.stage2_student.students.library import core_of
@@ -102,6 +107,18 @@ def test_a_run_by_gaze_resumes_bit_for_bit_and_needs_no_teacher_afterwards(by_ga
     assert "50 % of a picture's visual tokens are fed" in (result.final / "README.md").read_text()
 
 
+def test_how_many_tokens_are_fed_is_said_before_and_behind_a_training(by_gaze, tiny_cache, tmp_path):
+    fed = re.compile(r"feeds (\d+) of (\d+) visual tokens of a picture \(token_selection=gaze\)")
+    found = fed.search((by_gaze[1].final / "README.md").read_text().replace("\\", ""))
+    assert found is not None
+    assert 2 * int(found[1]) in (int(found[2]), int(found[2]) + 1)
+    arguments = ["train", "--cache", str(tiny_cache[0]), "--output", str(tmp_path / "run"), "--dry-run", "--data", DATA]
+    given = ["student=mobilevlm-tiny", "visual_tokens=0.01", "token_selection=attention", "device=cpu"]
+    told = CliRunner().invoke(main, [*arguments, *(word for one in given for word in ("--set", one))])
+    assert told.exit_code == 0, told.output
+    assert re.search(r"student: feeds 1 of \d+ visual tokens of a picture \(token_selection=attention\)", told.output)
+
+
 def test_layouts_that_cannot_say_it_refuse_and_an_export_says_it(by_gaze, tmp_path):
     final = by_gaze[1].final
     for layout in ("published", "llava-hf", "gguf"):
@@ -167,3 +184,30 @@ def test_training_and_the_oracle_feed_what_the_teacher_looked_at(by_gaze, tiny_c
         oracle_scores(student, tiles[:1], [b"x" * 16])
     student(**batch.inputs.model_inputs())  # alone, by the regression
     assert all(int(kept.sum()) == kept_count(0.5, len(kept)) for kept in kept_places(student, batch))
+
+
+def test_a_model_of_the_library_is_changed_and_says_what_it_needs_elsewhere(tmp_path):
+    save_tiny("llava", tmp_path / "llava")
+    arguments = ["select-tokens", str(tmp_path / "llava"), "--output", str(tmp_path / "few"), "--visual-tokens", "0.5"]
+    result = CliRunner().invoke(main, [*arguments, "--decoding-tokens", "2"])
+    assert result.exit_code == 0, result.output
+    assert "elsewhere it needs trust_remote_code=True" in result.output
+    assert "generated answers alone change by it" in result.output
+    card = (tmp_path / "few" / "README.md").read_text()
+    for line in (
+        "50 % of a picture's visual tokens",
+        "Elsewhere it needs `trust_remote_code=True`",
+        "# llava, with fewer",
+    ):
+        assert line in card
+
+
+def test_of_the_oracle_it_is_said_what_chose_and_nothing_else(by_gaze, tiny_cache, monkeypatch):
+    monkeypatch.setattr(oracle, "read_oracle", lambda cache: None)  # held-out pictures, which this cache does not hold
+    arguments = ["evaluate", str(by_gaze[1].final), "--cache", str(tiny_cache[0]), "--limit", "2"]
+    result = CliRunner().invoke(main, [*arguments, "--oracle"])
+    assert result.exit_code == 0, result.output
+    assert "looked on the same pictures (--oracle)" in result.output
+    assert "are fed into the language model" not in result.output
+    assert "Next:" not in result.output
+    assert "generated answers alone change" in result.output

@@ -161,7 +161,7 @@ def test_only_losses_with_a_weight_ask_for_sinks_and_a_cache_without_any_is_refu
     assert sinks_for(cache, LossWeights(logits=1.0), where="phase dft") == {}
     with pytest.raises(
         CacheMismatchError,
-        match=r"phase dft: answer_kind=sink_suppressed: .*words: no sinks of .*language model.*found in answer_attention or "
+        match=r"phase dft: answer_kind=sink_suppressed: .*words: no sinks .*language model.*found in answer_attention or "
         r"text_attention, and the cache holds logits; add it with `teacher-cache extend CACHE .*--signals answer_attention`",
     ):
         sinks_for(cache, LossWeights(answer_attention=1.0, answer_kind=KIND), where="phase dft")

@@ -18,6 +18,7 @@ from vlm_distill_cache.common.models.tokens.decoding_tokens import decoding_coun
 from vlm_distill_cache.common.models.tokens.fed_sequence import pool
 from vlm_distill_cache.common.models.tokens.fewer_tokens import rows_needed, scores_given, tower_features
 from vlm_distill_cache.common.models.tokens.visual_tokens import choose
+from vlm_distill_cache.common.models.vision_language import PAST
 from vlm_distill_cache.data.families.models import open_family_model
 from vlm_distill_cache.data.sample import Sample, Turn
 from vlm_distill_cache.data.text.collate import collate
@@ -186,7 +187,7 @@ def test_beams_sampling_and_later_turns_go_on_from_a_shorter_cache(llava):
         torch.manual_seed(0)
         assert torch.equal(model.generate(**inputs, **how, **more), slow)
     begun = model(**inputs, use_cache=True)
-    past, length = begun.past_key_values, inputs["input_ids"].shape[1]
+    past, length = begun[PAST], inputs["input_ids"].shape[1]
     assert past.get_seq_length() == length
     runs = (stands == torch.arange(length)) & inputs["attention_mask"].bool()
     assert past.layers[0].keys.shape[2] == int(runs.sum(1).max()) < length
@@ -197,8 +198,8 @@ def test_beams_sampling_and_later_turns_go_on_from_a_shorter_cache(llava):
     expected = reference(
         input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=inputs["pixel_values"]
     ).logits[:, length:]
-    past = model(**inputs, position_ids=positions[:, :length], use_cache=True).past_key_values
-    step = {"attention_mask": mask, "position_ids": positions[:, length:], "past_key_values": past}
+    past = model(**inputs, position_ids=positions[:, :length], use_cache=True)[PAST]
+    step = {"attention_mask": mask, "position_ids": positions[:, length:], PAST: past}
     torch.testing.assert_close(model(input_ids=more, **step).logits, expected, atol=2e-4, rtol=1e-4)
     behind = int(visual_of(llava, inputs).flip(1).int().argmax(1)[:2].min())  # the text behind the pictures
     with pytest.raises(ModelError, match="tokens were to be taken back, more than follow the pictures"):
@@ -208,8 +209,8 @@ def test_beams_sampling_and_later_turns_go_on_from_a_shorter_cache(llava):
     # Words behind the picture that were read with it are taken back, as guesses are.
     alone, again = llava.inputs(0), {"attention_mask": llava.inputs(0)["attention_mask"]}
     read = model(**alone, use_cache=True)
-    read.past_key_values.crop(-2)
-    found = model(input_ids=alone["input_ids"][:, -2:], past_key_values=read.past_key_values, **again).logits
+    read[PAST].crop(-2)
+    found = model(input_ids=alone["input_ids"][:, -2:], **{PAST: read[PAST]}, **again).logits
     torch.testing.assert_close(found, read.logits[:, -2:], atol=2e-4, rtol=1e-4)
     last = {**step, "position_ids": positions[:, length + 1 :]}
     torch.testing.assert_close(

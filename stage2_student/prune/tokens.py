@@ -10,6 +10,7 @@ from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import clean_stale, new_directory
 from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.common.hub import public_name
+from vlm_distill_cache.common.models.changed import changes_of
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.text.generation import pad_token_id
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
@@ -17,6 +18,7 @@ from vlm_distill_cache.stage2_student.batches.gaze import GAZE, GazeTerm
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE
+from vlm_distill_cache.stage2_student.pruned_folder import RECORD, pruning_record, refuse_damaged
 from vlm_distill_cache.stage2_student.scores.card import write_card
 from vlm_distill_cache.stage2_student.scores.plain_card import write_plain_card
 from vlm_distill_cache.stage2_student.scores.token_words import token_words
@@ -64,7 +66,8 @@ def select_tokens(folder: Path, target: Path, config: TrainConfig, *, cache: str
             f"--token-selection {config.token_selection} takes what a teacher's cache holds, and none is given; add --cache "
             "FOLDER, or choose attention, grid or random"
         )
-    student = _open(folder, cache)
+    refuse_damaged(folder)
+    student, cut = _open(folder, cache), pruning_record(folder)
     if student.provenance.get("export", {}).get("quantise"):
         raise ModelError(f"{folder}: its weights are quantised and are not written again; give what it was made of")
     dtype = stored_dtype(folder)
@@ -83,6 +86,9 @@ def select_tokens(folder: Path, target: Path, config: TrainConfig, *, cache: str
         )
         if (folder / BUILT_IN).is_file():
             shutil.copyfile(folder / BUILT_IN, temporary / BUILT_IN)
+        if cut:  # what it is changed to is a part of what it is
+            cut |= {"distilled": changes_of(core.config), "files": list_files(temporary)}
+            write_signed(temporary / RECORD, cut)
         if "encoder" in student.provenance:
             made_from = {"files": student.provenance.get("files", {}), "export": student.provenance.get("export")}
             said = {"layout": "auto", "dtype": dtype, "quantise": None, "made_from": made_from}

@@ -58,6 +58,7 @@ def select_tokens(model: str, *, output: Path, cache: str | None, images: Path |
         TrainConfig, {"cache": cache or "none", "output": str(output), **given}, where="distill select-tokens"
     )
 
+    from vlm_distill_cache.common.models.published import is_published
     from vlm_distill_cache.stage2_student.prune.tokens import select_tokens as select
     from vlm_distill_cache.stage2_student.scores.plain_card import NEEDS_CODE
 
@@ -68,7 +69,8 @@ def select_tokens(model: str, *, output: Path, cache: str | None, images: Path |
     say(f"Written to {output}")
     for line in chosen.values():
         say(f"  {line}")
-    say(f"  {NEEDS_CODE}")
+    if not is_published(output):  # our own classes open nowhere without their code
+        say(f"  {NEEDS_CODE}")
     known = (output / PROVENANCE).exists()
     tell(
         f"Next: distill {'evaluate' if known else 'suite'} {quoted(output)}{'' if known else ' BENCHMARKS --output FOLDER'}"

@@ -26,6 +26,7 @@ from vlm_distill_cache.stage2_student.pruned_folder import (
     Kept,
     PruningConfig,
     cut_words,
+    pruned_damage,
     pruning_record,
     refuse_damaged,
     unused_settings,
@@ -178,6 +179,16 @@ def test_the_command_writes_a_folder_and_says_what_comes_next(tmp_path, teacher)
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1
     assert "exists; give a new folder" in again.output
+    select = ["select-tokens", str(tmp_path / "student"), "--visual-tokens", "0.5", "--output", str(tmp_path / "fewer")]
+    assert CliRunner().invoke(main, select).exit_code == 0
+    cut, fewer = (pruning_record(tmp_path / name) for name in ("student", "fewer"))
+    assert fewer.pop("distilled")["visual_tokens"]["keep"] == 0.5  # as a run is described, it is another student
+    assert fewer == cut
+    assert pruned_damage(tmp_path / "fewer") == []
+    (tmp_path / "student" / "config.json").write_text("{}")
+    refused = CliRunner().invoke(main, [*select[:-1], str(tmp_path / "no")])
+    assert refused.exit_code == 1
+    assert "cut the student again" in refused.output
     for share in ("0", "depth:2", "depth:0.5,depth:0.5", "height:0.5", "half", "0.5,0.5", "nan", ""):
         refused = CliRunner().invoke(main, [*arguments[:6], share, *arguments[7:]])
         assert refused.exit_code == 2

@@ -1,4 +1,4 @@
-"""What a data set hands out: samples (an image and conversations about it) and evaluation items.
+"""What a data set hands out: samples (pictures, videos, and conversations about them) and evaluation items.
 
 Readers differ only in where the bytes lie. Everything behind them (templates, encoding, both
 stages) sees `Sample` and nothing else, so that a new format is one file here. Images stay closed
@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -40,32 +41,127 @@ class ImageSource(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One frame of a video.
+
+    Attributes:
+        image: RGB, upright.
+        time: Seconds since the video began, 0 or more, rising.
+    """
+
+    image: PIL.Image.Image
+    time: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameSampling:
+    """Which frames of a video are read; a cache's plan records it.
+
+    Attributes:
+        fps: Frames a second, above 0; of a video that has fewer, all.
+        most: Where that would be more frames than this, so many at uniform times instead; at least 1.
+    """
+
+    fps: float = 1.0
+    most: int = 32
+
+
+@runtime_checkable
+class VideoSource(Protocol):
+    """Where a video's bytes are; opened only when the sample is encoded."""
+
+    @property
+    def name(self) -> str:
+        """Path or description that error messages name."""
+        ...
+
+    def frames(self, sampling: FrameSampling) -> Sequence[Frame]:
+        """Decode the frames that are read, at least one; `SampleError` if that fails."""
+        ...
+
+
+Medium = ImageSource | VideoSource
+
+
+def shown(medium: Medium) -> PIL.Image.Image:
+    """A picture, or the first frame of a video, to look at; `SampleError` if it cannot be decoded."""
+    return medium.load() if isinstance(medium, ImageSource) else medium.frames(FrameSampling(most=1))[0].image
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One question with its answer; an empty question makes the answer a caption."""
+    """One question with its answer; an empty question makes the answer a caption.
+
+    Attributes:
+        places: Where in the question the next of the sample's pictures and videos stand: the number of characters in front
+            of each, rising or equal. Empty of all turns: they stand in front of the first question.
+    """
 
     question: str
     answer: str
+    places: tuple[int, ...] = ()
+
+    def parts(self) -> tuple[str | None, ...]:
+        """The question's texts, and None for each picture or video between them.
+
+        Outer white space is taken off, that between pictures in front and the first word too; inside the text it stays.
+        """
+        bounds = [0, *self.places, len(self.question)]
+        found: list[str | None] = []
+        leads = True
+        for number, (start, end) in enumerate(pairwise(bounds)):
+            text = self.question[start:end]
+            text = text.lstrip() if leads else text
+            text = text.rstrip() if number == len(self.places) else text
+            found += ([None] if number else []) + ([text] if text else [])
+            leads = leads and not text
+        return tuple(found) or ("",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One unit of the cache: at most one image, and what is said about it.
+    """One unit of the cache: pictures and videos, if any, and what is said about them.
 
     Attributes:
         sample_id: Unique within its data set; the cache is joined by it.
-        images: No image (text only) or one.
-        turns: At least one.
-        independent_turns: The turns are separate conversations about the same image. They are
+        images: Pictures and videos in the order in which the turns show them; empty: text only.
+        turns: At least one. Their `places` are as many as `images`, or none (all in front of the first question).
+        independent_turns: The turns are separate conversations about the same images, which stand in front. They are
             packed behind one shared image prefix with a block-diagonal mask, so that none can
             read another's answer.
         system: The system prompt, the same for each conversation; empty: the prompt template's own, or none.
     """
 
     sample_id: str
-    images: tuple[ImageSource, ...]
+    images: tuple[Medium, ...]
     turns: tuple[Turn, ...]
     independent_turns: bool = False
     system: str = ""
+
+    @property
+    def videos(self) -> tuple[int, ...]:
+        """Which of the `images` are videos."""
+        return tuple(number for number, medium in enumerate(self.images) if isinstance(medium, VideoSource))
+
+    def placed(self) -> tuple[Turn, ...]:
+        """The turns, each with the places of what it shows.
+
+        Raises:
+            SampleError: The turns show another number of pictures than there are, or one outside their text.
+        """
+        shown = sum(len(turn.places) for turn in self.turns)
+        if not shown and self.turns:
+            return (replace(self.turns[0], places=(0,) * len(self.images)), *self.turns[1:])
+        if shown != len(self.images):
+            raise SampleError(
+                f"its questions show {shown} pictures, but it has {len(self.images)}; give one for each marker"
+            )
+        for number, turn in enumerate(self.turns, start=1):
+            if list(turn.places) != sorted(turn.places) or not all(
+                0 <= place <= len(turn.question) for place in turn.places
+            ):
+                raise SampleError(f"turn {number} shows pictures at {turn.places}, outside of its question")
+        return self.turns
 
 
 def with_answers(sample: Sample, answers: Sequence[str]) -> Sample:
@@ -164,14 +260,22 @@ class CaptionPair:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A short-answer item scored by exact match; ``kind`` groups the report's rows, ``system`` is as a sample's."""
+    """A short-answer item scored by exact match; ``kind`` groups the report's rows, ``system`` is as a sample's.
+
+    Attributes:
+        image: The first of what is asked about.
+        further: More of it, in order.
+        places: As a turn's.
+    """
 
     item_id: str
-    image: ImageSource
+    image: Medium
     question: str
     answer: str
     kind: str
     system: str = ""
+    further: tuple[Medium, ...] = ()
+    places: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +292,8 @@ def questions_of(sample: Sample, kind: Callable[[str], str]) -> list[Question]:
         Question(
             item_id=f"{sample.sample_id}-{number}",
             image=sample.images[0],
+            further=sample.images[1:],
+            places=turn.places,
             question=turn.question,
             answer=turn.answer,
             kind=kind(turn.answer),
@@ -223,8 +329,9 @@ def fingerprint_samples(dataset: Dataset) -> str:
             entry.append("unreadable")
         else:
             entry += [len(sample.images), sample.independent_turns]
-            entry += [[turn.question, turn.answer] for turn in sample.turns]
+            entry += [[turn.question, turn.answer, *turn.places] for turn in sample.turns]
             entry += [{"system": sample.system}] if sample.system else []
+            entry += [{"videos": sample.videos}] if sample.videos else []
         digest.update(json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
 

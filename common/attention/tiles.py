@@ -1,14 +1,16 @@
-"""Every visual token is a box on the original picture: tiles of tokens, their boxes, and which carry image.
+"""Every visual token is a box on a sample's pictures: tiles of tokens, their boxes, and which carry image.
 
 Square resize, pad-to-square, centre crop, 2x2 pooling, and the tiles of a high-resolution processor then need no code
-of their own: each gives a list of tiles, and a tile gives boxes. No torch in here; `common.attention.boxes` has the
-rest.
+of their own: each gives a list of tiles, and a tile gives boxes. Several pictures, frames of a video among them, lie one
+behind the other: a tile says which of them it shows (`Tile.span`), so a token that shows two frames is a deeper box. No
+torch in here; `common.attention.boxes` has the rest.
 
-Dims: N visual tokens.
+Dims: N visual tokens, P pictures of a sample.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -45,14 +47,19 @@ class Tile:
         cols: Token columns, at least 1.
         region: ``(x0, y0, x1, y1)`` in units of the original image's width and height; what lies
             outside ``[0, 1]`` is padding.
+        span: Which of the sample's pictures it shows, counted from 0: the first, and the one behind the last. ``(2, 3)`` is
+            the third picture, ``(2, 4)`` both of two frames; of a student whose frames stand for others, also fractions.
+        is_frame: Whether these are frames of a video.
 
     Raises:
-        SampleError: If the tile has no tokens or its region has no area.
+        SampleError: If the tile has no tokens or its region has no area, or shows no picture.
     """
 
     rows: int
     cols: int
     region: tuple[float, float, float, float]
+    span: tuple[float, float] = (0.0, 1.0)
+    is_frame: bool = False
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.cols < 1:
@@ -66,6 +73,10 @@ class Tile:
                 f"a visual tile's region must be finite (x0, y0, x1, y1) with x0 < x1 and y0 < y1, "
                 f"got {self.region}; check the image's size and how the processor places it"
             )
+        if not (0 <= self.span[0] < self.span[1] < np.inf):
+            raise SampleError(
+                f"a visual tile's span must be the first of its pictures and an end behind it, got {self.span}"
+            )
 
     @property
     def token_count(self) -> int:
@@ -77,9 +88,31 @@ NOWHERE = (1.0, 0.0, 2.0, 1.0)
 """The region of tokens that show nobody knows what: beside the picture."""
 
 
-def grid_tile(rows: int, cols: int) -> Tile:
-    """A grid of cells over the whole original image, without padding."""
-    return Tile(rows=rows, cols=cols, region=(0.0, 0.0, 1.0, 1.0))
+@dataclass(frozen=True)
+class View:
+    """What is looked at as one: a picture, or frames that a model's tokens show together.
+
+    Attributes:
+        span: As `Tile.span`.
+    """
+
+    span: tuple[float, float] = (0.0, 1.0)
+    is_frame: bool = False
+
+
+def views_of(tiles: Sequence[Tile]) -> tuple[View, ...]:
+    """The views that tiles show, in order."""
+    return tuple(dict.fromkeys(View(tile.span, tile.is_frame) for tile in tiles))
+
+
+def of_view(tiles: Sequence[Tile], view: View) -> tuple[Tile, ...]:
+    """The tiles that show one view, as those of a sample with no other picture."""
+    return tuple(replace(tile, span=(0.0, 1.0)) for tile in tiles if tile.span == view.span)
+
+
+def grid_tile(rows: int, cols: int, view: View = View()) -> Tile:
+    """A grid of cells over the whole of an original image, without padding."""
+    return Tile(rows=rows, cols=cols, region=(0.0, 0.0, 1.0, 1.0), span=view.span, is_frame=view.is_frame)
 
 
 def pooled_tiles(tiles: Sequence[Tile], side: int) -> tuple[Tile, ...]:
@@ -138,6 +171,72 @@ def tiles_from_array(array: np.ndarray) -> tuple[Tile, ...]:
     return tuple(tiles)
 
 
+def several_to_arrays(
+    tiles: Sequence[Tile], frame_times: Sequence[tuple[int, float]], pictures: int
+) -> dict[str, np.ndarray]:
+    """The fields of a record of format version 2 that say where visual tokens are.
+
+    Args:
+        tiles: Spans of whole pictures.
+        frame_times: Of each picture, or none: the medium that it is a frame of (-1: it is none) and its second.
+        pictures: How many there are, P.
+
+    Returns:
+        ``tiles`` f4 ``[n, 6]``; ``tile_pictures`` u2 ``[n, 2]``, first picture and number, empty with one picture or none;
+        ``frame_times`` f4 ``[P, 2]``, empty without a frame.
+    """
+    spans = [(int(tile.span[0]), int(tile.span[1] - tile.span[0])) for tile in tiles] if pictures > 1 else []
+    return {
+        "tiles": tiles_to_array(tiles),
+        "tile_pictures": np.array(spans, dtype="<u2").reshape(-1, 2),
+        "frame_times": np.array(frame_times, dtype="<f4").reshape(-1, 2),
+    }
+
+
+def tiles_of(record: Mapping[str, Any]) -> tuple[Tile, ...]:
+    """The visual tiles of a record of either format version.
+
+    Raises:
+        CacheFormatError: As `tiles_from_array`; or ``tile_pictures`` and ``frame_times`` do not fit the tiles and pictures:
+            each view begins where the one in front of it ends, and shows stills or frames of one video.
+    """
+    tiles = tiles_from_array(np.asarray(record["tiles"]))
+    spans = np.asarray(record.get("tile_pictures", np.zeros((0, 2)))).astype(np.int64)
+    times = np.asarray(record.get("frame_times", np.zeros((0, 2)))).astype(np.float64)
+    if not len(spans) and not len(times):
+        return tiles
+    pictures = len(record["image_hash"])
+    if len(spans) not in ((0, len(tiles)) if pictures <= 1 else (len(tiles),)) or len(times) not in (0, pictures):
+        raise CacheFormatError(
+            f"fields `tile_pictures` and `frame_times` have {len(spans)} and {len(times)} entries for {len(tiles)} tiles of "
+            f"{pictures} pictures; run `cachectl verify --deep` on the cache"
+        )
+    if not len(spans):
+        spans = np.array([(0, 1)] * len(tiles))
+    video = times[:, 0] if len(times) else np.full(pictures, -1.0)
+    found, begin, end = [], 0, 0
+    for tile, (first, count) in zip(tiles, spans.tolist(), strict=True):
+        if (first, first + count) != (begin, end):
+            begin, end = end, first + count
+            whose = video[begin:end]
+            if (
+                first != begin
+                or not begin < end <= pictures
+                or not (whose == whose[0]).all()
+                or (count > 1 and whose[0] < 0)
+            ):
+                raise CacheFormatError(
+                    f"field `tile_pictures`: a tile shows pictures {first} to {first + count - 1} of {pictures}, expected "
+                    f"those from {begin} on, frames of one video if several; run `cachectl verify --deep` on the cache"
+                )
+        found.append(replace(tile, span=(float(begin), float(end)), is_frame=bool(video[begin] >= 0)))
+    if end != pictures:
+        raise CacheFormatError(
+            f"field `tile_pictures`: {pictures} pictures, but tiles of {end} of them; run `cachectl verify --deep` on the cache"
+        )
+    return tuple(found)
+
+
 def _show_the_picture(tiles: Sequence[Tile]) -> bool:
     """Whether some token meets the picture with at least half its width or height, and no region is next to nothing.
 
@@ -158,7 +257,8 @@ def box_array(tiles: Sequence[Tile]) -> np.ndarray:
         tiles: In reading order; within a tile tokens run row by row.
 
     Returns:
-        float32 ``[N, 4]``: ``x0, y0, x1, y1`` in units of the original image; ``[0, 4]`` without tiles.
+        float32 ``[N, 4]``: ``x0, y0, x1, y1`` in units of the original image; ``[0, 4]`` without tiles. Which picture a
+        token shows is said by `span_array`.
     """
     boxes = [np.zeros((0, 4))]
     for tile in tiles:
@@ -169,6 +269,12 @@ def box_array(tiles: Sequence[Tile]) -> np.ndarray:
         right, bottom = np.meshgrid(xs[1:], ys[1:])
         boxes.append(np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4))
     return np.concatenate(boxes).astype(np.float32)
+
+
+def span_array(tiles: Sequence[Tile]) -> np.ndarray:
+    """Which pictures each token of `box_array` shows, first and end: float32 ``[N, 2]``."""
+    spans = np.array([tile.span for tile in tiles], dtype=np.float32).reshape(-1, 2)
+    return np.repeat(spans, [tile.token_count for tile in tiles], axis=0)
 
 
 def carries_image(boxes: np.ndarray) -> np.ndarray:

@@ -54,9 +54,10 @@ def parse_document(data: bytes, where: str) -> dict[str, Any]:
     except NewerFormatError as newer:
         error: CacheFormatError = newer
         # One flipped bit makes a 1 a 3: the checksum still is that of the version it was written in.
-        with contextlib.suppress(CacheFormatError):
-            checked_body({**parsed, "format_version": FORMAT_VERSION}, where)
-            error = CacheFormatError(f"{where}: damaged: format_version was changed after it was written")
+        for version in range(1, FORMAT_VERSION + 1):
+            with contextlib.suppress(CacheFormatError):
+                checked_body({**parsed, "format_version": version}, where)
+                error = CacheFormatError(f"{where}: damaged: format_version was changed after it was written")
         raise error from None
 
 

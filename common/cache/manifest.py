@@ -21,7 +21,7 @@ from vlm_distill_cache.common.cache.documents import (
 )
 from vlm_distill_cache.common.cache.index import INDEX, build_index
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
-from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, SINKS, check_digests, side_files
 from vlm_distill_cache.common.cache.sidecar import (
     FileEntry,
@@ -98,7 +98,7 @@ class Manifest:
     field_bytes: dict[str, int]
     files: dict[str, FileEntry]
     fidelity: dict[str, Any] | None = None
-    format_version: int = FORMAT_VERSION
+    format_version: int = ONE_PICTURE
 
     @property
     def totals(self) -> dict[str, int]:

@@ -19,7 +19,7 @@ from vlm_distill_cache.common.cache.documents import (
     read_document,
     write_document,
 )
-from vlm_distill_cache.common.cache.schema import BASE_FIELDS, FORMAT_VERSION, Field, check_fields
+from vlm_distill_cache.common.cache.schema import BASE_FIELDS, ONE_PICTURE, Field, check_fields
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import AGAIN, check
@@ -67,7 +67,7 @@ class Plan:
     geometry: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = ONE_PICTURE
 
     def __post_init__(self) -> None:
         if self.store not in STORE_NAMES:

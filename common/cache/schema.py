@@ -20,6 +20,12 @@ axis       one entry per                                        length
 ``visual_entry`` kept token of a visual row, rows concatenated  sum of ``visual_entry_count``
 ``byte``   byte of the answers' text                            as long as the text
 ``tile``   visual tile of the sample's images                   number of tiles
+``picture`` picture of the sample, frames of videos among them  P; 0 for text alone
+``placed`` visual tile, where there are several pictures        number of tiles; 0 with one picture or none
+``timed``  picture, where any is a frame                        P; 0 without a video
+``look``   supervised row and still picture, rows outermost     A times still pictures
+``frame_look`` supervised row and view of frames                A times views
+``text_look``, ``text_frame_look`` the same of text rows        X times pictures, or views
 ``sample`` the sample itself                                    exactly 1
 ========== ==================================================== =============================
 
@@ -31,10 +37,17 @@ For the six tokens ``<s> USER: hi ASSISTANT: yes </s>`` the encoded sample's lab
 ``[-100, -100, -100, yes, </s>, -100]`` and the record's are ``[yes, </s>]``, predicted by rows 3 and 4.
 A one-token answer thus keeps its row, and the distribution *after* the last answer token is not kept.
 
-Fields that every record has: ``image_hash`` u1 [1, 16] (xxh3_128 of size and RGB pixels, zeros without an
+**Versions.** Version 1 keeps one picture a sample, version 2 several and frames of videos; both are read, and 2 is written
+only where a sample has more than one picture. The axes from ``picture`` on are those of version 2. A **view** is what a
+model's visual tokens show together: a picture, or a few frames.
+
+Fields that every record of version 1 has: ``image_hash`` u1 [1, 16] (xxh3_128 of size and RGB pixels, zeros without an
 image), ``labels`` u4 [A], ``tiles`` f4 [tiles, 6] (rows, cols, x0, y0, x1, y1 in units of the original
-image; beyond [0, 1] is padding). Each signal's codec adds its own (``common.codecs``). ``visual_columns`` are means
-over the visual rows that carry image: those of tokens mostly in padding do not count.
+image; beyond [0, 1] is padding). In version 2 ``image_hash`` is u1 [P, 16], ``tile_pictures`` u2 [tiles or 0, 2] says of
+each tile the first picture that it shows and how many, and ``frame_times`` f4 [P or 0, 2] of which of the sample's media
+each picture is a frame, and at which second (-1 and NaN of a still picture). Each signal's codec adds its own
+(``common.codecs``). ``visual_columns`` are means over the visual rows that carry image: those of tokens mostly in padding
+do not count.
 
 What the values mean, for whoever reads a shard with other tools: ``docs/cache-format.md``.
 
@@ -55,12 +68,16 @@ import numpy as np
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.rules import check, items, one_of, record, text, whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that this code reads."""
+ONE_PICTURE, SEVERAL_PICTURES = 1, 2
+"""The versions of caches whose samples have one picture at most, or any number."""
 IGNORE_INDEX = -100
 
 DTYPES = ("u1", "u2", "u4", "i8", "f2", "f4")
 AXES = ("row", "entry", "text", "visual", "pair", "map", "cell", "square", "mask", "code", "byte",
-        "visual_entry", "tile", "sample")  # fmt: skip
+        "visual_entry", "tile", "sample",
+        "picture", "placed", "timed", "look", "frame_look", "text_look", "text_frame_look")  # fmt: skip
 MAP_AXES = ("visual", "visual_entry", "pair", "map", "cell", "square", "mask", "code")
 """Axes of signals that depend on the image alone; all are empty without one."""
 MAX_TRAILING_ELEMENTS = 1 << 24  # of one row of one field; a cache that declares more is not believed
@@ -142,6 +159,19 @@ BASE_FIELDS = (
     Field(name="labels", dtype="u4", axis="row"),
     Field(name="tiles", dtype="f4", axis="tile", trailing=(6,)),
 )
+
+
+SEVERAL_FIELDS = (
+    Field(name="image_hash", dtype="u1", axis="picture", trailing=(16,)),
+    *BASE_FIELDS[1:],
+    Field(name="tile_pictures", dtype="u2", axis="placed", trailing=(2,)),
+    Field(name="frame_times", dtype="f4", axis="timed", trailing=(2,)),
+)
+
+
+def base_fields(version: int) -> tuple[Field, ...]:
+    """The fields that every record of a format version has."""
+    return BASE_FIELDS if version == ONE_PICTURE else SEVERAL_FIELDS
 
 
 def check_fields(fields: Sequence[Field]) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vlm_distill_cache.common.cache.document_rules import SIDECAR
 from vlm_distill_cache.common.cache.documents import parse_document, safe_path, write_document
 from vlm_distill_cache.common.cache.plan import SHARDS, Plan
-from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import read_bounded
 from vlm_distill_cache.common.files.hashing import checksum, file_digests, sha256_hex
@@ -95,7 +95,7 @@ class ShardSidecar:
     failed: tuple[tuple[str, str], ...] = ()
     pictures: int | None = None
     unknown: UnknownWords | None = None
-    format_version: int = FORMAT_VERSION
+    format_version: int = ONE_PICTURE
 
     @property
     def stored_bytes(self) -> int:

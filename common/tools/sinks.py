@@ -27,7 +27,7 @@ from vlm_distill_cache.common.cache.document_rules import SINKS as RULE
 from vlm_distill_cache.common.cache.documents import read_document, write_document
 from vlm_distill_cache.common.cache.plan import Plan, read_plan, with_more
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Record
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Record
 from vlm_distill_cache.common.cache.side_files import SINKS
 from vlm_distill_cache.common.cache.spaced import MOST_RECORDS, spaced_records, spaced_unsealed
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
@@ -88,7 +88,7 @@ class Sinks:
     def to_dict(self) -> dict[str, Any]:
         """The JSON of ``sinks.json``."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": ONE_PICTURE,
             "gamma": self.gamma,
             "samples": self.samples,
             "maps": {

@@ -6,11 +6,11 @@ CLIP). Attention maps of two models can only be compared if each token knows its
 *original* picture, so pixels and boxes are computed side by side from the same numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -20,6 +20,7 @@ from transformers.image_utils import get_image_size_for_max_height_width
 from vlm_distill_cache.common.attention.tiles import Tile, pooled_grid
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.common.pixels.rgb import MAX_PIXELS, paste_on_square
+from vlm_distill_cache.data.sample import Frame
 
 Layout = Literal["square", "pad", "crop"]
 
@@ -119,6 +120,18 @@ def unusable_settings(processor: Any, why: str) -> ConfigError:
         f"preprocessor_config.json (or processor_config.json): {type(processor).__name__} cannot be used with {shown}: "
         f"{why}; correct the setting, or take that file of the same checkpoint"
     )
+
+
+@runtime_checkable
+class VideoEncoder(Protocol):
+    """What image encoders of families can do that read a video otherwise than as so many pictures."""
+
+    def video(self, frames: Sequence[Frame]) -> EncodedImage:
+        """Turn the frames of one video into model input.
+
+        Returns:
+            Tiles whose spans count the frames from 0 (``(0, 2)``: the token shows two), with ``is_frame``.
+        """
 
 
 class AnyImageEncoder(Protocol):

@@ -9,7 +9,7 @@ where the answers end. Everything is checked, nothing guessed.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -29,7 +29,7 @@ class Rendered:
     """A conversation as text.
 
     Attributes:
-        text: Holds the image token once, in front of the first question, if there is an image.
+        text: Holds the marker of each picture and video once, in order.
         answer_spans: Character ranges ``[start, end)`` of the answers, end-of-answer token included.
     """
 
@@ -37,8 +37,41 @@ class Rendered:
     answer_spans: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True)
+class Marker:
+    """What a template writes for a picture or a video: its text, and the type of its part of a message."""
+
+    text: str
+    kind: str = "image"
+
+
+Asked = tuple[str | Marker, ...]
+"""A question: its texts, and what it shows between them."""
+
+
+def asked_of(turns: Sequence[Turn], markers: Sequence[Marker]) -> list[Asked]:
+    """The questions of turns with markers at their places; without any places, in front of the first.
+
+    Raises:
+        SampleError: There are more places than markers, or fewer.
+    """
+    left = iter(markers)
+    if not any(turn.places for turn in turns):
+        return [(*(left if not number else ()), turn.question.strip()) for number, turn in enumerate(turns)]
+    if sum(len(turn.places) for turn in turns) != len(markers):
+        raise SampleError(
+            f"its questions show {sum(len(turn.places) for turn in turns)} pictures and videos, but {len(markers)} are given"
+        )
+    return [tuple(next(left) if part is None else part for part in turn.parts()) for turn in turns]
+
+
+def _with_mark(asked: Asked, mark: str) -> Asked:
+    """A question with a text behind it."""
+    return (*asked[:-1], asked[-1] + mark) if asked and isinstance(asked[-1], str) else (*asked, mark)
+
+
 def render_chat(
-    turns: Sequence[Turn], tokenizer: Any, source: str, image_token: str, *, remedy: str, system: str = ""
+    turns: Sequence[Turn], tokenizer: Any, source: str, markers: Sequence[Marker], *, remedy: str, system: str = ""
 ) -> Rendered:
     """Write a conversation by a chat template, and locate its answers.
 
@@ -49,7 +82,7 @@ def render_chat(
 
     Args:
         source: Jinja.
-        image_token: Stands in front of the first question; empty: there is no image.
+        markers: Of the pictures and videos that the questions show, in order.
         remedy: Ends the errors.
         system: The system prompt; empty: what the template writes without one.
 
@@ -65,20 +98,25 @@ def render_chat(
             "split the conversation, or leave the sample out"
         )
     variables = json.dumps(tokenizer.special_tokens_map, default=str)
-    parts = _content_form(source, variables, image_token)
-    chat = _Chat(tokenizer, source, variables, image_token, remedy, parts)
+    shown = dict.fromkeys(markers)
+    asked = asked_of(turns, markers)
+    parts = _content_form(source, variables, markers[0].text if markers else "")
+    chat = _Chat(tokenizer, source, variables, tuple(shown), remedy, parts)
     if system:
         chat = _with_system(chat, system.strip(), len(turns))
     try:
-        rendered = _grown(turns, chat)
+        rendered = _grown(asked, turns, chat)
     except ConfigError:  # some parts of the conversation cannot be written by themselves
         rendered = None
-    rendered = rendered or _whole(turns, chat)
-    if image_token and rendered.text.count(image_token) != 1:
-        raise ConfigError(
-            f"the tokenizer's chat template writes {image_token!r} {rendered.text.count(image_token)} times for one "
-            f"image; expected once; {remedy}"
-        )
+    rendered = rendered or _whole(asked, turns, chat)
+    for marker in shown:
+        given, found = markers.count(marker), rendered.text.count(marker.text)
+        if given != found:
+            what = "one image" if given == 1 and marker.kind == "image" else f"{given} {marker.kind}s"
+            raise ConfigError(
+                f"the tokenizer's chat template writes {marker.text!r} {found} times for {what}; expected "
+                f"{'once' if given == 1 else f'{given} times'}; {remedy}"
+            )
     return rendered
 
 
@@ -88,6 +126,7 @@ class _Chat:
 
     Attributes:
         variables: What the template sees beside the messages: the tokenizer's special tokens by name, as JSON.
+        shown: The markers that the conversation has.
         parts: Whether the contents of user and assistant are lists of parts, which vision templates iterate over; text-only
             ones concatenate strings.
         opening: The system prompt's message, if there is one.
@@ -96,17 +135,23 @@ class _Chat:
     tokenizer: Any
     source: str
     variables: str
-    image_token: str
+    shown: tuple[Marker, ...]
     remedy: str
     parts: tuple[bool, bool]
     opening: tuple[dict[str, Any], ...] = ()
 
-    def question(self, text: str, *, first: bool) -> dict[str, Any]:
-        shows_image = bool(self.image_token) and first
-        if not self.parts[0]:
-            return {"role": "user", "content": f"{self.image_token}\n{text}" if shows_image else text}
-        image: list[dict[str, str]] = [{"type": "image"}] if shows_image else []
-        return {"role": "user", "content": [*image, {"type": "text", "text": text}]}
+    def question(self, asked: Asked) -> dict[str, Any]:
+        if self.parts[0]:
+            content: Any = [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind} for part in asked
+            ]
+            return {"role": "user", "content": content}
+        # In front a picture has a line of its own, as LLaVA writes it; inside a text it stands where it is.
+        leads = next((place for place, part in enumerate(asked) if isinstance(part, str)), len(asked))
+        texts = [
+            part if isinstance(part, str) else part.text + "\n" * (place < leads) for place, part in enumerate(asked)
+        ]
+        return {"role": "user", "content": "".join(texts)}
 
     def answer(self, text: str) -> dict[str, Any]:
         return {"role": "assistant", "content": [{"type": "text", "text": text}] if self.parts[1] else text}
@@ -116,12 +161,13 @@ class _Chat:
         content: Any = [{"type": "text", "text": system}] if as_parts else system
         return replace(self, opening=({"role": "system", "content": content},))
 
-    def messages(self, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-        turns = (
-            (self.question(question, first=index == 0), self.answer(answer))
-            for index, (question, answer) in enumerate(pairs)
-        )
+    def messages(self, pairs: Iterable[tuple[Asked, str]]) -> list[dict[str, Any]]:
+        turns = ((self.question(asked), self.answer(answer)) for asked, answer in pairs)
         return [*self.opening, *chain.from_iterable(turns)]
+
+    def plain(self, turns: int) -> list[dict[str, Any]]:
+        """The messages of short turns, the first of which shows what the conversation does, once."""
+        return self.messages(((*(self.shown if not turn else ()), "a"), "b") for turn in range(turns))
 
     def render(self, messages: list[dict[str, Any]], *, asks: bool = False) -> str:
         """The text; with ``asks`` up to where the next answer is to begin."""
@@ -169,7 +215,7 @@ class _Chat:
         """Tokens such as ``<|im_end|>`` and ``</s>``; of those that are added for speed, as runs of blanks, none."""
         added = self.tokenizer.added_tokens_decoder.values()
         named = {str(token) for token in added if token.special or re.fullmatch(r"<\S+>|\[\S+\]", str(token))}
-        named -= {self.image_token, ""}
+        named -= {*(marker.text for marker in self.shown), ""}
         return re.compile("|".join(re.escape(name) for name in sorted(named, key=len, reverse=True)) or r"(?!)")
 
     def not_located(self, turn: int, why: str) -> ConfigError:
@@ -190,8 +236,8 @@ def _content_form(source: str, variables: str, image_token: str) -> tuple[bool, 
     if "image" not in source:
         return False, False
     for parts in ((True, True), (True, False), (False, False)):
-        chat = _Chat(None, source, variables, image_token, "", parts)
-        messages = chat.messages([("a", "b")])
+        chat = _Chat(None, source, variables, (Marker(image_token),) if image_token else (), "", parts)
+        messages = chat.plain(1)
         try:
             text = chat.render(messages)
         except ConfigError:
@@ -210,7 +256,7 @@ def _with_system(chat: _Chat, system: str, turns: int) -> _Chat:
     for as_parts in (True, False) if chat.parts[0] else (False, True):
         probe = chat.opened(marked, as_parts=as_parts)
         try:
-            text = probe.render(probe.messages([("a", "b")] * turns))
+            text = probe.render(probe.plain(turns))
         except ConfigError as error:
             if isinstance(error.__cause__, TemplateSaysError):
                 reason = f"it says: {error.__cause__}"
@@ -223,9 +269,9 @@ def _with_system(chat: _Chat, system: str, turns: int) -> _Chat:
     )
 
 
-def _grown(turns: Sequence[Turn], chat: _Chat) -> Rendered | None:
+def _grown(asked: Sequence[Asked], turns: Sequence[Turn], chat: _Chat) -> Rendered | None:
     """Render turn by turn: what an answer adds to its prompt is the answer's span; None if it is not so."""
-    messages = chat.messages([(turn.question.strip(), turn.answer.strip()) for turn in turns])
+    messages = chat.messages(zip(asked, (turn.answer.strip() for turn in turns), strict=True))
     lead = len(chat.opening)
     ends = range(lead + 1, len(messages), 2)
     texts = chat.beginnings(messages, [pair for end in ends for pair in ((end, True), (end + 1, False))])
@@ -233,8 +279,8 @@ def _grown(turns: Sequence[Turn], chat: _Chat) -> Rendered | None:
     text = past = ""  # ours, and as the template writes the same turns
     for end, prompt, full in zip(ends, texts, texts, strict=True):
         answer = turns[(end - lead) // 2].answer.strip()
-        asked = prompt if full.startswith(prompt) else chat.render(messages[:end])
-        written = _answer_of(past, asked, prompt, full, answer)
+        question = prompt if full.startswith(prompt) else chat.render(messages[:end])
+        written = _answer_of(past, question, prompt, full, answer)
         if written is None:
             return None
         if written.rstrip().endswith(answer):
@@ -265,27 +311,27 @@ def _answer_of(past: str, asked: str, prompt: str, full: str, answer: str) -> st
     return answer + after if found and before.split() == prompt[len(asked) :].split() else None
 
 
-def _whole(turns: Sequence[Turn], chat: _Chat) -> Rendered:
+def _whole(asked: Sequence[Asked], turns: Sequence[Turn], chat: _Chat) -> Rendered:
     """Render the conversation once, and find its answers by a second text with marks in it."""
-    pairs = [(turn.question.strip(), turn.answer.strip()) for turn in turns]
-    free = _free_marks(chain.from_iterable(pairs))
+    pairs = [(question, turn.answer.strip()) for question, turn in zip(asked, turns, strict=True)]
+    free = _free_marks(chain.from_iterable((turn.question, turn.answer) for turn in turns))
     marks = [(next(free), next(free)) for _ in pairs]  # behind each question, behind each answer
     text = chat.render(chat.messages(pairs))
-    marked = chat.render(chat.messages([(q + m, a + n) for (q, a), (m, n) in zip(pairs, marks, strict=True)]))
+    marked = chat.render(chat.messages((_with_mark(q, m), a + n) for (q, a), (m, n) in zip(pairs, marks, strict=True)))
     places = _places(marked, [mark for pair in marks for mark in pair])
     if places is None or _without(marked, marks) != text:
         raise chat.not_located(0, "it changes with what stands at the end of a question or an answer")
     # The same turns with nothing but a mark for an answer show what is written around it.
-    bare = chat.messages([(question + m, n) for (question, _), (m, n) in zip(pairs, marks, strict=True)])
+    bare = chat.messages((_with_mark(question, m), n) for (question, _), (m, n) in zip(pairs, marks, strict=True))
     around = chat.render(bare)
     lead = len(chat.opening)
     pieces: list[str] = []
     spans: list[tuple[int, int]] = []
     past = moved = 0
-    for turn, ((_, answer), (asked, answered)) in enumerate(zip(pairs, marks, strict=True)):
+    for turn, ((_, answer), (questioned, answered)) in enumerate(zip(pairs, marks, strict=True)):
         question_end, answer_end = places[2 * turn : 2 * turn + 2]
-        prompt = _behind(chat.render(bare[: lead + 2 * turn + 1], asks=True), asked)
-        written = _behind(around, asked)
+        prompt = _behind(chat.render(bare[: lead + 2 * turn + 1], asks=True), questioned)
+        written = _behind(around, questioned)
         if prompt is None or written is None or answered not in written:
             raise chat.not_located(turn, "it changes with what stands behind it")
         header = _header(prompt, written.partition(answered)[0])

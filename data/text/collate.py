@@ -32,7 +32,8 @@ class Batch:
         visual_mask: bool ``[B, T]``.
         image_inputs: Of all images in order, by the model's argument name (``pixel_values`` float32
             ``[M, 3, H, W]``, ...); empty if no sample has one.
-        image_hashes: 16 bytes each.
+        image_hashes: Of each sample, 16 bytes for each of its pictures; zeros without one.
+        frame_times: Of each sample, as `EncodedSample.frame_times`.
         lengths: Tokens of each sample without padding.
     """
 
@@ -46,6 +47,7 @@ class Batch:
     tiles: tuple[tuple[Tile, ...], ...]
     image_hashes: tuple[bytes, ...]
     lengths: tuple[int, ...]
+    frame_times: tuple[tuple[tuple[int, float], ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -103,6 +105,7 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> Batch:
         tiles=tuple(sample.tiles for sample in samples),
         image_hashes=tuple(sample.image_hash for sample in samples),
         lengths=tuple(lengths),
+        frame_times=tuple(sample.frame_times for sample in samples),
     )
 
 

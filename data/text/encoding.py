@@ -8,17 +8,18 @@ elsewhere. An answer of L tokens has exactly L supervised rows. Everything after
 computed once, and a block-diagonal mask keeps the conversations apart (docs/method.md, section 5; 8 conversations cost
 about a quarter of 8 sequences). Each keeps exactly the tokens and positions it would have alone.
 
-**Pictures.** A template writes one marker for the picture: the image token itself, or what the image encoder names
+**Pictures.** A template writes one marker for each picture: the image token itself, or what the image encoder names
 (Gemma 3: ``<start_of_image>``). Exactly this marker is replaced by `EncodedImage.text`, or by the image token once
-per visual token. So each tag has one writer: those that the family's chat template puts around the marker (Qwen-VL's
-``<|vision_start|>``) stay the template's, those that its library processor adds come from the image encoder, and
-the ids are those of the library's own processor. Literal templates (``vicuna_v1``) write no tags.
+per visual token. A video has a marker of its own where the family has one, else its frames are pictures. So each tag
+has one writer: those that the family's chat template puts around the marker (Qwen-VL's ``<|vision_start|>``) stay the
+template's, those that its library processor adds come from the image encoder, and the ids are those of the library's
+own processor. Literal templates (``vicuna_v1``) write no tags.
 
-Dims: T tokens of the sequence, N visual tokens, A supervised rows.
+Dims: T tokens of the sequence, N visual tokens, A supervised rows, P pictures, frames of videos among them.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,9 +32,9 @@ from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ConfigError, SampleError, TooLongError
 from vlm_distill_cache.common.pixels import HASH_BYTES, image_hash
-from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, ImageEncoder
-from vlm_distill_cache.data.sample import ImageSource, Sample, Turn
-from vlm_distill_cache.data.text.chat import Rendered
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, ImageEncoder, VideoEncoder
+from vlm_distill_cache.data.sample import FrameSampling, Medium, Sample, Turn, VideoSource
+from vlm_distill_cache.data.text.chat import Marker, Rendered
 from vlm_distill_cache.data.text.special_tokens import check_end_token, find_special_tokens, pattern_of, read_texts
 from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate
 
@@ -109,8 +110,10 @@ class EncodedSample:
         position_ids: i8 ``[T]``; each packed conversation counts on from the shared prefix.
         segment_ids: i8 ``[T]``; 0 = shared prefix, k = k-th independent conversation; all 0 if not packed.
         image_inputs: Arrays by the model's argument name, as `EncodedImage.inputs`; empty for a text-only sample.
-        tiles: The boxes of the visual tokens; empty for a text-only sample.
-        image_hash: 16 bytes, zeros for a text-only sample.
+        tiles: The boxes of the visual tokens, each with the pictures it shows; empty for a text-only sample.
+        image_hashes: Of each picture 16 bytes, P in order.
+        frame_times: Of each picture the number of the video that it is a frame of, and its seconds; of a still picture -1
+            and NaN. Empty where no picture is a frame.
     """
 
     sample_id: str
@@ -121,7 +124,13 @@ class EncodedSample:
     segment_ids: np.ndarray
     image_inputs: Mapping[str, np.ndarray]
     tiles: tuple[Tile, ...]
-    image_hash: bytes
+    image_hashes: tuple[bytes, ...]
+    frame_times: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def image_hash(self) -> bytes:
+        """The hashes of all pictures, one behind the other; 16 zeros for a text-only sample."""
+        return b"".join(self.image_hashes) or bytes(HASH_BYTES)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -139,8 +148,8 @@ class EncodedSample:
     def cut_after(self, rows: int) -> "EncodedSample":
         """The beginning of the sequence: it ends with the target of its ``rows``-th supervised row.
 
-        What was behind, a question whose answer is not reached included, is left out. Of packed conversations the last
-        may lose their ends, or all.
+        What was behind, a question whose answer is not reached included, is left out; of its pictures only the tokens are
+        (`SampleEncoder` leaves out their inputs too). Of packed conversations the last may lose their ends, or all.
 
         Args:
             rows: At least 1; a sequence with no more supervised rows loses what follows its last answer.
@@ -165,7 +174,7 @@ class SampleEncoder:
     Attributes:
         tokenizer: A fast tokenizer (character offsets locate the answers).
         image_encoder: Pixels and boxes, and what the prompt's image marker is replaced by.
-        template: The prompt; it writes the image marker once.
+        template: The prompt; it writes a marker once for each picture and video.
         image_token_id: Id at visual positions. If it is an added token of the tokenizer, the text holds
             that token and is tokenised whole, which gives the ids of the model library's own
             processor; otherwise the text is split around the image, as original LLaVA code does.
@@ -176,6 +185,8 @@ class SampleEncoder:
             sequence then ends with the last target that fits (`EncodedSample.cut_after`), whether it was long or not, so
             that a student with another number of visual tokens can be cut to the same targets. Refused is what has no
             target left; so are prompts, and packed conversations of which one is longer than ``positions``.
+        video_token_id: Id at the visual positions of a video, of families that have one; None: frames are pictures.
+        sampling: Which frames of a video are read; None: videos are refused.
 
     Raises:
         ConfigError: The tokenizer is not a fast one, ``max_length`` is too small for an image, or the template can mark
@@ -189,6 +200,8 @@ class SampleEncoder:
     max_length: int
     positions: int | None = None
     long_samples: LongSamples = "refuse"
+    video_token_id: int | None = None
+    sampling: FrameSampling | None = None
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -261,7 +274,7 @@ class SampleEncoder:
         """Encode one sample.
 
         Args:
-            sample: With one image at most.
+            sample: With any number of pictures and videos.
             prompt_only: Stop where the last answer (of independent turns: the first) would begin; there are no
                 labels then.
             rows: How many supervised rows are kept, at least 1; what is then too long is refused. None: all, or with
@@ -269,7 +282,7 @@ class SampleEncoder:
 
         Raises:
             SampleError: Names the sample: unreadable image, empty answer, special token in the text,
-                several images, more than ``max_length`` tokens or than the model has positions, or texts that template
+                an unreadable video, more than ``max_length`` tokens or than the model has positions, or texts that template
                 or tokenizer cannot write.
         """
         try:
@@ -284,6 +297,13 @@ class SampleEncoder:
         if self.image_encoder.marker is not None:
             return self.image_encoder.marker
         return str(self.tokenizer.added_tokens_decoder[self.image_token_id]) if self._knows_image else IMAGE_MARKER
+
+    @cached_property
+    def video_token(self) -> str:
+        """What a template writes for a video; empty: the family has no word for one."""
+        if self.video_token_id is None:
+            return ""
+        return str(self.tokenizer.convert_ids_to_tokens(self.video_token_id))
 
     @cached_property
     def end_token_ids(self) -> list[int]:
@@ -341,45 +361,55 @@ class SampleEncoder:
         """Strings that would turn into special tokens inside a user's text."""
         added = self.tokenizer.added_tokens_decoder.values()
         words = {IMAGE_MARKER, self.image_token, *(str(token) for token in added if token.special)}
+        words |= {self.video_token} - {""}
         return pattern_of(words)
 
     def _encode(self, sample: Sample, prompt_only: bool, rows: int | None) -> EncodedSample:
         packed = sample.independent_turns and len(sample.turns) > 1
         self._check(sample)
         self._refuse_far_too_long(sample.turns[:1] if packed and prompt_only else sample.turns, prompt_only, rows)
-        image, digest = self._encode_image(sample.images)
-        conversations = [(turn,) for turn in sample.turns] if packed else [sample.turns]
-        has_image = bool(sample.images)
+        media = [self._encode_medium(medium, number) for number, medium in enumerate(sample.images)]
+        turns = _with_frames(sample.placed(), media)
+        conversations = [(turn,) for turn in turns] if packed else [turns]
+        if packed and media:
+            conversations = [(replace(turn, places=turns[0].places),) for turn in turns]
+        markers = [marker for medium in media for marker in medium.markers]
         rendered = [
-            self.template.render(
-                turns, self.tokenizer, has_image=has_image, image_token=self.image_token, system=sample.system
-            )
+            self.template.render(turns, self.tokenizer, markers=markers, system=sample.system)
             for turns in conversations
         ]
         if prompt_only:
             start = rendered[0].answer_spans[-1][0]
             rendered = [Rendered(text=rendered[0].text[:start], answer_spans=())]
-        visual_count = sum(tile.token_count for tile in image.tiles)
-        if image.text is not None:
-            rendered = [self._open_out(conversation, image.text) for conversation in rendered]
-            visual_count = 1 if visual_count else 0  # the text holds each visual token already
-        tokens = self._tokenize(rendered, visual_count)
+        written = [encoded for medium in media for encoded in medium.encoded]
+        rendered = [self._open_out(conversation, markers, written) for conversation in rendered]
+        tokens = self._tokenize(rendered, markers, written)
         if prompt_only or (rows is None and self.long_samples == "refuse"):
-            self._refuse_long(tokens, image)
-            return self._assemble(sample.sample_id, tokens, image, digest)
-        return self._cut(self._assemble(sample.sample_id, tokens, image, digest), rows, packed=packed)
+            self._refuse_long(tokens, written)
+            return self._assemble(sample.sample_id, tokens, media)
+        return self._cut(self._assemble(sample.sample_id, tokens, media), media, rows, packed=packed)
 
-    def _open_out(self, rendered: Rendered, text: str) -> Rendered:
-        """Replace the image marker by what the image encoder writes; answers lie behind it."""
-        longer = len(text) - len(self.image_token)
+    def _open_out(self, rendered: Rendered, markers: Sequence[Marker], written: Sequence[EncodedImage]) -> Rendered:
+        """Replace markers by what the image encoder writes; answers move with the text in front of them."""
+        moves: list[tuple[int, int]] = []  # where a marker ended, and by how much the text grew there
+        text, past = "", 0
+        for marker, image in zip(markers, written, strict=True):
+            at = rendered.text.index(marker.text, past)
+            text += rendered.text[past:at] + (marker.text if image.text is None else image.text)
+            past = at + len(marker.text)
+            moves.append((past, len(text) - past))
+        if not moves:
+            return rendered
+
+        def moved(place: int) -> int:
+            return place + next((by for end, by in reversed(moves) if end <= place), 0)
+
         return Rendered(
-            text=rendered.text.replace(self.image_token, text, 1),
-            answer_spans=tuple((start + longer, end + longer) for start, end in rendered.answer_spans),
+            text=text + rendered.text[past:],
+            answer_spans=tuple((moved(start), moved(end)) for start, end in rendered.answer_spans),
         )
 
     def _check(self, sample: Sample) -> None:
-        if len(sample.images) > 1:
-            raise SampleError(f"{len(sample.images)} images; one image per sample is supported")
         if not sample.turns:
             raise SampleError("no turns; a sample needs at least one answer")
         length = len(sample.system) + sum(len(turn.question) + len(turn.answer) for turn in sample.turns)
@@ -427,39 +457,72 @@ class SampleEncoder:
             if found := self._reserved.search(text):
                 raise SampleError(
                     f"{where} contains {found.group()!r}, which the tokenizer would read as a special token; remove it from "
-                    "the text (an image belongs in front of the first question)"
+                    "the text (pictures and videos stand beside it)"
                 )
 
-    def _encode_image(self, images: tuple[ImageSource, ...]) -> tuple[EncodedImage, bytes]:
-        if not images:
-            return EncodedImage(inputs={}, tiles=()), bytes(HASH_BYTES)
-        picture = images[0].load()
+    def _encode_medium(self, medium: Medium, number: int) -> "_Encoded":
+        """One picture, or the frames of the sample's ``number``-th medium, a video."""
+        if isinstance(medium, VideoSource):
+            return self._encode_video(medium, number)
+        picture = medium.load()
         try:
             encoded = self.image_encoder(picture)
         except SampleError as error:
-            raise SampleError(f"image {images[0].name}: {error}") from error
-        return encoded, image_hash(picture)
+            raise SampleError(f"image {medium.name}: {error}") from error
+        return _Encoded((Marker(self.image_token),), (encoded,), (image_hash(picture),))
 
-    def _tokenize(self, rendered: list[Rendered], visual_count: int) -> list[Tokens]:
-        """Tokenise all conversations of a sample in one call, then open the image token out."""
+    def _encode_video(self, video: VideoSource, number: int) -> "_Encoded":
+        if self.sampling is None:
+            raise SampleError(
+                f"video {video.name}: videos are not read; set frames.fps and frames.most of stage one, or leave the sample out"
+            )
+        frames = video.frames(self.sampling)
+        try:
+            if self.video_token_id is None or not isinstance(self.image_encoder, VideoEncoder):
+                encoded = tuple(self.image_encoder(frame.image) for frame in frames)
+                encoded = tuple(
+                    replace(one, tiles=tuple(replace(tile, is_frame=True) for tile in one.tiles)) for one in encoded
+                )
+                markers = (Marker(self.image_token),) * len(frames)
+            else:
+                encoded = (self.image_encoder.video(frames),)
+                markers = (Marker(self.video_token, "video"),)
+        except SampleError as error:
+            raise SampleError(f"video {video.name}: {error}") from error
+        return _Encoded(
+            markers,
+            encoded,
+            tuple(image_hash(frame.image) for frame in frames),
+            tuple((number, frame.time) for frame in frames),
+        )
+
+    def _tokenize(
+        self, rendered: list[Rendered], markers: Sequence[Marker], written: Sequence[EncodedImage]
+    ) -> list[Tokens]:
+        """Tokenise all conversations of a sample in one call, then open the image tokens out."""
         texts = [conversation.text for conversation in rendered]
-        if visual_count and not self._knows_image:
-            pieces = read_texts(self.reader, [piece for text in texts for piece in text.split(IMAGE_MARKER)])
-            ids_and_offsets = []
-            for text, before, after in zip(texts, pieces[0::2], pieces[1::2], strict=True):
-                at = text.index(IMAGE_MARKER)
-                marker = np.array([[at, at + len(IMAGE_MARKER)]])
-                offsets = np.concatenate([before[1], marker, after[1] + at + len(IMAGE_MARKER)])
-                ids_and_offsets.append((np.concatenate([before[0], [self.image_token_id], after[0]]), offsets))
+        if markers and not self._knows_image:
+            split = [text.split(IMAGE_MARKER) for text in texts]
+            pieces = iter(read_texts(self.reader, [piece for parts in split for piece in parts]))
+            ids_and_offsets = [self._joined(text, parts, pieces) for text, parts in zip(texts, split, strict=True)]
         else:
             ids_and_offsets = read_texts(self.reader, texts)
+        # The text of one that has any holds each visual token already.
+        counts = [
+            count
+            for image in written
+            for count in ([_token_count(image)] if image.text is None else [1] * _token_count(image))
+        ]
         leading = len(self._leading_ids)
         tokens = []
         for (ids, offsets), conversation in zip(ids_and_offsets, rendered, strict=True):
             is_answer = inside_spans(offsets, conversation.answer_spans)
-            if visual_count:
-                # Equal to writing the token N times: it is split off before the text is normalised.
-                repeats = np.where(ids == self.image_token_id, visual_count, 1)
+            if counts:
+                # Equal to writing the token so often: it is split off before the text is normalised.
+                visual = np.flatnonzero(self._are_visual(ids))
+                repeats = np.ones(len(ids), dtype=np.int64)
+                # Another number is told where the sequence is assembled.
+                repeats[visual[: len(counts)]] = counts[: len(visual)]
                 ids, is_answer = np.repeat(ids, repeats), np.repeat(is_answer, repeats)
             if leading:
                 ids = np.concatenate([self._leading_ids, ids])
@@ -467,7 +530,30 @@ class SampleEncoder:
             tokens.append(Tokens(ids=ids, is_answer=is_answer))
         return tokens
 
-    def _cut(self, whole: EncodedSample, rows: int | None, *, packed: bool) -> EncodedSample:
+    def _joined(self, text: str, parts: Sequence[str], pieces: Iterator[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and offsets of a text from those of its parts, an image token between them."""
+        ids, offsets, at = [], [], 0
+        for number, part in enumerate(parts):
+            if number:
+                ids.append(np.array([self.image_token_id]))
+                offsets.append(np.array([[at, at + len(IMAGE_MARKER)]]))
+                at += len(IMAGE_MARKER)
+            found = next(pieces)
+            ids.append(found[0])
+            offsets.append(found[1] + at)
+            at += len(part)
+        return np.concatenate(ids), np.concatenate(offsets)
+
+    def _are_visual(self, ids: np.ndarray) -> np.ndarray:
+        """Which ids stand for visual tokens, bool ``[T]``."""
+        found: np.ndarray = ids == self.image_token_id
+        if self.video_token_id is not None:
+            found |= ids == self.video_token_id
+        return found
+
+    def _cut(
+        self, whole: EncodedSample, media: Sequence["_Encoded"], rows: int | None, *, packed: bool
+    ) -> EncodedSample:
         """A sequence that ends with its last target, of as many as fit or as are asked for."""
         supervised = whole.supervised_rows
         if rows is None:
@@ -476,12 +562,15 @@ class SampleEncoder:
         cut = whole.cut_after(rows) if rows and len(supervised) else whole
         visual_count = int(cut.visual_mask.sum())
         self._refuse_lengths(len(cut), int(cut.position_ids.max()) + 1, visual_count)
-        return cut
+        # Pictures stand in questions, a sequence is cut behind an answer: each is there or not.
+        ends = np.cumsum([sum(map(_token_count, medium.encoded)) for medium in media])
+        kept = int(np.searchsorted(ends, visual_count, side="right"))
+        return cut if kept == len(media) else replace(cut, **_joined_media(media[:kept]))
 
-    def _refuse_long(self, tokens: list[Tokens], image: EncodedImage) -> None:
+    def _refuse_long(self, tokens: list[Tokens], written: Sequence[EncodedImage]) -> None:
         shared = shared_length(tokens) if len(tokens) > 1 else 0
         lengths = [len(conversation.ids) - shared for conversation in tokens]
-        visual_count = sum(tile.token_count for tile in image.tiles)
+        visual_count = sum(map(_token_count, written))
         # Each packed conversation counts on from the shared prefix.
         self._refuse_lengths(shared + sum(lengths), shared + max(lengths), visual_count)
 
@@ -510,14 +599,14 @@ class SampleEncoder:
                 f"max_length={self.max_length}; raise max_length{fewer} or leave the sample out{self._truncate}{why}"
             )
 
-    def _assemble(self, sample_id: str, tokens: list[Tokens], image: EncodedImage, digest: bytes) -> EncodedSample:
+    def _assemble(self, sample_id: str, tokens: list[Tokens], media: Sequence["_Encoded"]) -> EncodedSample:
         shared = shared_length(tokens) if len(tokens) > 1 else 0
         pieces = [conversation.ids[shared:] for conversation in tokens]
         lengths = [len(piece) for piece in pieces]
-        visual_count = sum(tile.token_count for tile in image.tiles)
+        visual_count = sum(_token_count(image) for medium in media for image in medium.encoded)
         labels = [shift_labels(conversation) for conversation in tokens]
         input_ids = np.concatenate([tokens[0].ids[:shared], *pieces])
-        visual_mask = input_ids == self.image_token_id
+        visual_mask = self._are_visual(input_ids)
         if int(visual_mask.sum()) != visual_count:
             raise SampleError(
                 f"the prompt holds {int(visual_mask.sum())} visual tokens, expected {visual_count}; packed "
@@ -535,13 +624,67 @@ class SampleEncoder:
             segment_ids=np.repeat(
                 np.arange(len(tokens) + 1) if len(tokens) > 1 else np.zeros(2, np.int64), [shared, *lengths]
             ),
-            image_inputs=image.inputs,
-            tiles=image.tiles,
-            image_hash=digest,
+            **_joined_media(media),
         )
 
 
-def build_prompt(encoder: SampleEncoder, image: ImageSource | None, question: str, system: str = "") -> EncodedSample:
+@dataclass(frozen=True)
+class _Encoded:
+    """A picture or a video, encoded.
+
+    Attributes:
+        markers: What stands for it in the text, one for each of `encoded`.
+        encoded: The picture; or the video; or the pictures that its frames are.
+        hashes: Of its pictures.
+        times: Of a video, number and seconds of each frame.
+    """
+
+    markers: tuple[Marker, ...]
+    encoded: tuple[EncodedImage, ...]
+    hashes: tuple[bytes, ...]
+    times: tuple[tuple[int, float], ...] = ()
+
+
+def _token_count(image: EncodedImage) -> int:
+    return sum(tile.token_count for tile in image.tiles)
+
+
+def _with_frames(turns: tuple[Turn, ...], media: Sequence[_Encoded]) -> tuple[Turn, ...]:
+    """Turns whose places name each medium as often as it has markers."""
+    if all(len(medium.markers) == 1 for medium in media):
+        return turns
+    left = iter(media)
+    return tuple(
+        replace(turn, places=tuple(place for place in turn.places for _ in next(left).markers)) for turn in turns
+    )
+
+
+def _joined_media(media: Sequence[_Encoded]) -> dict[str, Any]:
+    """The fields of an `EncodedSample` that say what its pictures are."""
+    hashes = tuple(digest for medium in media for digest in medium.hashes)
+    times = [time for medium in media for time in medium.times or [(-1, float("nan"))] * len(medium.hashes)]
+    inputs: dict[str, list[np.ndarray]] = {}
+    tiles: list[Tile] = []
+    for image in (image for medium in media for image in medium.encoded):
+        behind = max((tile.span[1] for tile in tiles), default=0.0)
+        tiles += [replace(tile, span=(tile.span[0] + behind, tile.span[1] + behind)) for tile in image.tiles]
+        for name, array in image.inputs.items():
+            inputs.setdefault(name, []).append(array)
+    for name, arrays in inputs.items():
+        if len({array.shape[1:] for array in arrays}) > 1:
+            raise SampleError(
+                f"its pictures differ in size ({name}: {[array.shape[1:] for array in arrays[:4]]}), which this model cannot "
+                "take in one sample; leave the sample out"
+            )
+    return {
+        "image_inputs": {n: a[0] if len(a) == 1 else np.concatenate(a) for n, a in inputs.items()},
+        "tiles": tuple(tiles),
+        "image_hashes": hashes,
+        "frame_times": tuple(times) if any(medium.times for medium in media) else (),
+    }
+
+
+def build_prompt(encoder: SampleEncoder, image: Medium | None, question: str, system: str = "") -> EncodedSample:
     """Encode a question up to where the answer would begin, for generation.
 
     The tokens, without labels, are those in front of a trained answer; an empty question asks for a caption, an empty

@@ -12,7 +12,7 @@ from typing import Any
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.data.sample import Turn
-from vlm_distill_cache.data.text.chat import Rendered, render_chat
+from vlm_distill_cache.data.text.chat import Marker, Rendered, asked_of, render_chat
 from vlm_distill_cache.data.text.template_process import MAX_SOURCE, TemplateLimitError
 
 IMAGE_MARKER = "<image>"
@@ -33,7 +33,7 @@ class PromptTemplate:
         name: Key in `TEMPLATES`, or ``chat``.
         system: Text in front of the first turn; a sample's own system prompt takes its place.
         before_question: Text in front of each question (and of the image).
-        after_image: Text between image and first question.
+        after_image: Text between a picture in front of a question and what follows it.
         before_answer: Text between question and the blank before the answer.
         blank: Separator before the answer; part of the answer span.
         answer_end: What ends an answer; None: the tokenizer's end-of-sequence token.
@@ -105,16 +105,19 @@ class PromptTemplate:
         turns: Sequence[Turn],
         tokenizer: Any,
         *,
-        has_image: bool,
+        has_image: bool = False,
         image_token: str = IMAGE_MARKER,
+        markers: Sequence[Marker] | None = None,
         system: str = "",
     ) -> Rendered:
         """Write a conversation of at least one turn as text.
 
         Args:
             tokenizer: Gives the end-of-sequence token; the chat template is run by it.
-            has_image: Put the image in front of the first question.
-            image_token: How the image is written in the text.
+            has_image: There is one picture.
+            image_token: How it is written in the text.
+            markers: How each picture and video is written, in order; None: as the two above say. They stand where the turns'
+                `places` are, which are as many, or in front of the first question.
             system: The conversation's own system prompt; empty: the template's, if it has one.
 
         Raises:
@@ -124,11 +127,12 @@ class PromptTemplate:
                 writes it so that its answers cannot be located.
             TemplateLimitError: Its chat template takes more time or memory than any needs.
         """
+        if markers is None:
+            markers = (Marker(image_token),) if has_image else ()
         if self.chat_template:
             others = f"choose one of the templates {list(TEMPLATES)}"
-            token = image_token if has_image else ""
             try:
-                return render_chat(turns, tokenizer, self.chat_template, token, system=system, remedy=others)
+                return render_chat(turns, tokenizer, self.chat_template, markers, system=system, remedy=others)
             except TemplateLimitError as error:
                 raise TemplateLimitError(f"{self._where} {error}; {_OTHERS}") from error
         if system and not self.system:
@@ -150,12 +154,18 @@ class PromptTemplate:
             )
         bos = (tokenizer.bos_token or "") if self.bos_after_image else ""
         opening = f"{system.strip()} " if system else self.system  # as LLaVA puts it in place of its own
-        text, spans = opening if has_image else bos + opening, []
-        for index, turn in enumerate(turns):
+        text, spans = opening if markers else bos + opening, []
+        behind_pictures = len(markers)
+        for asked, turn in zip(asked_of(turns, markers), turns, strict=True):
             text += self.before_question
-            if index == 0 and has_image:
-                text += image_token + bos + self.after_image
-            text += "" if self.drops_question else turn.question.strip()
+            leads = True
+            for part in asked:
+                if isinstance(part, str):
+                    text += "" if self.drops_question else part
+                    leads = False
+                else:
+                    behind_pictures -= 1
+                    text += part.text + (bos if not behind_pictures else "") + (self.after_image if leads else "")
             text += self.before_answer
             start = len(text)
             text += self.blank + turn.answer.strip() + end

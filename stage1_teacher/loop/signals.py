@@ -436,7 +436,7 @@ def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, C
     """
     records: list[Record] = [
         {
-            "image_hash": np.frombuffer(batch.image_hashes[index], dtype="u1").reshape(1, 16).copy(),
+            "image_hash": np.frombuffer(batch.image_hashes[index], dtype="u1").reshape(-1, 16).copy(),
             "labels": labels[labels != IGNORE_INDEX].numpy().astype("<u4"),
             "tiles": tiles_to_array(batch.tiles[index]),
         }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, THREADS, Plan
-from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Field
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field
 from vlm_distill_cache.common.cache.shared_images import with_visual_source
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
@@ -308,7 +308,7 @@ def make_plan(
     no_projector = missing_projector(teacher)
     folder = model_folder(teacher.directory, what="teacher")
     return Plan(
-        format_version=FORMAT_VERSION,
+        format_version=ONE_PICTURE,
         store=config.store,
         sample_count=len(dataset),
         shard_size=config.shard_size,

@@ -40,9 +40,9 @@ def gaze_on(cells: Tensor, grid: tuple[int, int], tiles: Sequence[Tile]) -> Tens
         float32 ``[N]``, 0 or more.
     """
     boxes, over = tile_boxes(tiles).double(), tile_boxes((grid_tile(*grid),)).double()
-    clipped = boxes.clamp(0.0, 1.0)
+    clipped = boxes[:, :4].clamp(0.0, 1.0)
     low = torch.maximum(clipped[:, None, :2], over[None, :, :2])
-    high = torch.minimum(clipped[:, None, 2:], over[None, :, 2:])
+    high = torch.minimum(clipped[:, None, 2:], over[None, :, 2:4])
     shares = (high - low).clamp_min(0.0).prod(dim=-1) * len(over)  # [N, C], of each cell's area
     return ((shares @ cells.double()) * content_mask(boxes.float())).float()
 

@@ -28,7 +28,7 @@ from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.pixels import image_hash
 from vlm_distill_cache.common.tools.picture import paint_heat
 from vlm_distill_cache.common.tools.record_view import TokenText, load_token_text
-from vlm_distill_cache.data.sample import Dataset, Sample
+from vlm_distill_cache.data.sample import Dataset, Sample, shown
 from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows, visual_keys
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.generation import device_of, generate_answers, pad_token_id
@@ -120,7 +120,7 @@ def collect_taught(
             sample = answered_sample(cache, dataset[position])
             looking = {} if match is None else models  # others may have other tokens than the cache
             encoded = {name: encode_as_cached(encoder, cache, sample) for name, (_, encoder) in looking.items()}
-            picture = shrink(sample.images[0].load()) if sample.images else None
+            picture = shrink(shown(sample.images[0])) if sample.images else None
         except SampleError:
             continue
         if not all(one.tiles for one in encoded.values()):
@@ -238,7 +238,7 @@ def _words(
 
 
 def _look(name: str, means: Mapping[str, tuple[Tensor, Tensor]]) -> Look:
-    """One word's map of one model; ``means`` are mass float ``[N]`` and boxes ``[N, 4]`` of all."""
+    """One word's map of one model; ``means`` are mass float ``[N]`` and boxes ``[N, 6]`` of all."""
     mass, boxes = means[name]
     cosine = None
     if name != TEACHER:
@@ -298,7 +298,7 @@ def heat_picture(mass: Tensor, boxes: Tensor) -> PIL.Image.Image:
 
     Args:
         mass: Attention of each token or cell, float ``[N]``.
-        boxes: Their boxes on the picture, float ``[N, 4]`` as shares of its sides; what is outside of it is cut off.
+        boxes: Their boxes on the picture, float ``[N, 6]`` from `tile_boxes`; what is outside of the picture is cut off.
 
     Returns:
         RGBA, square; each box in the colour of its mass relative to the largest, clear where there is none.
@@ -306,7 +306,7 @@ def heat_picture(mass: Tensor, boxes: Tensor) -> PIL.Image.Image:
     strongest = float(mass.max())
     heat = np.zeros((_HEAT_SIDE, _HEAT_SIDE))
     for value, box in zip(mass.tolist(), boxes.tolist(), strict=True):
-        x0, y0, x1, y1 = (max(0, round(side * _HEAT_SIDE)) for side in box)
+        x0, y0, x1, y1 = (max(0, round(side * _HEAT_SIDE)) for side in box[:4])
         heat[y0:y1, x0:x1] = value / strongest if strongest > 0 else 0.0
     painted = paint_heat(heat, None)
     painted.putalpha(PIL.Image.fromarray(np.rint(255 * (0.1 + 0.6 * heat)).astype(np.uint8)))

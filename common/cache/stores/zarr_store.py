@@ -26,7 +26,7 @@ import zarr
 from zarr.codecs import BloscCodec
 from zarr.storage import LocalStore, MemoryStore
 
-from vlm_distill_cache.common.cache.schema import FORMAT_VERSION, Field, Record
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field, Record
 from vlm_distill_cache.common.cache.side_files import walk_files
 from vlm_distill_cache.common.cache.stores.base import (
     DAMAGE_ERRORS,
@@ -82,7 +82,7 @@ class ZarrWriter(ShardWriter):
         """Return the files of the group by name."""
         stored: dict[str, Any] = {}
         samples = len(self.sample_ids)
-        attributes = {"format_version": FORMAT_VERSION, "samples": samples}
+        attributes = {"format_version": ONE_PICTURE, "samples": samples}
         group = zarr.create_group(MemoryStore(stored), zarr_format=3, attributes=attributes)
         for field in self.fields:
             parts = self._parts[field.name]

@@ -55,7 +55,10 @@ def test_shares_of_boxes_are_those_of_the_losses():
     low = rng.random((30, 2)) * 1.4 - 0.4
     boxes = np.concatenate([low, low + 0.05 + rng.random((30, 2)) * 0.5], axis=1).astype(np.float32)
     cells = box_array((grid_tile(5, 3),))
-    expected = overlap_matrix(torch.from_numpy(boxes), torch.from_numpy(cells))
+    here, there = (
+        torch.cat([torch.from_numpy(part), torch.tensor([[0.0, 1.0]] * len(part))], 1) for part in (boxes, cells)
+    )
+    expected = overlap_matrix(here, there)
     np.testing.assert_allclose(overlaps(boxes, cells), expected, atol=1e-6)
     # Tokens of tiles, some of them in padding, are moved to a grid in one go.
     tiles = (Tile(5, 9, (-0.3, 0.1, 1.2, 0.8)), Tile(7, 4, (0.2, -0.6, 0.9, 1.4)), Tile(2, 1, (1.0, 0.0, 2.0, 1.0)))

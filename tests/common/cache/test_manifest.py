@@ -188,7 +188,7 @@ def test_any_flipped_bit_of_a_description_is_noticed(cache):
 
 def test_newer_and_foreign_files_are_refused(cache):
     rewrite(cache / "plan.json", lambda body: body.update(format_version=FORMAT_VERSION + 1))
-    with pytest.raises(CacheFormatError, match="format version 2, but this code reads up to 1; update"):
+    with pytest.raises(CacheFormatError, match="format version 3, but this code reads up to 2; update"):
         read_plan(cache)
     (cache / "plan.json").write_text("[]")
     with pytest.raises(CacheFormatError, match="no format_version"):

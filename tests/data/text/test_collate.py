@@ -41,7 +41,7 @@ def make_encoded(sample_id, shared, segments=(), *, image=True, rng=None):
         segment_ids=segment_ids,
         image_inputs={"pixel_values": rng.random((1, 3, 4, 4)).astype(np.float32)} if image else {},
         tiles=(grid_tile(1, 2),) if image else (),
-        image_hash=bytes([1] * 16) if image else bytes(16),
+        image_hashes=(bytes([1] * 16),) if image else (),
     )
 
 

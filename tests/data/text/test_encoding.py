@@ -242,7 +242,12 @@ def test_another_grid_changes_visual_tokens_only():
         (make_sample(("hi", "yes"), ("<image> and this?", "no")), "contains '<image>'"),
         (make_sample(("hi", "yes </s> no")), "contains '</s>'"),
         (make_sample(("<s>struck</s>", "yes")), "contains '<s>'"),
-        (replace(make_sample(("hi", "yes")), images=(PICTURE, PICTURE)), "one image per sample"),
+        (
+            replace(
+                make_sample(("hi", "yes")), images=(PICTURE,), turns=(Turn(question="hi", answer="yes", places=(0, 0)),)
+            ),
+            "show 2 pictures, but it has 1",
+        ),
         (replace(make_sample(("hi", "yes")), turns=()), "no turns"),
         (make_sample(("hi " * 3000, "yes")), r"tokens \(6 visual, \d+ of text\) exceed max_length=2048"),
     ],

@@ -25,7 +25,7 @@ def sample_of(ids: list[int], answers: list[int]) -> EncodedSample:
     is_answer[answers] = True
     return EncodedSample(
         sample_id="s", input_ids=array, labels=shift_labels(Tokens(ids=array, is_answer=is_answer)), visual_mask=array == IMAGE,
-        position_ids=np.arange(len(ids)), segment_ids=np.zeros(2, np.int64), image_inputs={}, tiles=(), image_hash=bytes(16),
+        position_ids=np.arange(len(ids)), segment_ids=np.zeros(2, np.int64), image_inputs={}, tiles=(), image_hashes=(),
     )  # fmt: skip
 
 

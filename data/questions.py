@@ -9,7 +9,7 @@ import PIL.Image
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.registry import open_dataset
-from vlm_distill_cache.data.sample import Dataset, Sample, shown
+from vlm_distill_cache.data.sample import Dataset, Sample, load_picture
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class AskedData:
         """The picture of a sample; None where there is none, or it cannot be read."""
         sample = self._read(sample_id)
         try:
-            return None if sample is None or not sample.images else shown(sample.images[0])
+            return None if sample is None or not sample.images else load_picture(sample.images[0])
         except SampleError:
             return None
 

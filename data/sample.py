@@ -83,7 +83,7 @@ class VideoSource(Protocol):
 Medium = ImageSource | VideoSource
 
 
-def shown(medium: Medium) -> PIL.Image.Image:
+def load_picture(medium: Medium) -> PIL.Image.Image:
     """A picture, or the first frame of a video, to look at; `SampleError` if it cannot be decoded."""
     return medium.load() if isinstance(medium, ImageSource) else medium.frames(FrameSampling(most=1))[0].image
 

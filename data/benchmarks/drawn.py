@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from vlm_distill_cache.data.sample import CaptionPair, Question, shown
+from vlm_distill_cache.data.sample import CaptionPair, Question, load_picture
 from vlm_distill_cache.data.shapes.dataset import shapes_evaluation
 from vlm_distill_cache.data.shapes.scene import COLORS, SHAPES, Scene, SceneObject, draw_scene, sample_scene
 from vlm_distill_cache.data.shapes.text import RELATIONS, relation_holds
@@ -97,7 +97,7 @@ def _vqav2(folder: Path, questions: Sequence[Question]) -> None:
     numbers: dict[str, int] = {}
     for question in questions:
         number = numbers.setdefault(question.image.name, len(numbers) + 1)
-        _save(shown(question.image), folder / "val2014" / f"COCO_val2014_{number:012d}.png")
+        _save(load_picture(question.image), folder / "val2014" / f"COCO_val2014_{number:012d}.png")
         ids = {"image_id": number, "question_id": number * 1000 + sum(one["image_id"] == number for one in asked)}
         kind = "yes/no" if question.answer in _YES_NO else "number" if question.answer.isdecimal() else "other"
         answers = [
@@ -123,7 +123,7 @@ def _gqa(folder: Path, questions: Sequence[Question]) -> None:
         if question.kind == "location":
             continue
         name = question.image.name
-        _save(shown(question.image), folder / "images" / f"{name}.png")
+        _save(load_picture(question.image), folder / "images" / f"{name}.png")
         kinds = {
             "structural": structural.get(question.kind, "verify"),
             "semantic": semantic.get(question.kind, "attr"),
@@ -148,7 +148,7 @@ def _mmbench(folder: Path, questions: Sequence[Question]) -> None:
         wrong = generator.permutation(others).tolist()[:3]
         options = generator.permutation([question.answer, *wrong]).tolist()
         buffer = io.BytesIO()
-        shown(question.image).save(buffer, format="PNG")
+        load_picture(question.image).save(buffer, format="PNG")
         rows.append({
             "index": number, "question": question.question, "hint": "",
             **{letter: (options[place] if place < len(options) else "") for place, letter in enumerate("ABCD")},

@@ -19,7 +19,7 @@ Dims: T tokens of the sequence, N visual tokens, A supervised rows, P pictures, 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,10 +31,19 @@ import numpy as np
 from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ConfigError, SampleError, TooLongError
-from vlm_distill_cache.common.pixels import HASH_BYTES, image_hash
-from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, ImageEncoder, VideoEncoder
-from vlm_distill_cache.data.sample import FrameSampling, Medium, Sample, Turn, VideoSource
+from vlm_distill_cache.common.pixels import HASH_BYTES
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, ImageEncoder
+from vlm_distill_cache.data.sample import FrameSampling, Medium, Sample, Turn
 from vlm_distill_cache.data.text.chat import Marker, Rendered
+from vlm_distill_cache.data.text.media import (
+    EncodedMedium,
+    encode_medium,
+    join_pieces,
+    joined_media,
+    open_out,
+    token_count,
+    with_frames,
+)
 from vlm_distill_cache.data.text.special_tokens import check_end_token, find_special_tokens, pattern_of, read_texts
 from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate
 
@@ -187,6 +196,7 @@ class SampleEncoder:
             target left; so are prompts, and packed conversations of which one is longer than ``positions``.
         video_token_id: Id at the visual positions of a video, of families that have one; None: frames are pictures.
         sampling: Which frames of a video are read; None: videos are refused.
+        most_pictures: Samples with more pictures and videos are refused; None: any number.
 
     Raises:
         ConfigError: The tokenizer is not a fast one, ``max_length`` is too small for an image, or the template can mark
@@ -202,6 +212,7 @@ class SampleEncoder:
     long_samples: LongSamples = "refuse"
     video_token_id: int | None = None
     sampling: FrameSampling | None = None
+    most_pictures: int | None = 1
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -368,8 +379,8 @@ class SampleEncoder:
         packed = sample.independent_turns and len(sample.turns) > 1
         self._check(sample)
         self._refuse_far_too_long(sample.turns[:1] if packed and prompt_only else sample.turns, prompt_only, rows)
-        media = [self._encode_medium(medium, number) for number, medium in enumerate(sample.images)]
-        turns = _with_frames(sample.placed(), media)
+        media = [encode_medium(self, medium, number) for number, medium in enumerate(sample.images)]
+        turns = with_frames(sample.placed(), media)
         conversations = [(turn,) for turn in turns] if packed else [turns]
         if packed and media:
             conversations = [(replace(turn, places=turns[0].places),) for turn in turns]
@@ -382,34 +393,19 @@ class SampleEncoder:
             start = rendered[0].answer_spans[-1][0]
             rendered = [Rendered(text=rendered[0].text[:start], answer_spans=())]
         written = [encoded for medium in media for encoded in medium.encoded]
-        rendered = [self._open_out(conversation, markers, written) for conversation in rendered]
+        rendered = [open_out(conversation, markers, written) for conversation in rendered]
         tokens = self._tokenize(rendered, markers, written)
         if prompt_only or (rows is None and self.long_samples == "refuse"):
             self._refuse_long(tokens, written)
             return self._assemble(sample.sample_id, tokens, media)
         return self._cut(self._assemble(sample.sample_id, tokens, media), media, rows, packed=packed)
 
-    def _open_out(self, rendered: Rendered, markers: Sequence[Marker], written: Sequence[EncodedImage]) -> Rendered:
-        """Replace markers by what the image encoder writes; answers move with the text in front of them."""
-        moves: list[tuple[int, int]] = []  # where a marker ended, and by how much the text grew there
-        text, past = "", 0
-        for marker, image in zip(markers, written, strict=True):
-            at = rendered.text.index(marker.text, past)
-            text += rendered.text[past:at] + (marker.text if image.text is None else image.text)
-            past = at + len(marker.text)
-            moves.append((past, len(text) - past))
-        if not moves:
-            return rendered
-
-        def moved(place: int) -> int:
-            return place + next((by for end, by in reversed(moves) if end <= place), 0)
-
-        return Rendered(
-            text=text + rendered.text[past:],
-            answer_spans=tuple((moved(start), moved(end)) for start, end in rendered.answer_spans),
-        )
-
     def _check(self, sample: Sample) -> None:
+        if self.most_pictures is not None and len(sample.images) > self.most_pictures:
+            raise SampleError(
+                f"{len(sample.images)} images, but at most {self.most_pictures} a sample "
+                f"{'is' if self.most_pictures == 1 else 'are'} taken; leave the sample out"
+            )
         if not sample.turns:
             raise SampleError("no turns; a sample needs at least one answer")
         length = len(sample.system) + sum(len(turn.question) + len(turn.answer) for turn in sample.turns)
@@ -460,42 +456,6 @@ class SampleEncoder:
                     "the text (pictures and videos stand beside it)"
                 )
 
-    def _encode_medium(self, medium: Medium, number: int) -> "_Encoded":
-        """One picture, or the frames of the sample's ``number``-th medium, a video."""
-        if isinstance(medium, VideoSource):
-            return self._encode_video(medium, number)
-        picture = medium.load()
-        try:
-            encoded = self.image_encoder(picture)
-        except SampleError as error:
-            raise SampleError(f"image {medium.name}: {error}") from error
-        return _Encoded((Marker(self.image_token),), (encoded,), (image_hash(picture),))
-
-    def _encode_video(self, video: VideoSource, number: int) -> "_Encoded":
-        if self.sampling is None:
-            raise SampleError(
-                f"video {video.name}: videos are not read; set frames.fps and frames.most of stage one, or leave the sample out"
-            )
-        frames = video.frames(self.sampling)
-        try:
-            if self.video_token_id is None or not isinstance(self.image_encoder, VideoEncoder):
-                encoded = tuple(self.image_encoder(frame.image) for frame in frames)
-                encoded = tuple(
-                    replace(one, tiles=tuple(replace(tile, is_frame=True) for tile in one.tiles)) for one in encoded
-                )
-                markers = (Marker(self.image_token),) * len(frames)
-            else:
-                encoded = (self.image_encoder.video(frames),)
-                markers = (Marker(self.video_token, "video"),)
-        except SampleError as error:
-            raise SampleError(f"video {video.name}: {error}") from error
-        return _Encoded(
-            markers,
-            encoded,
-            tuple(image_hash(frame.image) for frame in frames),
-            tuple((number, frame.time) for frame in frames),
-        )
-
     def _tokenize(
         self, rendered: list[Rendered], markers: Sequence[Marker], written: Sequence[EncodedImage]
     ) -> list[Tokens]:
@@ -504,14 +464,14 @@ class SampleEncoder:
         if markers and not self._knows_image:
             split = [text.split(IMAGE_MARKER) for text in texts]
             pieces = iter(read_texts(self.reader, [piece for parts in split for piece in parts]))
-            ids_and_offsets = [self._joined(text, parts, pieces) for text, parts in zip(texts, split, strict=True)]
+            ids_and_offsets = [join_pieces(parts, pieces, IMAGE_MARKER, self.image_token_id) for parts in split]
         else:
             ids_and_offsets = read_texts(self.reader, texts)
         # The text of one that has any holds each visual token already.
         counts = [
             count
             for image in written
-            for count in ([_token_count(image)] if image.text is None else [1] * _token_count(image))
+            for count in ([token_count(image)] if image.text is None else [1] * token_count(image))
         ]
         leading = len(self._leading_ids)
         tokens = []
@@ -530,20 +490,6 @@ class SampleEncoder:
             tokens.append(Tokens(ids=ids, is_answer=is_answer))
         return tokens
 
-    def _joined(self, text: str, parts: Sequence[str], pieces: Iterator[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and offsets of a text from those of its parts, an image token between them."""
-        ids, offsets, at = [], [], 0
-        for number, part in enumerate(parts):
-            if number:
-                ids.append(np.array([self.image_token_id]))
-                offsets.append(np.array([[at, at + len(IMAGE_MARKER)]]))
-                at += len(IMAGE_MARKER)
-            found = next(pieces)
-            ids.append(found[0])
-            offsets.append(found[1] + at)
-            at += len(part)
-        return np.concatenate(ids), np.concatenate(offsets)
-
     def _are_visual(self, ids: np.ndarray) -> np.ndarray:
         """Which ids stand for visual tokens, bool ``[T]``."""
         found: np.ndarray = ids == self.image_token_id
@@ -552,7 +498,7 @@ class SampleEncoder:
         return found
 
     def _cut(
-        self, whole: EncodedSample, media: Sequence["_Encoded"], rows: int | None, *, packed: bool
+        self, whole: EncodedSample, media: Sequence[EncodedMedium], rows: int | None, *, packed: bool
     ) -> EncodedSample:
         """A sequence that ends with its last target, of as many as fit or as are asked for."""
         supervised = whole.supervised_rows
@@ -563,14 +509,14 @@ class SampleEncoder:
         visual_count = int(cut.visual_mask.sum())
         self._refuse_lengths(len(cut), int(cut.position_ids.max()) + 1, visual_count)
         # Pictures stand in questions, a sequence is cut behind an answer: each is there or not.
-        ends = np.cumsum([sum(map(_token_count, medium.encoded)) for medium in media])
+        ends = np.cumsum([sum(map(token_count, medium.encoded)) for medium in media])
         kept = int(np.searchsorted(ends, visual_count, side="right"))
-        return cut if kept == len(media) else replace(cut, **_joined_media(media[:kept]))
+        return cut if kept == len(media) else replace(cut, **joined_media(media[:kept]))
 
     def _refuse_long(self, tokens: list[Tokens], written: Sequence[EncodedImage]) -> None:
         shared = shared_length(tokens) if len(tokens) > 1 else 0
         lengths = [len(conversation.ids) - shared for conversation in tokens]
-        visual_count = sum(map(_token_count, written))
+        visual_count = sum(map(token_count, written))
         # Each packed conversation counts on from the shared prefix.
         self._refuse_lengths(shared + sum(lengths), shared + max(lengths), visual_count)
 
@@ -599,11 +545,11 @@ class SampleEncoder:
                 f"max_length={self.max_length}; raise max_length{fewer} or leave the sample out{self._truncate}{why}"
             )
 
-    def _assemble(self, sample_id: str, tokens: list[Tokens], media: Sequence["_Encoded"]) -> EncodedSample:
+    def _assemble(self, sample_id: str, tokens: list[Tokens], media: Sequence[EncodedMedium]) -> EncodedSample:
         shared = shared_length(tokens) if len(tokens) > 1 else 0
         pieces = [conversation.ids[shared:] for conversation in tokens]
         lengths = [len(piece) for piece in pieces]
-        visual_count = sum(_token_count(image) for medium in media for image in medium.encoded)
+        visual_count = sum(token_count(image) for medium in media for image in medium.encoded)
         labels = [shift_labels(conversation) for conversation in tokens]
         input_ids = np.concatenate([tokens[0].ids[:shared], *pieces])
         visual_mask = self._are_visual(input_ids)
@@ -624,64 +570,8 @@ class SampleEncoder:
             segment_ids=np.repeat(
                 np.arange(len(tokens) + 1) if len(tokens) > 1 else np.zeros(2, np.int64), [shared, *lengths]
             ),
-            **_joined_media(media),
+            **joined_media(media),
         )
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """A picture or a video, encoded.
-
-    Attributes:
-        markers: What stands for it in the text, one for each of `encoded`.
-        encoded: The picture; or the video; or the pictures that its frames are.
-        hashes: Of its pictures.
-        times: Of a video, number and seconds of each frame.
-    """
-
-    markers: tuple[Marker, ...]
-    encoded: tuple[EncodedImage, ...]
-    hashes: tuple[bytes, ...]
-    times: tuple[tuple[int, float], ...] = ()
-
-
-def _token_count(image: EncodedImage) -> int:
-    return sum(tile.token_count for tile in image.tiles)
-
-
-def _with_frames(turns: tuple[Turn, ...], media: Sequence[_Encoded]) -> tuple[Turn, ...]:
-    """Turns whose places name each medium as often as it has markers."""
-    if all(len(medium.markers) == 1 for medium in media):
-        return turns
-    left = iter(media)
-    return tuple(
-        replace(turn, places=tuple(place for place in turn.places for _ in next(left).markers)) for turn in turns
-    )
-
-
-def _joined_media(media: Sequence[_Encoded]) -> dict[str, Any]:
-    """The fields of an `EncodedSample` that say what its pictures are."""
-    hashes = tuple(digest for medium in media for digest in medium.hashes)
-    times = [time for medium in media for time in medium.times or [(-1, float("nan"))] * len(medium.hashes)]
-    inputs: dict[str, list[np.ndarray]] = {}
-    tiles: list[Tile] = []
-    for image in (image for medium in media for image in medium.encoded):
-        behind = max((tile.span[1] for tile in tiles), default=0.0)
-        tiles += [replace(tile, span=(tile.span[0] + behind, tile.span[1] + behind)) for tile in image.tiles]
-        for name, array in image.inputs.items():
-            inputs.setdefault(name, []).append(array)
-    for name, arrays in inputs.items():
-        if len({array.shape[1:] for array in arrays}) > 1:
-            raise SampleError(
-                f"its pictures differ in size ({name}: {[array.shape[1:] for array in arrays[:4]]}), which this model cannot "
-                "take in one sample; leave the sample out"
-            )
-    return {
-        "image_inputs": {n: a[0] if len(a) == 1 else np.concatenate(a) for n, a in inputs.items()},
-        "tiles": tuple(tiles),
-        "image_hashes": hashes,
-        "frame_times": tuple(times) if any(medium.times for medium in media) else (),
-    }
 
 
 def build_prompt(encoder: SampleEncoder, image: Medium | None, question: str, system: str = "") -> EncodedSample:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.data.sample import Dataset, shown
+from vlm_distill_cache.data.sample import Dataset, load_picture
 from vlm_distill_cache.data.shapes.dataset import SceneImage
 from vlm_distill_cache.data.shapes.scene import CELL, COLORS, GRID, SHAPES, SIZES
 from vlm_distill_cache.data.text.encoding import SampleEncoder
@@ -229,7 +229,7 @@ def train_tower_on_answers(
         The last loss, nats a word.
     """
     labels = torch.from_numpy(answer_labels(dataset))
-    encoded = [encoder.image_encoder(shown(dataset[i].images[0])) for i in range(len(dataset))]
+    encoded = [encoder.image_encoder(load_picture(dataset[i].images[0])) for i in range(len(dataset))]
     pictures = torch.from_numpy(np.concatenate([picture.inputs["pixel_values"] for picture in encoded]))
     sizes = [len(words) for words in WORD_GROUPS]
     generator = torch.Generator().manual_seed(seed)

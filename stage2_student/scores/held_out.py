@@ -19,7 +19,7 @@ from vlm_distill_cache.common.hub import hub_name
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.registry import TEXTS, open_dataset, open_evaluation
-from vlm_distill_cache.data.sample import EvaluationSet, Question, questions_of, shown
+from vlm_distill_cache.data.sample import EvaluationSet, Question, load_picture, questions_of
 from vlm_distill_cache.data.sources.mixture import MIXTURES, is_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints, splits_and_limits
@@ -299,7 +299,7 @@ def _fault(item: Question, encoder: SampleEncoder | None) -> str | None:
         if encoder is not None:
             build_prompt(encoder, item.image, item.question, item.system)
         elif item.image is not None:
-            shown(item.image)
+            load_picture(item.image)
     except SampleError as error:
         return str(error)
     return None

@@ -28,7 +28,7 @@ from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.pixels import image_hash
 from vlm_distill_cache.common.tools.picture import paint_heat
 from vlm_distill_cache.common.tools.record_view import TokenText, load_token_text
-from vlm_distill_cache.data.sample import Dataset, Sample, shown
+from vlm_distill_cache.data.sample import Dataset, Sample, load_picture
 from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows, visual_keys
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.generation import device_of, generate_answers, pad_token_id
@@ -120,7 +120,7 @@ def collect_taught(
             sample = answered_sample(cache, dataset[position])
             looking = {} if match is None else models  # others may have other tokens than the cache
             encoded = {name: encode_as_cached(encoder, cache, sample) for name, (_, encoder) in looking.items()}
-            picture = shrink(shown(sample.images[0])) if sample.images else None
+            picture = shrink(load_picture(sample.images[0])) if sample.images else None
         except SampleError:
             continue
         if not all(one.tiles for one in encoded.values()):

@@ -41,13 +41,13 @@ class Budget:
         data: What students learn from and are scored on.
         items: Held-out items of each kind.
         steps: Of a student from scratch.
-        pruned_steps: Of a pruned one.
+        pruned_steps: Of a pruned one: about one epoch of all data.
     """
 
     data: str = "shapes"
     items: int = 100
     steps: int = 300
-    pruned_steps: int = 200
+    pruned_steps: int = 100
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,175 @@
+"""A sample's pictures and videos: encoded one by one, put into its text, joined to one model input.
+
+Dims: P pictures of a sample, frames of videos among them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from vlm_distill_cache.common.attention.tiles import Tile
+from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.pixels import image_hash
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, VideoEncoder
+from vlm_distill_cache.data.sample import FrameSampling, Medium, Turn, VideoSource
+from vlm_distill_cache.data.text.chat import Marker, Rendered
+
+
+@dataclass(frozen=True)
+class EncodedMedium:
+    """A picture or a video, encoded.
+
+    Attributes:
+        markers: What stands for it in the text, one for each of `encoded`.
+        encoded: The picture; or the video; or the pictures that its frames are.
+        hashes: Of its pictures.
+        times: Of a video, number and seconds of each frame.
+    """
+
+    markers: tuple[Marker, ...]
+    encoded: tuple[EncodedImage, ...]
+    hashes: tuple[bytes, ...]
+    times: tuple[tuple[int, float], ...] = ()
+
+
+class MediaSettings(Protocol):
+    """What `SampleEncoder` says of pictures and videos."""
+
+    @property
+    def image_encoder(self) -> AnyImageEncoder:
+        """Pixels and boxes."""
+
+    @property
+    def image_token(self) -> str:
+        """What a template writes for a picture."""
+
+    @property
+    def video_token(self) -> str:
+        """What it writes for a video; empty: frames are pictures."""
+
+    @property
+    def sampling(self) -> FrameSampling | None:
+        """Which frames of a video are read; None: videos are refused."""
+
+
+def encode_medium(settings: MediaSettings, medium: Medium, number: int) -> EncodedMedium:
+    """Encode one picture, or the frames of the sample's ``number``-th medium, a video.
+
+    Raises:
+        SampleError: Names it: it cannot be decoded, the encoder refuses it, or videos are not read.
+    """
+    if isinstance(medium, VideoSource):
+        return _encode_video(settings, medium, number)
+    picture = medium.load()
+    try:
+        encoded = settings.image_encoder(picture)
+    except SampleError as error:
+        raise SampleError(f"image {medium.name}: {error}") from error
+    return EncodedMedium((Marker(settings.image_token),), (encoded,), (image_hash(picture),))
+
+
+def _encode_video(settings: MediaSettings, video: VideoSource, number: int) -> EncodedMedium:
+    if settings.sampling is None:
+        raise SampleError(
+            f"video {video.name}: videos are not read; set frames.fps and frames.most of stage one, or leave the sample out"
+        )
+    frames, encoder = video.frames(settings.sampling), settings.image_encoder
+    try:
+        if settings.video_token and isinstance(encoder, VideoEncoder):
+            encoded: tuple[EncodedImage, ...] = (encoder.video(frames),)
+            markers: tuple[Marker, ...] = (Marker(settings.video_token, "video"),)
+        else:
+            pictures = [encoder(frame.image) for frame in frames]
+            encoded = tuple(
+                replace(one, tiles=tuple(replace(tile, is_frame=True) for tile in one.tiles)) for one in pictures
+            )
+            markers = (Marker(settings.image_token),) * len(frames)
+    except SampleError as error:
+        raise SampleError(f"video {video.name}: {error}") from error
+    hashes = tuple(image_hash(frame.image) for frame in frames)
+    return EncodedMedium(markers, encoded, hashes, tuple((number, frame.time) for frame in frames))
+
+
+def open_out(rendered: Rendered, markers: Sequence[Marker], written: Sequence[EncodedImage]) -> Rendered:
+    """Replace markers by what the image encoder writes; answers move with the text in front of them."""
+    moves: list[tuple[int, int]] = []  # where a marker ended, and by how much the text grew there
+    text, past = "", 0
+    for marker, image in zip(markers, written, strict=True):
+        at = rendered.text.index(marker.text, past)
+        text += rendered.text[past:at] + (marker.text if image.text is None else image.text)
+        past = at + len(marker.text)
+        moves.append((past, len(text) - past))
+    if not moves:
+        return rendered
+
+    def moved(place: int) -> int:
+        return place + next((by for end, by in reversed(moves) if end <= place), 0)
+
+    return Rendered(
+        text=text + rendered.text[past:],
+        answer_spans=tuple((moved(start), moved(end)) for start, end in rendered.answer_spans),
+    )
+
+
+def join_pieces(
+    parts: Sequence[str], pieces: Iterator[tuple[np.ndarray, np.ndarray]], marker: str, token_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and offsets of a text from those of its parts, a marker's token between them.
+
+    Args:
+        parts: The text, split at the marker.
+        pieces: Yields ids i8 ``[n]`` and offsets i8 ``[n, 2]`` of each part.
+    """
+    ids, offsets, at = [], [], 0
+    for number, part in enumerate(parts):
+        if number:
+            ids.append(np.array([token_id]))
+            offsets.append(np.array([[at, at + len(marker)]]))
+            at += len(marker)
+        found = next(pieces)
+        ids.append(found[0])
+        offsets.append(found[1] + at)
+        at += len(part)
+    return np.concatenate(ids), np.concatenate(offsets)
+
+
+def token_count(image: EncodedImage) -> int:
+    """Visual tokens of a picture or video."""
+    return sum(tile.token_count for tile in image.tiles)
+
+
+def with_frames(turns: tuple[Turn, ...], media: Sequence[EncodedMedium]) -> tuple[Turn, ...]:
+    """Turns whose places name each medium as often as it has markers."""
+    if all(len(medium.markers) == 1 for medium in media):
+        return turns
+    left = iter(media)
+    return tuple(
+        replace(turn, places=tuple(place for place in turn.places for _ in next(left).markers)) for turn in turns
+    )
+
+
+def joined_media(media: Sequence[EncodedMedium]) -> dict[str, Any]:
+    """The fields of an `EncodedSample` that say what its pictures are."""
+    hashes = tuple(digest for medium in media for digest in medium.hashes)
+    times = [time for medium in media for time in medium.times or [(-1, float("nan"))] * len(medium.hashes)]
+    inputs: dict[str, list[np.ndarray]] = {}
+    tiles: list[Tile] = []
+    for image in (image for medium in media for image in medium.encoded):
+        behind = max((tile.span[1] for tile in tiles), default=0.0)
+        tiles += [replace(tile, span=(tile.span[0] + behind, tile.span[1] + behind)) for tile in image.tiles]
+        for name, array in image.inputs.items():
+            inputs.setdefault(name, []).append(array)
+    for name, arrays in inputs.items():
+        if len({array.shape[1:] for array in arrays}) > 1:
+            raise SampleError(
+                f"its pictures differ in size ({name}: {[array.shape[1:] for array in arrays[:4]]}), which this model cannot "
+                "take in one sample; leave the sample out"
+            )
+    return {
+        "image_inputs": {n: a[0] if len(a) == 1 else np.concatenate(a) for n, a in inputs.items()},
+        "tiles": tuple(tiles),
+        "image_hashes": hashes,
+        "frame_times": tuple(times) if any(medium.times for medium in media) else (),
+    }

@@ -37,7 +37,8 @@ from vlm_distill_cache.data.sample import FrameSampling, Medium, Sample, Turn
 from vlm_distill_cache.data.text.chat import Marker, Rendered
 from vlm_distill_cache.data.text.media import (
     EncodedMedium,
-    encode_medium,
+    encode_media,
+    first_media,
     join_pieces,
     joined_media,
     open_out,
@@ -379,7 +380,7 @@ class SampleEncoder:
         packed = sample.independent_turns and len(sample.turns) > 1
         self._check(sample)
         self._refuse_far_too_long(sample.turns[:1] if packed and prompt_only else sample.turns, prompt_only, rows)
-        media = [encode_medium(self, medium, number) for number, medium in enumerate(sample.images)]
+        media = encode_media(self, sample.images)
         turns = with_frames(sample.placed(), media)
         conversations = [(turn,) for turn in turns] if packed else [turns]
         if packed and media:
@@ -511,7 +512,7 @@ class SampleEncoder:
         # Pictures stand in questions, a sequence is cut behind an answer: each is there or not.
         ends = np.cumsum([sum(map(token_count, medium.encoded)) for medium in media])
         kept = int(np.searchsorted(ends, visual_count, side="right"))
-        return cut if kept == len(media) else replace(cut, **joined_media(media[:kept]))
+        return cut if kept == len(media) else replace(cut, **joined_media(first_media(self, media, kept)))
 
     def _refuse_long(self, tokens: list[Tokens], written: Sequence[EncodedImage]) -> None:
         shared = shared_length(tokens) if len(tokens) > 1 else 0

@@ -3,17 +3,18 @@
 Dims: P pictures of a sample, frames of videos among them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+import PIL.Image
 
 from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.pixels import image_hash
-from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, VideoEncoder
-from vlm_distill_cache.data.sample import FrameSampling, Medium, Turn, VideoSource
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder, CountingEncoder, EncodedImage, VideoEncoder
+from vlm_distill_cache.data.sample import FrameSampling, ImageSource, Medium, Turn, VideoSource
 from vlm_distill_cache.data.text.chat import Marker, Rendered
 
 
@@ -54,23 +55,36 @@ class MediaSettings(Protocol):
         """Which frames of a video are read; None: videos are refused."""
 
 
-def encode_medium(settings: MediaSettings, medium: Medium, number: int) -> EncodedMedium:
-    """Encode one picture, or the frames of the sample's ``number``-th medium, a video.
+def encode_media(settings: MediaSettings, media: Sequence[Medium]) -> list[EncodedMedium]:
+    """Encode a sample's pictures and videos.
 
     Raises:
-        SampleError: Names it: it cannot be decoded, the encoder refuses it, or videos are not read.
+        SampleError: Names the one that cannot be decoded, that the encoder refuses, or that is a video and those are not read.
     """
-    if isinstance(medium, VideoSource):
-        return _encode_video(settings, medium, number)
+    own = settings.video_token and isinstance(settings.image_encoder, VideoEncoder)  # their frames are no pictures
+    pictures = sum(not (own and isinstance(medium, VideoSource)) for medium in media)
+    return [
+        _encode_video(settings, medium, number, pictures)
+        if isinstance(medium, VideoSource)
+        else _encode_picture(settings, medium, pictures)
+        for number, medium in enumerate(media)
+    ]
+
+
+def _encoder_among(encoder: AnyImageEncoder, pictures: int) -> Callable[[PIL.Image.Image], EncodedImage]:
+    return encoder.among(pictures) if isinstance(encoder, CountingEncoder) else encoder
+
+
+def _encode_picture(settings: MediaSettings, medium: ImageSource, pictures: int) -> EncodedMedium:
     picture = medium.load()
     try:
-        encoded = settings.image_encoder(picture)
+        encoded = _encoder_among(settings.image_encoder, pictures)(picture)
     except SampleError as error:
         raise SampleError(f"image {medium.name}: {error}") from error
     return EncodedMedium((Marker(settings.image_token),), (encoded,), (image_hash(picture),))
 
 
-def _encode_video(settings: MediaSettings, video: VideoSource, number: int) -> EncodedMedium:
+def _encode_video(settings: MediaSettings, video: VideoSource, number: int, pictures: int) -> EncodedMedium:
     if settings.sampling is None:
         raise SampleError(
             f"video {video.name}: videos are not read; set frames.fps and frames.most of stage one, or leave the sample out"
@@ -81,9 +95,10 @@ def _encode_video(settings: MediaSettings, video: VideoSource, number: int) -> E
             encoded: tuple[EncodedImage, ...] = (encoder.video(frames),)
             markers: tuple[Marker, ...] = (Marker(settings.video_token, "video"),)
         else:
-            pictures = [encoder(frame.image) for frame in frames]
+            encode = _encoder_among(encoder, pictures - 1 + len(frames))
             encoded = tuple(
-                replace(one, tiles=tuple(replace(tile, is_frame=True) for tile in one.tiles)) for one in pictures
+                replace(one, tiles=tuple(replace(tile, is_frame=True) for tile in one.tiles))
+                for one in (encode(frame.image) for frame in frames)
             )
             markers = (Marker(settings.image_token),) * len(frames)
     except SampleError as error:
@@ -148,6 +163,22 @@ def with_frames(turns: tuple[Turn, ...], media: Sequence[EncodedMedium]) -> tupl
     return tuple(
         replace(turn, places=tuple(place for place in turn.places for _ in next(left).markers)) for turn in turns
     )
+
+
+def first_media(settings: MediaSettings, media: Sequence[EncodedMedium], count: int) -> Sequence[EncodedMedium]:
+    """What is left of a sample's pictures and videos where its sequence is cut behind so many of them.
+
+    Raises:
+        SampleError: That is one picture, which the encoder reads otherwise alone than among others.
+    """
+    before, left = (sum(len(medium.encoded) for medium in some) for some in (media, media[:count]))
+    encoder = settings.image_encoder
+    if left == 1 < before and isinstance(encoder, CountingEncoder) and encoder.among(2) != encoder.among(1):
+        raise SampleError(
+            f"it is cut behind the first of its {before} pictures, which this model reads otherwise alone than among others; "
+            "raise max_length, or leave the sample out"
+        )
+    return media[:count]
 
 
 def joined_media(media: Sequence[EncodedMedium]) -> dict[str, Any]:

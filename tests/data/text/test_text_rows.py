@@ -1,5 +1,7 @@
 """Text rows behind the image: which they are, whatever the padding, the packing and the template."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,33 @@ def test_they_are_all_tokens_behind_the_last_visual_one_and_no_padding(encoder):
         assert rows[index][rows[index] >= 0].tolist() == expected
         assert text_row_count(sample) == len(expected)
         assert bool((rows[index][len(expected) :] == -1).all())
+
+
+def test_of_several_pictures_they_begin_behind_the_first_and_the_shared_prefix_ends_with_the_last(encoder):
+    turns = (
+        Turn(question="what is it ? and this ?", answer="red", places=(0, 12)),
+        Turn(question="and here ?", answer="no , it is small", places=(0,)),
+    )
+    sample = Sample(sample_id="three", images=(picture(10), picture(20), picture(30)), turns=turns)
+    several, one = replace(encoder, most_pictures=None)(sample), encoder(make_samples()[0])
+    batch = collate([several, one, encoder(make_samples()[2])], 0)
+    visual = np.flatnonzero(several.visual_mask)
+    expected = [place for place in range(visual[35] + 1, len(several)) if place not in visual]
+    rows = text_rows(batch)
+    assert rows[0][rows[0] >= 0].tolist() == expected
+    assert text_row_count(several) == len(expected)
+    assert (rows[1] >= 0).sum() == text_row_count(one)
+    assert (rows[2] == -1).all()
+    assert supervised_rows(batch)[0][supervised_rows(batch)[0] >= 0].tolist() == several.supervised_rows.tolist()
+    later = replace(several, input_ids=several.input_ids.copy())
+    later.input_ids[visual[-1] + 1] += 1
+    assert image_key(later) == image_key(several)
+    later.input_ids[visual[36] - 1] += 1  # between the first two
+    assert image_key(later) != image_key(several)
+    swapped = replace(several, image_hashes=several.image_hashes[::-1])
+    assert image_key(swapped) != image_key(several)
+    clip = ((-1, np.nan), (1, 0.0), (1, 0.5))
+    assert image_key(replace(several, frame_times=clip)) != image_key(several)
 
 
 def test_every_one_sees_the_whole_image_and_answer_rows_are_among_them(encoder):

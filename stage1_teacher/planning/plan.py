@@ -211,7 +211,12 @@ def teacher_directory(
 
 
 def build_encoder(
-    teacher: Teacher, *, template: str, max_length: int, long_samples: LongSamples = "refuse"
+    teacher: Teacher,
+    *,
+    template: str,
+    max_length: int,
+    long_samples: LongSamples = "refuse",
+    most_pictures: int | None = 1,
 ) -> SampleEncoder:
     """Build the function from a sample to the teacher's input.
 
@@ -220,6 +225,8 @@ def build_encoder(
             do), else its family's.
         max_length: Longest sequence in tokens; 0: `automatic_length`.
         long_samples: What becomes of longer ones.
+        most_pictures: Samples with more pictures and videos are refused; its family says how many a teacher takes
+            (`Family.most_pictures`).
     """
     if template == "auto":
         template = teacher.training.get("template") or teacher.family.template
@@ -231,6 +238,7 @@ def build_encoder(
         max_length=max_length or automatic_length(teacher),
         positions=known_positions(teacher.config),
         long_samples=long_samples,
+        most_pictures=most_pictures,
     )
 
 

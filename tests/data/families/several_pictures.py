@@ -1,7 +1,7 @@
 """A family's tiny model in memory, our inputs of conversations about several pictures, and the library's own."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class TinyFamily:
     encoder: SampleEncoder
     capture: AttentionCapture
     processor: Any
+    said: dict[Talk, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:
@@ -111,10 +112,13 @@ class TinyFamily:
         return inputs
 
     @torch.no_grad()
-    def library_output(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def library_output(self, talk: Talk) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``[T, V]``, and attention, mean over heads, ``[layers, T, T]``, by eager attention."""
-        output = self.eager(**inputs, use_cache=False, output_attentions=True)
-        return output.logits[0], torch.stack([layer[0].mean(dim=0) for layer in output.attentions])
+        if talk not in self.said:
+            output = self.eager(**self.library_inputs(talk), use_cache=False, output_attentions=True)
+            attention = torch.stack([layer[0].mean(dim=0) for layer in output.attentions])
+            self.said[talk] = output.logits[0], attention
+        return self.said[talk]
 
 
 def open_tiny(name: str) -> TinyFamily:

@@ -11,7 +11,10 @@ from tiny_families import LAYERS, TINY
 from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.tiles import views_of
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.families.models import row_logits
+from vlm_distill_cache.data.families.table import FAMILIES as TABLE
+from vlm_distill_cache.data.families.table import family_of
 from vlm_distill_cache.data.sample import Sample
 from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows, visual_keys
 from vlm_distill_cache.data.text.generation import generate_answers
@@ -20,6 +23,8 @@ from vlm_distill_cache.data.text.generation import generate_answers
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 # MobileVLM's two versions read their inputs alike, so do LLaVA's own checkpoints and the library's, PaliGemma 1 and 2.
 FAMILIES = [name for name in TINY if name not in ("llava_original", "mobilevlm_v1", "paligemma2")]
+# Those whose positions or masks of packed conversations are none of a plain decoder's, and one plain decoder.
+PACKED = ("llava", "llava_next", "qwen2_5_vl", "gemma3")
 TWO = Talk(((f"{SHOWN}{SHOWN}Which is red?", "The first"),), (0, 1))
 OTHER = Talk(((f"{SHOWN}{SHOWN}Is one of them blue?", "No"),), (0, 1))
 FIVE = Talk(((f"Is {SHOWN} like {SHOWN},{SHOWN} or {SHOWN}? Not {SHOWN}.", "A bit"),), (4, 3, 2, 1, 0))
@@ -71,7 +76,7 @@ def test_a_mixed_batch_gives_what_the_library_gives_one_by_one(tiny: TinyFamily)
                 expected = expected.reshape(-1, *expected.shape[-3:])
                 expected = expected[expected.any(axis=(1, 2, 3))]
             np.testing.assert_array_equal(sample.image_inputs["pixel_values"], expected)
-        said, seen = tiny.library_output(inputs)
+        said, seen = tiny.library_output(talk)
         rows, keys = sample.supervised_rows, np.flatnonzero(sample.visual_mask)
         close(logits[done : done + len(rows)], said[rows], 2e-4)
         close(answers[index, :, : len(rows), : len(keys)], seen[:, rows][:, :, keys], 1e-5)
@@ -80,9 +85,8 @@ def test_a_mixed_batch_gives_what_the_library_gives_one_by_one(tiny: TinyFamily)
     assert logits.std() > 0.1
 
 
+@pytest.mark.parametrize("tiny", PACKED, indirect=True)
 def test_conversations_packed_behind_two_pictures_give_what_each_gives_alone(tiny: TinyFamily):
-    if not tiny.family.packs:
-        pytest.skip("visual tokens see the question, so that nothing can be packed")
     alone = [TWO.sample("s"), OTHER.sample("s")]
     turns = tuple(turn for sample in alone for turn in sample.placed())
     turns = (turns[0], *(type(turn)(question=turn.question, answer=turn.answer) for turn in turns[1:]))
@@ -92,25 +96,36 @@ def test_conversations_packed_behind_two_pictures_give_what_each_gives_alone(tin
     done = 0
     for talk in (TWO, OTHER):
         sample = encode(tiny, talk)
-        said, seen = tiny.library_output(tiny.library_inputs(talk))
+        said, seen = tiny.library_output(talk)
         rows, keys = sample.supervised_rows, np.flatnonzero(sample.visual_mask)
         close(logits[done : done + len(rows)], said[rows], 2e-4)
         close(answers[0, :, done : done + len(rows), : len(keys)], seen[:, rows][:, :, keys], 1e-5)
         close(visual[0, :, : len(keys), : len(keys)], seen[:, keys][:, :, keys], 1e-5)
         done += len(rows)
-    said, _ = tiny.library_output(tiny.library_inputs(FIVE))
-    close(logits[done:], said[encode(tiny, FIVE).supervised_rows], 2e-4)
+    close(logits[done:], tiny.library_output(FIVE)[0][encode(tiny, FIVE).supervised_rows], 2e-4)
 
 
 def test_what_is_generated_is_what_the_library_generates(tiny: TinyFamily):
-    prompts = [encode(tiny, talk, prompt_only=True) for talk in (TWO, FIVE, ONE)]
+    prompts = [encode(tiny, talk, prompt_only=True) for talk in (FIVE, TWO)]
     inputs = partial(tiny.family.generation_inputs, tiny.config, dtype=torch.float32)
-    made = generate_answers(tiny.model, tiny.encoder, prompts, max_new_tokens=3, inputs=inputs)
-    for number, talk in enumerate((TWO, FIVE)):
-        asked = tiny.library_inputs(talk, asks=True)
-        said, _ = tiny.library_output(asked)
-        close(made.first_logits[number], said[-1], 2e-4)
-        ends = {"pad_token_id": 0, "eos_token_id": tiny.encoder.end_token_ids}
-        written = tiny.eager.generate(**asked, **ends, max_new_tokens=3, do_sample=False)
-        new = written[0, asked["input_ids"].shape[1] :]
-        assert made.texts[number] == tiny.encoder.tokenizer.decode(new, skip_special_tokens=True).strip()
+    made = generate_answers(tiny.model, tiny.encoder, prompts, max_new_tokens=2, inputs=inputs)
+    for number, talk in enumerate((FIVE, TWO)):
+        first = encode(tiny, talk).supervised_rows[0]
+        close(made.first_logits[number], tiny.library_output(talk)[0][first], 2e-4)
+    asked, ends = tiny.library_inputs(TWO, asks=True), {"pad_token_id": 0, "eos_token_id": tiny.encoder.end_token_ids}
+    written = tiny.eager.generate(**asked, **ends, max_new_tokens=2, do_sample=False)
+    new = written[0, asked["input_ids"].shape[1] :]
+    assert made.texts[1] == tiny.encoder.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("tiny", ["llava_onevision"], indirect=True)
+def test_a_picture_that_is_left_alone_by_a_cut_is_refused_where_one_is_read_otherwise_than_several(tiny: TinyFamily):
+    rows = len(encode(tiny, Talk(LATER.turns[:1], LATER.pictures[:1])).supervised_rows)
+    with pytest.raises(SampleError, match=r"cut behind the first of its 2 pictures.*raise max_length"):
+        encode(tiny, LATER, rows=rows)
+    assert len(encode(tiny, LATER, rows=rows + 1).image_hashes) == 2
+
+
+def test_a_family_that_is_not_in_the_table_takes_one_picture():
+    assert {name: family.most_pictures for name, family in TABLE.items()} == dict.fromkeys(TABLE)
+    assert family_of("vipllava").most_pictures == 1

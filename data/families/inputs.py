@@ -7,7 +7,9 @@ PaliGemma: from 1), in sliding windows, and in how pictures are stacked.
 Dims: B batch, T longest sequence, M image tiles of the batch.
 """
 
+from collections.abc import Iterator
 from inspect import signature
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -81,35 +83,71 @@ def stacked_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str
 def grid_position_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
     """As `plain_inputs`, positions int64 ``[3, B, T]``: time, row and column of each token (Qwen-VL).
 
-    A visual token at row r and column c of an image that begins at position s stands at (s, s + r, s + c); the
-    text behind it goes on at s + max(rows, columns). Text is at the same place on all three axes. Derived from
+    A visual token at row r and column c of a picture that begins at position s stands at (s, s + r, s + c); the
+    text behind it goes on at s + max(rows, columns). Text is at the same place on all three axes. The temporal patches of
+    a video that stand in one run share s, and the t-th of them is at s + t in time; where the model is told seconds
+    (Qwen2.5-VL), at s + the whole number of its ``tokens_per_second`` that have passed. Derived from
     the batch's own positions, which count on from the shared prefix in packed samples, so it holds for both.
 
-    Raises:
-        ModelError: If a sample's visual tokens are not those of one image.
-
     Source:
-        Qwen2-VL (arXiv:2409.12191), section 2.1, multimodal rotary position embedding.
+        Qwen2-VL (arXiv:2409.12191), section 2.1, multimodal rotary position embedding; Qwen2.5-VL (arXiv:2502.13923),
+        section 2.1.2.
     """
     positions = batch.position_ids.expand(3, -1, -1).clone()
-    for row, tiles in enumerate(batch.tiles):
-        if not tiles:
-            continue
-        if len(tiles) != 1:
-            raise ModelError(
-                f"sample {batch.sample_ids[row]!r} has {len(tiles)} tiles; positions by time, row and column need one"
-            )
-        tile = tiles[0]
+    paces = _paces(config, batch)
+    for row in range(len(batch)):
+        plain = batch.position_ids[row]
         visual = torch.nonzero(batch.visual_mask[row]).squeeze(1)  # [N]
-        start = batch.position_ids[row, visual[0]]
-        index = torch.arange(tile.token_count, device=visual.device)
-        # Padding stays at 0 like every position in front of the image.
-        behind = batch.position_ids[row] >= start + tile.token_count  # [T]
-        positions[:, row, behind] += max(tile.rows, tile.cols) - tile.token_count
-        positions[0, row, visual] = start
-        positions[1, row, visual] = start + index // tile.cols
-        positions[2, row, visual] = start + index % tile.cols
+        for places, patches, rows, cols, pace in _runs(batch, row, visual, paces):
+            start = positions[0, row, places[0]].clone()
+            index = torch.arange(len(places), device=visual.device)
+            # Padding stays at 0 like every position in front of the image.
+            behind = plain >= plain[places[0]] + len(places)  # [T]
+            positions[:, row, behind] += max(rows, cols) - len(places)
+            time = (torch.arange(patches, device=visual.device) * pace).long()
+            positions[0, row, places] = start + time.repeat_interleave(rows * cols)
+            positions[1, row, places] = start + index % (rows * cols) // cols
+            positions[2, row, places] = start + index % cols
     return plain_inputs(config, batch, dtype=dtype) | {"position_ids": positions}
+
+
+def _runs(
+    batch: Batch, row: int, visual: Tensor, paces: Iterator[Tensor | int]
+) -> Iterator[tuple[Tensor, int, int, int, Tensor | int]]:
+    """Visual tokens that are placed together: a picture, or temporal patches of a video without text between them.
+
+    Args:
+        visual: Positions of the sample's visual tokens, int64 ``[N]``.
+        paces: Of each video of the batch, how far in time it moves from one patch to the next.
+
+    Yields:
+        Positions int64 ``[n]``, temporal patches, rows and columns of each, and the pace.
+    """
+    tiles, times = batch.tiles[row], batch.frame_times[row] if batch.frame_times else ()
+    videos = [times[int(tile.span[0])][0] if tile.is_frame and times else -1 for tile in tiles]
+    columns, done, at = visual.tolist(), 0, 0
+    pace: Tensor | int = 1
+    while at < len(tiles):
+        if tiles[at].is_frame and (not at or videos[at] != videos[at - 1]):
+            pace = next(paces)
+        first, end, size = at, done + tiles[at].token_count, tiles[at].token_count
+        while (
+            tiles[at].is_frame
+            and at + 1 < len(tiles)
+            and videos[at + 1] == videos[at]
+            and columns[end] == columns[end - 1] + 1
+        ):
+            at, end = at + 1, end + size
+        yield visual[done:end], at + 1 - first, tiles[at].rows, tiles[at].cols, pace if tiles[at].is_frame else 1
+        done, at = end, at + 1
+
+
+def _paces(config: Any, batch: Batch) -> Iterator[Tensor | int]:
+    """Of each video of a batch, positions in time from one temporal patch to the next."""
+    seconds = batch.image_inputs.get("second_per_grid_ts")
+    if seconds is None:
+        return repeat(1)
+    return iter(config.vision_config.tokens_per_second * seconds)
 
 
 def image_block_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
@@ -181,9 +219,10 @@ def _token_types(config: Any) -> tuple[str, ...]:
 
 
 def image_tensors(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch's image inputs, floating-point ones in the model's dtype."""
+    """A batch's image inputs, floating-point ones in the model's dtype; seconds stay as they are."""
     return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.image_inputs.items()
+        name: tensor.to(dtype) if tensor.is_floating_point() and name != "second_per_grid_ts" else tensor
+        for name, tensor in batch.image_inputs.items()
     }
 
 

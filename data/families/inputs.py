@@ -80,6 +80,17 @@ def stacked_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str
     return inputs | tiles
 
 
+def frame_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
+    """As `plain_inputs`, the frames of all videos as those of one ``[1, M, ...]`` (LLaVA-NeXT-Video).
+
+    The library stacks videos of equally many frames. Nothing stands between two videos' features, and they come out in the
+    order of the frames either way.
+    """
+    inputs = plain_inputs(config, batch, dtype=dtype)
+    frames = inputs.get("pixel_values_videos")
+    return inputs if frames is None else inputs | {"pixel_values_videos": frames[None]}
+
+
 def grid_position_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
     """As `plain_inputs`, positions int64 ``[3, B, T]``: time, row and column of each token (Qwen-VL).
 

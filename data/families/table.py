@@ -24,6 +24,7 @@ from vlm_distill_cache.data.families.images import (
     split_images,
 )
 from vlm_distill_cache.data.families.inputs import (
+    frame_inputs,
     grid_position_inputs,
     image_block_inputs,
     library_inputs,
@@ -217,6 +218,7 @@ FAMILIES: dict[str, Family] = {
     "llava_next_video": Family(
         model_class="LlavaNextVideoForConditionalGeneration",
         image_encoder=any_resolution_images,
+        model_inputs=frame_inputs,
         frames=next_video_frames,
         video_tokens=True,
     ),

@@ -165,12 +165,14 @@ class AnyResolutionEncoder(Layout):
         """Turn the frames of one video into model input.
 
         Returns:
-            ``pixel_values_videos`` f4 ``[1, F, 3, H, W]``, and a tile a frame.
+            ``pixel_values_videos`` f4 ``[1, F, 3, H, W]`` where a newline ends each video, so that a model must know how many
+            frames each has; else ``[F, 3, H, W]`` (`data.families.inputs.frame_inputs`). And a tile a frame.
         """
         if self.frames is None:
             raise unread_videos(self)
         pixels, tiles = self.frames(frames)
-        return EncodedImage(inputs={"pixel_values_videos": pixels[None]}, tiles=tiles)
+        pixels = pixels[None] if self.frames.newline else pixels
+        return EncodedImage(inputs={"pixel_values_videos": pixels}, tiles=tiles)
 
     def _joined(self, height: int, width: int) -> Tile | None:
         """The tokens of the large picture, newlines included; None if the cut leaves no row."""

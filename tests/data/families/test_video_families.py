@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 import torch
 import transformers as hf
-from family_references import library_processor, reference_output
+from family_references import library_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_array import ImageArray
@@ -25,6 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as smart_resize_all
 
 from vlm_distill_cache.common.attention.tiles import box_array, span_array
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.families.models import open_family_settings
 from vlm_distill_cache.data.images.layouts import geometry_of, image_encoder_from_dict
@@ -35,6 +36,7 @@ from vlm_distill_cache.data.text.generation import generate_answers
 from vlm_distill_cache.stage1_teacher.loop.signals import requests_of
 from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+from vlm_distill_cache.stage2_student.students.library import LibraryStudent
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PLAIN = {
@@ -85,7 +87,8 @@ def noise(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
-CLIPS = [Clip(noise(seed, COUNT, HEIGHT, WIDTH)) for seed in (1, 2)]
+CLIPS = [Clip(noise(1, COUNT, HEIGHT, WIDTH)), Clip(noise(2, 5, HEIGHT, WIDTH))]
+ALIKE = Clip(noise(2, COUNT, HEIGHT, WIDTH))
 STILL = ImageArray(noise(3, 30, 40), "still")
 
 
@@ -113,10 +116,15 @@ def encoder(teacher: Teacher):
     return replace(made, most_pictures=None, sampling=FrameSampling(), video_token_id=video)
 
 
-def conversation(number: int) -> Sample:
+def clip_of(name: str, number: int) -> Clip:
+    """Two videos, the second of five frames; one model takes videos of equally many alone in a batch."""
+    return ALIKE if number and name == "llava_onevision" else CLIPS[number]
+
+
+def conversation(name: str, number: int) -> Sample:
     """A picture and a video inside a question; a video in front of one; text alone."""
     texts = ("See  and  now", "What moves?", "Count.")
-    images = ((STILL, CLIPS[0]), (CLIPS[1],), ())[number]
+    images = ((STILL, clip_of(name, 0)), (clip_of(name, 1),), ())[number]
     turn = Turn(question=texts[number], answer=ANSWER, places=(4, 9) if number == 0 else ())
     return Sample(sample_id=f"s{number}", images=images, turns=(turn,))
 
@@ -157,38 +165,38 @@ def slow_inputs(name: str, clip: Clip) -> dict[str, np.ndarray]:
     return {"pixel_values": pixels} if name in ("internvl", "smolvlm") else {"pixel_values_videos": pixels[None]}
 
 
-def video_text(name: str, folder: Path, inputs: dict[str, np.ndarray]) -> str:
+def video_text(name: str, folder: Path, count: int, inputs: dict[str, np.ndarray]) -> str:
     """What the library's processor writes for a video."""
     if name == "smolvlm":  # its own needs the package num2words
         shown = f"<fake_token_around_image><global-img>{'<image>' * 9}<fake_token_around_image>"
-        text = "You are provided the following series of eight frames from a 0:00:03 [H:MM:SS] video.\n"
-        return text + "".join(f"\nFrame from 00:{int(at / 2):02d}:{shown}" for at in range(COUNT)) + "\n\n"
+        words, last = ("eight", 3) if count == COUNT else ("five", 2)
+        text = f"You are provided the following series of {words} frames from a 0:00:0{last} [H:MM:SS] video.\n"
+        return text + "".join(f"\nFrame from 00:{int(at / 2):02d}:{shown}" for at in range(count)) + "\n\n"
     processor = library_processor(name, folder)
     processor.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
     told = {key: torch.from_numpy(array) for key, array in inputs.items()}
-    told["video_metadata"] = [SimpleNamespace(fps=2.0, frames_indices=list(range(COUNT)))]
+    told["video_metadata"] = [SimpleNamespace(fps=2.0, frames_indices=list(range(count)))]
     if name == "internvl":
         told["pixel_values_videos"] = told["pixel_values"][None]
     return str(processor.replace_video_token(told, 0))
 
 
-def reference(name: str, folder: Path, encoder, number: int, *, asks: bool = False) -> dict[str, torch.Tensor]:
+def reference(name: str, folder: Path, encoder, number: int) -> dict[str, torch.Tensor]:
     """The library's inputs for one conversation; a still picture is prepared as other tests show to be right."""
     tokenizer = encoder.tokenizer
     image, still = {"type": "image"}, encoder.image_encoder(STILL.load())
     texts = [{"type": "text", "text": text} for text in ("See ", " and ", " now", "What moves?", "Count.")]
     video = {"type": "video"}
     parts = ([texts[0], image, texts[1], video, texts[2]], [video, texts[3]], [texts[4]])[number]
-    messages = [{"role": "user", "content": parts}]
-    if not asks:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWER}]})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+    said = {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}
+    text = tokenizer.apply_chat_template([{"role": "user", "content": parts}, said], tokenize=False)
     arrays: list[dict[str, np.ndarray]] = [dict(still.inputs)] if number == 0 else []
     shown = still.text or encoder.image_token * sum(tile.token_count for tile in still.tiles)
     text = text.replace(encoder.image_token, "\0")
     if number < 2:
-        arrays.append(slow_inputs(name, CLIPS[number]))
-        text = text.replace(VIDEO[name], video_text(name, folder, arrays[-1]))
+        clip = clip_of(name, number)
+        arrays.append(slow_inputs(name, clip))
+        text = text.replace(VIDEO[name], video_text(name, folder, len(clip.arrays), arrays[-1]))
     text = text.replace("\0", shown)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=not text.startswith("<s>"))["input_ids"]
     inputs = {"input_ids": ids}
@@ -202,21 +210,31 @@ def reference(name: str, folder: Path, encoder, number: int, *, asks: bool = Fal
     return inputs
 
 
+@pytest.fixture(scope="module")
+def references(family: str, folder: Path, encoder):
+    """Of each conversation the library's inputs, and logits and attention of its own pass over them."""
+    model = hf.AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
+    found = []
+    for number in range(3):
+        inputs = reference(family, folder, encoder, number)
+        with torch.no_grad():
+            output = model(**inputs, use_cache=False, output_attentions=True)
+        found.append((inputs, output.logits[0], [layer[0].mean(dim=0) for layer in output.attentions]))
+    return found
+
+
 def test_logits_and_attention_of_videos_pictures_and_text_in_one_batch_are_the_librarys(
-    family: str, folder: Path, teacher: Teacher, encoder
+    family: str, teacher: Teacher, encoder, references
 ):
-    samples = [encoder(conversation(number)) for number in range(3)]
+    samples = [encoder(conversation(family, number)) for number in range(3)]
     batch = collate(samples, teacher.pad_token_id)
     wanted = dict.fromkeys(("logits", "answer_attention"))
     output = teacher.run(teacher.prepare(batch, requests_of(batch, wanted, tuple((layer,) for layer in range(LAYERS)))))
     done = 0
-    for number, sample in enumerate(samples):
-        inputs = reference(family, folder, encoder, number)
+    for number, (sample, (inputs, logits, attention)) in enumerate(zip(samples, references, strict=True)):
         assert sample.input_ids.tolist() == inputs["input_ids"][0].tolist()
-        for name in sample.image_inputs:
-            found = sample.image_inputs[name]
+        for name, found in sample.image_inputs.items():
             np.testing.assert_allclose(found, inputs[name].numpy().reshape(found.shape), atol=1e-5)
-        logits, attention = reference_output(folder, inputs)
         rows = sample.supervised_rows
         torch.testing.assert_close(output["logits"][done : done + len(rows)], logits[rows], atol=3e-4, rtol=1e-4)
         keys = np.flatnonzero(sample.visual_mask)
@@ -227,14 +245,31 @@ def test_logits_and_attention_of_videos_pictures_and_text_in_one_batch_are_the_l
 
 
 def test_generation_from_left_padded_prompts_with_videos_begins_with_the_librarys_logits(
-    family: str, folder: Path, teacher: Teacher, encoder
+    family: str, teacher: Teacher, encoder, references
 ):
-    prompts = [encoder(conversation(number), prompt_only=True) for number in (0, 1)]
+    prompts = [encoder(conversation(family, number), prompt_only=True) for number in (0, 1)]
     inputs = partial(teacher.family.generation_inputs, teacher.config, dtype=torch.float32)
     made = generate_answers(teacher.model, encoder, prompts, max_new_tokens=2, inputs=inputs)
     for number in (0, 1):
-        logits, _ = reference_output(folder, reference(family, folder, encoder, number, asks=True))
-        torch.testing.assert_close(made.first_logits[number], logits[-1], atol=3e-4, rtol=1e-4)
+        first = encoder(conversation(family, number)).supervised_rows[0]
+        torch.testing.assert_close(made.first_logits[number], references[number][1][first], atol=3e-4, rtol=1e-4)
+
+
+def test_a_student_trains_on_videos(family: str, teacher: Teacher, encoder, references):
+    """Its logits are the teacher's, which has the same weights, and the loss reaches them through the frames' tokens."""
+    student = LibraryStudent(teacher.model.requires_grad_(True), teacher.family)
+    samples = [encoder(conversation(family, number)) for number in (1, 2)]
+    batch = collate(samples, teacher.pad_token_id)
+    logits = student(**student.model_inputs(batch), supervised=batch.labels != IGNORE_INDEX, use_cache=False).logits
+    expected = [references[number][1][sample.supervised_rows] for number, sample in zip((1, 2), samples, strict=True)]
+    torch.testing.assert_close(logits, torch.cat(expected), atol=3e-4, rtol=1e-4)
+    path = teacher.family.projector
+    weight = next(
+        value for name, value in teacher.model.named_parameters() if name.startswith(path) and value.ndim == 2
+    )
+    (gradient,) = torch.autograd.grad(logits.square().sum(), weight)
+    teacher.model.requires_grad_(False)
+    assert gradient.abs().max() > 0
 
 
 def token_brightness(name: str, encoder, encoded, config) -> np.ndarray:
@@ -299,7 +334,7 @@ def test_settings_of_videos_that_cannot_be_used_leave_pictures_alone_and_are_tol
     with pytest.raises(
         SampleError, match=r"how this model reads videos is not known: .*video_preprocessor_config\.json"
     ):
-        broken(conversation(1))
+        broken(conversation(family, 1))
 
 
 def patched(times: str = "", **size: int) -> PatchedFrames:

@@ -4,6 +4,7 @@ Pixels are made by a slow reference here: the library's video processors need to
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from family_references import library_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_array import ImageArray
+from layout_cases import CASES
 from tiny_families import LAYERS, save_tiny
 from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoPooler
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
@@ -26,12 +28,14 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 
 from vlm_distill_cache.common.attention.tiles import box_array, span_array
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
-from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.families.models import open_family_settings
+from vlm_distill_cache.data.families.table import FAMILIES
+from vlm_distill_cache.data.images.encoder import VideoEncoder
 from vlm_distill_cache.data.images.layouts import geometry_of, image_encoder_from_dict
 from vlm_distill_cache.data.images.layouts.videos import PatchedFrames, in_words
 from vlm_distill_cache.data.sample import Frame, FrameSampling, Sample, Turn
-from vlm_distill_cache.data.text.collate import collate
+from vlm_distill_cache.data.text.collate import collate, join_image_inputs, joinable
 from vlm_distill_cache.data.text.generation import generate_answers
 from vlm_distill_cache.stage1_teacher.loop.signals import requests_of
 from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
@@ -335,6 +339,43 @@ def test_settings_of_videos_that_cannot_be_used_leave_pictures_alone_and_are_tol
         SampleError, match=r"how this model reads videos is not known: .*video_preprocessor_config\.json"
     ):
         broken(conversation(family, 1))
+
+
+def test_a_word_for_a_video_that_is_no_token_is_refused_beside_a_video_alone(family: str, encoder):
+    turn = Turn(question=f"What is {VIDEO[family]}?", answer=ANSWER)
+    for images in ((), (CLIPS[0],)):
+        sample = Sample(sample_id="s", images=images, turns=(turn,))
+        if not images and VIDEO[family] not in encoder.tokenizer.get_added_vocab():
+            assert VIDEO[family] in encoder.tokenizer.decode(encoder(sample).input_ids)
+        else:
+            with pytest.raises(SampleError, match=f"contains .{re.escape(VIDEO[family])}"):
+                encoder(sample)
+
+
+def test_families_without_videos_of_their_own_read_frames_as_pictures():
+    assert {name for name, one in FAMILIES.items() if one.frames is not None} == set(SETTINGS)
+    config = SimpleNamespace(video_token_id=7)
+    with_token = {name for name, one in FAMILIES.items() if one.video_token_id(config) == 7}
+    assert with_token == set(SETTINGS) - {"internvl", "smolvlm"}
+    assert not any(isinstance(CASES[name], VideoEncoder) for name in ("square", "pad", "crop", "framed"))
+    assert CASES["idefics3"].video_marker is CASES["llava-next"].video_marker is None
+
+
+def test_pictures_and_videos_join_and_videos_of_other_lengths_go_apart():
+    def sample(**shapes: tuple[int, ...]):
+        return SimpleNamespace(image_inputs={name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+
+    still, text = {"pixel_values": (2, 3, 4, 4)}, sample()
+    long, short = ({"pixel_values_videos": (1, count, 3, 4, 4)} for count in (8, 5))
+    samples = [sample(**still), sample(**short), sample(**long), sample(**still, **long), text, sample(**still)]
+    groups = joinable(samples)
+    places = {id(one): place for place, one in enumerate(samples)}
+    assert [[places[id(one)] for one in group] for group in groups] == [[0, 1, 5], [2, 3, 4]]
+    joined = [{name: tuple(tensor.shape) for name, tensor in join_image_inputs(group).items()} for group in groups]
+    assert joined[0] == {"pixel_values": (4, 3, 4, 4), "pixel_values_videos": (1, 5, 3, 4, 4)}
+    assert joined[1] == {"pixel_values": (2, 3, 4, 4), "pixel_values_videos": (2, 8, 3, 4, 4)}
+    with pytest.raises(ConfigError, match="videos of one batch differ in frames or size"):
+        join_image_inputs(samples)
 
 
 def patched(times: str = "", **size: int) -> PatchedFrames:

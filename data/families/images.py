@@ -25,14 +25,14 @@ def published_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEnc
     Their checkpoints store a CLIP processor with a centre crop and make the square in their own code.
     """
     vision = config.vision_config
-    side = _patches(config)
+    side = patches_of(config)
     pooled = config.projector_type.startswith("ldp") or config.pool_teacher_tokens  # 2 x 2 patches to one token
     drops = vision.model_type.startswith("siglip") and config.vision_feature_select_strategy == "patch"
     return ImageEncoder(
         processor=processor,
         layout=config.image_aspect_ratio,
         grid=((side + 1) // 2,) * 2 if pooled else (side, side),
-        patch_size=_uneven_patch(config),
+        patch_size=uneven_patch_of(config),
         drops_first=drops,
     )
 
@@ -56,12 +56,12 @@ def any_resolution_images(config: Any, processor: Any, tokenizer: Any) -> AnyIma
     if most is not None and not (most.isdecimal() and int(most)):
         raise ModelError(f"config.json: vision_aspect_ratio is {ratio!r}, expected 'anyres_max_' and a number, like 9")
     encoder = AnyResolutionEncoder(
-        processor=processor, patch_size=_patch_size(config), most_tiles=None if most is None else int(most)
+        processor=processor, patch_size=patch_size_of(config), most_tiles=None if most is None else int(most)
     )
-    if encoder.side != _image_size(config):
+    if encoder.side != image_size_of(config):
         raise ModelError(
             f"preprocessor_config.json cuts tiles of {encoder.side} pixels (size, crop_size), the tower of config.json "
-            f"reads {_image_size(config)} (vision_config.image_size); use files of one checkpoint"
+            f"reads {image_size_of(config)} (vision_config.image_size); use files of one checkpoint"
         )
     return encoder
 
@@ -78,7 +78,7 @@ def qwen_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder:
         ("temporal_patch_size", "temporal_patch_size"),
         ("merge_size", "spatial_merge_size"),
     ):
-        found, wanted = getattr(processor, ours), _side(config, f"vision_config.{theirs}")
+        found, wanted = getattr(processor, ours), side_of(config, f"vision_config.{theirs}")
         if found != wanted:
             raise ModelError(
                 f"preprocessor_config.json: {ours} is {found}, expected {wanted}, which vision_config.{theirs} of config.json "
@@ -93,7 +93,7 @@ def split_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder
     Raises:
         ModelError: If a tile's patches cannot be merged evenly.
     """
-    patch, factor = _patch_size(config), _side(config, "scale_factor")
+    patch, factor = patch_size_of(config), side_of(config, "scale_factor")
     # Its checks come first: without a side there is no grid.
     tile = SplitEncoder(processor=processor, grid=(1, 1), patch_size=patch).side
     side, rest = divmod(tile // patch, factor)
@@ -106,7 +106,7 @@ def split_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder
         processor=processor,
         grid=(side, side),
         patch_size=patch,
-        image_token=_token(tokenizer, config, "image_token_id"),
+        image_token=token_of(tokenizer, config, "image_token_id"),
     )
 
 
@@ -117,23 +117,23 @@ def internvl_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEnco
         ModelError: If a tile's patches cannot be merged evenly.
     """
     ratio = config.downsample_ratio
-    side = _patches(config) * ratio if isinstance(ratio, int | float) else 0
+    side = patches_of(config) * ratio if isinstance(ratio, int | float) else 0
     if side < 1 or side != int(side):
         raise ModelError(
-            f"config.json: downsample_ratio={ratio!r} makes no whole number of visual tokens of {_patches(config)} patches a "
+            f"config.json: downsample_ratio={ratio!r} makes no whole number of visual tokens of {patches_of(config)} patches a "
             "side; use the config.json of the checkpoint"
         )
     return ThumbnailEncoder(
         processor=processor,
         grid=(int(side), int(side)),
-        image_token=_token(tokenizer, config, "image_token_id"),
+        image_token=token_of(tokenizer, config, "image_token_id"),
     )
 
 
 def fixed_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder:
     """One square picture, all patches of a tower without a class token (PaliGemma)."""
-    side = _patches(config)
-    return ImageEncoder.from_processor(processor, (side, side), patch_size=_uneven_patch(config))
+    side = patches_of(config)
+    return ImageEncoder.from_processor(processor, (side, side), patch_size=uneven_patch_of(config))
 
 
 def gemma3_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncoder:
@@ -142,7 +142,7 @@ def gemma3_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncode
     Raises:
         ModelError: If the patches cannot be pooled to that number.
     """
-    tokens, patches = _side(config, "mm_tokens_per_image"), _patches(config)
+    tokens, patches = side_of(config, "mm_tokens_per_image"), patches_of(config)
     side = isqrt(tokens)
     pool = patches // side
     if side * side != tokens or not pool or patches // pool != side:
@@ -150,13 +150,13 @@ def gemma3_images(config: Any, processor: Any, tokenizer: Any) -> AnyImageEncode
             f"config.json: mm_tokens_per_image={tokens} is no square that {patches} x {patches} patches can be pooled to "
             "(vision_config.image_size and patch_size); use the config.json of the checkpoint"
         )
-    pixels = pool * _patch_size(config)  # per visual token
-    begin, end = (_token(tokenizer, config, name) for name in ("boi_token_index", "eoi_token_index"))
+    pixels = pool * patch_size_of(config)  # per visual token
+    begin, end = (token_of(tokenizer, config, name) for name in ("boi_token_index", "eoi_token_index"))
     return FramedEncoder(
         fixed=ImageEncoder.from_processor(
-            processor, (side, side), patch_size=pixels if _image_size(config) != side * pixels else None
+            processor, (side, side), patch_size=pixels if image_size_of(config) != side * pixels else None
         ),
-        image_token=_token(tokenizer, config, "image_token_id"),
+        image_token=token_of(tokenizer, config, "image_token_id"),
         before=f"\n\n{begin}",
         after=f"{end}\n\n",
         marker=begin,
@@ -180,7 +180,7 @@ def image_token_id(config: Any) -> int:
     )
 
 
-def _side(config: Any, name: str) -> int:
+def side_of(config: Any, name: str) -> int:
     """A number of pixels, patches or tokens in a configuration, by its dotted name; of a pair of equal ones, one.
 
     Raises:
@@ -198,21 +198,23 @@ def _side(config: Any, name: str) -> int:
     return int(pair[0])
 
 
-def _image_size(config: Any) -> int:
-    return _side(config, "vision_config.image_size")
+def image_size_of(config: Any) -> int:
+    """Pixels per side of the tower's picture."""
+    return side_of(config, "vision_config.image_size")
 
 
-def _patch_size(config: Any) -> int:
-    return _side(config, "vision_config.patch_size")
+def patch_size_of(config: Any) -> int:
+    """Pixels per side of one of its patches."""
+    return side_of(config, "vision_config.patch_size")
 
 
-def _patches(config: Any) -> int:
+def patches_of(config: Any) -> int:
     """Patches per side of the tower's picture; `ModelError` if there are none."""
-    patches = _image_size(config) // _patch_size(config)
+    patches = image_size_of(config) // patch_size_of(config)
     if not patches:
         raise ModelError(
-            f"config.json: vision_config.patch_size is {_patch_size(config)}, expected at most vision_config.image_size, "
-            f"{_image_size(config)}"
+            f"config.json: vision_config.patch_size is {patch_size_of(config)}, expected at most vision_config.image_size, "
+            f"{image_size_of(config)}"
         )
     return patches
 
@@ -225,12 +227,12 @@ def _resolutions(stored: Any) -> list[list[int]] | None:
         return None
 
 
-def _uneven_patch(config: Any) -> int | None:
+def uneven_patch_of(config: Any) -> int | None:
     """Pixels per patch where patches do not fill the picture exactly (SigLIP 384 / 14); None: they do."""
-    return _patch_size(config) if _image_size(config) % _patch_size(config) else None
+    return patch_size_of(config) if image_size_of(config) % patch_size_of(config) else None
 
 
-def _token(tokenizer: Any, config: Any, name: str) -> str:
+def token_of(tokenizer: Any, config: Any, name: str) -> str:
     """The text of a token that a configuration names by its id; `ModelError` if the tokenizer has none."""
     index = getattr(config, name, None)
     token = None
@@ -246,7 +248,7 @@ def _token(tokenizer: Any, config: Any, name: str) -> str:
 
 def _refuse_uneven(config: Any) -> None:
     """Refuse a configuration whose visual tokens are no grid, because of the tower's class token."""
-    vision, side = config.vision_config, _patches(config)
+    vision, side = config.vision_config, patches_of(config)
     layers = config.vision_feature_layer
     depth = int(vision.num_hidden_layers)
     named = [layers] if isinstance(layers, int) else list(layers or ())

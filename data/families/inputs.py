@@ -102,6 +102,17 @@ def _pictures(config: Any, batch: Batch, row: int) -> int:
     return sum(token != config.video_token_id for token in views.values())
 
 
+def frame_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
+    """As `plain_inputs`, the frames of all videos as those of one ``[1, M, ...]`` (LLaVA-NeXT-Video).
+
+    The library stacks videos of equally many frames. Nothing stands between two videos' features, and they come out in the
+    order of the frames either way.
+    """
+    inputs = plain_inputs(config, batch, dtype=dtype)
+    frames = inputs.get("pixel_values_videos")
+    return inputs if frames is None else inputs | {"pixel_values_videos": frames[None]}
+
+
 def grid_position_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
     """As `plain_inputs`, positions int64 ``[3, B, T]``: time, row and column of each token (Qwen-VL).
 
@@ -258,9 +269,10 @@ def _token_types(config: Any) -> tuple[str, ...]:
 
 
 def image_tensors(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch's image inputs, floating-point ones in the model's dtype."""
+    """A batch's image inputs, floating-point ones in the model's dtype; seconds stay as they are."""
     return {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.image_inputs.items()
+        name: tensor.to(dtype) if tensor.is_floating_point() and name != "second_per_grid_ts" else tensor
+        for name, tensor in batch.image_inputs.items()
     }
 
 

@@ -41,6 +41,7 @@ from vlm_distill_cache.common.models.published import (
 )
 from vlm_distill_cache.data.families.table import Family, family_of, submodule
 from vlm_distill_cache.data.families.unusable import refuse_unusable
+from vlm_distill_cache.data.families.videos import with_videos
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.images.library import load_processor
 from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
@@ -229,6 +230,7 @@ def _read_settings(
     tokenizer = load_tokenizer(tokenizer_folder)
     if original and config.image_token_index < len(tokenizer):
         config.image_token_index = len(tokenizer)  # a place holder, which no token of a text may have
+    folder: Path | None = None
     if not family.is_listed:
         processor = load_processor(directory)
     else:
@@ -241,6 +243,8 @@ def _read_settings(
         if original:
             processor = original_image_processor(read_config(directory), processor)
     image_encoder = _open_image_encoder(family, config, processor, tokenizer, directory)
+    if family.frames is not None:
+        image_encoder = with_videos(image_encoder, config, tokenizer, folder or directory, family.frames)
     return FamilySettings(config, family, tokenizer, processor, image_encoder)
 
 

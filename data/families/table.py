@@ -25,6 +25,7 @@ from vlm_distill_cache.data.families.images import (
 )
 from vlm_distill_cache.data.families.inputs import (
     counted_inputs,
+    frame_inputs,
     grid_position_inputs,
     image_block_inputs,
     library_inputs,
@@ -32,6 +33,16 @@ from vlm_distill_cache.data.families.inputs import (
     prefix_inputs,
     stacked_inputs,
     text_config,
+)
+from vlm_distill_cache.data.families.videos import (
+    MakesFrames,
+    internvl_frames,
+    next_video_frames,
+    onevision_frames,
+    qwen2_5_frames,
+    qwen2_frames,
+    qwen3_frames,
+    smolvlm_frames,
 )
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.text.collate import collate
@@ -63,6 +74,8 @@ class Family:
         visual_rows: What a visual token sees: only what precedes it, also its whole image, or the whole prompt.
         model_inputs: From config, batch and dtype to the keyword arguments of the model.
         most_pictures: How many pictures and videos a sample may have (`SampleEncoder.most_pictures`); None: any number.
+        frames: How it reads a video; None: its frames are pictures.
+        video_tokens: Whether the visual tokens of a video have an id of their own.
     """
 
     model_class: str
@@ -75,6 +88,8 @@ class Family:
     visual_rows: VisualRows = "causal"
     model_inputs: Callable[..., Mapping[str, Any]] = plain_inputs
     most_pictures: int | None = None
+    frames: MakesFrames | None = None
+    video_tokens: bool = False
 
     @property
     def is_listed(self) -> bool:
@@ -111,15 +126,19 @@ class Family:
         positions = inputs.pop("position_ids", None)
         inputs["attention_mask"] = batch.attention_mask.long()
         if positions is not None and positions.ndim == 3:
-            # Positions by time, row and column: the library derives them from where image tokens (1) and those of videos (2) are.
-            inputs["mm_token_type_ids"] = batch.visual_mask.long() * (
-                1 + (batch.input_ids == config.video_token_id).long()
-            )
+            # Positions by time, row and column: the library derives them from where the image tokens are.
+            inputs["mm_token_type_ids"] = batch.visual_mask.long() + (batch.input_ids == self.video_token_id(config))
         return inputs
 
     def image_token_id(self, config: Any) -> int:
         """Id that stands for one visual token in ``input_ids``; raises ModelError if there is none."""
         return image_token_id(config)
+
+    def video_token_id(self, config: Any) -> int | None:
+        """Id that stands for one visual token of a video; None: frames are pictures, or have their token."""
+        names = ("video_token_id", "video_token_index") if self.video_tokens else ()
+        found = (getattr(config, name, None) for name in names)
+        return next((value for value in found if isinstance(value, int)), None)
 
 
 def _projector_config(config: Any, *, act: str, bias: bool) -> dict[str, Any]:
@@ -155,6 +174,21 @@ def _alike(model_classes: Mapping[str, str], **entry: Any) -> dict[str, Family]:
     return {name: Family(model_class=model_class, **entry) for name, model_class in model_classes.items()}
 
 
+_QWEN: dict[str, Any] = {
+    "vision_tower": "model.visual",
+    "projector": "model.visual.merger",
+    "image_encoder": qwen_images,
+    "model_inputs": grid_position_inputs,
+    "video_tokens": True,
+}
+_SPLIT: dict[str, Any] = {
+    "language_model": "model.text_model",
+    "vision_tower": "model.vision_model",
+    "projector": "model.connector",
+    "image_encoder": split_images,
+    "model_inputs": stacked_inputs,
+}
+
 FAMILIES: dict[str, Family] = {
     "llava": Family(
         model_class="LlavaForConditionalGeneration",
@@ -162,39 +196,35 @@ FAMILIES: dict[str, Family] = {
         image_encoder=llava_images,
         projector_config=_mlp_config,
     ),
-    **_alike(
-        {"llava_next": "LlavaNextForConditionalGeneration"},
+    "llava_next": Family(
+        model_class="LlavaNextForConditionalGeneration",
         image_encoder=any_resolution_images,
         projector_config=_mlp_config,
     ),
-    **_alike(
-        {"llava_onevision": "LlavaOnevisionForConditionalGeneration"},
+    "llava_onevision": Family(
+        model_class="LlavaOnevisionForConditionalGeneration",
         image_encoder=any_resolution_images,
         projector_config=_mlp_config,
+        frames=onevision_frames,
         model_inputs=counted_inputs,
+        video_tokens=True,
     ),
-    **_alike(
-        {
-            "qwen2_vl": "Qwen2VLForConditionalGeneration",
-            "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-            "qwen3_vl": "Qwen3VLForConditionalGeneration",
-        },
-        vision_tower="model.visual",
-        projector="model.visual.merger",
-        image_encoder=qwen_images,
-        model_inputs=grid_position_inputs,
-    ),
-    **_alike(
-        {"idefics3": "Idefics3ForConditionalGeneration", "smolvlm": "SmolVLMForConditionalGeneration"},
-        language_model="model.text_model",
-        vision_tower="model.vision_model",
-        projector="model.connector",
-        image_encoder=split_images,
-        model_inputs=stacked_inputs,
-    ),
+    "qwen2_vl": Family(model_class="Qwen2VLForConditionalGeneration", frames=qwen2_frames, **_QWEN),
+    "qwen2_5_vl": Family(model_class="Qwen2_5_VLForConditionalGeneration", frames=qwen2_5_frames, **_QWEN),
+    "qwen3_vl": Family(model_class="Qwen3VLForConditionalGeneration", frames=qwen3_frames, **_QWEN),
+    "idefics3": Family(model_class="Idefics3ForConditionalGeneration", **_SPLIT),
+    "smolvlm": Family(model_class="SmolVLMForConditionalGeneration", frames=smolvlm_frames, **_SPLIT),
     "internvl": Family(
         model_class="InternVLForConditionalGeneration",
         image_encoder=internvl_images,
+        frames=internvl_frames,
+    ),
+    "llava_next_video": Family(
+        model_class="LlavaNextVideoForConditionalGeneration",
+        image_encoder=any_resolution_images,
+        model_inputs=frame_inputs,
+        frames=next_video_frames,
+        video_tokens=True,
     ),
     "paligemma": Family(
         model_class="PaliGemmaForConditionalGeneration",

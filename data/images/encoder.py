@@ -129,6 +129,13 @@ def unusable_settings(processor: Any, why: str) -> ConfigError:
 class VideoEncoder(Protocol):
     """What image encoders of families can do that read a video otherwise than as so many pictures."""
 
+    @property
+    def video_marker(self) -> str | None:
+        """What a prompt template writes for a video; None: the token at the visual positions of one."""
+
+    def video_dict(self) -> dict[str, Any]:
+        """What decides pixels, boxes and text of a video, as plain JSON; empty: frames are pictures."""
+
     def video(self, frames: Sequence[Frame]) -> EncodedImage:
         """Turn the frames of one video into model input.
 

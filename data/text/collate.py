@@ -18,6 +18,9 @@ from vlm_distill_cache.common.cache.shared_images import prefix_key
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.data.text.encoding import EncodedSample
 
+VIDEO_INPUTS = frozenset(("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"))
+"""Arguments of models that are of videos alone."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
@@ -174,18 +177,26 @@ def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 def joinable(samples: Sequence[EncodedSample]) -> list[list[EncodedSample]]:
     """Split samples into groups whose pictures can be joined, in order; one without goes with the one in front of it.
 
-    Pictures of one of our image encoders always join. The library's own processors may make arrays of another shape, or
-    other arrays, of each picture.
+    Pictures of one of our image encoders always join, videos of some only if they have equally many frames. The library's
+    own processors may make arrays of another shape, or other arrays, of each picture.
     """
-    groups: dict[object, list[EncodedSample]] = {}
-    key: object = None
+    groups: list[tuple[dict[bool, object], list[EncodedSample]]] = []
+    last: tuple[dict[bool, object], list[EncodedSample]] | None = None
     for sample in samples:
-        if sample.image_inputs:
-            key = frozenset((name, array.shape[1:]) for name, array in sample.image_inputs.items())
-        if None in groups and key is not None:  # those in front had no picture
-            groups[key] = groups.pop(None)
-        groups.setdefault(key, []).append(sample)
-    return list(groups.values())
+        kinds: dict[bool, object] = {
+            videos: frozenset((name, array.shape[1:]) for name, array in part.items())
+            for videos in (False, True)
+            if (part := _inputs_of(sample, videos=videos))
+        }
+        fits = (group for group in groups if all(group[0].get(kind, key) == key for kind, key in kinds.items()))
+        group = next(fits, None) if kinds else last
+        if group is None:
+            group = ({}, [])
+            groups.append(group)
+        group[0].update(kinds)
+        group[1].append(sample)
+        last = group
+    return [members for _, members in groups]
 
 
 def _block_mask(samples: Sequence[EncodedSample], longest: int) -> Tensor:
@@ -207,20 +218,34 @@ def _block_mask(samples: Sequence[EncodedSample], longest: int) -> Tensor:
 def join_image_inputs(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
     """Join the image arrays of samples along their first axis, by argument name; empty without an image.
 
-    Pictures of any-resolution layouts differ in tiles, those of dynamic ones in patches: both join.
+    Pictures of any-resolution layouts differ in tiles, those of dynamic ones in patches: both join. So do pictures and
+    videos, which have arguments of their own; some models take only videos of equally many frames in one batch.
     """
-    with_image = [sample.image_inputs for sample in samples if sample.image_inputs]
     joined: dict[str, Tensor] = {}
-    names = {tuple(sorted(inputs)) for inputs in with_image}
-    if len(names) > 1:
-        raise ConfigError(f"pictures of one batch have different inputs {sorted(names)}; use one image encoder")
-    for name in with_image[0] if with_image else ():
-        arrays = [inputs[name] for inputs in with_image]
-        shapes = {array.shape[1:] for array in arrays}
-        if len(shapes) > 1:
-            raise ConfigError(f"pictures of one batch differ in size ({name}: {sorted(shapes)}); use one image encoder")
-        joined[name] = torch.from_numpy(np.concatenate(arrays))
+    for videos in (False, True):
+        parts = [part for sample in samples if (part := _inputs_of(sample, videos=videos))]
+        names = {tuple(sorted(part)) for part in parts}
+        if len(names) > 1:
+            raise ConfigError(f"pictures of one batch have different inputs {sorted(names)}; use one image encoder")
+        for name in parts[0] if parts else ():
+            arrays = [part[name] for part in parts]
+            shapes = {array.shape[1:] for array in arrays}
+            if len(shapes) > 1 and videos:
+                raise ConfigError(
+                    f"videos of one batch differ in frames or size ({name}: {sorted(shapes)}), which this model cannot take "
+                    "in one pass; set the batch size to 1"
+                )
+            if len(shapes) > 1:
+                raise ConfigError(
+                    f"pictures of one batch differ in size ({name}: {sorted(shapes)}); use one image encoder"
+                )
+            joined[name] = torch.from_numpy(np.concatenate(arrays))
     return joined
+
+
+def _inputs_of(sample: EncodedSample, *, videos: bool) -> dict[str, np.ndarray]:
+    """The image arrays of a sample that are of videos, or those that are not."""
+    return {name: array for name, array in sample.image_inputs.items() if (name in VIDEO_INPUTS) == videos}
 
 
 def _positions(mask: Tensor) -> Tensor:

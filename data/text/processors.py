@@ -35,6 +35,32 @@ from vlm_distill_cache.data.text.tokenizer_program import PROBE
 from vlm_distill_cache.data.text.tokenizer_trial import is_failure, try_tokenizers
 
 
+def load_video_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a folder's video processor, in the order in which the library looks for them.
+
+    Returns:
+        Those in ``processor_config.json``, else of ``video_preprocessor_config.json``; empty: videos are prepared as pictures
+        are.
+
+    Raises:
+        ModelError: A file cannot be read, or holds no settings.
+    """
+    try:
+        for file in ("processor_config.json", "video_preprocessor_config.json"):
+            if not (path := Path(folder) / file).is_file():
+                continue
+            stored = read_json(path.resolve(), max_bytes=MAX_SETTINGS_BYTES)
+            check(stored, OBJECT, file, remedy="correct it")
+            if file.startswith("video"):
+                return dict(stored)
+            if "video_processor" in stored:
+                check(stored["video_processor"], OBJECT, f"{file}: video_processor", remedy="correct it")
+                return dict(stored["video_processor"])
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"no usable settings of videos ({error}); download the file again") from error
+    return {}
+
+
 def module_fingerprint(module: nn.Module) -> str:
     """Fingerprint a module's weights, read as float32, independent of the file format and of fp16 storage.
 

@@ -23,6 +23,8 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
                                  "num_additional_image_tokens": 1}),
     "llava_next": ("LlavaNextProcessor", {"patch_size": 8, "vision_feature_select_strategy": "default",
                                           "num_additional_image_tokens": 1}),
+    "llava_next_video": ("LlavaNextVideoProcessor", {"patch_size": 6, "vision_feature_select_strategy": "default",
+                                                     "num_additional_image_tokens": 1}),
     "llava_onevision": ("LlavaOnevisionProcessor", {
         "num_image_tokens": 9, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_2"}),
     "qwen2_vl": ("Qwen2VLProcessor", {}),

@@ -26,24 +26,27 @@ VISION = {
 }  # fmt: skip
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [24, 72]]
 
-# The parts of the published chat templates that one picture and plain turns reach.
+# The parts of the published chat templates that pictures, videos and plain turns reach.
 QWEN_CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NEXT_CHAT = (
     "{% for m in messages %}{% if m.role == 'user' %}USER: {% else %} ASSISTANT: {% endif %}{% for c in m.content %}"
-    "{% if c.type == 'image' %}<image>\n{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    "{% if c.type == 'image' %}<image>\n{% elif c.type == 'video' %}<video>\n{% else %}{{ c.text }}{% endif %}{% endfor %}"
     "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} ASSISTANT: {% endif %}"
 )
-ONEVISION_CHAT = QWEN_CHAT.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>\n")
-INTERNVL_CHAT = QWEN_CHAT.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
+WITH_VIDEO = QWEN_CHAT.replace("<|vision_start|><|video_pad|><|vision_end|>", "<video>\n")
+ONEVISION_CHAT = WITH_VIDEO.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>\n")
+INTERNVL_CHAT = WITH_VIDEO.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
 SMOL_CHAT = (
     "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}{% if m.content[0].type == 'image' %}:{% else %}: "
-    "{% endif %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}"
-    "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% endif %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% elif c.type == 'video' %}<video>"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
 GEMMA_CHAT = (
     "<s>{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
@@ -123,6 +126,20 @@ def _llava_onevision(folder: Path) -> tuple[Any, Any, Any]:
     )  # fmt: skip
     processor = hf.LlavaOnevisionImageProcessorPil(size=square(), image_grid_pinpoints=PINPOINTS)
     return hf.LlavaOnevisionForConditionalGeneration(config), tokenizer, processor
+
+
+def _llava_next_video(folder: Path) -> tuple[Any, Any, Any]:
+    tokenizer = byte_tokenizer("<image>", "<video>", chat=NEXT_CHAT, bos=True)
+    config = hf.LlavaNextVideoConfig(
+        vision_config=hf.CLIPVisionConfig(**{**VISION, "patch_size": 6}, projection_dim=32),
+        text_config=hf.LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"), image_grid_pinpoints=PINPOINTS,
+    )  # fmt: skip
+    processor = hf.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 24}, crop_size=square(), image_grid_pinpoints=PINPOINTS
+    )
+    return hf.LlavaNextVideoForConditionalGeneration(config), tokenizer, processor
 
 
 QWEN_SPECIAL = (
@@ -391,6 +408,9 @@ TINY: dict[str, Callable[[Path], tuple[Any, Any, Any]]] = {
     "compodistill": _compodistill,
 }
 
+# Differ from one of the above in how they read videos alone: for the tests of videos.
+TINY_VIDEO: dict[str, Callable[[Path], tuple[Any, Any, Any]]] = {"llava_next_video": _llava_next_video}
+
 
 def save_tiny(name: str, folder: Path, *, seed: int = 0, wide: bool = False) -> Path:
     """Save a tiny random checkpoint of a family: model, tokenizer and image processor.
@@ -403,7 +423,7 @@ def save_tiny(name: str, folder: Path, *, seed: int = 0, wide: bool = False) -> 
         mock.patch.dict(TEXT, hidden_size=width, num_attention_heads=heads, num_key_value_heads=shared),
         mock.patch.dict(globals(), WIDTH=width),
     ):
-        model, tokenizer, processor = TINY[name](folder)
+        model, tokenizer, processor = (TINY | TINY_VIDEO)[name](folder)
     make_lively(model)
     if name in PUBLISHED:
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@
 | `thumbnail` | InternVL | stretched, cut into tiles | tile after tile, then the whole |
 | `dynamic` | Qwen2-VL, 2.5, 3 | rounded to whole tokens | one grid, its size follows the picture |
 
-Pixels always come from the model library's own PIL processor. An encoder's `to_dict` is a plan's ``geometry``;
+Some read a video otherwise than as so many pictures (`data.images.layouts.videos`). Pixels always come from the model
+library's own PIL processor. An encoder's `to_dict` is a plan's ``geometry``;
 `image_encoder_from_dict` is its inverse.
 """
 
@@ -17,23 +18,41 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder, VideoEncoder
 from vlm_distill_cache.data.images.layouts.any_resolution import AnyResolutionEncoder
 from vlm_distill_cache.data.images.layouts.dynamic import DynamicEncoder
 from vlm_distill_cache.data.images.layouts.framed import FramedEncoder
 from vlm_distill_cache.data.images.layouts.split import SplitEncoder
 from vlm_distill_cache.data.images.layouts.thumbnail import ThumbnailEncoder
+from vlm_distill_cache.data.images.layouts.videos import FixedFrames, PatchedFrames, SquaredFrames
 
 KINDS: dict[str, Any] = {
     layout.kind: layout for layout in (AnyResolutionEncoder, SplitEncoder, ThumbnailEncoder, DynamicEncoder)
 }
+FRAMES: dict[str, Any] = {
+    AnyResolutionEncoder.kind: FixedFrames,
+    ThumbnailEncoder.kind: FixedFrames,
+    SplitEncoder.kind: SquaredFrames,
+    DynamicEncoder.kind: PatchedFrames,
+}
+
+
+def geometry_of(encoder: AnyImageEncoder, *, videos: bool) -> dict[str, Any]:
+    """What decides pixels and boxes, as plain JSON for a plan and its fingerprint.
+
+    Args:
+        videos: Whether the data has videos: what decides theirs is then told, too, as ``video``. Without, nothing is, so
+            that plans of pictures stay what they are.
+    """
+    own = encoder.video_dict() if videos and isinstance(encoder, VideoEncoder) else {}
+    return encoder.to_dict() | ({"video": own} if own else {})
 
 
 def image_encoder_from_dict(geometry: Mapping[str, Any], processor: Any) -> AnyImageEncoder:
     """Rebuild an image encoder from its dict and the PIL image processor it was made with.
 
     Args:
-        geometry: From ``to_dict``; without a ``kind`` that of the fixed `ImageEncoder`.
+        geometry: From ``to_dict`` or `geometry_of`; without a ``kind`` that of the fixed `ImageEncoder`.
         processor: From ``data.text.processors.load_image_processor``.
 
     Raises:
@@ -54,7 +73,7 @@ def image_encoder_from_dict(geometry: Mapping[str, Any], processor: Any) -> AnyI
 
 
 def _rebuild(stored: dict[str, Any], processor: Any) -> AnyImageEncoder:
-    kind = stored.pop("kind", None)
+    kind, video = stored.pop("kind", None), stored.pop("video", None)
     texts = {name: stored.pop(name) for name in ("image_token", "before", "after", "marker") if name in stored}
     try:
         del stored["processor"]
@@ -68,7 +87,8 @@ def _rebuild(stored: dict[str, Any], processor: Any) -> AnyImageEncoder:
         if kind not in KINDS:
             known = ", ".join([*KINDS, FramedEncoder.kind])
             raise ConfigError(f"image geometry of kind {kind!r} is unknown; known: {known}; update the package")
-        encoder: AnyImageEncoder = KINDS[kind](processor=processor, **stored, **texts)
+        frames = {} if video is None else {"frames": FRAMES[kind].from_dict(video, processor)}
+        encoder: AnyImageEncoder = KINDS[kind](processor=processor, **stored, **texts, **frames)
     except (TypeError, KeyError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise

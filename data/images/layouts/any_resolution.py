@@ -8,14 +8,16 @@ than `most_tiles` tiles' worth of tokens (`anyres_max_9`).
 A newline token is an image token without a picture: the grid's tile has one more column, beyond the picture's
 right edge, where `content_mask` finds padding.
 
+Frames of a video are scaled to one tile each and their tokens pooled (LLaVA-OneVision, LLaVA-NeXT-Video).
+
 Where patches do not fill a tile (SigLIP), the joined grid has a gap of a few pixels at each seam. Its tokens are
 taken as evenly spaced from the first to the last one's edge: none is off by more than half a token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -40,9 +42,8 @@ from vlm_distill_cache.data.images.layouts.pixels import (
     tile_array,
     whole,
 )
-
-BESIDE = (1.0, 0.0, 2.0, 1.0)
-"""A region beyond the picture's right edge."""
+from vlm_distill_cache.data.images.layouts.videos import BESIDE, FixedFrames, unread_videos
+from vlm_distill_cache.data.sample import Frame
 
 SHRINKS_ABOVE = 1.1
 """OneVision shrinks a grid whose side is more than this times the largest allowed one's."""
@@ -58,10 +59,12 @@ class AnyResolutionEncoder(Layout):
         patch_size: Pixels per side of a patch of the vision tower.
         most_tiles: Tiles' worth of tokens the joined grid may have (OneVision's ``anyres_max_9``: 9); None:
             any number (LLaVA-NeXT).
+        frames: How frames of a video are read; None: as so many pictures.
     """
 
     patch_size: int
     most_tiles: int | None = None
+    frames: FixedFrames | None = None
 
     kind: ClassVar[str] = "any_resolution"
     keys: ClassVar[tuple[str, ...]] = ("image_grid_pinpoints",)
@@ -174,6 +177,28 @@ class AnyResolutionEncoder(Layout):
             },
             tiles=(tile, Tile(rows=1, cols=1, region=BESIDE)),
         )
+
+    @property
+    def video_marker(self) -> str | None:
+        """The video token is written for a video."""
+        return None
+
+    def video_dict(self) -> dict[str, Any]:
+        """What decides pixels, boxes and text of a video, as plain JSON; empty: frames are pictures."""
+        return {} if self.frames is None else self.frames.to_dict()
+
+    def video(self, frames: Sequence[Frame]) -> EncodedImage:
+        """Turn the frames of one video into model input.
+
+        Returns:
+            ``pixel_values_videos`` f4 ``[1, F, 3, H, W]`` where a newline ends each video, so that a model must know how many
+            frames each has; else ``[F, 3, H, W]`` (`data.families.inputs.frame_inputs`). And a tile a frame.
+        """
+        if self.frames is None:
+            raise unread_videos(self)
+        pixels, tiles = self.frames(frames)
+        pixels = pixels[None] if self.frames.newline else pixels
+        return EncodedImage(inputs={"pixel_values_videos": pixels}, tiles=tiles)
 
     def _joined(self, height: int, width: int) -> Tile | None:
         """The tokens of the large picture, newlines included; None if the cut leaves no row."""

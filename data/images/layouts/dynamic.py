@@ -1,11 +1,13 @@
 """Qwen2-VL, 2.5 and 3: the picture at about its own size, one visual token per square of merged patches.
 
 The sides are rounded to whole tokens, so there is no padding, and the number of tokens follows the picture. The
-chat template writes the tags around the picture; only the image token itself is opened out.
+chat template writes the tags around the picture; only the image token itself is opened out. Frames of a video are read in
+twos: one token shows a square of both (`PatchedFrames`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -14,9 +16,8 @@ from vlm_distill_cache.common.attention.tiles import grid_tile
 from vlm_distill_cache.common.errors import ConfigError, SampleError
 from vlm_distill_cache.data.images.encoder import EncodedImage, check_settings, plain_size, prepare_picture
 from vlm_distill_cache.data.images.layouts.pixels import MOST_SIDE, Layout, check_processor, count_setting
-
-MOST_ELONGATED = 200
-"""Long over short side that the library's processor still takes."""
+from vlm_distill_cache.data.images.layouts.videos import MOST_ELONGATED, PatchedFrames, unread_videos
+from vlm_distill_cache.data.sample import Frame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,12 @@ class DynamicEncoder(Layout):
     """`Qwen2VLImageProcessorPil` with its geometry.
 
     The processor's ``size`` holds the fewest and most pixels as ``shortest_edge`` and ``longest_edge``.
+
+    Attributes:
+        frames: How frames of a video are read; None: videos are not.
     """
+
+    frames: PatchedFrames | None = None
 
     kind: ClassVar[str] = "dynamic"
     keys: ClassVar[tuple[str, ...]] = ("patch_size", "temporal_patch_size", "merge_size")
@@ -72,6 +78,21 @@ class DynamicEncoder(Layout):
         tile = grid_tile(int(shape[0, 1]) // merge, int(shape[0, 2]) // merge)
         pixels = np.ascontiguousarray(output["pixel_values"], dtype=np.float32)
         return EncodedImage(inputs={"pixel_values": pixels, "image_grid_thw": shape}, tiles=(tile,))
+
+    @property
+    def video_marker(self) -> str | None:
+        """The video token is written for a video."""
+        return None
+
+    def video_dict(self) -> dict[str, Any]:
+        """What decides pixels, boxes and text of a video, as plain JSON."""
+        return {} if self.frames is None else self.frames.to_dict()
+
+    def video(self, frames: Sequence[Frame]) -> EncodedImage:
+        """Turn the frames of one video into model input, as `PatchedFrames`; raises as that does, or `unread_videos`."""
+        if self.frames is None:
+            raise unread_videos(self)
+        return self.frames(frames)
 
     @property
     def _pixels(self) -> tuple[int, int]:

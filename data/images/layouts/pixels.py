@@ -20,6 +20,7 @@ class Layout:
     """A PIL image processor of the library, with what the model adds to its geometry as further attributes.
 
     Attributes:
+        videos_unread: Why videos cannot be read, of a family that has a way of its own to read them; no part of a plan.
         kind: Names the layout in a plan.
         keys: Settings of the processor's class that decide pixels, beside those that all processors have.
 
@@ -28,6 +29,7 @@ class Layout:
     """
 
     processor: Any
+    videos_unread: str = ""
 
     kind: ClassVar[str]
     keys: ClassVar[tuple[str, ...]]
@@ -40,7 +42,8 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """What decides pixels, boxes and the text, as plain JSON."""
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "processor"}
+        apart = ("processor", "frames", "videos_unread")
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in apart}
         stored = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
         return {"kind": self.kind, **stored, "processor": pixel_settings(self.processor, self.keys)}
 

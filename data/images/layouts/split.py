@@ -2,13 +2,15 @@
 
 The picture is stretched to whole tiles, so there is no padding. Each tile is written
 ``<fake_token_around_image><row_1_col_2>`` and its image tokens, each row of tiles ends with a line feed, and the
-whole picture follows as ``<global-img>``.
+whole picture follows as ``<global-img>``. SmolVLM reads each frame of a video as the whole picture alone, with its time in
+front; Idefics 3 knows no videos.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from math import ceil
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -26,8 +28,10 @@ from vlm_distill_cache.data.images.layouts.pixels import (
     tiled,
     whole,
 )
+from vlm_distill_cache.data.images.layouts.videos import SquaredFrames, frame_tiles, in_words, unread_videos
+from vlm_distill_cache.data.sample import Frame
 
-AROUND, GLOBAL = "<fake_token_around_image>", "<global-img>"
+AROUND, GLOBAL, VIDEO = "<fake_token_around_image>", "<global-img>", "<video>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +42,13 @@ class SplitEncoder(Layout):
         grid: Rows and columns of one tile's visual tokens, after the pixel shuffle.
         patch_size: Pixels per side of a patch of the vision tower.
         image_token: The text of one visual token.
+        frames: How frames of a video are read; None: as so many pictures.
     """
 
     grid: tuple[int, int]
     patch_size: int
     image_token: str = "<image>"
+    frames: SquaredFrames | None = None
 
     kind: ClassVar[str] = "split"
     keys: ClassVar[tuple[str, ...]] = ("max_image_size", "do_image_splitting")
@@ -95,15 +101,42 @@ class SplitEncoder(Layout):
         """
         output = prepare_picture(self.processor, image, return_row_col_info=True)
         pixels = tile_array(output["pixel_values"][0], side=self.side)
-        if not np.any(pixels, axis=(1, 2, 3)).all():
-            raise SampleError(
-                "a part of the picture is exactly the colour that the image processor maps to 0, which the model "
-                "reads as no picture at all; change its image_mean, or leave the sample out"
-            )
+        _refuse_empty(pixels)
         rows, cols = int(output["rows"][0][0]), int(output["cols"][0][0])
         share = covered_share(self.side, self.patch_size)
         tiles = (*tiled(rows, cols, self.grid, share), whole(self.grid, share))
         return EncodedImage(inputs={"pixel_values": pixels}, tiles=tiles, text=self._text(rows, cols))
+
+    @property
+    def video_marker(self) -> str | None:
+        """What a chat template writes for a video, whose visual tokens are those of pictures."""
+        return VIDEO if self.frames is not None or self.videos_unread else None
+
+    def video_dict(self) -> dict[str, Any]:
+        """What decides pixels, boxes and text of a video, as plain JSON; empty: frames are pictures."""
+        return {} if self.frames is None else self.frames.to_dict()
+
+    def video(self, frames: Sequence[Frame]) -> EncodedImage:
+        """Turn the frames of one video into model input: ``pixel_values`` f4 ``[F, 3, H, W]``, a tile a frame, and the text.
+
+        The text says how many frames there are and when each is; how long the video is, by its last frame.
+
+        Raises:
+            SampleError: As for a picture.
+        """
+        if self.frames is None:
+            raise unread_videos(self)
+        pixels = self.frames(frames, side=self.side)
+        _refuse_empty(pixels)
+        text = (
+            f"You are provided the following series of {in_words(len(frames))} frames from a "
+            f"{timedelta(seconds=int(frames[-1].time))} [H:MM:SS] video.\n"
+        )
+        for frame in frames:
+            minutes, seconds = divmod(int(frame.time), 60)
+            text += f"\nFrame from {minutes:02d}:{seconds:02d}:{self._text(0, 0)}"
+        tiles = frame_tiles(len(frames), self.grid, covered_share(self.side, self.patch_size))
+        return EncodedImage(inputs={"pixel_values": pixels}, tiles=tiles, text=f"{text}\n\n")
 
     def _text(self, rows: int, cols: int) -> str:
         tokens = self.image_token * self.least_token_count
@@ -112,3 +145,12 @@ class SplitEncoder(Layout):
             text += "".join(f"{AROUND}<row_{row}_col_{col}>{tokens}" for col in range(1, cols + 1)) + "\n"
         text += "\n" if rows else ""
         return f"{text}{AROUND}{GLOBAL}{tokens}{AROUND}"
+
+
+def _refuse_empty(pixels: np.ndarray) -> None:
+    """Refuse tiles f4 ``[tiles, 3, H, W]`` of which one is all zeros: the model takes it for padding."""
+    if not np.any(pixels, axis=(1, 2, 3)).all():
+        raise SampleError(
+            "a part of the picture is exactly the colour that the image processor maps to 0, which the model "
+            "reads as no picture at all; change its image_mean, or leave the sample out"
+        )

@@ -1,11 +1,12 @@
 """InternVL: up to twelve tiles in the arrangement nearest the picture's shape, then a thumbnail of the whole.
 
 The picture is stretched to whole tiles, so there is no padding. All visual tokens stand in one run between two
-tags, tile after tile.
+tags, tile after tile. A frame of a video is one tile, with its number in front.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import PIL.Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
@@ -21,6 +22,11 @@ from vlm_distill_cache.data.images.layouts.pixels import (
     tiled,
     whole,
 )
+from vlm_distill_cache.data.images.layouts.videos import FixedFrames, unread_videos
+from vlm_distill_cache.data.sample import Frame
+
+VIDEO = "<video>"
+"""What chat templates write for a video."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,7 @@ class ThumbnailEncoder(Layout):
         image_token: The text of one visual token.
         before: Text in front of the visual tokens.
         after: Text behind them.
+        frames: How frames of a video are read; None: as so many pictures.
     """
 
     grid: tuple[int, int]
@@ -41,6 +48,7 @@ class ThumbnailEncoder(Layout):
     image_token: str = "<IMG_CONTEXT>"
     before: str = "<img>"
     after: str = "</img>"
+    frames: FixedFrames | None = None
 
     kind: ClassVar[str] = "thumbnail"
     keys: ClassVar[tuple[str, ...]] = ("min_patches", "max_patches")
@@ -88,6 +96,24 @@ class ThumbnailEncoder(Layout):
         tiles = parts if len(parts) == 1 else (*parts, whole(self.grid))
         tokens = self.image_token * (self.least_token_count * len(tiles))
         return EncodedImage(inputs={"pixel_values": pixels}, tiles=tiles, text=f"{self.before}{tokens}{self.after}")
+
+    @property
+    def video_marker(self) -> str | None:
+        """What a chat template writes for a video, whose visual tokens are those of pictures."""
+        return VIDEO if self.frames is not None or self.videos_unread else None
+
+    def video_dict(self) -> dict[str, Any]:
+        """What decides pixels, boxes and text of a video, as plain JSON; empty: frames are pictures."""
+        return {} if self.frames is None else self.frames.to_dict()
+
+    def video(self, frames: Sequence[Frame]) -> EncodedImage:
+        """Turn the frames of one video into model input: ``pixel_values`` f4 ``[F, 3, H, W]``, a tile a frame, and the text."""
+        if self.frames is None:
+            raise unread_videos(self)
+        pixels, tiles = self.frames(frames)
+        shown = f"{self.before}{self.image_token * self.least_token_count}{self.after}"
+        text = "\n".join(f"Frame{number}: {shown}" for number in range(1, len(frames) + 1))
+        return EncodedImage(inputs={"pixel_values": pixels}, tiles=tiles, text=text)
 
     def _arrangement(self, image: PIL.Image.Image) -> tuple[int, int]:
         """Columns and rows of tiles."""

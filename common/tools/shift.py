@@ -28,9 +28,10 @@ from vlm_distill_cache.common.attention.shift import (
     kept_count,
     ratio_intervals,
 )
+from vlm_distill_cache.common.attention.tiles import tiles_of
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.cache.schema import Record
+from vlm_distill_cache.common.cache.schema import Record, base_fields
 from vlm_distill_cache.common.cache.spaced import MOST_RECORDS, spaced_records, spaced_unsealed
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.printing import one_line
@@ -44,7 +45,6 @@ from vlm_distill_cache.common.tools.record_view import (
 SPANS = {"1": (1, 1), "2-3": (2, 3), "4-7": (4, 7), "8+": (8, None)}
 """Tokens of an answer that are counted together, from and to; token 0 is the one that they are compared with."""
 SHOWN_SHIFTS = 8
-_FIELDS = ("labels", "tiles", RowAttentionCodec.signal, RowAttentionCodec.mass_field)
 _LOOKED_AT = 64  # records that tell which token ends answers
 _MOST_KINDS = 8  # of beginnings of questions
 _LEAST_SHARE = 0.01  # of all answers, for a kind of its own
@@ -190,7 +190,7 @@ def cache_shift(cache: TeacherCache, *, asked: Asked | None = None, most: int = 
         CacheFormatError: If it is damaged.
     """
     cache.codec(RowAttentionCodec.signal)
-    gazes = _gazes(spaced_records(cache, _FIELDS, most=most), cache.plan)
+    gazes = _gazes(spaced_records(cache, _fields(cache.plan), most=most), cache.plan)
     text, end = load_token_text(cache), cache.plan.template.get("answer_end")
     return measure(gazes, text, grid=grid_of(cache.plan), total=len(cache), asked=asked, written_end=end)
 
@@ -201,7 +201,7 @@ def folder_shift(
     """As `cache_shift`, of a folder whose shards are there but which is not sealed; None without answer attention."""
     if RowAttentionCodec.signal not in plan.signals:
         return None
-    gazes = _gazes(spaced_unsealed(cache_dir, plan, _FIELDS, most=most), plan)
+    gazes = _gazes(spaced_unsealed(cache_dir, plan, _fields(plan), most=most), plan)
     text, end = read_token_text(cache_dir), plan.template.get("answer_end")
     return measure(gazes, text, grid=grid_of(plan), total=total, asked=asked, written_end=end)
 
@@ -211,10 +211,21 @@ def grid_of(plan: Plan) -> tuple[int, int]:
     return RowAttentionCodec.from_dict(plan.signals[RowAttentionCodec.signal]).grid
 
 
+def _fields(plan: Plan) -> set[str]:
+    """Names of the fields that say where a record's answers look."""
+    of_gaze = plan.fields[RowAttentionCodec.signal]
+    return {field.name for field in (*base_fields(plan.format_version), *of_gaze)}
+
+
 def _gazes(records: Iterable[tuple[str, Record]], plan: Plan) -> Iterator[Gaze]:
+    """The gaze of each record; of those with several pictures, whose cells are not of one grid, none."""
     codec = RowAttentionCodec.from_dict(plan.signals[RowAttentionCodec.signal])
     for sample_id, record in records:
-        cells = codec.decode(record).cells.mean(axis=1, dtype=np.float64) if len(record["tiles"]) else None
+        cells = None
+        if [(cell.rows, cell.cols) for cell in codec.cells_of(tiles_of(record))] == [codec.grid] and len(
+            record["tiles"]
+        ):
+            cells = codec.decode(record).cells.mean(axis=1, dtype=np.float64)
         yield Gaze(sample_id, record["labels"].tolist(), cells)
 
 

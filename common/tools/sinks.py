@@ -21,13 +21,15 @@ from vlm_distill_cache.common.attention.tiles import (
     carries_image,
     grid_tile,
     tiles_from_array,
+    tiles_of,
     tiles_to_array,
+    views_of,
 )
 from vlm_distill_cache.common.cache.document_rules import SINKS as RULE
 from vlm_distill_cache.common.cache.documents import read_document, write_document
 from vlm_distill_cache.common.cache.plan import Plan, read_plan, with_more
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Record
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Record, base_fields
 from vlm_distill_cache.common.cache.side_files import SINKS
 from vlm_distill_cache.common.cache.spaced import MOST_RECORDS, spaced_records, spaced_unsealed
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
@@ -170,14 +172,17 @@ def _find(plan: Plan, records: Callable[[Iterable[str], int], Iterable[tuple[str
     samples, maps = 0, dict[Part, SinkMap]()
     for most, parts in runs.items():
         codecs = {part: codec_from_dict(plan.signals[sources[part]]) for part in parts}
-        names = {"tiles", "image_hash", *(entry.name for part in parts for entry in plan.fields[sources[part]])}
+        base = {entry.name for entry in base_fields(plan.format_version)}
+        names = base | {entry.name for part in parts for entry in plan.fields[sources[part]]}
         pictures: dict[Part, list[tuple[tuple[Tile, ...], Floats]]] = {part: [] for part in parts}
         seen, known, tiled = 0, set[bytes](), False
         for _, record in records(names, most):
             seen += 1
             if not len(record["tiles"]):
                 continue
-            tiles, image = tiles_from_array(np.asarray(record["tiles"])), record["image_hash"].tobytes()
+            tiles, image = tiles_of(record), record["image_hash"].tobytes()
+            if len(views_of(tiles)) != 1 or tiles[0].is_frame:  # places are those of pictures that are alone
+                continue
             for part, codec in codecs.items():
                 if part == "language_model" or image not in known:  # where text looks depends on the text
                     pictures[part].append((codec.cells_of(tiles), _received(codec, record)))

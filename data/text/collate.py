@@ -150,8 +150,7 @@ def image_key(sample: EncodedSample) -> str | None:
     """Name all that a sample's visual rows can see: its pictures and the tokens up to their last; None without one."""
     if not sample.visual_mask.any():
         return None
-    times = np.array(sample.frame_times, dtype="<f8").tobytes()  # some models' positions depend on them
-    return prefix_key(sample.image_hash + times, sample.input_ids[: _prefix_length(sample)])
+    return prefix_key(sample.image_hash, sample.input_ids[: _prefix_length(sample)], sample.frame_times)
 
 
 def _prefix_length(sample: EncodedSample) -> int:

@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, THREADS, Plan
-from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field
+from vlm_distill_cache.common.cache.plan import FRAMES, LONG_SAMPLES, THREADS, Plan
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, SEVERAL_PICTURES, Field
 from vlm_distill_cache.common.cache.shared_images import with_visual_source
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
@@ -25,7 +25,8 @@ from vlm_distill_cache.common.models.tokens.tower_attention import last_layer
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.inputs import known_positions, text_config
 from vlm_distill_cache.data.families.unusable import refuse_config
-from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.images.layouts import geometry_of
+from vlm_distill_cache.data.sample import Dataset, FrameSampling, Survey
 from vlm_distill_cache.data.sources.grouping import GroupedByImage
 from vlm_distill_cache.data.text.encoding import LongSamples, SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
@@ -216,7 +217,7 @@ def build_encoder(
     template: str,
     max_length: int,
     long_samples: LongSamples = "refuse",
-    most_pictures: int | None = 1,
+    frames: FrameSampling | None = None,
 ) -> SampleEncoder:
     """Build the function from a sample to the teacher's input.
 
@@ -225,8 +226,7 @@ def build_encoder(
             do), else its family's.
         max_length: Longest sequence in tokens; 0: `automatic_length`.
         long_samples: What becomes of longer ones.
-        most_pictures: Samples with more pictures and videos are refused; its family says how many a teacher takes
-            (`Family.most_pictures`).
+        frames: Which frames of a video are read; None: the default.
     """
     if template == "auto":
         template = teacher.training.get("template") or teacher.family.template
@@ -238,7 +238,9 @@ def build_encoder(
         max_length=max_length or automatic_length(teacher),
         positions=known_positions(teacher.config),
         long_samples=long_samples,
-        most_pictures=most_pictures,
+        most_pictures=teacher.family.most_pictures,
+        sampling=frames or FrameSampling(),
+        video_token_id=teacher.family.video_token_id(teacher.config),
     )
 
 
@@ -263,12 +265,18 @@ def automatic_length(teacher: Teacher) -> int:
     return max(LEAST_LENGTH, min(int(positions), teacher.image_encoder.token_count + TEXT_LENGTH))
 
 
-def codecs_for(config: BuildConfig, teacher: Teacher) -> dict[str, Any]:
-    """Build the codecs a configuration asks for, fitted to the teacher's token grid."""
+def codecs_for(config: BuildConfig, teacher: Teacher, *, several: bool = False, videos: bool = False) -> dict[str, Any]:
+    """Build the codecs a configuration asks for, fitted to the teacher's token grid.
+
+    Args:
+        several: Whether they are for records of several pictures.
+        videos: Whether frames of videos are among them.
+    """
     grid = (config.grid, config.grid) if config.grid else teacher.image_encoder.attention_grid()
     layers = _hidden_layers(config.hidden_layers, teacher.depth)
     width = int(text_config(teacher.config).hidden_size)
-    codecs: dict[str, Any] = dict(build_codecs(config, Sizes(grid=grid, layers=layers, width=width)))
+    sizes = Sizes(grid=grid, layers=layers, width=width, several=several, videos=videos)
+    codecs: dict[str, Any] = dict(build_codecs(config, sizes))
     if config.answers == "generate":
         codecs[AnswersCodec.signal] = AnswersCodec(
             max_new_tokens=config.max_new_tokens,
@@ -300,23 +308,32 @@ def make_plan(
     teacher: Teacher,
     encoder: SampleEncoder,
     codecs: Mapping[str, Any],
+    survey: Survey | None = None,
+    version: int | None = None,
 ) -> Plan:
     """Describe the whole cache before the first shard, with every fingerprint it depends on.
 
+    Args:
+        survey: Of the data set, where it was made already.
+        version: Format version of the records; None: 2 if the data has several pictures in a sample or a video, else 1.
+
     An automatic batch size is not known yet: it stands as 1 until `open_build` has found it.
     """
+    survey = survey or dataset.survey()
+    if version is None:
+        version = SEVERAL_PICTURES if survey.several else ONE_PICTURE
     trained_on = str(teacher.training.get("data") or "")
     # Its scores stand beside its students' only where both are scored on the same held-out items.
     same_data = bool(trained_on) and dataset.name.startswith(trained_on)
     evaluation = evaluation_of(teacher.training) if same_data else None
     template = encoder.template.to_dict()
-    geometry = teacher.image_encoder.to_dict()
+    geometry = geometry_of(teacher.image_encoder, videos=survey.videos > 0)
     signals = {name: codec.to_dict() for name, codec in codecs.items()}
     text = text_config(teacher.config)
     no_projector = missing_projector(teacher)
     folder = model_folder(teacher.directory, what="teacher")
     return Plan(
-        format_version=ONE_PICTURE,
+        format_version=version,
         store=config.store,
         sample_count=len(dataset),
         shard_size=config.shard_size,
@@ -327,7 +344,7 @@ def make_plan(
             **teacher.fingerprints(),
             "template": fingerprint(template),
             "geometry": fingerprint(geometry),
-            "data": dataset.fingerprint(),
+            "data": survey.fingerprint,
             "codec": fingerprint(signals),
         },
         template=template,
@@ -339,6 +356,11 @@ def make_plan(
             "hidden_size": int(text.hidden_size),
             "vocabulary": int(text.vocab_size),
             "image_token_id": teacher.image_token_id,
+            **(
+                {"video_token_id": encoder.video_token_id}
+                if survey.videos and encoder.video_token_id is not None
+                else {}
+            ),
             "groups": [list(group) for group in teacher.groups(config.groups, config.layers)],
             "layer_choice": config.layers,
             **({} if evaluation is None else {"evaluation": evaluation}),
@@ -361,6 +383,7 @@ def make_plan(
             "max_length": encoder.max_length,
             **({} if encoder.long_samples == "refuse" else {LONG_SAMPLES: encoder.long_samples}),
             **({THREADS: config.threads} if config.threads else {}),
+            **({FRAMES: {"fps": config.frames.fps, "most": config.frames.most}} if survey.videos else {}),
             **({"order": dataset.describe()} if isinstance(dataset, GroupedByImage) else {}),
         },
     )

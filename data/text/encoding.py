@@ -37,12 +37,14 @@ from vlm_distill_cache.data.sample import FrameSampling, Medium, Sample, Turn
 from vlm_distill_cache.data.text.chat import Marker, Rendered
 from vlm_distill_cache.data.text.media import (
     EncodedMedium,
-    encode_medium,
+    PicturesBeyond,
+    encode_media,
     join_pieces,
     joined_media,
     open_out,
     token_count,
     with_frames,
+    within_limits,
 )
 from vlm_distill_cache.data.text.special_tokens import check_end_token, find_special_tokens, pattern_of, read_texts
 from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate
@@ -196,7 +198,11 @@ class SampleEncoder:
             target left; so are prompts, and packed conversations of which one is longer than ``positions``.
         video_token_id: Id at the visual positions of a video, of families that have one; None: frames are pictures.
         sampling: Which frames of a video are read; None: videos are refused.
-        most_pictures: Samples with more pictures and videos are refused; None: any number.
+        most_pictures: Samples with more pictures are refused; None: any number. Where frames are pictures, a video has so many
+            of its frames as are left, at uniform times.
+        pictures_beyond: ``drop``: the first ``most_pictures`` stay, the others are left out with their markers.
+        visual_token_budget: Frames of videos are left out, at uniform times, until a sample has no more visual tokens
+            than this; what still has more is refused. None: no limit of its own.
 
     Raises:
         ConfigError: The tokenizer is not a fast one, ``max_length`` is too small for an image, or the template can mark
@@ -213,6 +219,8 @@ class SampleEncoder:
     video_token_id: int | None = None
     sampling: FrameSampling | None = None
     most_pictures: int | None = 1
+    pictures_beyond: PicturesBeyond = "refuse"
+    visual_token_budget: int | None = None
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -377,9 +385,10 @@ class SampleEncoder:
 
     def _encode(self, sample: Sample, prompt_only: bool, rows: int | None) -> EncodedSample:
         packed = sample.independent_turns and len(sample.turns) > 1
+        sample = within_limits(self, sample)
         self._check(sample)
         self._refuse_far_too_long(sample.turns[:1] if packed and prompt_only else sample.turns, prompt_only, rows)
-        media = [encode_medium(self, medium, number) for number, medium in enumerate(sample.images)]
+        media = encode_media(self, sample.images)
         turns = with_frames(sample.placed(), media)
         conversations = [(turn,) for turn in turns] if packed else [turns]
         if packed and media:
@@ -401,11 +410,6 @@ class SampleEncoder:
         return self._cut(self._assemble(sample.sample_id, tokens, media), media, rows, packed=packed)
 
     def _check(self, sample: Sample) -> None:
-        if self.most_pictures is not None and len(sample.images) > self.most_pictures:
-            raise SampleError(
-                f"{len(sample.images)} images, but at most {self.most_pictures} a sample "
-                f"{'is' if self.most_pictures == 1 else 'are'} taken; leave the sample out"
-            )
         if not sample.turns:
             raise SampleError("no turns; a sample needs at least one answer")
         length = len(sample.system) + sum(len(turn.question) + len(turn.answer) for turn in sample.turns)

@@ -28,7 +28,7 @@ from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder, b
 from vlm_distill_cache.data.text.generation import Generated, device_of, generate_answers, pad_token_id
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.losses.attention import answer_attention_loss, has_mass
-from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget, student_cells
+from vlm_distill_cache.stage2_student.losses.attention_targets import AttentionTarget, student_cells
 from vlm_distill_cache.stage2_student.losses.fed_tokens import fed_shares
 from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
 from vlm_distill_cache.stage2_student.losses.objective import record, requests_of

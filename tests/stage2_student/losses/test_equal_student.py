@@ -27,7 +27,7 @@ from vlm_distill_cache.stage1_teacher.loop.signals import (
 )
 from vlm_distill_cache.stage2_student.batches.batch import TrainingSample
 from vlm_distill_cache.stage2_student.batches.signals import collate_samples, decode_signals
-from vlm_distill_cache.stage2_student.losses.attention_terms import pool_map
+from vlm_distill_cache.stage2_student.losses.attention_targets import pool_map
 from vlm_distill_cache.stage2_student.losses.objective import requests_of, step_shares, units_of
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 

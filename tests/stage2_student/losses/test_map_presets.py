@@ -15,7 +15,7 @@ from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.signals import decode_signals
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.attention import sink_filtered_cosine_loss, visual_map_loss
-from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget, pool_map
+from vlm_distill_cache.stage2_student.losses.attention_targets import AttentionTarget, pool_map
 from vlm_distill_cache.stage2_student.losses.terms import TERMS
 
 SQUARE = (Tile(12, 12, (0.0, 0.0, 1.0, 1.0)),)

@@ -17,7 +17,7 @@ from vlm_distill_cache.common.attention.boxes import content_mask, overlap_matri
 from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
 from vlm_distill_cache.common.attention.sinks import Floats, SinkMap, mean_over
-from vlm_distill_cache.common.attention.tiles import Tile, box_array, of_view, views_of
+from vlm_distill_cache.common.attention.tiles import Tile, box_array, of_view, tiles_of, views_of
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.codecs.live import RowAttention, TeacherMap, image_pairs, incomplete_map
@@ -114,7 +114,7 @@ class RowTerm(AttentionTerm):
     def check_record(self, record: Record, encoded: EncodedSample, *, where: str) -> None:
         """Refuse another number of text rows; answers are compared as labels in any case."""
         if self.of == "text":
-            _check_text_rows(len(record[self.reads[0]]), encoded, where=where)
+            _check_text_rows(_cached_rows(record, self.reads[0]), encoded, where=where)
 
     def target(self, sides: Sides) -> AttentionTarget:
         """The teacher's rows on the cells where its cached grid and the student's tokens meet."""
@@ -239,11 +239,11 @@ class MapTerm(AttentionTerm):
         cells, decoded = _decoded_map(sides, self.reads[0])
 
         def one(part: Meeting, grid: CommonGrid) -> AttentionTarget:
-            own = slice(*part.teacher_tokens)
-            found = TeacherMap(decoded.values[:, own, own], decoded.kept[:, own, own], decoded.complete)
-            if not grid.is_teachers:
-                values = found.whole(f"{sides.where}: a student whose visual tokens are coarser than the map's")
-                values = pool_queries(pool_keys(values, grid.teacher_pool), grid.teacher_pool)  # [G, C, C]
+            own = [view for view, (first, end) in decoded if part.teacher_tokens[0] <= first < part.teacher_tokens[1]]
+            found = own[0]
+            if not grid.is_teachers or len(own) > 1:
+                coarser = f"{sides.where}: a student whose visual tokens are coarser than the map's"
+                values = _pooled([view.whole(coarser) for view in own], grid.teacher_pool)  # [G, C, C]
                 found = TeacherMap.from_maps(values, token_mask=grid.content)
             pairs = image_pairs(found.values, grid.content)
             return AttentionTarget(
@@ -302,7 +302,7 @@ class AllRowsTerm(AttentionTerm):
 
     def check_record(self, record: Record, encoded: EncodedSample, *, where: str) -> None:
         """Refuse another number of text rows."""
-        _check_text_rows(len(record[self.reads[1]]), encoded, where=where)
+        _check_text_rows(_cached_rows(record, self.reads[1]), encoded, where=where)
 
     def target(self, sides: Sides) -> AttentionTarget:
         """Visual and text rows on the cells of the text rows, on which alone both can be compared.
@@ -316,7 +316,7 @@ class AllRowsTerm(AttentionTerm):
         cached = sides.codecs[of_text].cells_of(sides.teacher_tiles)
         grid = meet_cells(cached, sides.student_tiles)
         pool = overlap_matrix(tile_boxes(cells), tile_boxes(cached)) @ grid.teacher_pool  # [N_t, C]
-        values = pool_queries(pool_keys(decoded.whole(f"{sides.where}: the loss all_attention"), pool), pool)
+        values = _pooled([view.whole(f"{sides.where}: the loss all_attention") for view, _ in decoded], pool)
         several = len(views_of(sides.student_tiles)) > 1
         return AttentionTarget(
             values,
@@ -358,6 +358,18 @@ def _reduction(losses: LossWeights, *, published: LayerReduction = "mean") -> La
 
 def _is_complete(codec: Mapping[str, Any]) -> bool:
     return VisualMapCodec.from_dict(codec).complete
+
+
+def _cached_rows(record: Record, signal: str) -> int:
+    """Rows of the text whose attention a record holds; those of format version 2 have an entry for each view."""
+    held: Any = record[signal]
+    if not isinstance(held, np.ndarray) or "tile_pictures" not in record:
+        return len(held)
+    of_frames = record.get("text_frames", held[:0])
+    frames = [view.is_frame for view in views_of(tiles_of(record))] if len(record["tiles"]) else []
+    if len(of_frames):
+        return len(of_frames) // max(1, sum(frames))
+    return len(held) // max(1, len(frames))
 
 
 def _check_text_rows(cached: int, encoded: EncodedSample, *, where: str) -> None:
@@ -422,13 +434,36 @@ def _mean_of_cells(scores: Floats, grid: CommonGrid) -> Tensor:
     return pool_queries(torch.from_numpy(scores).float()[:, None], grid.teacher_pool)[:, 0]
 
 
-def _decoded_map(sides: Sides, signal: str) -> tuple[tuple[Tile, ...], TeacherMap]:
-    """A map's cells, and the map of the wanted layer groups."""
+def _decoded_map(sides: Sides, signal: str) -> tuple[tuple[Tile, ...], list[tuple[TeacherMap, tuple[int, int]]]]:
+    """A map's cells, and of each view the map of the wanted layer groups and its cells: the first, and the end."""
     codec: VisualMapCodec = sides.codecs[signal]
     cells, decoded = codec.cells_of(sides.teacher_tiles), sides.decode(signal)
-    sides.check_tokens(signal, decoded.values.shape[-1], cells)
-    content = content_mask(tile_boxes(cells))
-    return cells, regroup_map(decoded, sides.match, content=content, wanted_by=sides.where)
+    maps = decoded if isinstance(decoded, tuple) else (decoded,)
+    views = views_of(cells)
+    parts = [cells] if len(views) <= 1 else [of_view(cells, view) for view in views]
+    sides.check_tokens(signal, sum(view.values.shape[-1] for view in maps), cells)
+    found, at = [], 0
+    for view, own in zip(maps, parts, strict=True):
+        sides.check_tokens(signal, view.values.shape[-1], own)
+        content = content_mask(tile_boxes(own))
+        end = at + view.values.shape[-1]
+        found.append((regroup_map(view, sides.match, content=content, wanted_by=sides.where), (at, end)))
+        at = end
+    return cells, found
+
+
+def _pooled(maps: Sequence[Tensor], pool: Tensor) -> Tensor:
+    """Maps of views, each of its own tokens, on common cells: keys by sum, queries by mean over the tokens of all of them.
+
+    Args:
+        pool: Of the tokens of all views, one behind the other, float32 ``[N_t, C]``.
+    """
+    if len(maps) == 1:
+        return pool_queries(pool_keys(maps[0], pool), pool)
+    parts = pool.split([view.shape[-1] for view in maps])
+    total = pool.sum(dim=0)
+    total = torch.where(total > 0, total, torch.ones_like(total))
+    return torch.stack([(own / total).T @ (view @ own) for view, own in zip(maps, parts, strict=True)]).sum(dim=0)
 
 
 def _text_request(of: TextRows, batch: TrainingBatch, groups: Groups) -> AttentionRequest:

@@ -2,18 +2,21 @@
 
 Each function takes the model's configuration, a batch and a dtype. They differ in what a visual token may see
 (Gemma 3: its whole image; PaliGemma: the whole prompt), in how positions count (Qwen-VL: time, row and column;
-PaliGemma: from 1), in sliding windows, and in how pictures are stacked.
+PaliGemma: from 1), in sliding windows, in how pictures are stacked, and in what is said of several (LLaVA-OneVision).
 
 Dims: B batch, T longest sequence, M image tiles of the batch.
 """
 
+from collections.abc import Mapping, Sequence
 from inspect import signature
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ModelError
 from vlm_distill_cache.data.text.collate import Batch
@@ -78,49 +81,123 @@ def stacked_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str
     return inputs | tiles
 
 
+def counted_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
+    """As `plain_inputs`; where a sample has several pictures, with ``batch_num_images`` int64 ``[samples with pictures]``.
+
+    The model takes a picture that is its sample's only one for cut into tiles, and others for whole (LLaVA-OneVision).
+    """
+    counts = [_pictures(config, batch, row) for row in range(len(batch))]
+    inputs = plain_inputs(config, batch, dtype=dtype)
+    if max(counts) <= 1:
+        return inputs
+    return inputs | {"batch_num_images": torch.tensor([count for count in counts if count])}
+
+
+def _pictures(config: Any, batch: Batch, row: int) -> int:
+    """How many views of a sample stand for the image token, not for that of videos."""
+    tiles = batch.tiles[row]
+    ids = batch.input_ids[row][batch.visual_mask[row]].tolist()
+    first = accumulate((tile.token_count for tile in tiles), initial=0)
+    views = {tile.span: ids[start] for tile, start in zip(tiles, first, strict=False)}
+    return sum(token != config.video_token_id for token in views.values())
+
+
 def grid_position_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
     """As `plain_inputs`, positions int64 ``[3, B, T]``: time, row and column of each token (Qwen-VL).
 
-    A visual token at row r and column c of an image that begins at position s stands at (s, s + r, s + c); the
-    text behind it goes on at s + max(rows, columns). Text is at the same place on all three axes. Derived from
-    the batch's own positions, which count on from the shared prefix in packed samples, so it holds for both.
-
-    Raises:
-        ModelError: If a sample's visual tokens are not those of one image.
+    A visual token at row r and column c of a picture that begins at position s stands at (s, s + r, s + c); the
+    text behind it goes on at s + max(rows, columns). Temporal patches of a video that follow each other without text
+    (Qwen2-VL, 2.5) are one such picture, whose n-th patch stands n times ``tokens_per_second`` (2.5; 1 without it) times the
+    seconds of a patch later in time (``second_per_grid_ts`` of the image inputs, float ``[videos]``; 1 without it). Text is
+    at the same place on all three axes. Derived from the batch's own positions, which count on from the shared prefix in
+    packed samples, so it holds for both.
 
     Source:
-        Qwen2-VL (arXiv:2409.12191), section 2.1, multimodal rotary position embedding.
+        Qwen2-VL (arXiv:2409.12191), section 2.1, multimodal rotary position embedding; time by seconds: Qwen2.5-VL
+        (arXiv:2502.13923), section 2.1.2.
     """
+    inputs = plain_inputs(config, batch, dtype=dtype)
+    seconds = batch.image_inputs.get("second_per_grid_ts")
+    if seconds is not None:
+        inputs["second_per_grid_ts"] = seconds  # whatever the dtype of pixels
     positions = batch.position_ids.expand(3, -1, -1).clone()
+    paces = _paces(config, batch)
     for row, tiles in enumerate(batch.tiles):
         if not tiles:
             continue
-        if len(tiles) != 1:
-            raise ModelError(
-                f"sample {batch.sample_ids[row]!r} has {len(tiles)} tiles; positions by time, row and column need one"
-            )
-        tile = tiles[0]
         visual = torch.nonzero(batch.visual_mask[row]).squeeze(1)  # [N]
-        start = batch.position_ids[row, visual[0]]
-        index = torch.arange(tile.token_count, device=visual.device)
-        # Padding stays at 0 like every position in front of the image.
-        behind = batch.position_ids[row] >= start + tile.token_count  # [T]
-        positions[:, row, behind] += max(tile.rows, tile.cols) - tile.token_count
-        positions[0, row, visual] = start
-        positions[1, row, visual] = start + index // tile.cols
-        positions[2, row, visual] = start + index % tile.cols
-    return plain_inputs(config, batch, dtype=dtype) | {"position_ids": positions}
+        own = batch.position_ids[row].contiguous()  # [T]
+        runs = _runs(tiles, visual.tolist(), [(row, video) for video in _videos(batch, row)], paces)
+        grid, counts, advances = (part.to(visual.device) for part in runs)
+        begins = own[visual[counts.cumsum(0) - counts]]  # [runs]
+        behind = torch.cat([counts.new_zeros(1), (advances - counts).cumsum(0)])
+        # Padding stays at 0 like every position in front of the first picture.
+        positions[:, row] += behind[torch.searchsorted(begins + counts, own, right=True)]
+        positions[:, row, visual] = (begins + behind[:-1]).repeat_interleave(counts) + grid
+    return inputs | {"position_ids": positions}
+
+
+def _videos(batch: Batch, row: int) -> list[int]:
+    """Of each of a sample's tiles the medium that it shows frames of; -1: of none."""
+    times = batch.frame_times[row] if batch.frame_times else ()
+    return [times[int(tile.span[0])][0] if tile.is_frame else -1 for tile in batch.tiles[row]]
+
+
+def _paces(config: Any, batch: Batch) -> dict[tuple[int, int], Tensor | float]:
+    """By sample and medium of a batch's videos: how far apart in time the positions of its temporal patches are."""
+    rate = getattr(config.vision_config, "tokens_per_second", None) or 1
+    videos = dict.fromkeys((row, video) for row in range(len(batch)) for video in _videos(batch, row) if video >= 0)
+    seconds = batch.image_inputs.get("second_per_grid_ts")
+    paces = [rate] * len(videos) if seconds is None else list(rate * seconds.cpu())
+    return dict(zip(videos, paces, strict=True))
+
+
+def _runs(
+    tiles: Sequence[Tile],
+    places: Sequence[int],
+    videos: Sequence[tuple[int, int]],
+    paces: Mapping[tuple[int, int], Tensor | float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What of a sample's visual tokens stands together: a picture, or temporal patches of a video without text between.
+
+    Args:
+        tiles: One a picture or temporal patch.
+        places: Of its N visual tokens, ascending.
+        videos: Of each tile what it shows frames of.
+        paces: Of each video; a still picture has none.
+
+    Returns:
+        Time, row and column of each token in its run, int64 ``[3, N]``; of each run its tokens, and by how much positions go
+        on behind it, int64 ``[runs]`` both.
+    """
+    grids, counts, advances = list[Tensor](), list[int](), list[int]()
+    start, patch = 0, 0
+    for index, (tile, video) in enumerate(zip(tiles, videos, strict=True)):
+        follows = index > 0 and video == videos[index - 1] and places[start] == places[start - 1] + 1
+        patch = patch + 1 if follows and video in paces else 0
+        token = torch.arange(tile.token_count)
+        time = int(patch * paces.get(video, 1))  # the library cuts fractions off, too
+        grids.append(torch.stack([torch.full_like(token, time), token // tile.cols, token % tile.cols]))
+        if not patch:
+            counts.append(0)
+            advances.append(max(tile.rows, tile.cols))
+        counts[-1] += tile.token_count
+        start += tile.token_count
+    return torch.cat(grids, dim=1), torch.tensor(counts), torch.tensor(advances)
 
 
 def image_block_inputs(config: Any, batch: Batch, *, dtype: torch.dtype) -> dict[str, Any]:
-    """As `plain_inputs`, every visual token sees its whole image (Gemma 3).
+    """As `plain_inputs`, every visual token sees its whole image, and of other images those in front (Gemma 3).
 
-    Where nothing is packed the library builds the masks itself, from token types.
+    Where nothing is packed the library builds the masks itself, from token types: an image is a run of visual tokens.
     """
     inputs = plain_inputs(config, batch, dtype=dtype)
     if batch.attention_mask.ndim == 2:
         return inputs | {"token_type_ids": batch.visual_mask.long()}
-    block = batch.visual_mask[:, None, :, None] & batch.visual_mask[:, None, None, :]  # [B, 1, T, T]
+    visual = batch.visual_mask
+    begins = visual & ~torch.nn.functional.pad(visual, (1, -1))
+    image = torch.where(visual, begins.cumsum(dim=1), 0)  # [B, T], 0: text
+    block = (image[:, None, :, None] == image[:, None, None, :]) & visual[:, None, :, None]  # [B, 1, T, T]
     return inputs | {"attention_mask": _windowed(config, batch, batch.attention_mask | block)}
 
 

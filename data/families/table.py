@@ -24,6 +24,7 @@ from vlm_distill_cache.data.families.images import (
     split_images,
 )
 from vlm_distill_cache.data.families.inputs import (
+    counted_inputs,
     grid_position_inputs,
     image_block_inputs,
     library_inputs,
@@ -61,6 +62,7 @@ class Family:
             where the projector is no two-layer MLP on a tower's patch tokens, so that TAF is impossible.
         visual_rows: What a visual token sees: only what precedes it, also its whole image, or the whole prompt.
         model_inputs: From config, batch and dtype to the keyword arguments of the model.
+        most_pictures: How many pictures and videos a sample may have (`SampleEncoder.most_pictures`); None: any number.
     """
 
     model_class: str
@@ -72,6 +74,7 @@ class Family:
     projector_config: Callable[[Any], dict[str, Any] | None] = no_projector
     visual_rows: VisualRows = "causal"
     model_inputs: Callable[..., Mapping[str, Any]] = plain_inputs
+    most_pictures: int | None = None
 
     @property
     def is_listed(self) -> bool:
@@ -108,8 +111,10 @@ class Family:
         positions = inputs.pop("position_ids", None)
         inputs["attention_mask"] = batch.attention_mask.long()
         if positions is not None and positions.ndim == 3:
-            # Positions by time, row and column: the library derives them from where the image tokens are.
-            inputs["mm_token_type_ids"] = batch.visual_mask.long()
+            # Positions by time, row and column: the library derives them from where image tokens (1) and those of videos (2) are.
+            inputs["mm_token_type_ids"] = batch.visual_mask.long() * (
+                1 + (batch.input_ids == config.video_token_id).long()
+            )
         return inputs
 
     def image_token_id(self, config: Any) -> int:
@@ -158,12 +163,15 @@ FAMILIES: dict[str, Family] = {
         projector_config=_mlp_config,
     ),
     **_alike(
-        {
-            "llava_next": "LlavaNextForConditionalGeneration",
-            "llava_onevision": "LlavaOnevisionForConditionalGeneration",
-        },
+        {"llava_next": "LlavaNextForConditionalGeneration"},
         image_encoder=any_resolution_images,
         projector_config=_mlp_config,
+    ),
+    **_alike(
+        {"llava_onevision": "LlavaOnevisionForConditionalGeneration"},
+        image_encoder=any_resolution_images,
+        projector_config=_mlp_config,
+        model_inputs=counted_inputs,
     ),
     **_alike(
         {
@@ -222,6 +230,7 @@ def unlisted_family() -> Family:
         projector="",
         image_encoder=library_images,
         model_inputs=library_inputs,
+        most_pictures=1,  # that its processor makes of several what it makes of each is not known
     )
 
 

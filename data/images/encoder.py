@@ -6,7 +6,7 @@ CLIP). Attention maps of two models can only be compared if each token knows its
 *original* picture, so pixels and boxes are computed side by side from the same numbers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
@@ -67,14 +67,17 @@ class EncodedImage:
     text: str | None = None
 
 
-def prepare_picture(processor: Any, image: PIL.Image.Image, **options: Any) -> Any:
+def prepare_picture(processor: Any, image: PIL.Image.Image, *, among: bool = False, **options: Any) -> Any:
     """Run a model library's image processor on one picture.
+
+    Args:
+        among: It is the first of two of one sample; the other is a single pixel.
 
     Raises:
         SampleError: It refuses the picture, or memory does not suffice for it.
     """
     try:
-        return processor(image, **options)
+        return processor([[image, PIL.Image.new("RGB", (1, 1))]] if among else image, **options)
     except MemoryError as error:
         raise SampleError(
             f"a picture of {image.width} x {image.height} pixels needs more memory than there is; scale it down first"
@@ -132,6 +135,14 @@ class VideoEncoder(Protocol):
         Returns:
             Tiles whose spans count the frames from 0 (``(0, 2)``: the token shows two), with ``is_frame``.
         """
+
+
+@runtime_checkable
+class CountingEncoder(Protocol):
+    """What image encoders can do whose family reads a picture that is its sample's only one otherwise than several."""
+
+    def among(self, pictures: int) -> Callable[[PIL.Image.Image], EncodedImage]:
+        """How each picture of a sample with so many is encoded; with one as by the encoder itself."""
 
 
 class AnyImageEncoder(Protocol):

@@ -1,7 +1,7 @@
 """Sequences of different lengths as one batch: right padding, and masks only where they are needed.
 
 Dims: B batch, T longest sequence, M images of the batch, R most supervised rows, N most visual tokens,
-X most text rows behind the visual tokens.
+X most text rows behind the first picture's visual tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -120,19 +120,27 @@ def visual_keys(batch: Batch) -> Tensor:
 
 
 def text_rows(batch: Batch) -> Tensor:
-    """Positions of the text behind the visual tokens, int64 ``[B, X]``, ascending, -1 behind each sample's last.
+    """Positions of the text behind the first view's visual tokens, int64 ``[B, X]``, ascending, -1 behind each sample's last.
 
-    These are all rows, of questions and answers alike, that see the whole image; none without one.
+    These are all rows, of questions and answers alike, that see a whole picture; none without one. Of a sample with one
+    picture they see it all; of one with several those in front of a row, as the model does.
     """
-    seen, count = batch.visual_mask.cumsum(dim=1), batch.visual_mask.sum(dim=1, keepdim=True)
-    positions = torch.arange(batch.visual_mask.shape[1], device=count.device)
-    real = positions[None, :] < torch.tensor(batch.lengths, device=count.device)[:, None]
-    return _positions((seen == count) & (count > 0) & ~batch.visual_mask & real)
+    seen = batch.visual_mask.cumsum(dim=1)
+    first = torch.tensor([_first_view(tiles) for tiles in batch.tiles], device=seen.device)[:, None]  # [B, 1]
+    positions = torch.arange(batch.visual_mask.shape[1], device=seen.device)
+    real = positions[None, :] < torch.tensor(batch.lengths, device=seen.device)[:, None]
+    return _positions((seen >= first) & (first > 0) & ~batch.visual_mask & real)
 
 
 def text_row_count(sample: EncodedSample) -> int:
     """How many of `text_rows` a sample has, X."""
-    return len(sample) - _prefix_length(sample) if sample.visual_mask.any() else 0
+    first = _first_view(sample.tiles)
+    return int((~sample.visual_mask[np.flatnonzero(sample.visual_mask)[first - 1] :]).sum()) if first else 0
+
+
+def _first_view(tiles: Sequence[Tile]) -> int:
+    """Visual tokens of the picture, or temporal patch, that stands first; 0 without one."""
+    return sum(tile.token_count for tile in tiles if tile.span == tiles[0].span)
 
 
 def image_key(sample: EncodedSample) -> str | None:

@@ -39,6 +39,7 @@ from vlm_distill_cache.data.text.media import (
     EncodedMedium,
     PicturesBeyond,
     encode_media,
+    first_media,
     join_pieces,
     joined_media,
     open_out,
@@ -515,7 +516,7 @@ class SampleEncoder:
         # Pictures stand in questions, a sequence is cut behind an answer: each is there or not.
         ends = np.cumsum([sum(map(token_count, medium.encoded)) for medium in media])
         kept = int(np.searchsorted(ends, visual_count, side="right"))
-        return cut if kept == len(media) else replace(cut, **joined_media(media[:kept]))
+        return cut if kept == len(media) else replace(cut, **joined_media(first_media(self, media, kept)))
 
     def _refuse_long(self, tokens: list[Tokens], written: Sequence[EncodedImage]) -> None:
         shared = shared_length(tokens) if len(tokens) > 1 else 0

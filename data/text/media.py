@@ -3,17 +3,18 @@
 Dims: P pictures of a sample, frames of videos among them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import PIL.Image
 
 from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.pixels import image_hash
-from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, VideoEncoder
-from vlm_distill_cache.data.sample import Frame, FrameSampling, Medium, Sample, Turn, VideoSource
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder, CountingEncoder, EncodedImage, VideoEncoder
+from vlm_distill_cache.data.sample import Frame, FrameSampling, ImageSource, Medium, Sample, Turn, VideoSource
 from vlm_distill_cache.data.text.chat import Marker, Rendered
 
 PicturesBeyond = Literal["refuse", "drop"]
@@ -103,28 +104,31 @@ def encode_media(settings: MediaSettings, media: Sequence[Medium]) -> list[Encod
     """Encode a sample's pictures and videos, these with as many frames as pictures and visual tokens are left.
 
     Raises:
-        SampleError: As `encode_medium`; or more than ``visual_token_budget`` is left with one frame of each video.
+        SampleError: Names the one that cannot be decoded, that the encoder refuses, or that is a video and those are not read;
+            or more than ``visual_token_budget`` is left with one frame of each video.
     """
-    videos = {number: medium for number, medium in enumerate(media) if isinstance(medium, VideoSource)}
-    if not videos:
-        return _within_budget(settings, [encode_medium(settings, m, number) for number, m in enumerate(media)])
-    frames = {number: _read_frames(settings, video) for number, video in videos.items()}
-    if settings.most_pictures is not None and _frames_are_pictures(settings):
-        each = max(1, (settings.most_pictures - len(media) + len(videos)) // len(videos))
-        frames = {number: uniform_frames(found, each) for number, found in frames.items()}
-    stills = {n: encode_medium(settings, m, n) for n, m in enumerate(media) if n not in videos}
-    share = 1.0
+    frames = {n: _read_frames(settings, medium) for n, medium in enumerate(media) if isinstance(medium, VideoSource)}
+    counted = _frames_are_pictures(settings)
+    if frames and counted and settings.most_pictures is not None:
+        each = max(1, (settings.most_pictures - len(media) + len(frames)) // len(frames))
+        frames = {n: uniform_frames(found, each) for n, found in frames.items()}
+    budget, share = settings.visual_token_budget, 1.0
     while True:
         kept = {n: uniform_frames(found, max(1, int(len(found) * share))) for n, found in frames.items()}
-        encoded = stills | {n: _encode_video(settings, videos[n], found, n) for n, found in kept.items()}
-        joined = [encoded[number] for number in range(len(media))]
-        total, budget = visual_tokens(joined), settings.visual_token_budget
+        pictures = len(media) - len(kept) + (sum(map(len, kept.values())) if counted else 0)
+        encoded = [
+            _encode_video(settings, medium, kept[n], n, pictures)
+            if isinstance(medium, VideoSource)
+            else _encode_picture(settings, medium, pictures)
+            for n, medium in enumerate(media)
+        ]
+        total = visual_tokens(encoded)
         if budget is None or total <= budget or all(len(found) == 1 for found in kept.values()):
-            return _within_budget(settings, joined)
-        # Tokens of frames are as many as frames, nearly; where that leaves all of them, one frame less.
-        of_stills = visual_tokens(list(stills.values()))
-        share *= min((budget - of_stills) / max(1, total - of_stills), 1 - 1 / max(map(len, kept.values())))
-        share = max(share, 0.0)
+            return _within_budget(settings, encoded)
+        # Frames have about as many tokens each; where that leaves all of them, one frame less.
+        of_stills = visual_tokens([found for n, found in enumerate(encoded) if n not in kept])
+        fits = (budget - of_stills) / max(1, total - of_stills)
+        share *= max(0.0, min(fits, 1 - 1 / max(map(len, kept.values()))))
 
 
 def _within_budget(settings: MediaSettings, media: list[EncodedMedium]) -> list[EncodedMedium]:
@@ -149,17 +153,14 @@ def uniform_frames(frames: Sequence[Frame], most: int) -> Sequence[Frame]:
     return [frames[int((place + 0.5) * len(frames) / most)] for place in range(most)]
 
 
-def encode_medium(settings: MediaSettings, medium: Medium, number: int) -> EncodedMedium:
-    """Encode one picture, or all frames of the sample's ``number``-th medium, a video.
+def _encoder_among(encoder: AnyImageEncoder, pictures: int) -> Callable[[PIL.Image.Image], EncodedImage]:
+    return encoder.among(pictures) if isinstance(encoder, CountingEncoder) else encoder
 
-    Raises:
-        SampleError: Names it: it cannot be decoded, the encoder refuses it, or videos are not read.
-    """
-    if isinstance(medium, VideoSource):
-        return _encode_video(settings, medium, _read_frames(settings, medium), number)
+
+def _encode_picture(settings: MediaSettings, medium: ImageSource, pictures: int) -> EncodedMedium:
     picture = medium.load()
     try:
-        encoded = settings.image_encoder(picture)
+        encoded = _encoder_among(settings.image_encoder, pictures)(picture)
     except SampleError as error:
         raise SampleError(f"image {medium.name}: {error}") from error
     return EncodedMedium((Marker(settings.image_token),), (encoded,), (image_hash(picture),))
@@ -173,16 +174,19 @@ def _read_frames(settings: MediaSettings, video: VideoSource) -> Sequence[Frame]
     return video.frames(settings.sampling)
 
 
-def _encode_video(settings: MediaSettings, video: VideoSource, frames: Sequence[Frame], number: int) -> EncodedMedium:
+def _encode_video(
+    settings: MediaSettings, video: VideoSource, frames: Sequence[Frame], number: int, pictures: int
+) -> EncodedMedium:
     encoder = settings.image_encoder
     try:
         if settings.video_token and isinstance(encoder, VideoEncoder):
             encoded: tuple[EncodedImage, ...] = (encoder.video(frames),)
             markers: tuple[Marker, ...] = (Marker(settings.video_token, "video"),)
         else:
-            pictures = [encoder(frame.image) for frame in frames]
+            encode = _encoder_among(encoder, pictures)
             encoded = tuple(
-                replace(one, tiles=tuple(replace(tile, is_frame=True) for tile in one.tiles)) for one in pictures
+                replace(one, tiles=tuple(replace(tile, is_frame=True) for tile in one.tiles))
+                for one in (encode(frame.image) for frame in frames)
             )
             markers = (Marker(settings.image_token),) * len(frames)
     except SampleError as error:
@@ -247,6 +251,22 @@ def with_frames(turns: tuple[Turn, ...], media: Sequence[EncodedMedium]) -> tupl
     return tuple(
         replace(turn, places=tuple(place for place in turn.places for _ in next(left).markers)) for turn in turns
     )
+
+
+def first_media(settings: MediaSettings, media: Sequence[EncodedMedium], count: int) -> Sequence[EncodedMedium]:
+    """What is left of a sample's pictures and videos where its sequence is cut behind so many of them.
+
+    Raises:
+        SampleError: That is one picture, which the encoder reads otherwise alone than among others.
+    """
+    before, left = (sum(len(medium.encoded) for medium in some) for some in (media, media[:count]))
+    encoder = settings.image_encoder
+    if left == 1 < before and isinstance(encoder, CountingEncoder) and encoder.among(2) != encoder.among(1):
+        raise SampleError(
+            f"it is cut behind the first of its {before} pictures, which this model reads otherwise alone than among others; "
+            "raise max_length, or leave the sample out"
+        )
+    return media[:count]
 
 
 def joined_media(media: Sequence[EncodedMedium]) -> dict[str, Any]:

@@ -38,9 +38,13 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def library_processor(name: str, folder: Path) -> Any:
+    """The library's own processor of a family's folder."""
+    return processor_of(name, load_tokenizer(folder), load_image_processor(folder))
+
+
+def processor_of(name: str, tokenizer: Any, images: Any) -> Any:
     """The library's own processor of a family, with PIL pictures."""
     class_name, options = PROCESSORS[name]
-    tokenizer, images = load_tokenizer(folder), load_image_processor(folder)
     processor_class = getattr(hf, class_name)
     if "video_processor" in processor_class.get_attributes():
         options = options | {"video_processor": None}

@@ -12,6 +12,7 @@ Where patches do not fill a tile (SigLIP), the joined grid has a gap of a few pi
 taken as evenly spaced from the first to the last one's edge: none is off by more than half a token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, sqrt
 from typing import ClassVar
@@ -22,6 +23,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.errors import ConfigError, SampleError
+from vlm_distill_cache.common.pixels.rgb import MAX_PIXELS
 from vlm_distill_cache.data.images.encoder import (
     EncodedImage,
     check_settings,
@@ -146,6 +148,31 @@ class AnyResolutionEncoder(Layout):
         return EncodedImage(
             inputs={"pixel_values": pixels, "image_sizes": sizes},
             tiles=(small,) if joined is None else (small, joined),
+        )
+
+    def among(self, pictures: int) -> Callable[[PIL.Image.Image], EncodedImage]:
+        """How each picture of a sample with so many is encoded."""
+        return self if pictures == 1 or self.most_tiles is None else self._whole
+
+    def _whole(self, image: PIL.Image.Image) -> EncodedImage:
+        """One of OneVision's several: ``pixel_values`` f4 ``[1, 3, H, W]``, its tile, and the newline's."""
+        longest = max(image.size)
+        if longest**2 > MAX_PIXELS:
+            raise SampleError(
+                f"an image of {image.width} x {image.height} pixels would be padded to {longest} x {longest}, more than the "
+                f"{MAX_PIXELS} pixels allowed; crop it first"
+            )
+        output = prepare_picture(self.processor, image, among=True)
+        share = covered_share(self.side, self.patch_size)
+        low = [-((longest - edge) // 2) / edge for edge in image.size]
+        high = [start + longest / edge * share for start, edge in zip(low, image.size, strict=True)]
+        tile = Tile(rows=self.base_grid[0], cols=self.base_grid[1], region=(low[0], low[1], high[0], high[1]))
+        return EncodedImage(
+            inputs={
+                "pixel_values": tile_array(output["pixel_values"][0], side=self.side),
+                "image_sizes": np.array([[image.height, image.width]], dtype=np.int64),
+            },
+            tiles=(tile, Tile(rows=1, cols=1, region=BESIDE)),
         )
 
     def _joined(self, height: int, width: int) -> Tile | None:

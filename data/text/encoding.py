@@ -579,16 +579,20 @@ class SampleEncoder:
         )
 
 
-def build_prompt(encoder: SampleEncoder, image: Medium | None, question: str, system: str = "") -> EncodedSample:
+def build_prompt(
+    encoder: SampleEncoder,
+    image: Medium | None,
+    question: str,
+    system: str = "",
+    *,
+    further: Sequence[Medium] = (),
+    places: tuple[int, ...] = (),
+) -> EncodedSample:
     """Encode a question up to where the answer would begin, for generation.
 
     The tokens, without labels, are those in front of a trained answer; an empty question asks for a caption, an empty
-    ``system`` leaves the template its own system prompt.
+    ``system`` leaves the template its own system prompt. ``further`` pictures and ``places`` are as of `Question`.
     """
-    sample = Sample(
-        sample_id="prompt",
-        images=() if image is None else (image,),
-        turns=(Turn(question=question, answer="x"),),
-        system=system,
-    )
-    return encoder(sample, prompt_only=True)
+    images = () if image is None else (image, *further)
+    turn = Turn(question=question, answer="x", places=places)
+    return encoder(Sample(sample_id="prompt", images=images, turns=(turn,), system=system), prompt_only=True)

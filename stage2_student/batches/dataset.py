@@ -347,7 +347,8 @@ class CachedDataset:
         """
         limit = self._encoder.positions
         longest = int(self._cache.plan.extra.get("max_length", 0))  # of the teacher's, whose tokens these may be
-        visual = self._encoder.image_encoder.token_count
+        visual, sampling = self._encoder.image_encoder.token_count, self._encoder.sampling
+        frames = sampling.most - 1 if sampling is not None else 0  # of a video beyond one
         # Such a sequence has the greatest length, and may have more visual tokens here.
         if longest and was_cut(self._cache):
             geometry = self._cache.plan.geometry
@@ -362,7 +363,7 @@ class CachedDataset:
                     len(f"{turn.question}{turn.answer}".encode(errors="replace")) + AROUND_TURN for turn in sample.turns
                 )
                 texts += len(sample.system.encode(errors="replace"))
-                if texts + AROUND_TURN + len(sample.images) * visual > limit:
+                if texts + AROUND_TURN + (len(sample.images) + len(sample.videos) * frames) * visual > limit:
                     self._encode(sample)
             except TooLongError as error:
                 found[position] = str(error)

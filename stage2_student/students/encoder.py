@@ -62,7 +62,7 @@ def cache_image_encoder(
 def pictures_taken(
     model_config: Any,
     image_encoder: AnyImageEncoder,
-    plan: Plan,
+    plan: Plan | None = None,
     *,
     fps: float | None = None,
     most: int | None = None,
@@ -74,12 +74,12 @@ def pictures_taken(
 
     Args:
         model_config: The student's, of the model library.
-        plan: Of a cache, whose teacher read the frames that a student reads if nothing else is said.
+        plan: Of a cache, whose teacher read the frames that a student reads if nothing else is said; None: there is none.
         fps: Frames a second; None: the plan's.
         most: Frames of a video; None: the plan's.
         most_pictures: None: as many as the student's family takes; more than these is the family's number.
     """
-    read = {**vars(FrameSampling()), **(plan.extra.get("frames") or {})}
+    read = {**vars(FrameSampling()), **((plan.extra.get("frames") if plan else None) or {})}
     limits = [limit for limit in (most_pictures, family_of(str(model_config.model_type)).most_pictures) if limit]
     return {
         "sampling": FrameSampling(fps=float(fps or read["fps"]), most=int(most or read["most"])),

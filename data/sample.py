@@ -317,7 +317,8 @@ def questions_of(sample: Sample, kind: Callable[[str], str]) -> list[Question]:
             item_id=f"{sample.sample_id}-{number}",
             image=sample.images[0],
             further=sample.images[1:],
-            places=turn.places,
+            # Of a turn that shows only some of them they all stand in front.
+            places=turn.places if len(turn.places) == len(sample.images) else (),
             question=turn.question,
             answer=turn.answer,
             kind=kind(turn.answer),

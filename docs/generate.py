@@ -18,7 +18,7 @@ from vlm_distill_cache.common.config import Word
 from vlm_distill_cache.data.benchmarks.search import LAYOUTS
 from vlm_distill_cache.data.sample import FrameSampling
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
-from vlm_distill_cache.stage2_student.config import EvaluationConfig, LoraConfig, PhaseConfig, TrainConfig
+from vlm_distill_cache.stage2_student.config import EvaluationConfig, FramesConfig, LoraConfig, PhaseConfig, TrainConfig
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.pruned_folder import PruningConfig
 
@@ -43,6 +43,7 @@ CONFIGS: tuple[tuple[type, str, str], ...] = (  # dataclass, how its options are
         "pruning.",
         "How a student `pruned:KEEP` is cut out of its teacher, for example `pruning.importance=taylor`.",
     ),
+    (FramesConfig, "frames.", "Which frames of a video the student reads, for example `frames.most=8`."),
     (LoraConfig, "lora.", "Adapters of the phases that set `trainable=lora`, for example `lora.rank=64`."),
     (EvaluationConfig, "evaluation.", "How students are scored, for example `evaluation.limit=200`."),
 )

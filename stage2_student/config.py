@@ -157,6 +157,23 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FramesConfig:
+    """Which frames of a video a student reads; the times of the teacher's are matched with them.
+
+    Attributes:
+        fps: Frames a second; none: as the teacher of the cache.
+        most: Where that would be more frames than this, so many at uniform times instead; none: as the teacher of the cache.
+    """
+
+    fps: float | None = None
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.fps is None or 0.001 <= self.fps <= 1000, "frames.fps", self.fps, "frames a second, 0.001 to 1000")
+        require(self.most is None or 1 <= self.most < 2**16, "frames.most", self.most, "1 to 65535 frames")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """How students are scored.
 
@@ -231,6 +248,13 @@ class TrainConfig:
             student's own gaze shifts.
         shift_threshold: The gaze has shifted where the kept tokens hold less than this share, in (0, 1], of what the best
             would.
+        frames: Which frames of a video the student reads.
+        most_pictures: Samples with more pictures and videos are refused; none: as many as the student can take. Of a student
+            whose frames are pictures, a video has so many of its frames as are left.
+        pictures_beyond: ``refuse``, or ``drop``: the student reads the first ``most_pictures`` of such samples, and learns of
+            the teacher's gaze what falls on these.
+        visual_token_budget: Most visual tokens of a sample: frames of its videos are left out, at uniform times, until they
+            fit; none: all.
         template: Prompt template; none: the cache's, the only one that fits its labels.
         data: Data set, as for stage one; none: what the cache was built from. A mixture's weights say how often its samples
             are seen in an epoch.
@@ -286,6 +310,10 @@ class TrainConfig:
     decoding_tokens: float | None = None
     decoding_selection: DecodingSelection = "shift"
     shift_threshold: float = 0.75
+    frames: FramesConfig = field(default_factory=FramesConfig)
+    most_pictures: int | None = None
+    pictures_beyond: Literal["refuse", "drop"] = "refuse"
+    visual_token_budget: int | None = None
     template: str | None = None
     data: str | None = None
     images: str | None = None
@@ -344,6 +372,8 @@ class TrainConfig:
         _within(self, "memory_gib", 0, MOST, "GiB")
         _within(self, "limit", 1, None, "samples")
         _within(self, "max_length", 1, None, "tokens")
+        _within(self, "most_pictures", 1, None, "pictures")
+        _within(self, "visual_token_budget", 1, None, "visual tokens")
         require(0 < self.data_share <= 1, "data_share", self.data_share, "above 0 and at most 1")
         self._check_tokens()
         built_in = f": {_BUILT_IN}, where that is the built-in one" if Path(_BUILT_IN).is_dir() else ""
@@ -450,6 +480,9 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     for head, names in TOKEN_OPTIONS.items():
         for name in (head, *names) if described[head] is None else ():
             del described[name]  # as runs were described before tokens could be chosen
+    for name in ("frames", "most_pictures", "pictures_beyond", "visual_token_budget"):
+        if getattr(config, name) == getattr(TrainConfig(cache="x", output="x"), name):
+            del described[name]  # as runs were described before samples could have several pictures
     described["precision"] = _PRECISIONS[described.pop("dtype")]
     described["cache"] = cache_hashes.get(config.cache)
     if config.data_share < 1:

@@ -37,6 +37,7 @@ from vlm_distill_cache.data.sample import FrameSampling, Medium, Sample, Turn
 from vlm_distill_cache.data.text.chat import Marker, Rendered
 from vlm_distill_cache.data.text.media import (
     EncodedMedium,
+    PicturesBeyond,
     encode_media,
     first_media,
     join_pieces,
@@ -44,6 +45,7 @@ from vlm_distill_cache.data.text.media import (
     open_out,
     token_count,
     with_frames,
+    within_limits,
 )
 from vlm_distill_cache.data.text.special_tokens import check_end_token, find_special_tokens, pattern_of, read_texts
 from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate
@@ -197,7 +199,11 @@ class SampleEncoder:
             target left; so are prompts, and packed conversations of which one is longer than ``positions``.
         video_token_id: Id at the visual positions of a video, of families that have one; None: frames are pictures.
         sampling: Which frames of a video are read; None: videos are refused.
-        most_pictures: Samples with more pictures and videos are refused; None: any number.
+        most_pictures: Samples with more pictures are refused; None: any number. Where frames are pictures, a video has so many
+            of its frames as are left, at uniform times.
+        pictures_beyond: ``drop``: the first ``most_pictures`` stay, the others are left out with their markers.
+        visual_token_budget: Frames of videos are left out, at uniform times, until a sample has no more visual tokens
+            than this; what still has more is refused. None: no limit of its own.
 
     Raises:
         ConfigError: The tokenizer is not a fast one, ``max_length`` is too small for an image, or the template can mark
@@ -214,6 +220,8 @@ class SampleEncoder:
     video_token_id: int | None = None
     sampling: FrameSampling | None = None
     most_pictures: int | None = 1
+    pictures_beyond: PicturesBeyond = "refuse"
+    visual_token_budget: int | None = None
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -379,6 +387,7 @@ class SampleEncoder:
 
     def _encode(self, sample: Sample, prompt_only: bool, rows: int | None) -> EncodedSample:
         packed = sample.independent_turns and len(sample.turns) > 1
+        sample = within_limits(self, sample)
         self._check(sample)
         self._refuse_far_too_long(sample.turns[:1] if packed and prompt_only else sample.turns, prompt_only, rows)
         media = encode_media(self, sample.images)
@@ -403,11 +412,6 @@ class SampleEncoder:
         return self._cut(self._assemble(sample.sample_id, tokens, media), media, rows, packed=packed)
 
     def _check(self, sample: Sample) -> None:
-        if self.most_pictures is not None and len(sample.images) > self.most_pictures:
-            raise SampleError(
-                f"{len(sample.images)} images, but at most {self.most_pictures} a sample "
-                f"{'is' if self.most_pictures == 1 else 'are'} taken; leave the sample out"
-            )
         if not sample.turns:
             raise SampleError("no turns; a sample needs at least one answer")
         length = len(sample.system) + sum(len(turn.question) + len(turn.answer) for turn in sample.turns)
@@ -578,16 +582,20 @@ class SampleEncoder:
         )
 
 
-def build_prompt(encoder: SampleEncoder, image: Medium | None, question: str, system: str = "") -> EncodedSample:
+def build_prompt(
+    encoder: SampleEncoder,
+    image: Medium | None,
+    question: str,
+    system: str = "",
+    *,
+    further: Sequence[Medium] = (),
+    places: tuple[int, ...] = (),
+) -> EncodedSample:
     """Encode a question up to where the answer would begin, for generation.
 
     The tokens, without labels, are those in front of a trained answer; an empty question asks for a caption, an empty
-    ``system`` leaves the template its own system prompt.
+    ``system`` leaves the template its own system prompt. ``further`` pictures and ``places`` are as of `Question`.
     """
-    sample = Sample(
-        sample_id="prompt",
-        images=() if image is None else (image,),
-        turns=(Turn(question=question, answer="x"),),
-        system=system,
-    )
-    return encoder(sample, prompt_only=True)
+    images = () if image is None else (image, *further)
+    turn = Turn(question=question, answer="x", places=places)
+    return encoder(Sample(sample_id="prompt", images=images, turns=(turn,), system=system), prompt_only=True)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from vlm_distill_cache.data.sample import Question
 from vlm_distill_cache.data.text.collate import Batch, collate
-from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
+from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder, build_prompt
 
 GenerationInputs = Callable[[Sequence[EncodedSample], int, torch.device], Mapping[str, Any]]
 """From prompts, padding id and device to the keyword arguments of ``generate``."""
@@ -174,3 +175,8 @@ def how_to_draw(sampling: Sampling | None) -> dict[str, Any]:
     return {
         "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0,
     }  # fmt: skip
+
+
+def prompt_of(encoder: SampleEncoder, item: Question) -> EncodedSample:
+    """`build_prompt` of an item, with all of its pictures and videos."""
+    return build_prompt(encoder, item.image, item.question, item.system, further=item.further, places=item.places)

@@ -5,7 +5,7 @@ Dims: P pictures of a sample, frames of videos among them.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import PIL.Image
@@ -14,8 +14,10 @@ from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.pixels import image_hash
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, CountingEncoder, EncodedImage, VideoEncoder
-from vlm_distill_cache.data.sample import FrameSampling, ImageSource, Medium, Turn, VideoSource
+from vlm_distill_cache.data.sample import Frame, FrameSampling, ImageSource, Medium, Sample, Turn, VideoSource
 from vlm_distill_cache.data.text.chat import Marker, Rendered
+
+PicturesBeyond = Literal["refuse", "drop"]
 
 
 @dataclass(frozen=True)
@@ -54,21 +56,102 @@ class MediaSettings(Protocol):
     def sampling(self) -> FrameSampling | None:
         """Which frames of a video are read; None: videos are refused."""
 
+    @property
+    def most_pictures(self) -> int | None:
+        """Pictures that a sample may have; None: any number."""
 
-def encode_media(settings: MediaSettings, media: Sequence[Medium]) -> list[EncodedMedium]:
-    """Encode a sample's pictures and videos.
+    @property
+    def pictures_beyond(self) -> PicturesBeyond:
+        """What becomes of more."""
+
+    @property
+    def visual_token_budget(self) -> int | None:
+        """Visual tokens that a sample with videos is thinned to; None: it is not."""
+
+
+def within_limits(settings: MediaSettings, sample: Sample) -> Sample:
+    """The sample with as many of its pictures and videos as are taken, the first ones.
 
     Raises:
-        SampleError: Names the one that cannot be decoded, that the encoder refuses, or that is a video and those are not read.
+        SampleError: It has more, and they are not to be dropped; or a video would have to be one picture.
     """
-    own = settings.video_token and isinstance(settings.image_encoder, VideoEncoder)  # their frames are no pictures
-    pictures = sum(not (own and isinstance(medium, VideoSource)) for medium in media)
-    return [
-        _encode_video(settings, medium, number, pictures)
-        if isinstance(medium, VideoSource)
-        else _encode_picture(settings, medium, pictures)
-        for number, medium in enumerate(media)
-    ]
+    most, found = settings.most_pictures, len(sample.images)
+    if most is None or (found <= most and not (sample.videos and most == 1 and _frames_are_pictures(settings))):
+        return sample
+    if settings.pictures_beyond == "refuse":
+        if found <= most:
+            raise SampleError(
+                f"video {sample.images[0].name}: one picture a sample is taken, and its frames are pictures; leave the sample "
+                "out, or choose a model that takes several (pictures_beyond=drop of stage two reads one frame)"
+            )
+        raise SampleError(
+            f"{found} images, but at most {most} a sample {'is' if most == 1 else 'are'} taken; leave the sample out, "
+            "or choose a model that takes more (a student reads the first ones with pictures_beyond=drop)"
+        )
+    left, turns = most, []
+    for turn in sample.placed():
+        turns.append(replace(turn, places=turn.places[: max(0, left)]))
+        left -= len(turn.places)
+    if not any(turn.places for turn in sample.turns):
+        turns = list(sample.turns)
+    return replace(sample, images=sample.images[:most], turns=tuple(turns))
+
+
+def _frames_are_pictures(settings: MediaSettings) -> bool:
+    return not (settings.video_token and isinstance(settings.image_encoder, VideoEncoder))
+
+
+def encode_media(settings: MediaSettings, media: Sequence[Medium]) -> list[EncodedMedium]:
+    """Encode a sample's pictures and videos, these with as many frames as pictures and visual tokens are left.
+
+    Raises:
+        SampleError: Names the one that cannot be decoded, that the encoder refuses, or that is a video and those are not read;
+            or more than ``visual_token_budget`` is left with one frame of each video.
+    """
+    frames = {n: _read_frames(settings, medium) for n, medium in enumerate(media) if isinstance(medium, VideoSource)}
+    counted = _frames_are_pictures(settings)
+    if frames and counted and settings.most_pictures is not None:
+        each = max(1, (settings.most_pictures - len(media) + len(frames)) // len(frames))
+        frames = {n: uniform_frames(found, each) for n, found in frames.items()}
+    budget, share = settings.visual_token_budget, 1.0
+    while True:
+        kept = {n: uniform_frames(found, max(1, int(len(found) * share))) for n, found in frames.items()}
+        pictures = len(media) - len(kept) + (sum(map(len, kept.values())) if counted else 0)
+        encoded = [
+            _encode_video(settings, medium, kept[n], n, pictures)
+            if isinstance(medium, VideoSource)
+            else _encode_picture(settings, medium, pictures)
+            for n, medium in enumerate(media)
+        ]
+        total = visual_tokens(encoded)
+        if budget is None or total <= budget or all(len(found) == 1 for found in kept.values()):
+            return _within_budget(settings, encoded)
+        # Frames have about as many tokens each; where that leaves all of them, one frame less.
+        of_stills = visual_tokens([found for n, found in enumerate(encoded) if n not in kept])
+        fits = (budget - of_stills) / max(1, total - of_stills)
+        share *= max(0.0, min(fits, 1 - 1 / max(map(len, kept.values()))))
+
+
+def _within_budget(settings: MediaSettings, media: list[EncodedMedium]) -> list[EncodedMedium]:
+    budget, total = settings.visual_token_budget, visual_tokens(media)
+    if budget is not None and total > budget:
+        raise SampleError(
+            f"{total} visual tokens exceed visual_token_budget={budget}, one frame of each video being kept; raise it, or leave "
+            "the sample out"
+        )
+    return media
+
+
+def visual_tokens(media: Sequence[EncodedMedium]) -> int:
+    """Of pictures and videos together."""
+    return sum(token_count(image) for medium in media for image in medium.encoded)
+
+
+def uniform_frames(frames: Sequence[Frame], most: int) -> Sequence[Frame]:
+    """So many of a video's frames, the middles of equal parts of them; all where there are no more."""
+    if len(frames) <= most:
+        return frames
+    return [frames[int((place + 0.5) * len(frames) / most)] for place in range(most)]
 
 
 def _encoder_among(encoder: AnyImageEncoder, pictures: int) -> Callable[[PIL.Image.Image], EncodedImage]:
@@ -84,18 +167,24 @@ def _encode_picture(settings: MediaSettings, medium: ImageSource, pictures: int)
     return EncodedMedium((Marker(settings.image_token),), (encoded,), (image_hash(picture),))
 
 
-def _encode_video(settings: MediaSettings, video: VideoSource, number: int, pictures: int) -> EncodedMedium:
+def _read_frames(settings: MediaSettings, video: VideoSource) -> Sequence[Frame]:
     if settings.sampling is None:
         raise SampleError(
             f"video {video.name}: videos are not read; set frames.fps and frames.most of stage one, or leave the sample out"
         )
-    frames, encoder = video.frames(settings.sampling), settings.image_encoder
+    return video.frames(settings.sampling)
+
+
+def _encode_video(
+    settings: MediaSettings, video: VideoSource, frames: Sequence[Frame], number: int, pictures: int
+) -> EncodedMedium:
+    encoder = settings.image_encoder
     try:
         if settings.video_token and isinstance(encoder, VideoEncoder):
             encoded: tuple[EncodedImage, ...] = (encoder.video(frames),)
             markers: tuple[Marker, ...] = (Marker(settings.video_token, "video"),)
         else:
-            encode = _encoder_among(encoder, pictures - 1 + len(frames))
+            encode = _encoder_among(encoder, pictures)
             encoded = tuple(
                 replace(one, tiles=tuple(replace(tile, is_frame=True) for tile in one.tiles))
                 for one in (encode(frame.image) for frame in frames)

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
 from vlm_distill_cache.common.attention.sinks import SinkMap
+from vlm_distill_cache.common.attention.tiles import Tile, tiles_of, views_of
 from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan, built_with
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
+from vlm_distill_cache.common.cache.schema import Record, base_fields
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import (
@@ -32,10 +33,19 @@ from vlm_distill_cache.common.errors import (
     SampleError,
     TooLongError,
 )
+from vlm_distill_cache.common.pixels import HASH_BYTES
 from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.data.sample import Dataset, Sample, with_answers
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample, arrays_of
+from vlm_distill_cache.stage2_student.batches.frames import (
+    hashes_of,
+    media_of,
+    on_teachers_pictures,
+    pair_media,
+    shared_pictures,
+    times_of,
+)
 from vlm_distill_cache.stage2_student.batches.layers import match_groups
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm, collate_samples, decode_signals
 from vlm_distill_cache.stage2_student.batches.sinks import NO_SINKS
@@ -203,7 +213,10 @@ class CachedDataset:
         self._terms, self._match = dict(terms), match
         read = dict.fromkeys(signal for term in terms.values() for signal in term.reads)
         self._codecs = {name: codec_from_dict(cache.plan.signals[name]) for name in read}
-        wanted = [*BASE_FIELDS, *(entry for name in read for entry in cache.plan.fields[name])]
+        wanted = [
+            *base_fields(cache.plan.format_version),
+            *(entry for name in read for entry in cache.plan.fields[name]),
+        ]
         self._fields = frozenset(entry.name for entry in wanted)
         self._pad_token_id = pad_token_id
         self._memory = SampleMemory(0) if memory is None else memory
@@ -275,7 +288,7 @@ class CachedDataset:
             # Without a teacher's signals too: a baseline on other pictures would be compared as if on the same.
             record = self._cache.read(sample_id, self._fields)
             where = f"sample {sample_id!r} of {self._cache.place}"
-            check_join(record, encoded, where=where, compare_labels=self._compare_labels)
+            self._check(record, encoded, where)
             self._compared.add(position)
         return TrainingSample(encoded, targets)
 
@@ -334,7 +347,8 @@ class CachedDataset:
         """
         limit = self._encoder.positions
         longest = int(self._cache.plan.extra.get("max_length", 0))  # of the teacher's, whose tokens these may be
-        visual = self._encoder.image_encoder.token_count
+        visual, sampling = self._encoder.image_encoder.token_count, self._encoder.sampling
+        frames = sampling.most - 1 if sampling is not None else 0  # of a video beyond one
         # Such a sequence has the greatest length, and may have more visual tokens here.
         if longest and was_cut(self._cache):
             geometry = self._cache.plan.geometry
@@ -349,7 +363,7 @@ class CachedDataset:
                     len(f"{turn.question}{turn.answer}".encode(errors="replace")) + AROUND_TURN for turn in sample.turns
                 )
                 texts += len(sample.system.encode(errors="replace"))
-                if texts + AROUND_TURN + len(sample.images) * visual > limit:
+                if texts + AROUND_TURN + (len(sample.images) + len(sample.videos) * frames) * visual > limit:
                     self._encode(sample)
             except TooLongError as error:
                 found[position] = str(error)
@@ -379,21 +393,29 @@ class CachedDataset:
         self, record: Record, encoded: EncodedSample, *, where: str, foreign: Record | None = None, live: bool = False
     ) -> dict[str, Any]:
         """The teacher's side of each term, after a look at whether record and student mean the same words and picture."""
-        check_join(record, encoded, where=where, compare_labels=self._compare_labels)
+        tiles = self._check(record, encoded, where)
         for term in self._terms.values():
             term.check_record(record, encoded, where=where)
-        tiles = tuple(encoded.tiles)
         return decode_signals(
             record, self._codecs, self._terms, tiles,
             where=where, foreign=foreign, match=self._match, live=live, sinks=self._sinks,
         )  # fmt: skip
 
+    def _check(self, record: Record, encoded: EncodedSample, where: str) -> tuple[Tile, ...]:
+        """`check_join` with what the student may leave out."""
+
+        def names() -> list[str]:
+            return [medium.name for medium in self.sample(self.sample_ids.index(encoded.sample_id)).images]
+
+        fewer = self._encoder.pictures_beyond == "drop"
+        return check_join(record, encoded, where=where, compare_labels=self._compare_labels, fewer=fewer, names=names)
+
     def _foreign_record(self, position: int, record: Record) -> Record:
-        """The record of the next sample, far away in the order, whose visual tokens are laid out the same."""
+        """The record of the next sample, far away in the order, whose views and visual tokens are laid out the same."""
         for step in range(1, len(self)):
             other_id = self.sample_ids[(position + len(self) // 2 + step) % len(self)]
             other = self._cache.read(other_id, self._fields)
-            if other["tiles"].shape == record["tiles"].shape and len(other["labels"]):
+            if len(other["labels"]) and _shown(other) == _shown(record):
                 return other
         return record
 
@@ -452,11 +474,30 @@ def _refuse_other_teacher(plan: Plan, cache: TeacherCache, signals: Iterable[str
             )
 
 
-def check_join(record: Record, encoded: EncodedSample, *, where: str, compare_labels: bool = True) -> None:
-    """Refuse a record that was made from other words or another picture.
+def check_join(
+    record: Record,
+    encoded: EncodedSample,
+    *,
+    where: str,
+    compare_labels: bool = True,
+    fewer: bool = False,
+    names: Callable[[], Sequence[str]] | None = None,
+) -> tuple[Tile, ...]:
+    """Refuse a record that was made from other words or other pictures.
+
+    Pictures are compared one by one. Of a video that the two sides read at other times, frames of the same second are; where
+    they share none, nothing tells whether it changed.
 
     Args:
-        compare_labels: Whether both have the same tokens; the picture is compared in any case.
+        compare_labels: Whether both have the same tokens; the pictures are compared in any case.
+        fewer: As of `pair_media`.
+        names: What gives the names of the sample's pictures and videos, for errors.
+
+    Returns:
+        The student's tiles on the teacher's pictures.
+
+    Raises:
+        CacheMismatchError: What differs, and where.
     """
     labels = encoded.labels[encoded.supervised_rows]
     cached = np.asarray(record["labels"]).astype(np.int64)
@@ -466,12 +507,31 @@ def check_join(record: Record, encoded: EncodedSample, *, where: str, compare_la
             "template or tokenizer changed since the cache was built. Train with the data of the cache, or build the cache "
             "again"
         )
-    now, then = bytes(encoded.image_hash), np.asarray(record["image_hash"]).astype(np.uint8).tobytes()
+    then, now = hashes_of(record), encoded.image_hashes
+    if max(len(then), len(now)) <= 1 and (not fewer or len(then) == len(now)):
+        _compare_pictures((then or (bytes(HASH_BYTES),))[0], encoded.image_hash, "the picture", where)
+    theirs, ours = media_of(len(then), times_of(record)), media_of(len(now), encoded.frame_times)
+    pairs = pair_media(theirs, ours, where=where, fewer=fewer)
+    for number, teachers, students in shared_pictures(pairs):
+        of = f"frame {teachers - theirs[number - 1].first + 1} of video" if theirs[number - 1].times else "picture"
+        if then[teachers] != now[students]:
+            name = f" ({names()[number - 1]})" if names else ""
+            _compare_pictures(then[teachers], now[students], f"{of} {number} of {len(theirs)}{name}", where)
+    return on_teachers_pictures(tuple(encoded.tiles), pairs, pictures=len(now))
+
+
+def _compare_pictures(then: bytes, now: bytes, which: str, where: str) -> None:
     if now != then:
         raise CacheMismatchError(
-            f"{where}: the picture's hash was {then.hex()} when the teacher saw it and is {now.hex()} now: the image "
+            f"{where}: {which}'s hash was {then.hex()} when the teacher saw it and is {now.hex()} now: the image "
             "file changed, or another one has its name. Restore it, or build the cache again"
         )
+
+
+def _shown(record: Record) -> tuple[int, list[tuple[float, float]], list[bool]]:
+    """How many tiles a record's views have, and which pictures they show: the layout that a foreign record must have."""
+    views = views_of(tiles_of(record))
+    return len(record["tiles"]), [view.span for view in views], [view.is_frame for view in views]
 
 
 def refuse_strange_tokens(record: Record, rows: int, *, where: str) -> None:

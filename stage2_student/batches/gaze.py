@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes
-from vlm_distill_cache.common.attention.tiles import Tile, grid_tile
+from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
@@ -26,24 +26,27 @@ FLOOR = 1e-2  # of a uniform gaze: what is looked at less counts as that, so tha
 RIDGE = 0.01  # of the variance of a feature
 
 
-def gaze_on(cells: Tensor, grid: tuple[int, int], tiles: Sequence[Tile]) -> Tensor:
-    """How a gaze over a grid on the picture falls on visual tokens: the mass under each token's box.
+def gaze_on(cells: Tensor, grids: Sequence[Tile], tiles: Sequence[Tile]) -> Tensor:
+    """How a gaze over grids on the pictures falls on visual tokens: the mass under each token's box.
 
     A token that lies in padding gets nothing. Where tiles show a part of the picture twice, each view gets that part's mass.
 
     Args:
-        cells: float32 ``[C]``, mass on each cell, which is spread evenly over the cell.
-        grid: Rows and columns of the cells, which cover the whole picture.
-        tiles: The student's.
+        cells: float32 ``[C]``, mass on each cell, which is spread evenly over the cell, and over its frames.
+        grids: The cells of each view, which cover whole pictures (``cells_of`` of the codec).
+        tiles: The student's, on the same pictures.
 
     Returns:
         float32 ``[N]``, 0 or more.
     """
-    boxes, over = tile_boxes(tiles).double(), tile_boxes((grid_tile(*grid),)).double()
-    clipped = boxes[:, :4].clamp(0.0, 1.0)
-    low = torch.maximum(clipped[:, None, :2], over[None, :, :2])
-    high = torch.minimum(clipped[:, None, 2:], over[None, :, 2:4])
-    shares = (high - low).clamp_min(0.0).prod(dim=-1) * len(over)  # [N, C], of each cell's area
+    boxes, over = tile_boxes(tiles).double(), tile_boxes(grids).double()
+    clipped = torch.cat([boxes[:, :4].clamp(0.0, 1.0), boxes[:, 4:]], dim=1)
+    low = torch.maximum(clipped[:, None, [0, 1, 4]], over[None, :, [0, 1, 4]])
+    high = torch.minimum(clipped[:, None, [2, 3, 5]], over[None, :, [2, 3, 5]])
+    per_cell = [tile.token_count / (tile.span[1] - tile.span[0]) for tile in grids for _ in range(tile.token_count)]
+    shares = (high - low).clamp_min(0.0).prod(dim=-1) * torch.tensor(
+        per_cell, dtype=torch.float64
+    )  # [N, C], of each cell
     return ((shares @ cells.double()) * content_mask(boxes.float())).float()
 
 
@@ -76,7 +79,7 @@ class GazeTerm(LossTerm):
         """float32 ``[N]``; NaN where the teacher did not look at the picture, so that the student chooses itself."""
         cells = sides.decode(self.reads[0]).cells.float()  # [A, G, C]
         mean: Tensor = cells.mean(dim=(0, 1)) if len(cells) else cells.new_zeros(cells.shape[2])
-        gaze = gaze_on(mean, sides.codecs[self.reads[0]].grid, sides.student_tiles)
+        gaze = gaze_on(mean, sides.codecs[self.reads[0]].cells_of(sides.teacher_tiles), sides.student_tiles)
         return gaze if float(gaze.sum()) > 0 else torch.full_like(gaze, float("nan"))
 
     def collate(self, targets: Sequence[Tensor], places: Sequence[int]) -> Gaze:

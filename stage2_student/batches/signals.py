@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.hidden import HiddenRequest
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
 from vlm_distill_cache.common.attention.sinks import SinkMap
-from vlm_distill_cache.common.attention.tiles import Tile, tiles_from_array
+from vlm_distill_cache.common.attention.tiles import Tile, tiles_of
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, Record
 from vlm_distill_cache.common.codecs.live import as_tensors
@@ -39,7 +38,7 @@ class Sides:
 
     Attributes:
         record: The sample's, or another's in the control experiment.
-        student_tiles: The student's visual tokens; empty without an image.
+        student_tiles: The student's visual tokens, on the teacher's pictures (`batches.frames`); empty without an image.
         match: How the cached layer groups become those of the losses; None: they stay.
         sinks: The sinks of the cache's teacher, of the parts that the losses ask for (`batches.sinks`).
     """
@@ -55,7 +54,7 @@ class Sides:
     @cached_property
     def teacher_tiles(self) -> tuple[Tile, ...]:
         """The teacher's visual tokens; empty without an image."""
-        return tiles_from_array(np.asarray(self.record["tiles"]))
+        return tiles_of(self.record)
 
     @property
     def see(self) -> bool:

@@ -6,6 +6,10 @@ layer groups each is a mean or a sum: the ``reduction``. A ``token_mask``, bool 
 which are masked on both sides; None: all carry image. Shapes that differ, and kinds or reductions that are none, raise
 a ValueError.
 
+Of several pictures of a sample, rows are one distribution over the cells of all of them. Columns and maps are compared picture
+by picture: B then counts pictures, and ``sample_index``, int64 `[B]`, says whose each is; a loss is the mean over a sample's
+pictures, then over samples. None: a picture each.
+
 Maps of several samples come as one batch `[B, G, N, N]` when the samples have equally many visual tokens, as
 one processor's samples do, or padded with cells that a mask leaves out. Rows and keys of samples without an
 image are zero, as the attention capture leaves them.
@@ -107,6 +111,7 @@ def visual_columns_loss(
     token_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     reduction: LayerReduction = "mean",
+    sample_index: Tensor | None = None,
 ) -> Tensor:
     """1 - cosine of how much attention each visual token receives from the visual tokens.
 
@@ -137,11 +142,16 @@ def visual_columns_loss(
     losses = 1 - F.cosine_similarity(left, right, dim=-1)
     if kind == SINK_SUPPRESSED:  # columns that lie on sinks alone: nothing is left to differ from
         losses = losses * right.any(dim=-1)
-    return _reduce(losses, present, student, reduction)
+    return _reduce(losses, present, student, reduction, sample_index)
 
 
 def sink_filtered_cosine_loss(
-    student: Tensor, teacher: TeacherMap, *, token_mask: Tensor | None = None, reduction: LayerReduction = "sum"
+    student: Tensor,
+    teacher: TeacherMap,
+    *,
+    token_mask: Tensor | None = None,
+    reduction: LayerReduction = "sum",
+    sample_index: Tensor | None = None,
 ) -> Tensor:
     """1 - cosine of column means over the pairs where neither side shows an attention sink.
 
@@ -163,7 +173,7 @@ def sink_filtered_cosine_loss(
     _check_equal("sink_filtered_cosine_loss", student, teacher.values)
     columns, wanted = teacher.mean_columns(student.float(), token_mask)  # [B, G, N]
     losses = 1 - F.cosine_similarity(columns, wanted, dim=-1)
-    return _reduce(losses, has_mass(teacher.values), student, reduction)
+    return _reduce(losses, has_mass(teacher.values), student, reduction, sample_index)
 
 
 def visual_map_loss(
@@ -173,6 +183,7 @@ def visual_map_loss(
     kind: VisualMapKind = "cosine",
     token_mask: Tensor | None = None,
     reduction: LayerReduction = "mean",
+    sample_index: Tensor | None = None,
 ) -> Tensor:
     """How differently visual tokens look at visual tokens, over the whole map.
 
@@ -198,7 +209,9 @@ def visual_map_loss(
     if kind not in get_args(VisualMapKind):
         raise ValueError(f"kind: expected one of {list(get_args(VisualMapKind))}, got {kind!r}")
     if kind == "sink_filtered":
-        return sink_filtered_cosine_loss(student, teacher, token_mask=token_mask, reduction=reduction)
+        return sink_filtered_cosine_loss(
+            student, teacher, token_mask=token_mask, reduction=reduction, sample_index=sample_index
+        )
     _check_equal("visual_map_loss", student, teacher.values)
     left, right = student.float(), teacher.whole(f"the loss visual_map_kind={kind}")
     pairs = image_pairs(left, token_mask)
@@ -210,7 +223,7 @@ def visual_map_loss(
     else:
         rows = pairs.any(dim=-1).sum(dim=-1).clamp_min(1)  # [B, G]
         losses = (right.sum(dim=-1) * _kl(_share(right), _share(left))).sum(dim=-1) / rows
-    return _reduce(losses, has_mass(right), student, reduction)
+    return _reduce(losses, has_mass(right), student, reduction, sample_index)
 
 
 def all_attention_loss(
@@ -263,7 +276,13 @@ def all_attention_loss(
     return _reduce(1 - cosine, has_mass(true_map), student_map, reduction)
 
 
-def sink_shares(student: Tensor, teacher: TeacherMap, *, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def sink_shares(
+    student: Tensor,
+    teacher: TeacherMap,
+    *,
+    token_mask: Tensor | None = None,
+    sample_index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """What the sink filter of `sink_filtered_cosine_loss` takes out, of the pairs on which the teacher has mass.
 
     Returns:
@@ -279,7 +298,7 @@ def sink_shares(student: Tensor, teacher: TeacherMap, *, token_mask: Tensor | No
         mass = 1 - (values * kept).sum(dim=(-2, -1)) / values.sum(dim=(-2, -1)).clamp_min(_TINY)
         if not teacher.complete:
             mass = torch.zeros_like(mass)
-        return _reduce(pairs, present, pairs, "mean"), _reduce(mass, present, mass, "mean")
+        return _reduce(pairs, present, pairs, "mean", sample_index), _reduce(mass, present, mass, "mean", sample_index)
 
 
 def has_mass(teacher: Tensor) -> Tensor:
@@ -324,12 +343,30 @@ def _relative_rows(shares: Tensor, sample_index: Tensor, present: Tensor) -> Ten
     return _share(shares / sums[sample_index].clamp_min(_TINY))
 
 
-def _reduce(losses: Tensor, present: Tensor, student: Tensor, reduction: LayerReduction) -> Tensor:
-    """Reduce `[A or B, G]` over groups, then average over the rows or samples that are `present`, bool `[A or B]`."""
+def _reduce(
+    losses: Tensor,
+    present: Tensor,
+    student: Tensor,
+    reduction: LayerReduction,
+    sample_index: Tensor | None = None,
+) -> Tensor:
+    """Reduce `[A or B, G]` over groups, then average over the rows or samples that are `present`, bool `[A or B]`.
+
+    Args:
+        sample_index: Of pictures: an average over each sample's that are present comes first.
+    """
     if reduction not in get_args(LayerReduction):
         raise ValueError(f"reduction: expected one of {list(get_args(LayerReduction))}, got {reduction!r}")
     if not bool(present.any()):
         # Still depends on the student, so that a batch without rows can be stepped as any other.
         return student.float().sum() * 0.0
     chosen = losses[present]
-    return (chosen.sum(dim=1) if reduction == "sum" else chosen.mean(dim=1)).mean()
+    each = chosen.sum(dim=1) if reduction == "sum" else chosen.mean(dim=1)
+    return each.mean() if sample_index is None else _mean_of_samples(each, sample_index[present])
+
+
+def _mean_of_samples(values: Tensor, sample_index: Tensor) -> Tensor:
+    """The mean over samples of the mean over each one's pictures; both `[B]`, at least one."""
+    _, owner, counts = sample_index.unique(return_inverse=True, return_counts=True)
+    mean: Tensor = (values / counts[owner]).sum() / len(counts)
+    return mean

@@ -24,7 +24,7 @@ from vlm_distill_cache.common.codecs.live import SparseLogits
 from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
-from vlm_distill_cache.stage2_student.batches.grid import meet
+from vlm_distill_cache.stage2_student.batches.grid import meet_alone, meetings
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen, Sides, StudentSizes, Value
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.features import hidden_loss
@@ -70,12 +70,15 @@ class RowsTarget:
             float32 ``[R, N_s or M]``; None where rows meet one to one.
         row_counts: Of a batch: rows of each sample that has any part in it.
         samples: Of a batch: positions of these samples.
+        blocks: Of a sample with several pictures: for each the number of rows and the first of its visual tokens, which the
+            columns of ``student_pool`` count from; of a batch, for each picture also its sample's position in front.
     """
 
     teacher: Any
     student_pool: Tensor | None = None
     row_counts: tuple[int, ...] = ()
     samples: tuple[int, ...] = ()
+    blocks: tuple[tuple[int, ...], ...] = ()
 
     @property
     def count(self) -> int:
@@ -97,6 +100,11 @@ class RowsTerm(LossTerm):
             student_pool=torch.cat([F.pad(pool, (0, widest - pool.shape[1])) for pool in pools]) if pools else None,
             row_counts=tuple(len(part) for part in parts),
             samples=tuple(places),
+            blocks=tuple(
+                (place, *block)
+                for place, target in zip(places, targets, strict=True)
+                for block in target.blocks or ((len(target.teacher), 0),)
+            ),
         )
 
 
@@ -115,10 +123,12 @@ class VisualLogitTerm(RowsTerm):
         teachers, students = (
             [(tile.rows, tile.cols) for tile in tiles] for tiles in (sides.teacher_tiles, sides.student_tiles)
         )
-        if teachers != students:
+        seen = [[tile.span for tile in tiles] for tiles in (sides.teacher_tiles, sides.student_tiles)]
+        others = "" if seen[0] == seen[1] else ", of other pictures or frames"
+        if teachers != students or others:
             raise CacheMismatchError(
                 f"{sides.where}: {signal} need equal visual tokens; the teacher's are {teachers} (rows, columns of each "
-                f"tile), the student's {students}. Use a student with the teacher's visual tokens (projector=mlp), or "
+                f"tile), the student's {students}{others}. Use a student with the teacher's visual tokens (projector=mlp), or "
                 f"set PHASE.losses.{signal}=0 (PHASE: dpt, dft or sft); {VisualHiddenCodec.signal} with "
                 "hidden_kind=relation meets other tokens"
             )
@@ -163,13 +173,23 @@ class HiddenTerm(RowsTerm):
             return RowsTarget(sides.decode(signal))
         states = sides.decode(signal)  # [N_t, S, D]
         sides.check_tokens(signal, len(states))
-        grid = meet(sides.teacher_tiles, sides.student_tiles)
-        pooled = pool_queries(states.flatten(1), grid.teacher_pool)  # [C, S * D]
-        touched = grid.content & (grid.teacher_pool.sum(dim=0) > 0) & (grid.student_pool.sum(dim=0) > 0)
-        weights = grid.student_pool.T[touched]  # [C', N_s]
-        return RowsTarget(
-            pooled[touched].unflatten(1, states.shape[1:]), student_pool=weights / weights.sum(dim=1, keepdim=True)
-        )
+        found, pools, blocks = [], [], []
+        for part in meetings(sides.teacher_tiles, sides.student_tiles):
+            if not (part.teacher and part.student):
+                continue
+            grid = meet_alone(part.teacher, part.student)
+            own = states[slice(*part.teacher_tokens)]
+            pooled = pool_queries(own.flatten(1), grid.teacher_pool)  # [C, S * D]
+            touched = grid.content & (grid.teacher_pool.sum(dim=0) > 0) & (grid.student_pool.sum(dim=0) > 0)
+            weights = grid.student_pool.T[touched]  # [C', N_s]
+            found.append(pooled[touched].unflatten(1, states.shape[1:]))
+            pools.append(weights / weights.sum(dim=1, keepdim=True))
+            blocks.append((len(weights), part.student_tokens[0]))
+        if len(found) == 1:
+            return RowsTarget(found[0], student_pool=pools[0])
+        widest = max(pool.shape[1] for pool in pools)
+        padded = [F.pad(pool, (0, widest - pool.shape[1])) for pool in pools]
+        return RowsTarget(torch.cat(found), student_pool=torch.cat(padded), blocks=tuple(blocks))
 
     def requests(self, batch: TrainingBatch, target: RowsTarget, groups: Groups, fit: Layers) -> Requests:
         """The wanted layers at supervised rows or visual tokens."""
@@ -191,7 +211,8 @@ class HiddenTerm(RowsTerm):
 def _pool_tokens(states: Tensor, pool: Tensor, target: RowsTarget) -> Tensor:
     """The student's states ``[B, M, S, D]`` on the common cells of each sample, ``[R, S, D]``."""
     pooled = []
-    for place, weights in zip(target.samples, pool.split(list(target.row_counts)), strict=True):
-        tokens = states[place][: weights.shape[1]].float()  # [M, S, D]
+    rows = [count for _, count, _ in target.blocks]
+    for (place, _, first), weights in zip(target.blocks, pool.split(rows), strict=True):
+        tokens = states[place][first : first + weights.shape[1]].float()  # [M, S, D]
         pooled.append((weights[:, : len(tokens)] @ tokens.flatten(1)).unflatten(1, tokens.shape[1:]))
     return torch.cat(pooled)

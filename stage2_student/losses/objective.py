@@ -28,7 +28,7 @@ from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.gaze import GAZE, Gaze
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm, Requests, Seen
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
-from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget
+from vlm_distill_cache.stage2_student.losses.attention_targets import AttentionTarget
 from vlm_distill_cache.stage2_student.losses.fed_tokens import (
     fed_shares,
     feeds_fewer,

@@ -55,6 +55,7 @@ from vlm_distill_cache.stage2_student.pruned_folder import (
     read_settings,
     unused_settings,
 )
+from vlm_distill_cache.stage2_student.students.encoder import pictures_taken
 from vlm_distill_cache.stage2_student.students.prunable import MLP, prunable_layers, refuse_unprunable
 
 _log = logging.getLogger(__name__)
@@ -464,6 +465,7 @@ def teacher_encoder(teacher: Path, opened: FamilyModel, template: str | None) ->
         image_token_id=opened.family.image_token_id(config),
         max_length=MAX_LENGTH,
         positions=known_positions(config),
+        **pictures_taken(config, opened.image_encoder),
     )
 
 

@@ -25,10 +25,10 @@ from vlm_distill_cache.data.families.models import row_logits
 from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, ImageSource, Question, Sample, Turn
 from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder, build_prompt
-from vlm_distill_cache.data.text.generation import Generated, device_of, generate_answers, pad_token_id
+from vlm_distill_cache.data.text.generation import Generated, device_of, generate_answers, pad_token_id, prompt_of
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
 from vlm_distill_cache.stage2_student.losses.attention import answer_attention_loss, has_mass
-from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget, student_cells
+from vlm_distill_cache.stage2_student.losses.attention_targets import AttentionTarget, student_cells
 from vlm_distill_cache.stage2_student.losses.fed_tokens import fed_shares
 from vlm_distill_cache.stage2_student.losses.logits import tail_bucket_loss
 from vlm_distill_cache.stage2_student.losses.objective import record, requests_of
@@ -243,7 +243,7 @@ def score_questions(
     def ask(places: Sequence[int], limit: int) -> None:
         for batch in _batches(places, batch_size, "questions"):
             asked = [questions[place] for place in batch]
-            prompts = [build_prompt(encoder, item.image, item.question, item.system) for item in asked]
+            prompts = [prompt_of(encoder, item) for item in asked]
             for place, text in zip(batch, _generate(model, encoder, prompts, limit).texts, strict=True):
                 matches[place] = exact_match(text, questions[place].answer)
 

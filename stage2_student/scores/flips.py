@@ -13,7 +13,8 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.tools.record_view import load_token_text
 from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, Question
-from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
+from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.generation import prompt_of
 from vlm_distill_cache.stage2_student.scores.evaluate import ANSWER_TOKENS, weigh_pairs
 from vlm_distill_cache.stage2_student.scores.results import HEADLINE, EvaluationReport, Outcome, Place, outcomes
 from vlm_distill_cache.stage2_student.scores.taught import Models, say, shrink, teachers_words
@@ -134,5 +135,5 @@ def _ask(models: Models, item: CaptionPair | Question) -> tuple[dict[str, str], 
 
 def _answer(model: Any, encoder: SampleEncoder, item: Question) -> str:
     tokens = len(encoder.tokenizer(item.answer, add_special_tokens=False)["input_ids"])
-    prompt = build_prompt(encoder, item.image, item.question, item.system)
+    prompt = prompt_of(encoder, item)
     return say(model, encoder, [prompt], max(ANSWER_TOKENS, tokens + 2))[0]

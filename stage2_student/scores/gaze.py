@@ -21,7 +21,7 @@ from vlm_distill_cache.common.tools.shift import Gaze, ShiftReport, measure
 from vlm_distill_cache.data.text.generation import device_of
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.dataset import CachedDataset
-from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget, student_cells
+from vlm_distill_cache.stage2_student.losses.attention_targets import AttentionTarget, student_cells
 from vlm_distill_cache.stage2_student.losses.objective import record, requests_of
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 from vlm_distill_cache.stage2_student.scores.evaluate import language_model_of

@@ -21,7 +21,8 @@ from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.registry import TEXTS, open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import EvaluationSet, Question, load_picture, questions_of
 from vlm_distill_cache.data.sources.mixture import MIXTURES, is_mixture
-from vlm_distill_cache.data.text.encoding import SampleEncoder, build_prompt
+from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.generation import prompt_of
 from vlm_distill_cache.stage2_student.batches.dataset import merged_fingerprints, splits_and_limits
 from vlm_distill_cache.stage2_student.config import EvaluationConfig, Split, TrainConfig
 from vlm_distill_cache.stage2_student.scores.card import CardScores
@@ -290,16 +291,18 @@ def _trained_on(config: TrainConfig, data: str, cache: TeacherCache | None) -> t
 
 
 def _identity(item: Question) -> tuple[str, ...]:
-    return item.item_id, item.image.name, item.question, item.answer, item.system
+    shown = (item.image.name, *(medium.name for medium in item.further))
+    return item.item_id, *shown, item.question, item.answer, item.system
 
 
 def _fault(item: Question, encoder: SampleEncoder | None) -> str | None:
     """Why a question cannot be asked; None if it can. Without an encoder only the picture is looked at."""
     try:
         if encoder is not None:
-            build_prompt(encoder, item.image, item.question, item.system)
+            prompt_of(encoder, item)
         elif item.image is not None:
-            load_picture(item.image)
+            for medium in (item.image, *item.further):
+                load_picture(medium)
     except SampleError as error:
         return str(error)
     return None

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlm_distill_cache.common.attention.tiles import Tile
+from vlm_distill_cache.common.attention.tiles import Tile, tiles_of
 from vlm_distill_cache.common.cache.reader import TeacherCache
+from vlm_distill_cache.common.cache.schema import base_fields
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.models.changed import changes_of
@@ -30,12 +31,14 @@ class Oracle:
 
     Attributes:
         place: The cache's, for errors.
-        gaze: By a picture's hash the mean over all answer rows and layer groups of all samples of it, float32 ``[C]``.
+        gaze: By a picture's hash (of several in a sample by their hashes, one behind the other) the mean over all answer rows
+            and layer groups of all samples of it, float32 ``[C]``.
+        cells: By the same, the grids of these cells.
     """
 
     place: str
-    grid: tuple[int, int]
     gaze: Mapping[bytes, NDArray[np.float32]]
+    cells: Mapping[bytes, tuple[Tile, ...]]
 
     def scores(self, tiles: Sequence[Sequence[Tile]], hashes: Sequence[bytes]) -> Tensor:
         """The gaze on the visual tokens of a batch's samples, float32 ``[B, M]``, NaN behind each one's last.
@@ -53,7 +56,9 @@ class Oracle:
                     "data and --set split=test, for one"
                 )
             rows.append(
-                gaze_on(torch.from_numpy(found), self.grid, own) if own and found is not None else torch.zeros(0)
+                gaze_on(torch.from_numpy(found), self.cells[picture], own)
+                if own and found is not None
+                else torch.zeros(0)
             )
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))
 
@@ -71,18 +76,20 @@ def read_oracle(cache: TeacherCache) -> Oracle:
             f"{', '.join(sorted(cache.plan.signals))}. Add it (`teacher-cache extend`), or give another --cache"
         )
     codec: Any = cache.codec(signal)
-    names = frozenset([*(entry.name for entry in codec.fields()), "image_hash"])
+    names = frozenset(entry.name for entry in (*codec.fields(), *base_fields(cache.plan.format_version)))
     sums: dict[bytes, Any] = {}
+    grids: dict[bytes, tuple[Tile, ...]] = {}
     for sample_id in cache.sample_ids:
         record = cache.read(sample_id, names)
         picture, cells = np.asarray(record["image_hash"]).astype(np.uint8).tobytes(), codec.decode(record).cells
         total = cells.astype(np.float64).sum(axis=(0, 1))
         if any(picture) and total.any():
             sums[picture] = sums.get(picture, 0.0) + total
+            grids[picture] = codec.cells_of(tiles_of(record))
     return Oracle(
         place=cache.place,
-        grid=codec.grid,
         gaze={picture: (total / total.sum()).astype(np.float32) for picture, total in sums.items()},
+        cells=grids,
     )
 
 

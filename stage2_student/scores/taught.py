@@ -17,7 +17,7 @@ from torch import Tensor
 from vlm_distill_cache.common.attention.boxes import overlap_matrix, pool_keys, show_twice, tile_boxes
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
-from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile, grid_tile
+from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile, grid_tile, of_view, tiles_of, views_of
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
@@ -129,11 +129,13 @@ def collect_taught(
         maps: dict[str, tuple[Tensor, Tensor]] = {}  # float [A, N or C] and its boxes, by model
         if match is not None and codec is not None:
             cells = regroup_rows(as_tensors(codec.decode(record)), match).cells.mean(dim=1)  # [A, C]
-            maps[TEACHER] = cells, tile_boxes((grid_tile(*codec.grid),))
+            grids = _first_view(codec.cells_of(tiles_of(record)))
+            maps[TEACHER] = cells[:, : sum(grid.token_count for grid in grids)], tile_boxes(grids)
             for name, (model, encoder) in models.items():
                 batch = collate([encoded[name]], pad_token_id(encoder)).to(device_of(model))
                 mass = _attention(model, captures[name], batch, match.student)  # [A, N]
-                maps[name] = seen_once(mass, encoded[name].tiles)
+                own = _first_view(encoded[name].tiles)  # the picture that is drawn; others are not
+                maps[name] = seen_once(mass[:, : sum(tile.token_count for tile in own)], own)
         answers = _answers(record["labels"].tolist(), text)
         if not answers:
             continue
@@ -156,6 +158,12 @@ def collect_taught(
             )
         )
     return found
+
+
+def _first_view(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    """The tiles of a sample's first picture."""
+    views = views_of(tiles)
+    return tiles if len(views) <= 1 else of_view(tiles, views[0])
 
 
 def teachers_words(
@@ -264,7 +272,9 @@ def _say(of: tuple[Any, SampleEncoder], sample: Sample, question: str, tokens: i
     """A student's own answer, about as long as the one that it was taught; a dash where it cannot be asked."""
     model, encoder = of
     try:
-        prompt = build_prompt(encoder, sample.images[0] if sample.images else None, question, sample.system)
+        prompt = build_prompt(
+            encoder, sample.images[0] if sample.images else None, question, sample.system, further=sample.images[1:]
+        )
     except SampleError:
         return "-"
     return say(model, encoder, [prompt], min(_MOST_TOKENS, tokens + 8))[0]

@@ -5,18 +5,25 @@ folder holds weights alone) the way of the cache's teacher is the only one that 
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, Plan
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, ModelError
-from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder
+from vlm_distill_cache.data.families.table import family_of
+from vlm_distill_cache.data.images.encoder import AnyImageEncoder, ImageEncoder, VideoEncoder
 from vlm_distill_cache.data.images.layouts import image_encoder_from_dict
+from vlm_distill_cache.data.sample import FrameSampling
 from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.media import PicturesBeyond
 from vlm_distill_cache.data.text.processors import load_image_processor, load_tokenizer
 from vlm_distill_cache.data.text.templates import PromptTemplate
 
 MAX_LENGTH = 2048  # tokens, where neither the run nor a cache says one
+PICTURE_SETTINGS = ("sampling", "video_token_id", "most_pictures", "pictures_beyond", "visual_token_budget")
+"""What a `SampleEncoder` knows of several pictures and videos."""
 UNKNOWN_GEOMETRY = "library"
 """Kind of the image encoders that know how many visual tokens there are, and not where they look."""
 
@@ -52,6 +59,54 @@ def cache_image_encoder(
     return encoder.with_grid(grid) if grid is not None and isinstance(encoder, ImageEncoder) else encoder
 
 
+def pictures_taken(
+    model_config: Any,
+    image_encoder: AnyImageEncoder,
+    plan: Plan | None = None,
+    *,
+    fps: float | None = None,
+    most: int | None = None,
+    most_pictures: int | None = None,
+    pictures_beyond: PicturesBeyond = "refuse",
+    visual_token_budget: int | None = None,
+) -> dict[str, Any]:
+    """What a student's `SampleEncoder` is told of samples with several pictures and videos.
+
+    Args:
+        model_config: The student's, of the model library.
+        plan: Of a cache, whose teacher read the frames that a student reads if nothing else is said; None: there is none.
+        fps: Frames a second; None: the plan's.
+        most: Frames of a video; None: the plan's.
+        most_pictures: None: as many as the student's family takes; more than these is the family's number.
+    """
+    read = {**vars(FrameSampling()), **((plan.extra.get("frames") if plan else None) or {})}
+    limits = [limit for limit in (most_pictures, family_of(str(model_config.model_type)).most_pictures) if limit]
+    return {
+        "sampling": FrameSampling(fps=float(fps or read["fps"]), most=int(most or read["most"])),
+        "video_token_id": _video_token_id(model_config, image_encoder),
+        "most_pictures": min(limits, default=None),
+        "pictures_beyond": pictures_beyond,
+        "visual_token_budget": visual_token_budget,
+    }
+
+
+def _video_token_id(model_config: Any, image_encoder: AnyImageEncoder) -> int | None:
+    """The token at the visual positions of a video; None: the student reads frames as so many pictures."""
+    if not isinstance(image_encoder, VideoEncoder):
+        return None
+    names = ("video_token_id", "video_token_index")
+    return next((int(found) for name in names if (found := getattr(model_config, name, None)) is not None), None)
+
+
+def _described_pictures(encoder: SampleEncoder) -> dict[str, Any]:
+    """What of `pictures_taken` is not as in `SampleEncoder`, JSON."""
+    plain = {entry.name: entry.default for entry in fields(SampleEncoder)}
+    found: dict[str, Any] = {
+        name: getattr(encoder, name) for name in PICTURE_SETTINGS if getattr(encoder, name) != plain[name]
+    }
+    return found | ({"sampling": dict(vars(encoder.sampling))} if encoder.sampling else {})
+
+
 def describe_encoder(encoder: SampleEncoder) -> dict[str, Any]:
     """What turns a sample into a student's sequence, as JSON; kept beside the student."""
     return {
@@ -59,6 +114,7 @@ def describe_encoder(encoder: SampleEncoder) -> dict[str, Any]:
         "geometry": encoder.image_encoder.to_dict(),
         "image_token_id": encoder.image_token_id,
         "max_length": encoder.max_length,
+        **_described_pictures(encoder),
     }
 
 
@@ -87,6 +143,9 @@ def build_encoder(
         image_encoder = ImageEncoder(
             processor=image_processor, layout=description["layout"], grid=grid, patch_size=description.get("patch_size")
         )
+    taken = {name: description[name] for name in PICTURE_SETTINGS if name in description}
+    if "sampling" in taken:
+        taken["sampling"] = FrameSampling(**taken["sampling"])
     return SampleEncoder(
         tokenizer=tokenizer,
         image_encoder=image_encoder,
@@ -94,6 +153,7 @@ def build_encoder(
         image_token_id=description["image_token_id"],
         max_length=description["max_length"],
         positions=positions,
+        **taken,
     )
 
 
@@ -109,6 +169,9 @@ def encoder_of_cache(plan: Plan, folder: Path, *, max_length: int | None) -> Sam
         image_token_id=plan.stated("teacher.image_token_id", folder.parent),
         max_length=max_length or longest_sequence(plan),
         long_samples="truncate" if plan.extra.get(LONG_SAMPLES) == "truncate" else "refuse",
+        most_pictures=1 if plan.format_version == ONE_PICTURE else None,
+        sampling=FrameSampling(**plan.extra["frames"]) if plan.extra.get("frames") else None,
+        video_token_id=plan.teacher.get("video_token_id"),
     )
 
 

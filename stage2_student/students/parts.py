@@ -32,7 +32,12 @@ from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.final_folder import PROVENANCE, read_final, read_provenance
 from vlm_distill_cache.stage2_student.pruned_folder import read_settings, refuse_damaged
 from vlm_distill_cache.stage2_student.students.build import find_student, own_image_encoder
-from vlm_distill_cache.stage2_student.students.encoder import build_encoder, cache_image_encoder, load_processors
+from vlm_distill_cache.stage2_student.students.encoder import (
+    build_encoder,
+    cache_image_encoder,
+    load_processors,
+    pictures_taken,
+)
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent, OpenedStudent, find_library_student
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 from vlm_distill_cache.stage2_student.students.presets import split_student_name, student_folder
@@ -192,6 +197,7 @@ def lone_encoder(parts: StudentParts) -> SampleEncoder:
         image_token_id=parts.image_token_id,
         max_length=positions or LONGEST,
         positions=positions,
+        **pictures_taken(parts.model.config, parts.image_encoder),
     )
 
 

@@ -50,7 +50,7 @@ from vlm_distill_cache.stage2_student.config import PhaseConfig, PhaseName, Trai
 from vlm_distill_cache.stage2_student.losses.fed_tokens import refuse_fewer_tokens
 from vlm_distill_cache.stage2_student.losses.objective import Objective
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
-from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence
+from vlm_distill_cache.stage2_student.students.encoder import describe_encoder, longest_sequence, pictures_taken
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
 from vlm_distill_cache.stage2_student.students.parts import StudentParts, open_parts, teacher_tower
 from vlm_distill_cache.stage2_student.students.presets import student_folder
@@ -343,6 +343,16 @@ def encoder_for(config: TrainConfig, parts: StudentParts, caches: Mapping[str, T
         image_token_id=parts.image_token_id,
         max_length=config.max_length or longest,
         positions=known_positions(parts.model.config),
+        **pictures_taken(
+            parts.model.config,
+            parts.image_encoder,
+            next(iter(caches.values())).plan,
+            fps=config.frames.fps,
+            most=config.frames.most,
+            most_pictures=config.most_pictures,
+            pictures_beyond=config.pictures_beyond,
+            visual_token_budget=config.visual_token_budget,
+        ),
     )
 
 

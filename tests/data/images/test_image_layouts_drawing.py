@@ -63,7 +63,7 @@ def test_two_layouts_agree_on_the_place_in_their_common_cells(teacher, student):
     assert torch.nn.functional.cosine_similarity(looks[0], looks[1], dim=0) > 0.7
     # A cached grid in between changes nothing about that.
     cells = overlap_matrix(tile_boxes(teacher_tiles), tile_boxes([grid_tile(*CELLS)]))
-    through = meet_cells(CELLS, student_tiles)
+    through = meet_cells((grid_tile(*CELLS),), student_tiles)
     pooled = torch.stack([teacher_mass @ cells @ through.teacher_pool, student_mass @ through.student_pool])
     torch.testing.assert_close(pooled.sum(dim=1), torch.ones(2), atol=1e-5, rtol=0)
     assert pooled.argmax(dim=1).tolist() == [cell, cell]

@@ -107,7 +107,7 @@ def test_a_layout_that_shows_the_picture_twice_gives_no_cells():
 )
 @settings(max_examples=60, deadline=None)
 def test_a_cached_grid_and_any_student_meet_without_losing_mass(student, rows, cols):
-    common = meet_cells((rows, cols), student)
+    common = meet_cells((grid_tile(rows, cols),), student)
     torch.testing.assert_close(common.teacher_pool.sum(dim=1), torch.ones(rows * cols))
     content = content_mask(tile_boxes(student))
     torch.testing.assert_close(common.student_pool.sum(dim=1), content.float(), atol=1e-4, rtol=0)

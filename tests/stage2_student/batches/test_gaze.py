@@ -18,7 +18,7 @@ def rastered(cells, grid, tiles):
     points = (np.arange(FINE) + 0.5) / FINE
     density = np.asarray(cells).reshape(grid).repeat(FINE // rows, 0).repeat(FINE // cols, 1) * rows * cols / FINE**2
     found = []
-    for x0, y0, x1, y1 in tile_boxes(tiles).tolist():
+    for x0, y0, x1, y1 in tile_boxes(tiles)[:, :4].tolist():
         inside = np.outer((points >= y0) & (points < y1), (points >= x0) & (points < x1))
         found.append(float(density[inside].sum()))
     return np.array(found)
@@ -35,10 +35,10 @@ def rastered(cells, grid, tiles):
 )
 def test_a_gaze_falls_on_tokens_by_area(tiles):
     cells = torch.rand(16, generator=torch.Generator().manual_seed(0))
-    found = gaze_on(cells, (4, 4), tiles)
+    found = gaze_on(cells, (grid_tile(4, 4),), tiles)
     assert np.allclose(found.numpy(), rastered(cells, (4, 4), tiles), atol=1e-6)
     whole = grid_tile(6, 6)
-    assert float(gaze_on(cells, (4, 4), (whole,)).sum()) == pytest.approx(float(cells.sum()), rel=1e-6)
+    assert float(gaze_on(cells, (grid_tile(4, 4),), (whole,)).sum()) == pytest.approx(float(cells.sum()), rel=1e-6)
 
 
 def test_the_regression_minimises_what_it_says_and_finds_a_linear_gaze():

@@ -27,7 +27,7 @@ from vlm_distill_cache.stage1_teacher.loop.signals import (
 )
 from vlm_distill_cache.stage2_student.batches.batch import TrainingSample
 from vlm_distill_cache.stage2_student.batches.signals import collate_samples, decode_signals
-from vlm_distill_cache.stage2_student.losses.attention_terms import pool_map
+from vlm_distill_cache.stage2_student.losses.attention_targets import pool_map
 from vlm_distill_cache.stage2_student.losses.objective import requests_of, step_shares, units_of
 from vlm_distill_cache.stage2_student.losses.terms import choose_terms
 
@@ -182,7 +182,7 @@ def test_the_mean_over_cells_is_one_weight_a_token():
     attention = torch.rand(3, GROUPS, 5, 5, generator=generator)
     keys = torch.arange(5).repeat(3, 1)
     for mask in (content, None):
-        target = SimpleNamespace(student_pool=pool, content=mask)
+        target = SimpleNamespace(student_pool=pool, content=mask, views=None)
         batch = SimpleNamespace(targets={"visual_columns": target}, keys=keys, has_image=torch.tensor([0, 2]))
         requests = requests_of(choose_terms(["visual_columns"]), batch, ((0,),) * GROUPS)  # type: ignore[arg-type]
         weights = requests["columns"].row_weights

@@ -15,7 +15,7 @@ from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.signals import decode_signals
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.attention import sink_filtered_cosine_loss, visual_map_loss
-from vlm_distill_cache.stage2_student.losses.attention_terms import AttentionTarget, pool_map
+from vlm_distill_cache.stage2_student.losses.attention_targets import AttentionTarget, pool_map
 from vlm_distill_cache.stage2_student.losses.terms import TERMS
 
 SQUARE = (Tile(12, 12, (0.0, 0.0, 1.0, 1.0)),)
@@ -43,7 +43,7 @@ def target_of(codec: VisualMapCodec, maps: Tensor, tiles, student_tiles) -> Atte
 def loss_and_gradient(target: AttentionTarget, student: Tensor, loss=sink_filtered_cosine_loss):
     """Value, and gradient on the student's own tokens, as the objective computes them."""
     leaf = student.clone().requires_grad_()
-    pooled = pool_map(leaf[None], SimpleNamespace(student_pool=target.student_pool[None]))  # type: ignore[arg-type]
+    pooled = pool_map(leaf[None], SimpleNamespace(student_pool=target.student_pool[None], views=None))  # type: ignore[arg-type]
     assert target.kept is not None
     teacher = TeacherMap(target.teacher[None], target.kept[None], target.complete)
     value = loss(pooled, teacher, token_mask=target.content[None])

@@ -163,7 +163,7 @@ def test_training_and_the_oracle_feed_what_the_teacher_looked_at(by_gaze, tiny_c
     with_picture = [name for name, found in zip(batch.inputs.sample_ids, batch.inputs.tiles, strict=True) if found]
     own = [codec.decode(cache[name]).cells.mean(axis=(0, 1)) for name in with_picture]
     for kept, cells, of in zip(trained, own, tiles, strict=True):
-        best = gaze_on(torch.from_numpy(cells), codec.grid, of).argsort(descending=True, stable=True)[
+        best = gaze_on(torch.from_numpy(cells), codec.cells_of(of), of).argsort(descending=True, stable=True)[
             : kept_count(0.5, len(kept))
         ]
         assert set(kept.nonzero()[:, 0].tolist()) == set(best.tolist())
@@ -178,7 +178,9 @@ def test_training_and_the_oracle_feed_what_the_teacher_looked_at(by_gaze, tiny_c
         ]
         total = np.sum(same, axis=0, dtype=np.float64)
         cells = torch.from_numpy((total / total.sum()).astype(np.float32))
-        best = gaze_on(cells, codec.grid, of).argsort(descending=True, stable=True)[: kept_count(0.5, len(kept))]
+        best = gaze_on(cells, codec.cells_of(of), of).argsort(descending=True, stable=True)[
+            : kept_count(0.5, len(kept))
+        ]
         assert set(kept.nonzero()[:, 0].tolist()) == set(best.tolist())
     with followed(read_oracle(cache)), pytest.raises(CacheMismatchError, match="no teacher's gaze on a picture"):
         oracle_scores(student, tiles[:1], [b"x" * 16])

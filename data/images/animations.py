@@ -12,7 +12,7 @@ from vlm_distill_cache.data.images.sampling import choose_frames
 from vlm_distill_cache.data.sample import Frame, FrameSampling
 
 MAX_FRAMES = 20_000
-MAX_DRAWN = 20_000_000_000  # pixels of all frames together: minutes of decoding
+MAX_DRAWN = 5_000_000_000  # pixels of all frames together: about a minute of decoding
 _UNTIMED = Fraction(1, 10)  # s, as browsers show a frame without a duration
 _FORMATS = ("GIF", "WEBP", "PNG")
 _FINEST = 65535  # the largest denominator of a PNG's durations

@@ -140,6 +140,19 @@ def test_frames_are_turned_upright(matrix, turned):
     assert np.abs(np.asarray(frame.image).astype(int) - expected).mean() < 10
 
 
+def test_frames_in_front_of_an_edit_are_not_shown():
+    """A clip that a phone has trimmed: the frames are there, for those behind them to be decoded."""
+    data = bytearray(make_clip(gop=12))
+    begins = data.index(b"elst") + 16
+    with av.open(io.BytesIO(data)) as container:
+        unit = container.streams.video[0].time_base
+    moved = int.from_bytes(data[begins : begins + 4], "big") + int(Fraction(3, 10) / unit)
+    data[begins : begins + 4] = moved.to_bytes(4, "big")
+    frames = read(bytes(data), EACH)
+    assert shown(frames) == list(range(3, 12))
+    assert [frame.time for frame in frames] == [number / 10 for number in range(9)]
+
+
 @pytest.mark.parametrize(("shape", "size"), [("2/1", (128, 32)), ("1/2", (64, 64)), ("1/1", (64, 32))])
 def test_pixels_become_square(shape, size):
     data = make_clip("mp4", "libx264", count=2, sample_shape=Fraction(shape))

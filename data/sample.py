@@ -19,7 +19,7 @@ import PIL.Image
 import xxhash
 from numpy.typing import NDArray
 
-from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +55,24 @@ class Frame:
 
 @dataclass(frozen=True, kw_only=True)
 class FrameSampling:
-    """Which frames of a video are read; a cache's plan records it.
+    """Which frames of a video are read; a cache's plan records it. `data.images.sampling` has the rule.
 
     Attributes:
         fps: Frames a second, above 0; of a video that has fewer, all.
         most: Where that would be more frames than this, so many at uniform times instead; at least 1.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     fps: float = 1.0
     most: int = 32
+
+    def __post_init__(self) -> None:
+        if isinstance(self.fps, bool) or not isinstance(self.fps, int | float) or not 0 < self.fps < math.inf:
+            raise ConfigError(f"fps: expected frames a second, a number above 0, got {self.fps!r}")
+        if isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 1:
+            raise ConfigError(f"most: expected the number of frames of a video, 1 or more, got {self.most!r}")
 
 
 @runtime_checkable
@@ -84,7 +93,7 @@ Medium = ImageSource | VideoSource
 
 
 def load_picture(medium: Medium) -> PIL.Image.Image:
-    """A picture, or the first frame of a video, to look at; `SampleError` if it cannot be decoded."""
+    """A picture, or one frame from the middle of a video, to look at; `SampleError` if it cannot be decoded."""
     return medium.load() if isinstance(medium, ImageSource) else medium.frames(FrameSampling(most=1))[0].image
 
 

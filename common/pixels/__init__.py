@@ -11,6 +11,7 @@ import zlib
 
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageFile
 import PIL.ImageOps
 import xxhash
 
@@ -22,7 +23,7 @@ STORED = "stored orientation"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 # What Pillow's decoders raise on damaged files, by experience; none of it may end a run.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     ValueError,
     SyntaxError,
@@ -65,20 +66,29 @@ def decode_image(data: bytes, *, name: str) -> PIL.Image.Image:
             return _decode(_without_texts(data), name)  # Pillow takes a long text for an attack
     except SampleError:
         raise
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise SampleError(f"image {name} cannot be decoded: {reason_of(error)}") from error
 
 
 def _decode(data: bytes, name: str) -> PIL.Image.Image:
     with PIL.Image.open(io.BytesIO(data)) as image:
         _refuse_huge(image, name)  # before any pixel is decoded
-        stored = image.tile[0][3] if image.format == "PNG" and image.tile else None
-        image.load()
-        _scale_transparency(image, stored)
-        turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
-        upright = to_rgb(PIL.ImageOps.exif_transpose(image))
-        upright.info[STORED] = turned
-        return upright
+        return upright_rgb(image)
+
+
+def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Decode an open image, or the frame that it stands at, to upright RGB; a picture of its own, ``info`` as above."""
+    stored = (
+        image.tile[0][3]
+        if isinstance(image, PIL.ImageFile.ImageFile) and image.format == "PNG" and image.tile
+        else None
+    )
+    image.load()
+    _scale_transparency(image, stored)
+    turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+    upright = to_rgb(PIL.ImageOps.exif_transpose(image))
+    upright.info[STORED] = turned
+    return upright
 
 
 def _without_texts(data: bytes) -> bytes:

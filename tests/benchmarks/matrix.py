@@ -28,6 +28,7 @@ FILES = (
     "tests/common/remotes/test_s3_refusals.py",  # boto3
     "tests/data/text/test_sentencepiece_model.py",  # sentencepiece, protobuf
     "tests/data/text/test_builtin_processor.py",  # tokenizers, pillow
+    "tests/data/images/test_video.py",  # av
     "tests/data/sources/test_hf.py",  # datasets, pyarrow
     "tests/data/sources/test_patterns.py",  # webdataset
     "tests/data/families/test_family_models.py",  # transformers

@@ -510,7 +510,11 @@ def _read_part(part: Mapping[str, Any], position: int) -> tuple[str | None, list
         values = part_videos(part, given[0]) if given else []
     else:
         values = list(given[0]) if given and isinstance(given[0], list | tuple) else given[:1]
-    return text, [Shown(kind=what, value=value) for value in values] or [Shown(kind=what)]
+    if values:
+        return text, [Shown(kind=what, value=value, is_part=True) for value in values]
+    index = part.get("index")  # which of the entry's pictures, counted from 0
+    number = index + 1 if isinstance(index, int) and not isinstance(index, bool) and index >= 0 else None
+    return text, [Shown(kind=what, number=number, is_part=True)]
 
 
 def brief_kind(kind: Any) -> str:

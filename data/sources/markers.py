@@ -9,6 +9,7 @@ from vlm_distill_cache.common.errors import SampleError
 
 IMAGE_MARKER = "<image>"
 Kind = Literal["image", "video"]
+KINDS: tuple[Kind, ...] = ("image", "video")
 
 _THING = r"(?:image|img|picture)"
 _MARKERS = re.compile(
@@ -55,6 +56,7 @@ class Shown:
         number: Which one that the entry gives, as it is written; None: the next.
         alone: The text that it leaves behind where the one picture of a sample stands in front, whatever its place.
         placed: The text that stands before it where it keeps its place.
+        is_part: It is a part of a message, which is one picture; markers in a text may repeat for one.
     """
 
     kind: Kind = "image"
@@ -62,6 +64,7 @@ class Shown:
     number: int | None = None
     alone: str = ""
     placed: str = ""
+    is_part: bool = False
 
 
 Piece = str | Shown

@@ -167,8 +167,8 @@ def _refuse_further(
     for key, values in others.items():
         if key in found or _names_the_same(key):
             continue
-        pictures = [_content(value) for given in found.values() for value in given]
-        further = [item for value in values if (item := _content(value)) is not None and not is_address(item)]
+        pictures = [content_of(value) for given in found.values() for value in given]
+        further = [item for value in values if (item := content_of(value)) is not None and not is_address(item)]
         further = [item for item in further if not any(are_same(item, picture) for picture in pictures)]
         if further and _is_another(key, further, pictures, typed=key in picture_keys):
             raise SampleError(
@@ -201,7 +201,7 @@ def is_made(name: str) -> bool:
     return not words.isdisjoint(_OTHER | (_SAME - {"name", "names", "id", "ids", "key", "keys", "page", "src"}))
 
 
-def _content(value: Any) -> Any:
+def content_of(value: Any) -> Any:
     """A picture's file, or its bytes; None if it says that there is none."""
     while isinstance(value, Mapping):
         value = next((value[key] for key in _VALUE_KEYS if not says_none(value.get(key))), None)

@@ -14,8 +14,8 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.sample import Turn
-from vlm_distill_cache.data.sources.markers import IMAGE_MARKER, Kind, Piece, Shown, numbers_in
-from vlm_distill_cache.data.sources.pictures import are_same, distinct
+from vlm_distill_cache.data.sources.markers import IMAGE_MARKER, KINDS, Kind, Piece, Shown, numbers_in
+from vlm_distill_cache.data.sources.pictures import are_same, content_of, distinct
 
 _ALL_AT_ONE = ("messages", "query", "conversation")  # the forms of ms-swift
 
@@ -78,8 +78,9 @@ def place_media(
         return Placed(turns=tuple(turns))
     in_front = not any(isinstance(piece, Shown) for pieces in asked[1:] for piece in pieces)
     if len(media) == 1 and in_front and all(one.kind == media[0][0] for one in shown):
-        if len(numbers_in(asked[0])) > 1:
-            raise _miscounted(shown, given, own)
+        parts = sum(one.is_part for one in shown)
+        if max(parts, len(numbers_in(asked[0]))) > 1:
+            raise _miscounted([one for one in shown if one.is_part] if parts > 1 else shown, given, own)
         return Placed(media, tuple(turns))
     found = _standing(asked, shown, given, own, form=form)
     if len(media) > 1:
@@ -93,36 +94,46 @@ def place_media(
 
 
 def _without_second_names(asked: Sequence[Sequence[Piece]], given: Given) -> tuple[list[tuple[Piece, ...]], Given]:
-    """The same without what an entry gives both in its texts and beside them."""
+    """The same without what an entry gives both in its texts and beside them.
+
+    Raises:
+        SampleError: Beside what its texts name there are others, and no marker for them.
+    """
     questions = [tuple(pieces) for pieces in asked]
-    for kind in ("image", "video"):
+    for kind in KINDS:
         shown = [p for pieces in questions for p in pieces if isinstance(p, Shown) and p.kind == kind]
-        own, beside = [one.value for one in shown if one.value is not None], list(given.of(kind))  # type: ignore[arg-type]
+        own, beside = [one.value for one in shown if one.value is not None], list(given.of(kind))
         if not own or not beside:
             continue
-        kept = distinct({"messages": own, "entry": beside})
-        if len(kept) == 1:  # both are the same list; the longer names say more
-            values = iter(next(iter(kept.values())))
+        kept = distinct({"messages": list(map(content_of, own)), "entry": list(map(content_of, beside))})
+        if "messages" not in kept:  # both are the same list; the longer names say more
+            values = iter(beside)
             questions = [
-                tuple(
-                    replace(p, value=next(values))
-                    if isinstance(p, Shown) and p.kind == kind and p.value is not None
-                    else p
-                    for p in pieces
-                )
+                tuple(replace(p, value=next(values)) if _names(p, kind) else p for p in pieces)  # type: ignore[type-var]
                 for pieces in questions
             ]
             beside = []
         elif len(own) == len(shown):
-            left = [value for value in beside if not any(are_same(value, one) for one in own)]
-            if left and len(left) < len(beside):
+            named = [content_of(value) for value in own]
+            left = [value for value in map(content_of, beside) if not any(are_same(value, one) for one in named)]
+            if left:
                 raise SampleError(
-                    f"its text names {len(own)} {kind}s, but the entry {len(beside)}, of which {len(left)} are others; give "
-                    "each in one place"
+                    f"its text names {_several(kind, len(own))} and the entry {len(left)} more, for which there is no marker; "
+                    "name each in one place"
                 )
-            beside = left
-        given = replace(given, **{f"{kind}s": beside})
+            beside = []
+        elif len(kept) == 1:
+            beside = []
+        given = replace(given, images=beside) if kind == "image" else replace(given, videos=beside)
     return questions, given
+
+
+def _names(piece: Piece, kind: Kind) -> bool:
+    return isinstance(piece, Shown) and piece.kind == kind and piece.value is not None
+
+
+def _several(kind: Kind, count: int) -> str:
+    return f"{'an' if kind == 'image' else 'a'} {kind}" if count == 1 else f"{count} {kind}s"
 
 
 def _as_videos(asked: Sequence[tuple[Piece, ...]], given: Given) -> list[tuple[Piece, ...]]:
@@ -144,17 +155,17 @@ def _standing(
     """What stands at each marker, and what in front of the first question."""
     at: dict[Kind, list[list[Any]]] = {}
     front: list[tuple[Kind, Any]] = []
-    for kind in ("image", "video"):
+    for kind in KINDS:
         marks = [one for one in shown if one.kind == kind and one.value is None]
-        values = list(given.of(kind))  # type: ignore[arg-type]
+        values = list(given.of(kind))
         if not marks:
-            front += [(kind, value) for value in values]  # type: ignore[misc]
+            front += [(kind, value) for value in values]
         elif any(one.number is not None for one in marks):
-            at[kind] = [[value] for value in _numbered(marks, values, given, own)]  # type: ignore[index]
+            at[kind] = [[value] for value in _numbered(marks, values, given, own)]
         elif len(marks) == len(values):
-            at[kind] = [[value] for value in values]  # type: ignore[index]
+            at[kind] = [[value] for value in values]
         elif len(marks) == 1 and len(values) > 1 and form in _ALL_AT_ONE and _leads(asked[0]):
-            at[kind] = [values]  # type: ignore[index]
+            at[kind] = [values]
         else:
             raise _miscounted(marks, given, own)
     return _Standing(at, front)
@@ -230,8 +241,7 @@ def _miscounted(marks: Sequence[Shown], given: Given, own: Sequence[tuple[Kind, 
     own = [item for item in own if item[0] == kind]
     numbers = {one.number for one in marks if one.number is not None}
     spoken, named = (len(numbers) or len(marks)) + len(own), len(given.of(kind)) + len(own)
-    article = "an" if kind == "image" else "a"
-    speaks = f"{article} {kind}" if spoken == 1 else f"{spoken} {kind}s"
+    speaks = _several(kind, spoken)
     names = f"no {kind}" if not named else f"{named} {kind}{'s' if named > 1 else ''}"
     if spoken == named and numbers:
         speaks, names = f"{kind}s {', '.join(map(str, sorted(numbers)))}", f"{names}, counted from 1"

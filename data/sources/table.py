@@ -94,8 +94,8 @@ class TableDataset(EntryDataset):
         super().refuse_text_only(index, entry)
 
     def image_keys(self) -> Sequence[str | None]:
-        """Each row's image path, where a column of texts names it; None where pictures are stored."""
-        if {"image", "images"} & self._table.texts:
+        """The path of each row's image or video, where a column of texts names it; None where they are stored."""
+        if {"image", "images", "video", "videos"} & self._table.texts:
             return super().image_keys()
         return [None] * len(self)
 

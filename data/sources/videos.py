@@ -25,22 +25,38 @@ from vlm_distill_cache.data.sources.pictures import (
 _FURTHER = re.compile(r"video_?(?:\d{1,3}|files|urls|bytes|data|filenames?|names?)")
 _MOVING = frozenset({"gif", "apng"})  # pictures that are videos where data say so
 _FRAME_KEYS = frozenset({"frames", "video_frames"})  # lists of frames, if they hold more than one
+_PLAIN = ("image", "images")
 _RATES = ("sample_fps", "fps", "video_fps")  # of a list of frames, frames a second
+_TIMES = ("timestamps", "frame_times", "times")  # of each frame of a list, seconds
 _CUTS = ("video_start", "video_end")  # Qwen's: seconds
 _BYTES = re.compile(r"\s*data:video/[^,]*;base64,", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Frames:
-    """A video that is a list of pictures, each for `open_picture`; ``fps`` frames a second, None: nothing is said."""
+    """A video that is a list of pictures.
+
+    Attributes:
+        pictures: Each as `open_picture` takes it.
+        fps: Frames a second; None: nothing is said.
+        times: Of each in seconds; None: nothing is said.
+    """
 
     pictures: tuple[Any, ...]
     fps: float | None = None
+    times: tuple[float, ...] | None = None
 
 
 def keys_of_videos(entry: Mapping[str, Any], video_keys: Collection[str] = ()) -> list[str]:
     """The keys of an entry under which videos stand; ``video_keys``: further ones that are known to hold one."""
-    return [key for key, value in entry.items() if not says_none(value) and _is_key(key, value, video_keys)]
+    pictured = any(normal_key(key) in _PLAIN and not says_none(value) for key, value in entry.items())
+    found = []
+    for key, value in entry.items():
+        name = normal_key(key)
+        are_frames = not pictured and name in _FRAME_KEYS and _are_frames(value) and len(value) > 1
+        if not says_none(value) and (name in VIDEO_KEYS or key in video_keys or are_frames):
+            found.append(key)
+    return found
 
 
 def named_videos(entry: Mapping[str, Any], keys: Collection[str]) -> list[Any]:
@@ -87,11 +103,6 @@ def _one_list(found: Mapping[str, list[Any]], entry: Mapping[str, Any]) -> list[
     return [value for values in different.values() for value in values]
 
 
-def _is_key(key: str, value: Any, video_keys: Collection[str]) -> bool:
-    name = normal_key(key)
-    return name in VIDEO_KEYS or key in video_keys or (name in _FRAME_KEYS and _are_frames(value) and len(value) > 1)
-
-
 def part_videos(part: Mapping[str, Any], value: Any) -> list[Any]:
     """The videos that a part of a message gives.
 
@@ -103,10 +114,13 @@ def part_videos(part: Mapping[str, Any], value: Any) -> list[Any]:
 
 
 def videos_in(value: Any, beside: Mapping[str, Any]) -> list[Any]:
-    """The videos that a value holds; ``beside`` says how many frames a second a list of frames has."""
+    """The videos that a value holds; ``beside`` says how many frames a second a list of frames has, or their times."""
     fps = next((rate for key in _RATES if (rate := _number(beside.get(key))) is not None), None)
     if _are_frames(value):
-        return [Frames(tuple(value), fps)]
+        lists = (beside.get(key) for key in _TIMES)
+        return [
+            Frames(tuple(value), fps, next((tuple(times) for times in lists if _are_times(times, len(value))), None))
+        ]
     if isinstance(value, list | tuple):
         return [Frames(tuple(item), fps) if isinstance(item, list | tuple) else item for item in value]
     return [value]
@@ -122,7 +136,9 @@ def open_video(value: Any, find: Callable[[Any, str], ImageSource]) -> VideoSour
         SampleError: It is none of them, or would have to be downloaded.
     """
     if isinstance(value, Frames):
-        return FrameFolder(tuple(find(picture, "image") for picture in value.pictures), fps=value.fps)
+        return FrameFolder(
+            tuple(find(picture, "image") for picture in value.pictures), fps=value.fps, times=value.times
+        )
     while isinstance(value, Mapping):
         inner = next((value[key] for key in _KEYS if not says_none(value.get(key))), None)
         if inner is None:
@@ -158,6 +174,11 @@ def _refuse_cuts(entry: Mapping[str, Any]) -> None:
             raise SampleError(
                 f"{key!r} ({brief(entry[key])}) says that a part of the video is meant, which is not read: cut the video"
             )
+
+
+def _are_times(value: Any, count: int) -> bool:
+    is_list = isinstance(value, list | tuple) and len(value) == count
+    return is_list and all(isinstance(time, int | float) and not isinstance(time, bool) for time in value)
 
 
 def _number(value: Any) -> float | None:

@@ -16,6 +16,8 @@ from vlm_distill_cache.data.images.video import FrameFolder, VideoBytes, VideoFi
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import VideoSource
 from vlm_distill_cache.data.sources.csv_rows import CsvDataset
+from vlm_distill_cache.data.sources.folders import DataFiles
+from vlm_distill_cache.data.sources.hub_data import _wanted
 from vlm_distill_cache.data.sources.llava import LlavaDataset
 from vlm_distill_cache.data.sources.messages import MessagesDataset
 from vlm_distill_cache.data.sources.webdataset import WebDataset
@@ -210,6 +212,14 @@ FORMS = {
         {"messages": [user(image("a.png"), image("b.png"), TEXT), model()], "images": AB},
         ["[a.png][b.png]Same?"],
     ),
+    "named in both places, as a struct": (
+        {"messages": [user("Is", image("a.png"), "?"), model()], "images": [{"bytes": None, "path": "a.png"}]},
+        ["[a.png]Is\n?"],
+    ),
+    "parts with an index": (
+        {"messages": [user({"type": "image", "index": 1}, TEXT, {"type": "image", "index": 0}), model()], "images": AB},
+        ["[b.png]Same?[a.png]"],
+    ),
     "one of them is named again": (
         {"messages": [user(image("a.png"), image("b.png"), TEXT), model()], "image": "a.png"},
         ["[a.png][b.png]Same?"],
@@ -283,7 +293,9 @@ def test_what_a_published_form_shows_stands_where_it_says(tmp_path, read, name):
         ({"messages": [user("Hi"), model() | {"video": "1.mp4"}]}, "message 2 holds a video; it must be in a question"),
         ({"messages": [user({"type": "audio", "audio": "a.wav"}), model()]}, "part of type 'audio'; expected 'text'"),
         ({"messages": [{**user("<image><image>"), "images": ABC}, model()]}, "2 markers of images and 3 images beside"),
-        ({"messages": [user(image("a.png"), TEXT), model()], "images": AB}, "names 1 images, but the entry 2"),
+        ({"messages": [user(image("a.png"), TEXT), model()], "images": AB}, "names an image and the entry 1 more"),
+        ({"messages": [user(image("a.png"), TEXT), model()], "image": B64[0]}, "names an image and the entry 1 more"),
+        ({"messages": [user(image(), image(), TEXT), model()], "image": "a.png"}, "of 2 images, but .* 1 image"),
         ({"images": AB, "audio": "a.wav", "question": "Same?", "answer": "A."}, "'audio' names a sound"),
         ({"tools": ["x"], "images": AB, "question": "Same?", "answer": "A."}, "'tools' is not read"),
         ({"video": ["1.mp4", "https://example.org/2.mp4"], "question": "?", "answer": "A."}, "nothing is downloaded"),
@@ -359,7 +371,11 @@ def test_frames_keep_their_order_rate_and_folder(tmp_path, read):
     (tmp_path / "clip").mkdir()
     video = read({"messages": [user({"type": "video", "video": ABC, "fps": 2.0}, TEXT), model()]}).images[0]
     assert isinstance(video, FrameFolder)
-    assert ([frame.name for frame in video.paths], video.fps) == (ABC, 2.0)
+    assert ([frame.name for frame in video.paths], video.fps, video.times) == (ABC, 2.0, None)
+    timed = read({"frames": ABC, "timestamps": [0, 1.5, 2], "question": "?", "answer": "A."}).images[0]
+    assert (timed.fps, timed.times) == (None, (0, 1.5, 2))
+    with pytest.raises(SampleError, match=r"'frames' holds another picture .* beside 'image'"):
+        read({"image": "a.png", "frames": ABC, "question": "?", "answer": "A."})
     for name in ("clip", "clip/"):
         folder = read({"video": name, "question": "?", "answer": "A."}).images[0]
         assert isinstance(folder, FrameFolder)
@@ -480,3 +496,8 @@ def test_pictures_and_videos_of_a_folder_with_metadata(tmp_path):
     dataset = open_dataset(str(folder))
     assert [written(dataset[index]) for index in range(2)] == [["[a.png]or [b.png]?"], ["[v:1.mp4]What?"]]
     assert isinstance(dataset[1].images[0].path, Path)
+
+
+def test_videos_that_texts_may_name_are_downloaded_with_them():
+    files = DataFiles(kind="json", config="", split=None, paths=("a.json",), others=frozenset())
+    assert _wanted(files, ["a.json", "v/1.mp4", "b.png", "x.bin"]) == ["a.json", "v/1.mp4", "b.png"]

@@ -29,13 +29,12 @@ _MARKERS = re.compile(
         <\|?(?:start_of_|end_of_|begin_of_)?{_THING}[\ _-]?(?:start|end|newline)[\ _-]?\d{{0,4}}\|?>
         |<\|?(?:begin_of_|end_of_){_THING}\|?>
         |<fake_token_around_image>|<im_(?:start|end)>|<\|vision_(?:start|end)\|>|(?-i:\[IMG_(?:BREAK|END)\]))
-      |(?P<pads>(?:<\|?{_THING}[\ _-]?(?:pad|soft_token|context)\|?>|<im_patch>|<\|(?:media|vision)_pad\|>|(?-i:\[IMG\]))
-        (?:<\|?{_THING}[\ _-]?(?:pad|soft_token|context)\|?>|<im_patch>|<\|(?:media|vision)_pad\|>
-          |(?-i:\[IMG(?:_BREAK)?\]))*)
+      |(?:<\|?{_THING}[\ _-]?(?:pad|soft_token|context)\|?>|<im_patch>|<\|vision_pad\|>)+  # one a patch
+      |<\|media_pad\|>
       |<\|?(?:start_of_|end_of_|begin_of_)?{_THING}
         (?:[\ _-]?(?:here|placeholder|token|pad|soft_token|context|start|end|newline)
           |[\ _-]?\#?(?P<number>\d{{1,4}})|(?=\|)|(?<=of_image))[\ _-]?\d{{0,4}}\|?>
-      |(?-i:\[IMAGE\])
+      |(?-i:\[IMG\]|\[IMAGE\])
       |(?P<html></?(?:img|picture)>|<{_THING}\s*/>|<img\b[^<>]*?\bsrc\s*=\s*["']?(?P<source>[^"'\s<>]+)[^<>]*>)
       |(?P<video><video>(?P<clip>[^<>\s]+)</video>
         |<\|?video(?:[\ _-]?(?:here|placeholder|token|pad))?(?:[\ _-]?(?P<video_number>\d{{1,4}}))?\|?>|<vila/video>)

@@ -44,6 +44,7 @@ _SOUND_KEYS = frozenset(
 _NUMBERED_KEY = re.compile(
     r"(image|img|picture|pic|photo)_?(\d{1,3}|[ab])|(first|second|left|right)_(image|img|picture)"
 )
+_MARKED = re.compile(r"<image_?\d{1,4}>")
 # What the entry is called, and what is answered: no picture that is asked about is named there.
 _ANSWERS = (
     "answer answers multiple_choice_answer caption captions response completion output chosen rejected id sample_id "
@@ -120,7 +121,7 @@ def named_pictures(
         name = normal_key(key)
         is_text = name in TEXT_KEYS and key not in picture_keys and isinstance(value, str | list | tuple)
         is_text = is_text or (name in _MOSTLY_TEXT and isinstance(value, str) and len(value.split()) > 1)
-        if is_text or says_none(value):
+        if is_text or says_none(value) or name in ("rejected_images", "rejected_videos"):  # ms-swift's: not learnt
             continue
         if video_keys is not None and key in video_keys:
             continue
@@ -429,6 +430,8 @@ def _rates(key: object, value: Any) -> bool:
 
 
 def _listed(value: Any) -> list[Any]:
+    if isinstance(value, Mapping) and value and all(_MARKED.fullmatch(str(key)) for key in value):
+        return list(value.values())  # by marker, as in MiniCPM-V's data
     return list(value) if isinstance(value, list | tuple) else [value]
 
 

@@ -104,6 +104,17 @@ FORMS = {
         {"id": "x", "video": "1.mp4", "conversations": talk("What happens?\n<video>", "Then?")},
         ["[v:1.mp4]What happens?", "Then?"],
     ),
+    "sharegpt4video, captions": (
+        {
+            "video_id": "x",
+            "video_path": "panda/1.mp4",
+            "timestamp": ["00:00", "00:02"],
+            "keyframe": [0, 48],
+            "captions": [{"idx": "1", "content": "A dog."}, {"idx": "-1", "content": "A dog runs."}],
+            "zip_folder": "panda_videos_1.zip",
+        },
+        ["[v:panda/1.mp4]"],
+    ),
     "ms-swift": (
         {"messages": talk("<image><image>Same?", roles=("role", "content", "user", "assistant")), "images": AB},
         ["[a.png][b.png]Same?"],
@@ -202,6 +213,19 @@ FORMS = {
     "qwen2-vl": (
         {"images": AB, "conversations": talk("<|vision_start|><|image_pad|><|vision_end|>vs <image>?")},
         ["[a.png]vs [b.png]?"],
+    ),
+    "minicpm-v": (
+        {
+            "image": {"<image_00>": "a.png", "<image_01>": "b.png"},
+            "conversations": talk("<image_01>or <image_00>?", roles=("role", "content", "user", "assistant")),
+        },
+        ["[b.png]or [a.png]?"],
+    ),
+    "pixtral": ({"images": AB, "conversations": talk("[IMG][IMG]Same?")}, ["[a.png][b.png]Same?"]),
+    "ms-swift, preferences": (
+        {"messages": talk("<image>, <image>?", roles=("role", "content", "user", "assistant")), "images": AB}
+        | {"rejected_response": "B.", "rejected_images": ["c.png"]},
+        ["[a.png], [b.png]?"],
     ),
     "idefics": (
         {"images": AB, "conversations": talk(

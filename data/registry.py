@@ -23,6 +23,7 @@ given. Hold data out by keeping it in another file.
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -169,10 +170,12 @@ def open_evaluation(
 
 
 def _short_questions(sample: Sample) -> list[Question]:
-    if len(sample.images) != 1:
+    if not sample.images:
         return []
     asked = questions_of(sample, _answer_kind)
-    asked = asked if sample.independent_turns else asked[:1]
+    if not sample.independent_turns:
+        shown = len(sample.placed()[0].places)  # what later questions show was not to be seen yet
+        asked = [replace(asked[0], further=sample.images[1:shown])] if shown else []
     return [item for item in asked if item.question and len(item.answer.split()) <= SHORT_ANSWER_WORDS]
 
 

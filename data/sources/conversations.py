@@ -1,8 +1,8 @@
 """What is said about a picture: turns from any form of entry, and the pictures that the texts themselves name.
 
 `_FORMS` lists the forms by key, and whose they are. A list holds messages, ``{"role", "content"}`` or ``{"from",
-"value"}``, or rounds, ``{"user", "assistant"}``; a message's content is a text or a list of parts. A picture may be a
-part, stand beside the message's text, or in the first question itself: as a marker of any family, as
+"value"}``, or rounds, ``{"user", "assistant"}``; a message's content is a text or a list of parts. A picture or video
+may be a part, stand beside the message's text, or in any question itself: as a marker of any family, as
 ``<img>FILE</img>`` (Qwen-VL) or as a Markdown picture. A system prompt is the first message, or stands under a key of
 its own.
 
@@ -13,13 +13,22 @@ answers nothing, is passed over, as LLaVA does.
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.images.recognise import names_picture
 from vlm_distill_cache.data.sample import Turn
-from vlm_distill_cache.data.sources.markers import IMAGE_MARKER, take_markers
+from vlm_distill_cache.data.sources.markers import (
+    Kind,
+    Piece,
+    Shown,
+    numbers_in,
+    read_markers,
+    take_markers,
+    without_markers,
+)
 from vlm_distill_cache.data.sources.options import says_nothing, with_options, with_options_beside
 from vlm_distill_cache.data.sources.pictures import (
     MODEL_NAMES,
@@ -44,6 +53,7 @@ from vlm_distill_cache.data.sources.rows import (
     with_rows,
 )
 from vlm_distill_cache.data.sources.unlearnt import flags_of, refuse_bad_answer, refuse_unlearnt
+from vlm_distill_cache.data.sources.videos import keys_of_videos, named_videos, part_videos
 
 FORMS = "'messages', 'conversations', 'question' and 'answer', 'caption' or another form that docs/families.md lists"
 
@@ -58,7 +68,7 @@ _FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "texts": (_LIST, ()),  # the_cauldron, FineVision
     "query": (_ASKS, ("response",)),  # ms-swift
     "prompt": (_ASKS, ("completion", "chosen")),  # TRL: texts, or lists of messages
-    "instruction": (_ASKS, ("output", "chosen")),  # Alpaca, LLaMA-Factory
+    "instruction": (_ASKS, ("output", "outputs", "chosen")),  # Alpaca, LLaMA-Factory; M3IT
     "problem": (_ASKS, ("solution",)),
     "input": (_ASKS, ("output",)),
     "chosen": (_LIST, ()),  # TRL's preferences with the prompt inside
@@ -68,7 +78,7 @@ _ANSWERS = tuple(dict.fromkeys(name for _, names in _FORMS.values() for name in 
 _PLAIN = ("messages", "conversations", "question", "caption")  # taken for what they are, right or wrong
 # A question's further text: what it asks about stands behind it, as in Dolly; a hint in front, as for ScienceQA.
 PASSAGES = ("context", "contexts", "passage", "passages", "paragraph", "paragraphs", "article")
-_JOINED = {"instruction": ("input", *PASSAGES)}
+_JOINED = {"instruction": ("input", "inputs", *PASSAGES)}
 _HINT = "hint"
 
 _ROLES = {
@@ -79,28 +89,36 @@ _ROLES = {
 _TOOLS = ("tool", "tool_call", "tool_calls", "tool_response", "function", "function_call", "observation", "ipython")
 _TEXTS = ("text", "input_text", "output_text")
 _PICTURES = ("image", "image_url", "input_image", "image_path", "image_file", "img", "picture")
+_VIDEOS = ("video", "video_url", "input_video", "video_path", "video_file")
 # ms-swift's and LLaMA-Factory's signs for what stands under a key.
 _STAND_FOR = {"<bbox>": ("objects",), "<ref-object>": ("objects",), "<audio>": ("audio", "audios")}
-_PART_KEYS = (*_PICTURES, "path", "url", "source", "base64", "data")
+_PLACES = ("path", "url", "source", "base64", "data")
 
 
 @dataclass
 class Conversation:
-    """Turns, and what they say about pictures.
+    """Turns, and what they say about pictures and videos.
 
     Attributes:
         form: The key that they stand under.
-        turns: At least one.
+        turns: At least one, without what their questions show.
+        asked: Each question as texts and what it shows between them.
         system: The system prompt; empty if there is none.
-        pictures: Those that the messages give, for `data.sources.pictures.open_picture`.
-        expected: How many pictures the first question speaks of; those that it names without a number count as one.
+        speaks: The first question speaks of a picture without a marker.
     """
 
     form: str = ""
     turns: tuple[Turn, ...] = ()
+    asked: tuple[tuple[Piece, ...], ...] = ()
     system: str = ""
-    pictures: list[Any] = field(default_factory=list)
-    expected: int = 0
+    speaks: bool = False
+
+    @property
+    def expected(self) -> int:
+        """How many pictures and videos the questions speak of; those that are marked without a number count as one."""
+        shown = [piece for pieces in self.asked for piece in pieces if isinstance(piece, Shown)]
+        numbers = {number for pieces in self.asked for number in numbers_in(pieces)}
+        return max(len(numbers), int(bool(shown) or self.speaks))
 
     @property
     def describes(self) -> bool:
@@ -176,7 +194,7 @@ def read_conversation(entry: Mapping[str, Any]) -> Conversation:
         if key in LISTS and is_dict_of_lists(entry.get(key)):
             rows_of(entry[key], key)  # their lengths differ
     if kind == _TELLS:
-        plain = [(1, "user", ""), (2, "assistant", as_text(entry[found.form], found.form))]
+        plain = [_Message(1, "user", ""), _Message(2, "assistant", as_text(entry[found.form], found.form))]
     else:
         messages = _listed_messages(entry, found.form) if kind == _LIST else _asked_messages(entry, found.form)
         plain = _read_messages(messages, found)
@@ -188,7 +206,7 @@ def read_conversation(entry: Mapping[str, Any]) -> Conversation:
     _pair_turns(plain, found)
     for sign, keys in _STAND_FOR.items():
         for key in keys:
-            if not says_none(entry.get(key)) and any(sign in text for _, _, text in plain):
+            if not says_none(entry.get(key)) and any(sign in message.text for message in plain):
                 raise SampleError(f"{sign} stands for what {key!r} holds, which is not read, and would be lost")
     return found
 
@@ -357,9 +375,25 @@ def as_text(value: Any, key: str) -> str:
     raise SampleError(f"{key!r} must be a text or a number, got {brief(value)}")
 
 
-def _read_messages(messages: Sequence[Any], found: Conversation) -> list[tuple[int, str, str]]:
-    """The texts of messages, ``(position, role, text)``; their pictures and the system prompt go to ``found``."""
-    plain: list[tuple[int, str, str]] = []
+@dataclass(frozen=True)
+class _Message:
+    """A message: its text, and what it shows.
+
+    Attributes:
+        parts: What is a part of its content, and at which character of the text.
+        beside: What stands under other keys of it.
+    """
+
+    position: int
+    role: str
+    text: str
+    parts: tuple[tuple[int, Shown], ...] = ()
+    beside: tuple[Shown, ...] = ()
+
+
+def _read_messages(messages: Sequence[Any], found: Conversation) -> list[_Message]:
+    """Messages with what they show; the system prompt goes to ``found``."""
+    plain: list[_Message] = []
     for position, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping):
             raise SampleError(
@@ -367,34 +401,40 @@ def _read_messages(messages: Sequence[Any], found: Conversation) -> list[tuple[i
             )
         role = _known_role(message, position)
         # What the model says first answers nothing, and is passed over.
-        answers = role == "assistant" and any(earlier == "user" for _, earlier, _ in plain)
+        answers = role == "assistant" and any(earlier.role == "user" for earlier in plain)
         refuse_unlearnt(message, position, answers=answers)
         content = message.get("content") if message.get("content") is not None else message.get("value")
         if role == "system" and content is None:
             content = ""
-        text, pictures, count = _read_content(content, position)
+        text, parts = _read_content(content, position)
+        beside: tuple[Shown, ...] = ()
         if len(message) > 2:
-            pictures += named_pictures({key: message[key] for key in message if key not in MESSAGE_KEYS})
+            further = {key: message[key] for key in message if key not in MESSAGE_KEYS}
+            keys = keys_of_videos(further)
+            beside = tuple(Shown(value=value) for value in named_pictures(further, video_keys=keys))
+            beside += tuple(Shown(kind="video", value=value) for value in named_videos(further, keys))
         if role == "system" and position > 1:
             raise SampleError(f"message {position} is a system prompt; it must be the first message")
-        if (count or pictures) and (role != "user" or any(earlier == "user" for _, earlier, _ in plain)):
-            raise SampleError(f"message {position} holds an image; it must be in the first question")
-        found.pictures += pictures
-        found.expected = max(found.expected, count)
+        if (parts or beside) and role != "user":
+            kind = (*(shown for _, shown in parts), *beside)[0].kind
+            article = "an" if kind == "image" else "a"
+            raise SampleError(f"message {position} holds {article} {kind}; it must be in a question")
         if role == "system":
             _take_system(text, found)
         else:
-            plain.append((position, role, text))
+            plain.append(_Message(position, role, text, parts, beside))
     return plain
 
 
-def _with_options_beside(entry: Mapping[str, Any], plain: Sequence[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
+def _with_options_beside(entry: Mapping[str, Any], plain: Sequence[_Message]) -> list[_Message]:
     """Messages whose one question is asked with the options that stand beside them in the entry."""
-    *before, (first, asks, question), (second, answers, answer) = plain if len(plain) > 1 else [(1, "", "")] * 2
-    if (asks, answers) != ("user", "assistant") or [role for _, role, _ in before] not in ([], ["assistant"]):
+    *before, asks, answers = plain if len(plain) > 1 else [_Message(1, "", "")] * 2
+    if (asks.role, answers.role) != ("user", "assistant") or [each.role for each in before] not in ([], ["assistant"]):
         return list(plain)
-    asked, said = with_options_beside(entry, question, answer)
-    return [*before, (first, asks, asked), (second, answers, said)]
+    asked, said = with_options_beside(entry, asks.text, answers.text)
+    at = max(0, asked.find(asks.text.strip())) - (len(asks.text) - len(asks.text.lstrip()))
+    parts = tuple((min(max(0, offset + at), len(asked)), shown) for offset, shown in asks.parts)
+    return [*before, replace(asks, text=asked, parts=parts), replace(answers, text=said)]
 
 
 def _known_role(message: Mapping[str, Any], position: int) -> str:
@@ -416,38 +456,65 @@ def _take_system(text: str, found: Conversation) -> None:
     if found.system and text and text != found.system:
         raise SampleError(f"it has two system prompts, {found.system[:60]!r} and {text[:60]!r}; keep one of them")
     if take_markers(text)[2]:
-        raise SampleError("the system prompt speaks of an image; it must be in the first question")
+        raise SampleError("the system prompt speaks of an image; it must be in a question")
     found.system = text or found.system
 
 
-def _read_content(content: Any, position: int) -> tuple[str, list[Any], int]:
-    """Text, given pictures and number of picture parts of one message."""
+def _read_content(content: Any, position: int) -> tuple[str, tuple[tuple[int, Shown], ...]]:
+    """The text of one message, its text parts joined by line feeds, and where in it other parts stand."""
     if is_dict_of_lists(content):
         content = rows_of(content, f"message {position}")
     if isinstance(content, str):
         content = parts_of(content) or content
     if not isinstance(content, list | tuple):
-        return as_text(content, f"message {position}"), [], 0
-    texts, pictures, count = [], [], 0
+        return as_text(content, f"message {position}"), ()
+    texts: list[str] = []
+    shown: list[tuple[int, Shown]] = []  # in front of which text
     for part in content:
         if isinstance(part, str):
             texts.append(part)
             continue
         if not isinstance(part, Mapping):
             raise SampleError(f"message {position} must hold a text or a list of parts, got a list of other things")
-        kind = part.get("type")
-        kind = kind.lower() if isinstance(kind, str) else kind
-        given = [part[name] for name in _PART_KEYS if not says_none(part.get(name))]
-        has_text = part.get("text") is not None
-        if kind not in (*_TEXTS, *_PICTURES) and not (kind is None and (given or has_text)):
-            raise SampleError(f"message {position} holds a part of type {brief_kind(kind)}; expected 'text' or 'image'")
-        if has_text or kind in _TEXTS:
-            texts.append(as_text(part.get("text"), f"message {position}, a text part"))
-        if given or kind in _PICTURES:
-            found = list(given[0]) if given and isinstance(given[0], list | tuple) else given[:1]
-            count += max(1, len(found))
-            pictures += found
-    return "\n".join(texts), pictures, count
+        text, found = _read_part(part, position)
+        # Beside a picture its own text stands behind it.
+        shown += [(len(texts), one) for one in found]
+        texts += [] if text is None else [text]
+    starts = list(accumulate((len(text) + 1 for text in texts), initial=0))
+    joined = "\n".join(texts)
+    places: list[tuple[int, Shown]] = []
+    for number, (behind, one) in enumerate(shown):
+        first = not number or shown[number - 1][0] != behind
+        is_joint = first and 0 < behind < len(texts)
+        places.append((min(starts[behind], len(joined)), replace(one, alone="\n") if is_joint else one))
+    return joined, tuple(places)
+
+
+def _read_part(part: Mapping[str, Any], position: int) -> tuple[str | None, list[Shown]]:
+    """The text of a part of a message, None without one, and the pictures or videos that it is."""
+    kind = part.get("type")
+    kind = kind.lower() if isinstance(kind, str) else kind
+    moves = kind in _VIDEOS or (kind not in _PICTURES and any(not says_none(part.get(name)) for name in _VIDEOS))
+    names = (*(_VIDEOS if moves else _PICTURES), *_PLACES)
+    given = [part[name] for name in names if not says_none(part.get(name))]
+    has_text = part.get("text") is not None
+    if kind not in (*_TEXTS, *_PICTURES, *_VIDEOS) and not (kind is None and (given or has_text)):
+        raise SampleError(
+            f"message {position} holds a part of type {brief_kind(kind)}; expected 'text', 'image' or 'video'"
+        )
+    text = as_text(part.get("text"), f"message {position}, a text part") if has_text or kind in _TEXTS else None
+    if not given and kind not in (*_PICTURES, *_VIDEOS):
+        return text, []
+    what: Kind = "video" if moves else "image"
+    if moves:
+        values = part_videos(part, given[0]) if given else []
+    else:
+        values = list(given[0]) if given and isinstance(given[0], list | tuple) else given[:1]
+    if values:
+        return text, [Shown(kind=what, value=value, is_part=True) for value in values]
+    index = part.get("index")  # which of the entry's pictures, counted from 0
+    number = index + 1 if isinstance(index, int) and not isinstance(index, bool) and index >= 0 else None
+    return text, [Shown(kind=what, number=number, is_part=True)]
 
 
 def brief_kind(kind: Any) -> str:
@@ -455,42 +522,71 @@ def brief_kind(kind: Any) -> str:
     return repr(kind[:60]) if isinstance(kind, str) else brief(kind)
 
 
-def _pair_turns(messages: Sequence[tuple[int, str, str]], found: Conversation) -> None:
-    """Pair alternating messages to turns and take what stands for the picture out of the first question.
+def _pair_turns(messages: Sequence[_Message], found: Conversation) -> None:
+    """Pair alternating messages to turns, and find what their questions show.
 
-    As LLaVA does, the marker may stand anywhere in the first question, and more than once: the prompt template puts
-    the image in front; and a leading message of the model's is passed over. The plain marker in a later turn is left
-    for the encoder to refuse.
+    As LLaVA does, a leading message of the model's is passed over.
 
     Args:
-        messages: ``(position, role, text)`` with role ``user`` or ``assistant``.
+        messages: With role ``user`` or ``assistant``.
         found: Completed.
 
     Raises:
-        SampleError: The roles do not alternate from user to assistant, an answer is empty, or a picture or video is
-            asked about where none can be read.
+        SampleError: The roles do not alternate from user to assistant, or an answer is empty.
     """
-    if len(messages) > 2 and messages[0][1] == "assistant":
-        if take_markers(messages[0][2])[2]:
-            raise SampleError(f"message {messages[0][0]} speaks of an image; it must be in the first question")
+    if len(messages) > 2 and messages[0].role == "assistant":
+        if take_markers(messages[0].text)[2]:
+            raise SampleError(f"message {messages[0].position} speaks of an image; it must be in a question")
         messages = messages[1:]
-    for place, (position, role, text) in enumerate(messages):
+    for place, message in enumerate(messages):
         expected = "assistant" if place % 2 else "user"
-        if role != expected:
-            raise SampleError(f"message {position} is the {role}'s, expected the {expected}'s")
-        if place % 2 and not text.strip():
-            raise SampleError(f"message {position}, an answer, is empty")
+        if message.role != expected:
+            raise SampleError(f"message {message.position} is the {message.role}'s, expected the {expected}'s")
+        if place % 2 and not message.text.strip():
+            raise SampleError(f"message {message.position}, an answer, is empty")
     if not messages or len(messages) % 2:
         raise SampleError(f"{len(messages)} messages; expected pairs of question and answer")
-    questions = [text.strip() for _, _, text in messages[0::2]]
-    answers = [text.strip() for _, _, text in messages[1::2]]
-    questions[0], files, count = take_markers(questions[0])
-    found.pictures += files
-    found.expected = max(found.expected, count)
-    for (position, _, _), question in zip(messages[2::2], questions[1:], strict=True):
-        plain = question.replace(IMAGE_MARKER, "").strip()
-        if take_markers(plain)[0] != plain:
-            raise SampleError(f"message {position} speaks of an image; it must be in the first question")
+    questions = []
+    for number, message in enumerate(messages[0::2]):
+        pieces, mentions = read_markers(message.text, message.parts)
+        questions.append(_with_beside(message, pieces))
+        found.speaks = found.speaks or (mentions and not number)
+    found.asked = tuple(questions)
     found.turns = tuple(
-        Turn(question=question, answer=answer) for question, answer in zip(questions, answers, strict=True)
+        Turn(question=without_markers(pieces), answer=answer.text.strip())
+        for pieces, answer in zip(questions, messages[1::2], strict=True)
     )
+
+
+def _with_beside(message: _Message, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """The pieces of a question with what stands beside its text: at its markers, or in front where it has none.
+
+    Raises:
+        SampleError: The markers are more or fewer.
+    """
+    for kind in ("image", "video"):
+        beside = [one for one in message.beside if one.kind == kind]
+        marks = [p for p in pieces if isinstance(p, Shown) and p.kind == kind and p.value is None]
+        if not beside:
+            continue
+        if not marks:
+            pieces = (*beside, *pieces)
+        elif len(marks) == len(beside) and all(mark.number is None for mark in marks):
+            left = iter(beside)
+            pieces = tuple(
+                replace(p, value=next(left).value) if isinstance(p, Shown) and p in marks else p for p in pieces
+            )
+        elif len(beside) == 1 and message.position <= 2:  # however often it is marked, the one picture is meant
+            value = beside[0].value
+            first = pieces.index(marks[0])
+            pieces = tuple(
+                replace(p, value=value) if place == first and isinstance(p, Shown) else p
+                for place, p in enumerate(pieces)
+                if place == first or p not in marks
+            )
+        else:
+            raise SampleError(
+                f"message {message.position} has {len(marks)} markers of {kind}s and {len(beside)} {kind}s beside its text; "
+                "give one for each"
+            )
+    return pieces

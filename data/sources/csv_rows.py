@@ -25,9 +25,11 @@ SUFFIXES = (".csv", ".tsv")
 _LONGEST_CELL = 2**31 - 1  # bytes; a picture in base64 is beyond the csv module's own limit
 _FILE = re.compile(r"\.[A-Za-z]\w{2,4}$")
 _IDS = ("id", "sample_id", "question_id", "index")
-_LISTS = frozenset(
-    "messages conversations conversation texts images image answers choices options file_names".split()  # noqa: SIM905
+_HELD = (
+    "messages conversations conversation texts images image image_paths answers choices options file_names video videos "
+    "video_paths"
 )
+_LISTS = frozenset(_HELD.split())
 _MEANT = ("answers", "choices", "options")  # a text there that begins as a list of texts is one
 
 
@@ -52,7 +54,7 @@ class CsvDataset(EntryDataset):
         """The entry at ``index``."""
         return self._rows.read(index)
 
-    def find(self, value: Any, index: int) -> ImageSource:
+    def find(self, value: Any, index: int, kind: str = "image") -> ImageSource:
         """As of every entry; the id of another row stands for its picture, as in MMBench, where several rows share one."""
         if isinstance(value, str) and value.strip().isdigit() and not (self.image_root / value.strip()).exists():
             place = self._places.get(value.strip())
@@ -62,7 +64,7 @@ class CsvDataset(EntryDataset):
                     f"its image is {value!r}, which is no picture and no row with one; give the picture itself"
                 )
             value = shared
-        return super().find(value, index)
+        return super().find(value, index, kind)
 
     @cached_property
     def _places(self) -> Mapping[str, int]:

@@ -4,6 +4,7 @@ import logging
 import posixpath
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,19 @@ from numpy.typing import NDArray
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.data.sample import Dataset, ImageSource, Sample, number_names
+from vlm_distill_cache.data.sample import Dataset, ImageSource, Medium, Sample, VideoSource, number_names
 from vlm_distill_cache.data.sources.conversations import Conversation, read_conversation, unread_forms
+from vlm_distill_cache.data.sources.markers import Shown
 from vlm_distill_cache.data.sources.pictures import (
-    distinct,
+    key_numbers,
     named_pictures,
     open_picture,
     refuse_unread,
     says_text_only,
 )
 from vlm_distill_cache.data.sources.rows import with_rows
+from vlm_distill_cache.data.sources.showing import Given, Placed, place_media
+from vlm_distill_cache.data.sources.videos import Frames, guessed_videos, keys_of_videos, named_videos, open_video
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +42,22 @@ class EntryDataset(Dataset):
         image_root: Where relative paths of pictures start.
         pictures_lie_beside: Whether pictures are files beside the entries, as in an archive.
         picture_keys: Keys that hold pictures whatever they are called, as a table's types say.
+        video_keys: Keys that hold videos, likewise.
         odd_ids: What is wrong with a sample's id, by position, as `data.sample.resolve_ids` found it.
     """
 
     image_root: Path
     pictures_lie_beside = False
     picture_keys: frozenset[str] = frozenset()
+    video_keys: frozenset[str] = frozenset()
     odd_ids: Mapping[int, str]
 
     @abstractmethod
     def read(self, index: int) -> Mapping[str, Any]:
         """The entry at ``index``; `SampleError` if it cannot be read."""
 
-    def attached(self, index: int) -> Sequence[ImageSource]:
-        """Pictures that lie beside the entry, not in it."""
+    def attached(self, index: int) -> Sequence[Medium]:
+        """Pictures and videos that lie beside the entry, not in it."""
         return ()
 
     def __getitem__(self, index: int) -> Sample:
@@ -62,16 +68,24 @@ class EntryDataset(Dataset):
             raise SampleError(f"sample {sample_id!r}: {error}") from error
 
     def image_keys(self) -> Sequence[str | None]:
-        """The path of each sample's one image, as the data write it; None where only the picture tells. Reads all."""
+        """The path of each sample's one image, as the data write it; None where only the picture tells. Reads all.
+
+        Of several pictures and videos, the paths of all, a line each.
+        """
         return [self._key(index) for index in range(len(self))]
 
     def sources(self) -> NDArray[np.int64]:
         """By what an entry says of it (`SOURCE_KEYS`), else by the folder of its one picture. Reads all."""
         return number_names(self._source(index) for index in range(len(self)))
 
-    def find(self, value: Any, index: int) -> ImageSource:
-        """Where a picture that the entry at ``index`` gives is to be read; `SampleError` if it cannot be."""
-        return open_picture(value, self.image_root, where=f"of {self.name}, sample {self.sample_ids[index]!r}")
+    def find(self, value: Any, index: int, kind: str = "image") -> ImageSource:
+        """Where a picture that the entry at ``index`` gives is to be read; `SampleError` if it cannot be.
+
+        Args:
+            kind: What errors call it: the file of a video is found in the same way.
+        """
+        where = f"of {self.name}, sample {self.sample_ids[index]!r}"
+        return open_picture(value, self.image_root, where=where, kind=kind)
 
     def refuse_text_only(self, index: int, entry: Mapping[str, Any]) -> None:
         """Refuse a sample without a picture that speaks of one, describes one, or that all others of its kind have.
@@ -116,7 +130,7 @@ class EntryDataset(Dataset):
             try:
                 entry = with_rows(self.read(index))
                 said = read_conversation(entry)
-                if self.attached(index) or (not self.pictures_lie_beside and self._given(entry, said)):
+                if self.attached(index) or (not self.pictures_lie_beside and self._shows(entry, said)):
                     found.append(said)
             except SampleError:
                 continue
@@ -127,32 +141,57 @@ class EntryDataset(Dataset):
             raise SampleError(self.odd_ids[index])
         entry = with_rows(self.read(index))
         said = read_conversation(entry)
-        images = self._images(index, entry, said)
-        return Sample(sample_id=sample_id, images=images, turns=said.turns, system=said.system)
-
-    def _images(self, index: int, entry: Mapping[str, Any], said: Conversation) -> tuple[ImageSource, ...]:
         beside = self.attached(index)
-        # With a picture beside it, what an entry names is another name of that picture.
-        given = named_pictures(entry, plain_only=True) if beside else self._given(entry, said)
-        is_beside = bool(beside) and len(given) <= len(beside)
-        images = tuple(beside) if is_beside else tuple(self.find(value, index) for value in given)
-        if len(images) < said.expected:
-            names = "no image" if not images else f"{len(images)} image{'s' if len(images) > 1 else ''}"
-            speaks = "an image" if said.expected == 1 else f"{said.expected} images"
-            raise SampleError(f"the first question speaks of {speaks}, but the entry names {names}")
+        placed = self._placed(index, entry, said, beside)
+        images = tuple(
+            value if any(value is one for one in beside) else self._opened(kind, value, index)
+            for kind, value in placed.media
+        )
         if not images:
             self.refuse_text_only(index, entry)
-        return images
+        return Sample(sample_id=sample_id, images=images, turns=placed.turns, system=said.system)
+
+    def _placed(self, index: int, entry: Mapping[str, Any], said: Conversation, beside: Sequence[Medium]) -> Placed:
+        # What lies beside an entry is what it names: other names of it are passed over.
+        pictures = [one for one in beside if not isinstance(one, VideoSource)]
+        videos = [one for one in beside if isinstance(one, VideoSource)]
+        named = named_pictures(entry, plain_only=True) if beside else []
+        kinds = {*(["image"] if pictures and len(named) <= len(pictures) else []), *(["video"] if videos else [])}
+        asked = tuple(
+            tuple(replace(p, value=None) if isinstance(p, Shown) and p.kind in kinds else p for p in pieces)
+            for pieces in said.asked
+        )
+        given = Given(named) if "video" in kinds else Given() if "image" in kinds else self._given(entry)
+        if "image" in kinds:
+            own = [p.value for pieces in said.asked for p in pieces if isinstance(p, Shown) and p.value is not None]
+            given = replace(given, images=self.arranged(index, pictures, named or own))
+        if "video" in kinds:
+            given = replace(given, videos=videos)
+        return place_media(said.turns, asked, given, form=said.form, speaks=said.speaks)
+
+    def arranged(self, index: int, pictures: Sequence[Medium], named: Sequence[Any]) -> Sequence[Medium]:
+        """The pictures beside the entry at ``index`` in the order in which it shows them, where it names them."""
+        return pictures
+
+    def _opened(self, kind: str, value: Any, index: int) -> Medium:
+        if kind == "image":
+            return self.find(value, index)
+        return open_video(value, lambda inner, what: self.find(inner, index, what))
 
     def _key(self, index: int) -> str | None:
         try:
             entry = with_rows(self.read(index))
-            found = self._given(entry, read_conversation(entry))
+            said = read_conversation(entry)
+            placed = place_media(said.turns, said.asked, self._given(entry), form=said.form, speaks=said.speaks)
         except SampleError:
             return None  # it will fail when it is asked for, wherever it stands
-        if len(found) != 1 or not isinstance(found[0], str):
+        found = [
+            name for _, value in placed.media for name in (value.pictures if isinstance(value, Frames) else [value])
+        ]
+        if not found or not all(isinstance(name, str) for name in found):
             return None
-        return found[0] if len(found[0]) <= _LONGEST_KEY else fingerprint(found[0])
+        key = "\n".join(found)
+        return key if len(key) <= _LONGEST_KEY else fingerprint(key)
 
     def _source(self, index: int) -> str | None:
         try:
@@ -164,9 +203,15 @@ class EntryDataset(Dataset):
         picture = self._key(index)
         return None if picture is None else f"{posixpath.dirname(picture)}/"
 
-    def _given(self, entry: Mapping[str, Any], said: Conversation) -> list[Any]:
-        """The pictures that an entry gives, in its messages and beside them; the same in both places counts once."""
-        named = named_pictures(entry, self.picture_keys)
-        if not said.pictures or not named:
-            return said.pictures or named
-        return [value for values in distinct({"messages": said.pictures, "entry": named}).values() for value in values]
+    def _given(self, entry: Mapping[str, Any]) -> Given:
+        """The pictures and videos that an entry gives beside its messages."""
+        keys = keys_of_videos(entry, self.video_keys)
+        images = named_pictures(entry, self.picture_keys, video_keys=keys)
+        videos = named_videos(entry, keys) if images or keys else guessed_videos(entry)
+        return Given(images, videos, key_numbers(entry))
+
+    def _shows(self, entry: Mapping[str, Any], said: Conversation) -> bool:
+        """Whether an entry gives a picture or a video, in its messages or beside them."""
+        given = self._given(entry)
+        own = (p.value for pieces in said.asked for p in pieces if isinstance(p, Shown))
+        return bool(given.images or given.videos) or any(value is not None for value in own)

@@ -36,7 +36,7 @@ _LIBRARY = (
     AttributeError,
     RuntimeError,
 )  # what `datasets` raises of a folder
-KINDS = ("parquet", "json", "csv", "arrow", "webdataset", "imagefolder")
+KINDS = ("parquet", "json", "csv", "arrow", "webdataset", "imagefolder", "videofolder")
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
 _CONVERTED = re.compile(r"(?:([^/]+)/)?([^/]+)/\d{4}\.parquet")  # what the hub makes of other formats
 

@@ -20,7 +20,8 @@ from vlm_distill_cache.common.errors import DataError, ModelError, SampleError, 
 from vlm_distill_cache.common.hub import HubName, downloading, explained_hub_errors, snapshot_name, snapshots_of
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.data.images.load import ImageFile
-from vlm_distill_cache.data.images.recognise import picture_extensions
+from vlm_distill_cache.data.images.recognise import VIDEO_EXTENSIONS, picture_extensions
+from vlm_distill_cache.data.images.video import VideoFile
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.csv_rows import SUFFIXES, CsvDataset
 from vlm_distill_cache.data.sources.folders import DataFiles, choose_files, metadata_files
@@ -123,7 +124,7 @@ def _open_files(folder: Path, files: DataFiles, *, name: str, images: Path | Non
     where = str(folder)
     if files.kind == "parquet":
         return ParquetDataset([LocalParquet(path) for path in paths], name=name, where=where, image_root=root)
-    if files.kind == "imagefolder":
+    if files.kind in ("imagefolder", "videofolder"):
         folded = ImageFolderDataset(folder, metadata_files(folder, files), name=name, others=files.others)
         _tell_unnamed(folded, files)
         return folded
@@ -144,7 +145,7 @@ def _tell_unnamed(dataset: ImageFolderDataset, files: DataFiles) -> None:
     for index in range(len(dataset)):
         with suppress(SampleError):
             entry = dataset.read(index)
-            values = [entry.get(key) for key in dataset.picture_keys]
+            values = [entry.get(key) for key in dataset.picture_keys | dataset.video_keys]
             listed = [item for value in values for item in (value if isinstance(value, list) else [value])]
             named |= {posixpath.normpath(item) for item in listed if isinstance(item, str)}
     left = sorted(path for path in files.paths if PurePosixPath(path).name not in METADATA and path not in named)
@@ -271,13 +272,14 @@ def _refuse_pictures_left(name: HubName, dataset: Dataset, files: DataFiles, lis
     archives = [path for path in others if path.lower().endswith(_ARCHIVES)]
     tables = files.kind in ("parquet", "arrow")
     # Beside texts they are downloaded (`_wanted`): many tables have their pictures in them, and some more beside them.
-    pictures = [p for p in others if tables and p.rpartition(".")[2].lower() in picture_extensions()]
+    shown = picture_extensions() | VIDEO_EXTENSIONS
+    pictures = [p for p in others if tables and p.rpartition(".")[2].lower() in shown]
     if files.kind not in ("json", "csv", "parquet", "arrow") or not (archives or pictures):
         return
-    found: list[ImageFile] = []
+    found: list[ImageFile | VideoFile] = []
     for index in sorted({place * len(dataset) // _PROBED for place in range(_PROBED)}):
         with suppress(SampleError):
-            found += [image for image in dataset[index].images if isinstance(image, ImageFile)]
+            found += [image for image in dataset[index].images if isinstance(image, ImageFile | VideoFile)]
     if not found or any(image.path.is_file() for image in found):
         return
     lies, unpack = (archives[0], "unpack the archives there, ") if archives else (pictures[0], "")
@@ -292,12 +294,12 @@ def _refuse_pictures_left(name: HubName, dataset: Dataset, files: DataFiles, lis
 
 
 def _wanted(files: DataFiles, listed: Sequence[str]) -> list[str]:
-    """What to download: the files of a split, and pictures that texts may name."""
+    """What to download: the files of a split, and pictures and videos that texts may name."""
     wanted = list(files.paths)
     if files.kind in ("json", "csv"):
-        pictures = picture_extensions()
-        wanted += [path for path in listed if path.rpartition(".")[2].lower() in pictures]
-    if files.kind == "imagefolder":
+        shown = picture_extensions() | VIDEO_EXTENSIONS
+        wanted += [path for path in listed if path.rpartition(".")[2].lower() in shown]
+    if files.kind in ("imagefolder", "videofolder"):
         wanted += [path for path in listed if PurePosixPath(path).name in METADATA]
     if len(wanted) <= _LISTED:
         return [escape(path) for path in wanted]

@@ -1,8 +1,8 @@
 """Hugging Face's image folders: pictures, and a metadata file that says something about each.
 
 ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` names pictures beside itself or below: ``file_name`` is one,
-``file_names`` are several, ``NAME_file_name`` is the picture ``NAME``. What else it says is the entry; ``text`` is a
-caption where there is nothing else, as for `datasets`. A row that cannot be read is its sample's error.
+``file_names`` are several, ``NAME_file_name`` is the picture ``NAME``; videos likewise. What else it says is the entry;
+``text`` is a caption where there is nothing else, as for `datasets`. A row that cannot be read is its sample's error.
 """
 
 import posixpath
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.images.recognise import names_video
 from vlm_distill_cache.data.sample import resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, is_entry
 from vlm_distill_cache.data.sources.csv_rows import CsvRows
@@ -36,14 +37,17 @@ class ImageFolderDataset(EntryDataset):
         self.name = name
         self.image_root = folder
         pictures: set[str] = set()
+        videos: set[str] = set()
         self._entries: list[Any] = []
         for path in paths:
             for row in _read_rows(folder / path):
                 entry, named = _entry(row, posixpath.dirname(path))
+                moving = {key for key, values in named.items() if any(map(names_video, values))}
                 pictures |= named.keys()
+                videos |= moving
                 if not any(value in others for values in named.values() for value in values):
                     self._entries.append(entry)
-        self.picture_keys = frozenset(pictures)
+        self.picture_keys, self.video_keys = frozenset(pictures - videos), frozenset(videos)
         where = str(folder / paths[0])
         if not self._entries:
             raise DataError(f"{where} holds no row of this split; nothing to learn from")
@@ -110,8 +114,9 @@ def _entry(row: Any, folder: str) -> tuple[Any, dict[str, list[str]]]:
             entry.setdefault(key, value)
             continue
         several = key.endswith(_SEVERAL)
-        name = stem.removesuffix("_") or ("images" if several else "image")
         values = value if several and isinstance(value, list) else [value]
+        moves = any(isinstance(item, str) and names_video(item) for item in values)
+        name = stem.removesuffix("_") or f"{'video' if moves else 'image'}{'s' if several else ''}"
         paths = [_joined(folder, item) if isinstance(item, str) and item.strip() else item for item in values]
         entry[name] = paths if several else paths[0]
         named[name] = [path for path in paths if isinstance(path, str) and path.strip()]

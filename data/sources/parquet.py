@@ -145,16 +145,16 @@ class ParquetDataset(TableDataset):
         """Those of each file, told from those of the others."""
         return number_names(zip(self._files, super().sources().tolist(), strict=True))
 
-    def find(self, value: Any, index: int) -> ImageSource:
+    def find(self, value: Any, index: int, kind: str = "image") -> ImageSource:
         """A picture of the table, whose bytes are read when it is decoded, or a file that the row names."""
         if isinstance(value, StoredPicture):
             return replace(value, name=f"of {self.name}, sample {self.sample_ids[index]!r}")
         if isinstance(value, str) and not self._has_folder and not Path(value).is_absolute():
             raise SampleError(
-                f"it names the image {value[:100]!r}, a file beside the table, which is not streamed: leave out "
+                f"it names the {kind} {value[:100]!r}, a file beside the table, which is not streamed: leave out "
                 f"streaming=true, or name its folder ({by_make('IMAGES=FOLDER, ')}--images FOLDER)"
             )
-        return super().find(value, index)
+        return super().find(value, index, kind)
 
 
 def refuse_pointer(path: Path) -> None:

@@ -37,13 +37,14 @@ _KNOWN_KEYS = frozenset(_KNOWN.split())
 _FILE_KEYS = frozenset({"file_name", "filename", "file_names", "filenames"})  # of pictures, if of nothing else
 # Those of them that may name the same picture in another place, or hold it once more, whatever they say.
 _PLACES = ("path", "paths", "file", "files", "filename", "filenames", "url", "urls", "bytes", "base64", "b64", "data")
-_VIDEO_KEYS = frozenset({"video", "videos", "video_path", "video_paths", "video_file", "video_url", "mp4", "webm"})
+VIDEO_KEYS = frozenset({"video", "videos", "video_path", "video_paths", "video_file", "video_url", "mp4", "webm"})
 _SOUND_KEYS = frozenset(
     "audio audios audio_path audio_paths audio_file audio_files audio_url audio_urls audio_bytes wav mp3 flac".split()  # noqa: SIM905
 )
 _NUMBERED_KEY = re.compile(
     r"(image|img|picture|pic|photo)_?(\d{1,3}|[ab])|(first|second|left|right)_(image|img|picture)"
 )
+_MARKED = re.compile(r"<image_?\d{1,4}>")
 # What the entry is called, and what is answered: no picture that is asked about is named there.
 _ANSWERS = (
     "answer answers multiple_choice_answer caption captions response completion output chosen rejected id sample_id "
@@ -54,7 +55,7 @@ _ANSWER_KEYS = frozenset(_ANSWERS.split())
 _TEXTS = (
     "messages conversations conversation question questions text texts query prompt instruction input content value"
 )
-_TEXT_KEYS = frozenset(_TEXTS.split()) | _ANSWER_KEYS
+TEXT_KEYS = frozenset(_TEXTS.split()) | _ANSWER_KEYS
 # Texts too, unless they are nothing but a picture's file.
 SYSTEM_KEYS = frozenset({"system", "system_prompt", "system_message", "system_instruction", "system_instructions"})
 _MOSTLY_TEXT = SYSTEM_KEYS | {"problem", "solution", "rejected_response", "history"}
@@ -92,7 +93,11 @@ class _Stored(Protocol):
 
 
 def named_pictures(
-    entry: Mapping[str, Any], picture_keys: frozenset[str] = frozenset(), *, plain_only: bool = False
+    entry: Mapping[str, Any],
+    picture_keys: frozenset[str] = frozenset(),
+    *,
+    plain_only: bool = False,
+    video_keys: Collection[str] | None = None,
 ) -> list[Any]:
     """What an entry gives as its pictures, each as it stands there; for `open_picture`.
 
@@ -103,21 +108,24 @@ def named_pictures(
     Args:
         picture_keys: Further keys that are known to hold a picture.
         plain_only: Look at those that come first alone.
+        video_keys: Keys of the entry's videos, which are read elsewhere; None: none is read.
 
     Raises:
-        SampleError: Keys that are not numbered name different pictures: which one is asked about cannot be told. Or
-            there is a video or a sound, whatever else there is.
+        SampleError: Keys that are not numbered name different pictures: their order cannot be told. Or there is a video
+            that is not read, or a sound, whatever else there is.
     """
     plain: dict[str, list[Any]] = {}
     known: dict[str, list[Any]] = {}
     guessed: dict[str, list[Any]] = {}
     for key, value in entry.items():
         name = normal_key(key)
-        is_text = name in _TEXT_KEYS and key not in picture_keys and isinstance(value, str | list | tuple)
+        is_text = name in TEXT_KEYS and key not in picture_keys and isinstance(value, str | list | tuple)
         is_text = is_text or (name in _MOSTLY_TEXT and isinstance(value, str) and len(value.split()) > 1)
-        if is_text or says_none(value):
+        if is_text or says_none(value) or name in ("rejected_images", "rejected_videos"):  # ms-swift's: not learnt
             continue
-        if name in _VIDEO_KEYS and not plain_only:
+        if video_keys is not None and key in video_keys:
+            continue
+        if name in VIDEO_KEYS and not plain_only:
             _refuse(key, value, "video")
         if name in _SOUND_KEYS and not plain_only:
             _refuse(key, value, "sound")
@@ -125,20 +133,20 @@ def named_pictures(
             plain[key] = _listed(value)
         elif name in _KNOWN_KEYS or key in picture_keys or (name in _FILE_KEYS and _has_no_extension(value)):
             known[key] = _listed(value)
-        elif all(map(_looks_like_picture, _listed(value))):
+        elif all(map(looks_like_picture, _listed(value))):
             guessed[key] = _listed(value)
     if plain_only:
         return _all_of(plain)
     if plain:
         _refuse_further(plain, {**known, **guessed}, picture_keys)
         return _all_of(plain)
-    local = [{key: found[key] for key in found if not all(map(_is_address, found[key]))} for found in (known, guessed)]
+    local = [{key: found[key] for key in found if not all(map(is_address, found[key]))} for found in (known, guessed)]
     for found in (*local, known, guessed):  # files first, then addresses
         different = distinct(found)
         if len(different) > 1:
             raise SampleError(
-                f"{' and '.join(map(repr, sorted(different)))} name different pictures; put the one that the sample is "
-                "about under 'image'"
+                f"{' and '.join(map(repr, sorted(different)))} name different pictures, whose order cannot be told; put those "
+                "that the sample is about under 'images'"
             )
         for values in different.values():
             _refuse_further(found, guessed, picture_keys)
@@ -160,13 +168,13 @@ def _refuse_further(
     for key, values in others.items():
         if key in found or _names_the_same(key):
             continue
-        pictures = [_content(value) for given in found.values() for value in given]
-        further = [item for value in values if (item := _content(value)) is not None and not _is_address(item)]
-        further = [item for item in further if not any(_are_same(item, picture) for picture in pictures)]
+        pictures = [content_of(value) for given in found.values() for value in given]
+        further = [item for value in values if (item := content_of(value)) is not None and not is_address(item)]
+        further = [item for item in further if not any(are_same(item, picture) for picture in pictures)]
         if further and _is_another(key, further, pictures, typed=key in picture_keys):
             raise SampleError(
-                f"{key!r} holds another picture ({brief(further[0])}) beside {next(iter(found))!r}, and a sample has one; "
-                f"remove {key!r} if the sample is not about it"
+                f"{key!r} holds another picture ({brief(further[0])}) beside {next(iter(found))!r}; list under 'images' those "
+                f"that the sample is about, in order, or remove {key!r}"
             )
 
 
@@ -188,7 +196,13 @@ def _is_another(key: str, further: Sequence[Any], pictures: Sequence[Any], *, ty
     return is_stored or typed or bool(_picture_word(key)) or not _OTHER.isdisjoint(name.split("_"))
 
 
-def _content(value: Any) -> Any:
+def is_made(name: str) -> bool:
+    """Whether a name says that a picture is made of another one: a mask, a thumbnail."""
+    words = set(normal_key(name).split("_"))
+    return not words.isdisjoint(_OTHER | (_SAME - {"name", "names", "id", "ids", "key", "keys", "page", "src"}))
+
+
+def content_of(value: Any) -> Any:
     """A picture's file, or its bytes; None if it says that there is none."""
     while isinstance(value, Mapping):
         value = next((value[key] for key in _VALUE_KEYS if not says_none(value.get(key))), None)
@@ -200,7 +214,8 @@ def _content(value: Any) -> Any:
     return value.read() if isinstance(value, _Stored) else value
 
 
-def _are_same(one: Any, other: Any) -> bool:
+def are_same(one: Any, other: Any) -> bool:
+    """Whether one of two values names the same file as the other, or holds the same."""
     return _same([one], [other]) or _same([other], [one])
 
 
@@ -239,7 +254,7 @@ def refuse_unread(entry: Mapping[str, Any]) -> None:
                 word = _picture_word(key)
                 if word and not says_none(item) and not _counts_none(key, item) and not _rates(key, item):
                     _refuse(inner, item, word)
-                says = name in _TEXT_KEYS or name in _MOSTLY_TEXT or (is_text and name in USER_NAMES)
+                says = name in TEXT_KEYS or name in _MOSTLY_TEXT or (is_text and name in USER_NAMES)
                 waiting.append((inner, item, says))
         elif isinstance(value, list | tuple):
             if _HISTORY_PAIR.fullmatch(place):
@@ -254,7 +269,7 @@ def refuse_unread(entry: Mapping[str, Any]) -> None:
                         _refuse(place, line, kind)
             if take_markers(value)[2]:
                 _refuse(place, value, "picture")
-        elif _looks_like_picture(value):
+        elif looks_like_picture(value):
             _refuse(place, value, "picture")
 
 
@@ -272,8 +287,12 @@ def _refuse(place: str, value: Any, kind: str) -> None:
             f"{place!r} names a picture ({brief(value)}), but none could be read; name its file under 'image', or remove "
             "the key if the sample is text alone"
         )
-    instead = "give frames of it as samples" if kind == "video" else "remove the key if the sample is not about it"
-    raise SampleError(f"{place!r} names a {kind} ({brief(value)}); only pictures are read: {instead}")
+    remedy = "remove the key if the sample is not about it"
+    if kind == "video":
+        raise SampleError(
+            f"{place!r} names a video ({brief(value)}), but none could be read; name its file under 'video', or {remedy}"
+        )
+    raise SampleError(f"{place!r} names a {kind} ({brief(value)}); only pictures and videos are read: {remedy}")
 
 
 def speak_of_pictures(keys: Iterable[object]) -> bool:
@@ -297,13 +316,22 @@ def says_none(value: Any) -> bool:
     return isinstance(value, list | tuple | bytes) and not value
 
 
-def open_picture(value: Any, root: Path, *, where: str = "in the data") -> ImageSource:
+def key_numbers(entry: Mapping[str, Any]) -> list[int]:
+    """The numbers of the keys that hold pictures (``image_1``), in the entry's order."""
+    found = [(_NUMBERED_KEY.fullmatch(normal_key(key)), value) for key, value in entry.items()]
+    return [
+        int(match[2]) for match, value in found if match and match[2] and match[2].isdigit() and not says_none(value)
+    ]
+
+
+def open_picture(value: Any, root: Path, *, where: str = "in the data", kind: str = "image") -> ImageSource:
     """Where the picture that an entry gives is to be read.
 
     Args:
         value: A path below ``root`` or an absolute one, ``file://``, base64 with or without ``data:``, bytes, or an
             object that holds one of them.
         where: What errors call a picture that stands in the data itself.
+        kind: What errors call it: a video's file is found in the same way.
 
     Raises:
         SampleError: It is none of them, or would have to be downloaded.
@@ -317,26 +345,30 @@ def open_picture(value: Any, root: Path, *, where: str = "in the data") -> Image
     if isinstance(value, bytes | bytearray):
         return ImageBytes(bytes(value), where)
     if not isinstance(value, str) or not value.strip():
-        raise SampleError(f"an image must be given by its path, as bytes or as base64, got {brief(value)}")
+        raise SampleError(f"{_a(kind)} must be given by its path, as bytes or as base64, got {brief(value)}")
     if (data := base64_picture(value)) is not None:
         return ImageBytes(data, f"{where} (base64)")
     if value.startswith("data:"):
-        raise SampleError(f"image {brief(value)} is no base64 picture")
+        raise SampleError(f"{kind} {brief(value)} is no base64 picture")
     if value.startswith("file:"):
         return ImageFile(Path(unquote(urlsplit(value).path)), hint="the data names it by this file:// address")
     if "://" in value:
-        raise SampleError(f"image {value[:60]!r} is not a file; nothing is downloaded, so store it beside the data")
+        raise SampleError(f"{kind} {value[:60]!r} is not a file; nothing is downloaded, so store it beside the data")
     if len(value) > _LONGEST_PATH:
-        raise SampleError(f"image {brief(value)} ({len(value)} characters) is neither a path nor base64 of a picture")
-    return _image_file(value, root)
+        raise SampleError(f"{kind} {brief(value)} ({len(value)} characters) is neither a path nor base64 of a picture")
+    return _image_file(value, root, kind)
 
 
-def _image_file(value: str, root: Path) -> ImageFile:
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind == "image" else f"a {kind}"
+
+
+def _image_file(value: str, root: Path, kind: str) -> ImageFile:
     path = Path(value)
     if path.is_absolute():
         return ImageFile(path, hint="the data names it by this absolute path")
     if ".." in path.parts:
-        raise SampleError(f"image path {value!r} leaves the image folder; use a path below it or an absolute one")
+        raise SampleError(f"{kind} path {value!r} leaves the image folder; use a path below it or an absolute one")
     # Reasons of failure are kept in the cache: they name no folder of this machine.
     hint = f"paths start from the folder of the data, or from images ({by_make('IMAGES=FOLDER, ')}--images FOLDER)"
     if "\\" in value and ".." not in value and _is_file(root / value.replace("\\", "/")):
@@ -398,16 +430,19 @@ def _rates(key: object, value: Any) -> bool:
 
 
 def _listed(value: Any) -> list[Any]:
+    if isinstance(value, Mapping) and value and all(_MARKED.fullmatch(str(key)) for key in value):
+        return list(value.values())  # by marker, as in MiniCPM-V's data
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _looks_like_picture(value: Any) -> bool:
+def looks_like_picture(value: Any) -> bool:
+    """Whether a value is the name, the address, the bytes or the base64 of a picture."""
     if isinstance(value, str):
         return names_picture(value)
     if isinstance(value, bytes | bytearray):
         return is_picture(bytes(value))
     if isinstance(value, Mapping) and {"bytes", "path"} <= value.keys():  # how `datasets` stores a picture, or a sound
-        return any(_looks_like_picture(value[key]) for key in ("bytes", "path"))
+        return any(looks_like_picture(value[key]) for key in ("bytes", "path"))
     return False
 
 
@@ -415,7 +450,8 @@ def _has_no_extension(value: Any) -> bool:
     return all(isinstance(item, str) and not extension_of(item) for item in _listed(value))
 
 
-def _is_address(value: Any) -> bool:
+def is_address(value: Any) -> bool:
+    """Whether a value is an address of the web."""
     return isinstance(value, str) and value.startswith(("http://", "https://"))
 
 

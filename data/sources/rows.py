@@ -46,7 +46,7 @@ def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """An entry whose lists of messages are lists: `datasets` keeps some as dicts of lists, and tables as texts.
 
     A text is a list of messages where the whole of it is one, as JSON or as Python prints it. What is no such list, or
-    has lists of different lengths, stays as it is.
+    has lists of different lengths, stays as it is. Of a list of a video's captions the one of the whole is its caption.
 
     Raises:
         SampleError: Answers are a list of texts that cannot be read.
@@ -59,7 +59,16 @@ def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:
         with suppress(SampleError):
             if key in LISTS and is_dict_of_lists(value):
                 made[key] = rows_of(value, key)
+    if "caption" not in entry and (whole := _whole_caption(entry.get("captions"))) is not None:
+        made["caption"] = whole
     return {**entry, **made} if made else entry
+
+
+def _whole_caption(captions: Any) -> Any:
+    """Of a video's captions, ``{"idx", "content"}`` (ShareGPT4Video), the one of all of it, number -1; None without one."""
+    if not is_list_of_rows(captions) or not all(isinstance(row, Mapping) for row in captions):
+        return None
+    return next((row.get("content") for row in captions if str(row.get("idx")).strip() == "-1"), None)
 
 
 def is_dict_of_lists(value: Any) -> TypeGuard[Mapping[str, Any]]:

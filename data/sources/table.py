@@ -20,7 +20,7 @@ from vlm_distill_cache.data.sources.pictures import says_none
 
 NEEDED = "pip install 'vlm-distill-cache[hf]'"
 _ID_COLUMNS = ("id", "sample_id", "question_id")
-_UNREAD = {"Video", "Pdf", "Array3D", "Array4D"}  # types whose content shows something
+_UNREAD = {"Pdf", "Array3D", "Array4D"}  # types whose content shows something
 
 
 class Table(Protocol):
@@ -57,6 +57,7 @@ class TableDataset(EntryDataset):
         columns = list(table.columns)
         kinds = {column: _kinds_in(table.features.get(column)) for column in columns}
         self.picture_keys = frozenset(column for column in columns if "Image" in kinds[column])
+        self.video_keys = frozenset(column for column in columns if "Video" in kinds[column])
         self._unread = {column: kind for column in columns for kind in _UNREAD & kinds[column]}
         self._labels = {column: table.features[column] for column in columns if "ClassLabel" in kinds[column]}
         if not are_columns(columns, pictures=bool(self.picture_keys)):
@@ -84,17 +85,17 @@ class TableDataset(EntryDataset):
             raise SampleError(f"the row cannot be read: {error}") from error
 
     def refuse_text_only(self, index: int, entry: Mapping[str, Any]) -> None:
-        """As for every entry; a column of videos is one, whatever its name, and so on."""
+        """As for every entry; a column of pages is one, whatever its name, and so on."""
         for column, kind in self._unread.items():
             if not says_none(entry[column]):
                 raise SampleError(
-                    f"column {column!r} holds a {kind}; only pictures are read, from columns of type Image"
+                    f"column {column!r} holds a {kind}; only pictures and videos are read, from columns of type Image and Video"
                 )
         super().refuse_text_only(index, entry)
 
     def image_keys(self) -> Sequence[str | None]:
-        """Each row's image path, where a column of texts names it; None where pictures are stored."""
-        if {"image", "images"} & self._table.texts:
+        """The path of each row's image or video, where a column of texts names it; None where they are stored."""
+        if {"image", "images", "video", "videos"} & self._table.texts:
             return super().image_keys()
         return [None] * len(self)
 

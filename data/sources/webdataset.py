@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.images.load import FileSlice, ImageBytes
 from vlm_distill_cache.data.images.recognise import VIDEO_EXTENSIONS, is_picture, picture_extensions
-from vlm_distill_cache.data.sample import ImageSource, number_names, refuse_repeats, usable_ids
+from vlm_distill_cache.data.images.video import VideoSlice
+from vlm_distill_cache.data.sample import ImageSource, Medium, number_names, refuse_repeats, usable_ids
 from vlm_distill_cache.data.sources.conversations import has_text
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, parse
 from vlm_distill_cache.data.sources.patterns import find_files
-from vlm_distill_cache.data.sources.pictures import brief, open_picture
+from vlm_distill_cache.data.sources.pictures import brief, is_made, open_picture
 
 logger = logging.getLogger(__name__)
 
@@ -83,27 +84,66 @@ class WebDataset(EntryDataset):
         member = self._members[index]
         if member.problem:
             raise SampleError(member.problem)
-        if member.videos:
-            raise SampleError(
-                f"{member.videos[0].name} is a video; only pictures are read: give frames of it as samples"
-            )
         if not member.texts:
-            there = [part.name for part in (*member.images, *member.others)]
+            there = [part.name for part in (*member.images, *member.videos, *member.others)]
             raise SampleError(f"no member KEY.json or KEY.txt beside {', '.join(there[:3])}; nothing to learn from it")
         return _read_entry(member)
 
-    def attached(self, index: int) -> Sequence[ImageSource]:
-        """The pictures among the sample's members; of members of unknown kinds, those that begin like one."""
-        member = self._members[index]
-        return member.images or [part for part in member.others if is_picture(part.read(most=32))]
+    def attached(self, index: int) -> Sequence[Medium]:
+        """The pictures and videos among the sample's members; of unknown kinds, those that begin like a picture.
 
-    def find(self, value: Any, index: int) -> ImageSource:
+        Pictures by their numbers, where all have one (``KEY.0.jpg``), else as they lie in the archive.
+        """
+        member = self._members[index]
+        found = member.images
+        if not found and not member.videos:
+            found = [part for part in member.others if is_picture(part.read(most=32))]
+        inner = [self._inner(part, index).partition(".")[0] for part in found]
+        if len(found) > 1 and all(name.isdecimal() for name in inner):
+            found = [found[place] for place in sorted(range(len(found)), key=lambda place: int(inner[place]))]
+        videos = [VideoSlice(part.path, part.offset, part.size, part.name) for part in member.videos]
+        return [*found, *videos]
+
+    def arranged(self, index: int, pictures: Sequence[Medium], named: Sequence[Any]) -> Sequence[Medium]:
+        """By the names that the entry gives, where each is one member's and none is left over.
+
+        Raises:
+            SampleError: A member beside others is called as something that is made of a picture.
+        """
+        names = [self._inner(part, index) for part in pictures]
+        wanted = [value.replace("\\", "/").rpartition("/")[2] for value in named if isinstance(value, str)]
+        key = self._members[index].key.rpartition("/")[2]
+        found = [[place for place, name in enumerate(names) if want in (name, f"{key}.{name}")] for want in wanted]
+        if (
+            wanted
+            and all(len(places) == 1 for places in found)
+            and {places[0] for places in found} == {*range(len(names))}
+        ):
+            return [pictures[places[0]] for places in found]
+        made = [part.name for part, name in zip(pictures, names, strict=True) if is_made(name.partition(".")[0])]
+        if made and len(pictures) > 1:
+            raise SampleError(
+                f"{made[0]} holds another picture beside {pictures[0].name}; name those that the sample is about under "
+                "'images', in order, or remove it from the archive"
+            )
+        return pictures
+
+    def _inner(self, part: Medium, index: int) -> str:
+        """A member's name behind its sample's key."""
+        return (
+            part.name.rpartition("/")[2]
+            .rpartition(":")[2]
+            .removeprefix(f"{self._members[index].key.rpartition('/')[2]}.")
+        )
+
+    def find(self, value: Any, index: int, kind: str = "image") -> ImageSource:
         """Only pictures that stand in the entry itself: a file that it names is not in the archive."""
-        source = open_picture(value, self.image_root, where=f"of {self.name}, sample {self.sample_ids[index]!r}")
+        where = f"of {self.name}, sample {self.sample_ids[index]!r}"
+        source = open_picture(value, self.image_root, where=where, kind=kind)
         if isinstance(source, ImageBytes):
             return source
         raise SampleError(
-            f"it names the image {brief(value)}, which does not lie beside it as {self._members[index].key}.EXTENSION"
+            f"it names the {kind} {brief(value)}, which does not lie beside it as {self._members[index].key}.EXTENSION"
         )
 
     def refuse_text_only(self, index: int, entry: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 
 from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.data.images.video import VideoBytes
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Turn
 from vlm_distill_cache.data.sources.hf import HuggingFaceDataset, is_saved_dataset
@@ -249,14 +250,16 @@ def test_another_librarys_dataset_info_is_no_saved_data_set(tmp_path):
     assert not is_saved_dataset(tmp_path)
 
 
-def test_a_column_of_videos_is_refused_row_by_row(tmp_path):
+def test_a_column_of_videos_is_read_and_one_of_other_media_refused_row_by_row(tmp_path):
     features = datasets.Features({**TEXT_TYPES, "clip": datasets.Value("binary")})
     path = save(tmp_path, {**TEXT, "clip": [b"frames", None]}, features)
     dataset = HuggingFaceDataset(path)
-    dataset._unread = {"clip": "Video"}  # the library's own type of a video needs torchcodec to be written
-    with pytest.raises(SampleError, match="column 'clip' holds a Video"):
-        dataset[0]
+    dataset.video_keys = frozenset({"clip"})  # the library's own type of a video needs torchcodec to be written
+    assert [type(video) for video in dataset[0].images] == [VideoBytes]
     assert dataset[1].images == ()
+    dataset.video_keys, dataset._unread = frozenset(), {"clip": "Pdf"}
+    with pytest.raises(SampleError, match="column 'clip' holds a Pdf"):
+        dataset[0]
 
 
 @pytest.mark.parametrize("several", [False, True])

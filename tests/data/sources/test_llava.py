@@ -11,6 +11,7 @@ from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import Turn, iterate_readable
 from vlm_distill_cache.data.sources.conversations import read_conversation
 from vlm_distill_cache.data.sources.llava import LlavaDataset
+from vlm_distill_cache.data.sources.markers import Shown
 
 
 def human(value):
@@ -58,9 +59,9 @@ def test_image_marker_anywhere_in_the_first_question_is_taken_out(question):
     assert said.expected == ("<image>" in question)
 
 
-def test_image_marker_in_a_later_turn_is_left_for_the_encoder_to_refuse():
-    turns = read_conversation({"conversations": [*PAIR, human("<image> and this?"), gpt("B")]}).turns
-    assert "<image>" in turns[1].question
+def test_image_marker_in_a_later_turn_is_taken_out_and_known():
+    said = read_conversation({"conversations": [*PAIR, human("<image> and this?"), gpt("B")]})
+    assert (said.turns[1].question, said.asked[1]) == ("and this?", (Shown(), " and this?"))
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_text_only_and_lines_of_other_forms(tmp_path):
         ([user([{"type": None}]), assistant("b")], "a part of type NoneType"),
         (
             [user("a"), assistant("b"), user([{"type": "image"}]), assistant("c")],
-            "must be in the first question",
+            "its text speaks of an image, but the entry names no image",
         ),
         ([user("a")], "expected pairs"),
         ([], "must be a list"),

@@ -139,6 +139,6 @@ def test_a_sound_is_not_lost(tmp_path, key):
             json.dumps([{"messages": [U, B], key: value}, {"messages": [U, B], key: None}])
         )
         dataset = LlavaDataset(tmp_path / "a.json")
-        with pytest.raises(SampleError, match=r"names a sound .*only pictures are read"):
+        with pytest.raises(SampleError, match=r"names a sound .*only pictures and videos are read"):
             dataset[0]
         assert dataset[1].turns

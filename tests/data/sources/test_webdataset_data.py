@@ -193,7 +193,7 @@ def test_every_member_is_a_samples_or_said(tmp_path):
         ("b.png", picture(0)),  # no text
         *texts("c"),  # no picture
         ("d.txt", b"x"),
-        ("d.mp4", b"x"),  # a video
+        ("d.pdf", b"x\0"),  # nothing that is read
         ("plain", b"x"),  # no extension
         (".hidden.png", picture(0)),  # WebDataset sees no key
         ("e.npy", b"x"),
@@ -210,7 +210,7 @@ def test_every_member_is_a_samples_or_said(tmp_path):
     for key, message in {
         "b": "no member KEY.json or KEY.txt beside a.tar:b.png",
         "c": "would be the caption of a picture, and it has none",
-        "d": "video",
+        "d": "d.pdf is no picture that can be read",
         "a.tar:plain": "belongs to no sample",
         "a.tar:.hidden.png": "belongs to no sample",
         "e": "no member KEY.json or KEY.txt",

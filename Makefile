@@ -70,7 +70,7 @@ export TOKENIZERS_PARALLELISM := false
 # Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
 .SILENT:
 
-.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-smollm test checks format docs bench bench-compare bench-codec full-size battery matrix harness lock sbom audit clean
+.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-several experiment-smollm test checks format docs bench bench-compare bench-codec full-size battery matrix harness lock sbom audit clean
 
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -144,6 +144,9 @@ experiment: $(STAMP) ## Ablation table: arms x seeds on built-in data (about fou
 
 experiment-seeds: $(STAMP) ## Sinks, fewer visual tokens, shifts, pruning: five seeds each (about three hours on 2 cores)
 	$(BIN)/python -m tests.benchmarks.experiment_seeds
+
+experiment-several: $(STAMP) ## Gaze on two-picture comparison and on motion: four arms, three seeds (hours on 2 cores)
+	$(BIN)/python -m tests.benchmarks.experiment_several
 
 experiment-smollm: $(STAMP) ## The second experiment, with SmolLM2-135M inside (about two hours on 2 cores, minutes on a GPU)
 	$(INSTALL_SMOLLM)

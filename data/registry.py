@@ -3,6 +3,7 @@
 | written | read by |
 |---|---|
 | ``shapes``, ``shapes:images=1500,seed=0`` | `data.shapes.dataset`, drawn in code |
+| ``shapes:kinds=comparison+motion``, ``shapes:kinds=mixed`` | `data.shapes.kinds`: pairs of pictures, clips, texts |
 | ``easy-vqa`` | `data.sources.easy_vqa` |
 | ``FILE.json``, ``FILE.jsonl``: a list | `data.sources.llava` |
 | ``FILE.json``, ``FILE.jsonl``: an entry a line | `data.sources.messages` |
@@ -57,6 +58,7 @@ TEXTS = (".json", ".jsonl", ".ndjson", *SUFFIXES)
 NO_COMMITS: Mapping[str, str] = MappingProxyType({})
 SHAPES_IMAGES = 1500
 SHAPES_ITEMS = 300  # evaluation items where no limit is given
+ITEMS_OF_KINDS = 100  # as many of each of the 18 kinds of questions about several pictures
 FILE_ITEMS = 2000  # questions taken from a user's file where no limit is given
 SHORT_ANSWER_WORDS = 5
 FORMS = (
@@ -71,7 +73,7 @@ _WEB = re.compile(
     r"|@(?P<at>[^/]+)(?:/(?P<inner>.+?))?|/(?P<rest>.+?))?/?",
     re.ASCII,
 )
-_OPTIONS = {"shapes": ("images", "seed"), "easy-vqa": ()}
+_OPTIONS = {"shapes": ("images", "seed", "kinds"), "easy-vqa": ()}
 _OF_FOLDERS = ("name", "split", "streaming")
 
 
@@ -107,8 +109,13 @@ def open_dataset(
     dataset: Dataset
     if name == "shapes":
         from vlm_distill_cache.data.shapes.dataset import ShapesDataset  # drawing code, only needed here
+        from vlm_distill_cache.data.shapes.kinds import ShapesOfKinds, parse_kinds
 
-        dataset = ShapesDataset(split, _number(options, "images", SHAPES_IMAGES), _number(options, "seed", 0))
+        numbers = _number(options, "images", SHAPES_IMAGES), _number(options, "seed", 0)
+        kinds = options.get("kinds")
+        dataset = (
+            ShapesDataset(split, *numbers) if kinds is None else ShapesOfKinds(split, *numbers, parse_kinds(kinds))
+        )
     elif name == "easy-vqa":
         dataset = EasyVqaDataset(split)
     else:
@@ -148,8 +155,12 @@ def open_evaluation(
         return easy_vqa_evaluation(split, limit)
     if name == "shapes":
         from vlm_distill_cache.data.shapes.dataset import shapes_evaluation  # drawing code, only needed here
+        from vlm_distill_cache.data.shapes.kinds import evaluation_of_kinds, parse_kinds
 
-        return shapes_evaluation(split, limit or SHAPES_ITEMS, _number(options, "seed", 0))
+        seed, kinds = _number(options, "seed", 0), options.get("kinds")
+        if kinds is None:
+            return shapes_evaluation(split, limit or SHAPES_ITEMS, seed)
+        return evaluation_of_kinds(split, limit or ITEMS_OF_KINDS, seed, parse_kinds(kinds))
     questions: list[Question] = []
     dataset = open_dataset(spec, split=split, images=images)
     for index, sample_id in enumerate(dataset.sample_ids):
@@ -304,7 +315,7 @@ def _split_spec(spec: str) -> tuple[str, dict[str, str]]:
     if empty := sorted(key for key, value in options.items() if not value):
         raise DataError(f"{name}: option {', '.join(empty)} has no value; write {empty[0]}=VALUE")
     if name == "shapes":
-        for key in options:
+        for key in set(options) - {"kinds"}:
             _number(options, key, 0)
     return name, options
 

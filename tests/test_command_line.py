@@ -61,7 +61,7 @@ SURFACE = {
 }
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "suite", "demo", "demo-teacher", "experiment",
-    "experiment-seeds", "experiment-smollm",
+    "experiment-seeds", "experiment-several", "experiment-smollm",
     "test", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "full-size", "battery", "matrix",
     "harness", "lock", "sbom", "audit", "clean",
 }  # fmt: skip

@@ -20,7 +20,7 @@ DEFAULT_SIGNALS = (LogitCodec.signal, RowAttentionCodec.signal)
 _DISTILLING = ("dpt", "dft")
 DEFAULT_SHAPES = "shapes:images=1500,seed=0"
 """What a plan calls the data set that ``make`` takes where no other is named."""
-_SHAPES = re.compile(r"shapes(:[a-z]+=\d+(,[a-z]+=\d+)*)?")
+_SHAPES = re.compile(r"shapes(:[a-z]+=[\d+a-z]+(,[a-z]+=[\d+a-z]+)*)?")
 
 
 def distill_command(

@@ -97,7 +97,7 @@ class ShapesDataset(Dataset):
     """
 
     def __init__(self, split: str, images: int, seed: int = 0) -> None:
-        _check(split, images, seed)
+        check_numbers(split, images, seed)
         self.name = f"shapes:images={images},seed={seed}"
         self.split: str = split
         self.images, self.seed = images, seed
@@ -127,7 +127,7 @@ def shapes_evaluation(split: str, items: int, seed: int = 0) -> EvaluationSet:
     Raises:
         DataError: If the split is unknown or a number is negative.
     """
-    _check(split, items, seed)
+    check_numbers(split, items, seed)
     pairs: dict[str, list[CaptionPair]] = {kind: [] for kind in PAIR_KINDS}
     questions: dict[str, list[Question]] = {kind: [] for kind in QUESTION_KINDS}
     found = 0
@@ -157,7 +157,8 @@ def shapes_evaluation(split: str, items: int, seed: int = 0) -> EvaluationSet:
     )
 
 
-def _check(split: str, count: int, seed: int) -> None:
+def check_numbers(split: str, count: int, seed: int) -> None:
+    """Refuse an unknown split, negative numbers, and more samples than whose ids fit into memory, as `DataError`."""
     if split not in SPLITS:
         raise DataError(f"shapes has no split {split!r}; choose one of {', '.join(SPLITS)}")
     if count < 0 or seed < 0:

@@ -80,26 +80,30 @@ def sample_scene(generator: np.random.Generator) -> Scene:
     count = _COUNTS[int(generator.integers(len(_COUNTS)))]
     names = generator.choice(len(COLORS) * len(SHAPES), size=count, replace=False)
     cells = generator.choice(GRID * GRID, size=count, replace=False)
-    objects = []
-    for name, cell in zip(names.tolist(), cells.tolist(), strict=True):
-        size = SIZES[int(generator.integers(len(SIZES)))]
-        low, high = _RADIUS[size]
-        jitter = 1.0 if size == "large" else 2.0  # pixels; a large object fills its cell already
-        dx, dy, radius = generator.random(3)
-        row, column = divmod(cell, GRID)
-        objects.append(
-            SceneObject(
-                shape=SHAPES[name % len(SHAPES)],
-                color=COLORS[name // len(SHAPES)],
-                size=size,
-                row=row,
-                column=column,
-                x=(column + 0.5) * CELL + jitter * (2 * dx - 1),
-                y=(row + 0.5) * CELL + jitter * (2 * dy - 1),
-                radius=low + (high - low) * radius,
-            )
-        )
+    objects = [
+        place_object(COLORS[name // len(SHAPES)], SHAPES[name % len(SHAPES)], cell, generator)
+        for name, cell in zip(names.tolist(), cells.tolist(), strict=True)
+    ]
     return Scene(objects=tuple(objects))
+
+
+def place_object(color: str, shape: str, cell: int, generator: np.random.Generator, *, size: str = "") -> SceneObject:
+    """Put an object into a cell, 0 to 35 row by row, at a place of its own; a size that is not given is drawn."""
+    size = size or SIZES[int(generator.integers(len(SIZES)))]
+    low, high = _RADIUS[size]
+    jitter = 1.0 if size == "large" else 2.0  # pixels; a large object fills its cell already
+    dx, dy, radius = generator.random(3)
+    row, column = divmod(cell, GRID)
+    return SceneObject(
+        shape=shape,
+        color=color,
+        size=size,
+        row=row,
+        column=column,
+        x=(column + 0.5) * CELL + jitter * (2 * dx - 1),
+        y=(row + 0.5) * CELL + jitter * (2 * dy - 1),
+        radius=low + (high - low) * radius,
+    )
 
 
 def draw_scene(scene: Scene, generator: np.random.Generator) -> np.ndarray:

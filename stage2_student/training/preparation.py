@@ -78,7 +78,8 @@ BUILT_IN_DATA = ("shapes", "easy-vqa")
 MOST_NAMED = 1_000_000  # drawn pictures: a list of their names takes a second and 100 MB
 MOST_DRAWN = 20_000  # whatever a cache holds: their texts take 10 s
 _BUILT_IN = re.compile(
-    r"(?P<spec>easy-vqa|shapes(?::images=(?P<images>[0-9]{1,18})(?:,seed=[0-9]{1,18})?)?)(?:[\[/].*)?", re.ASCII
+    r"(?P<spec>easy-vqa|shapes(?::images=(?P<images>[0-9]{1,18})(?:,seed=[0-9]{1,18}(?:,kinds=[a-z+]{1,40})?)?)?)(?:[\[/].*)?",
+    re.ASCII,
 )
 _log = logging.getLogger(__name__)
 

@@ -89,7 +89,7 @@ class Place:
         return self.root / "trained" / f"{list(ARMS).index(job.arm)}-{job.seed}"
 
 
-def read_results(place: Place) -> list[dict[str, Any]]:
+def read_results(place: Any) -> list[dict[str, Any]]:
     """What is done; the half line of a killed run is left out."""
     lines = place.results.read_text().splitlines(keepends=True) if place.results.is_file() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -322,15 +322,20 @@ def missing(place: Place, results: list[dict[str, Any]], jobs: list[Job]) -> lis
     return [first + sorted(absent - set(first), key=lambda job: job.seed), second]
 
 
-def run(place: Place, jobs: list[Job], workers: int) -> list[str]:
-    """Run what is missing, append it to the results, and say what failed: the other jobs go on."""
+def run(place: Any, waves: list[list[Job]], do: Callable[[Any, Job], dict[str, Any]], workers: int) -> list[str]:
+    """Run jobs, a wave behind the other, append them to the results, and say what failed: the other jobs go on.
+
+    Args:
+        place: A `Place`, or another experiment's, with ``results`` and ``budget``.
+        do: Runs one job, in a process of its own.
+    """
     context, failed = multiprocessing.get_context("spawn"), []
     place.results.touch()
     whole = [line for line in place.results.read_text().splitlines(keepends=True) if line.endswith("\n")]
     place.results.write_text("".join(whole))  # what was killed while it wrote leaves half a line
-    for wave in missing(place, read_results(place), jobs):
+    for wave in waves:
         with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-            futures = {pool.submit(run_job, place, job): job for job in wave}
+            futures = {pool.submit(do, place, job): job for job in wave}
             for count, future in enumerate(as_completed(futures), 1):
                 job, error = futures[future], future.exception()
                 if error is not None:
@@ -380,7 +385,8 @@ def main() -> None:
     cuts = score_cuts(place)
     names = [name for name, arm in ARMS.items() if arm.part in (arguments.part or parts)]
     # Seeds outermost, so that an interrupted run has whole comparisons.
-    failed = run(place, [Job(name, seed) for seed in SEEDS[: arguments.seeds] for name in names], arguments.workers)
+    jobs = [Job(name, seed) for seed in SEEDS[: arguments.seeds] for name in names]
+    failed = run(place, missing(place, read_results(place), jobs), run_job, arguments.workers)
     stored = {
         "budget": asdict(place.budget), "teacher": score_teacher(place), "cuts": cuts,
         "results": in_order(read_results(place)),

@@ -120,6 +120,7 @@ class _Named:
     [
         (_Named("shapes:images=1500,seed=0[:64]", 64, limit=64), "shapes:images=1500,seed=0"),
         (_Named("shapes:images=90000,seed=3", 90_000), "shapes:images=90000,seed=3"),
+        (_Named("shapes:images=9,seed=0,kinds=scene+motion[:4]", 4), "shapes:images=9,seed=0,kinds=scene+motion"),
         (_Named("easy-vqa/train", 10), "easy-vqa"),
         (_Named("shapes:images=2000000000,seed=0", 10), None),
         (_Named("shapes:images=900000,seed=0", 10), None),

@@ -27,6 +27,7 @@ def plan_of(name: str, *, signals=tuple(BOTH)):
         (DEFAULT_SHAPES, ""),
         (f"{DEFAULT_SHAPES}[:64]", ""),
         ("shapes:images=20,seed=5", " DATA=shapes:images=20,seed=5"),
+        ("shapes:images=9,seed=0,kinds=scene+motion[:4]", " DATA=shapes:images=9,seed=0,kinds=scene+motion"),
         ("easy-vqa/train[:9]", " DATA=easy-vqa"),
         ("easy-vqa/train + easy-vqa/test", " DATA=easy-vqa"),
         (f"{DEFAULT_SHAPES} + easy-vqa/train", " DATA=FILE IMAGES=FOLDER"),

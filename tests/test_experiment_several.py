@@ -1,0 +1,171 @@
+"""`make experiment-several`: its teacher, its scores and its tables; a killed run goes on."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import experiment_several as experiment
+from tests.benchmarks.bench_docs import ROOT, TABLE_PAGE, table_in
+from tests.benchmarks.experiment_several import STORED, Budget, Job, Place
+from tests.benchmarks.experiment_several_tables import (
+    ARMS,
+    BEGIN,
+    COLUMNS,
+    END,
+    GAZE,
+    GROUPS,
+    LOGITS,
+    SEEDS,
+    SFT,
+    in_order,
+    most_frequent,
+    tables,
+    verdict,
+)
+from tests.benchmarks.experiment_several_teacher import KINDS, Drilled, as_sample, make_teacher, score
+from vlm_distill_cache.common.config import config_from_dict
+from vlm_distill_cache.data.registry import open_dataset, open_evaluation
+from vlm_distill_cache.data.sample import FrameSampling
+from vlm_distill_cache.stage2_student.config import TrainConfig
+
+ALL = [kind for group in GROUPS.values() for kind in group]
+
+
+def result(arm, seed, value, **kinds):
+    return {"arm": arm, "seed": seed, "scores": dict.fromkeys(ALL, value) | kinds}
+
+
+def stored(*results):
+    return {"teacher": dict.fromkeys(ALL, 90.0), "most_frequent": dict.fromkeys(ALL, 40.0), "results": list(results)}
+
+
+def rows_of(text):
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {(len(row), row[0]): row[1:] for row in lines}
+
+
+def test_differences_are_paired_by_seed_and_words_follow_their_intervals():
+    # Differences 2 and 4: mean 3, half-width 12.706 * sqrt(2) / sqrt(2). Of 3.0 and 3.2: 3.1 and 12.706 * 0.1.
+    several = stored(
+        result(LOGITS, 301, 50.0), result(LOGITS, 302, 60.0), result(GAZE, 301, 52.0), result(GAZE, 302, 64.0),
+        result(COLUMNS, 301, 53.0), result(COLUMNS, 302, 63.2),
+    )  # fmt: skip
+    text = tables(several)
+    assert "- answer_attention, motion: not told apart from logit KD (+3.0 ± 12.7 points)." in text
+    assert "- visual_columns, motion: better than logit KD (+3.1 ± 1.3 points)." in text
+    assert rows_of(text)[5, GAZE] == ["58.0 ± 76.2"] * 4
+    assert rows_of(text)[5, SFT] == ["-"] * 4
+    assert rows_of(text)[5, "most frequent answer of each kind"] == ["40.0"] * 4
+    assert "worse than logit KD (-1.0 ± 0.0 points)" in verdict([-1.0, -1.0])
+    assert "nothing is shown" in verdict([9.0])
+    assert "nan" not in tables(stored(result(LOGITS, 301, 50.0))).replace("± nan", "")
+
+
+def test_a_group_is_the_mean_of_its_kinds():
+    name, kinds = "motion", GROUPS["motion"]
+    (found,) = [rows_of(tables(stored(*(result(LOGITS, seed, 0.0, **{kinds[0]: 80.0}) for seed in SEEDS))))[5, LOGITS]]
+    assert found[list(GROUPS).index(name)] == f"{80.0 / len(kinds):.1f} ± 0.0"
+    assert found[0] == "0.0 ± 0.0"
+
+
+def test_who_never_looks_has_the_most_frequent_answer_of_each_kind():
+    items = open_evaluation("shapes:kinds=comparison+motion", "test", 10).questions
+    for kind, share in most_frequent(items).items():
+        answers = [item.answer for item in items if item.kind == kind]
+        assert share == pytest.approx(100 * max(answers.count(one) for one in answers) / len(answers))
+    assert set(most_frequent(items)) == set(ALL)
+
+
+def test_right_answers_are_those_that_greedy_decoding_gives():
+    from vlm_distill_cache.stage1_teacher.demo.teacher import build_demo_encoder, builtin_teacher_directory
+    from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+    from vlm_distill_cache.stage2_student.scores.evaluate import evaluate_model
+
+    teacher, encoder = Teacher(builtin_teacher_directory()), build_demo_encoder()
+    items = open_evaluation("shapes", "test", 3)
+    expected = evaluate_model(teacher.model, encoder, replace(items, pairs=()), letters=False, resamples=1).scores
+    found = score(teacher.model, encoder, items.questions)
+    assert 0 < sum(found.values()) < 100 * len(found)
+    assert found == {kind: pytest.approx(100 * expected[f"questions/{kind}"].value, abs=0.01) for kind in found}
+
+
+def test_an_item_is_asked_with_all_that_it_shows():
+    items = open_evaluation("shapes:kinds=comparison+motion", "test", 1).questions
+    assert Counter(len(as_sample(item).images) for item in items) == {2: 10, 1: 8}
+    pair = as_sample(replace(items[0], places=(0, 4)))
+    assert pair.images == (items[0].image, *items[0].further)
+    assert pair.placed()[0].places == (0, 4)
+
+
+def test_the_teacher_sees_drills_of_where_things_are_before_the_samples_own_turns():
+    plain = open_dataset("shapes:images=24,seed=7,kinds=" + "+".join(KINDS))
+    drilled = Drilled(plain)
+    for index in range(24):
+        own, more = plain[index], drilled[index]
+        assert more.turns[len(more.turns) - len(own.turns) :] == own.turns
+        assert (len(more.turns) > len(own.turns)) == (own.independent_turns and index % 3 > 0)
+        for turn in more.turns[: len(more.turns) - len(own.turns)]:
+            noun, number = turn.question.removeprefix("where is the ").split(" in image ")
+            medium = own.images[0] if own.videos else own.images[int(number) - 1]
+            scene = medium.scenes()[int(number) - 1] if own.videos else medium.scene()
+            assert [thing.cell_name for thing in scene.objects if thing.noun == noun] == [turn.answer]
+
+
+def test_the_teacher_is_trained_once_and_encodes_pairs_and_clips(tmp_path: Path):
+    from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
+    from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+
+    folder = tmp_path / "teacher"
+    make_teacher(folder, steps=1, images_per_step=3)
+    written = (folder / "training.json").stat().st_mtime_ns
+    make_teacher(folder, steps=1, images_per_step=3)
+    assert (folder / "training.json").stat().st_mtime_ns == written
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+    teacher = Teacher(folder)
+    encoder = build_encoder(teacher, template="short", max_length=experiment.LENGTH)
+    encoder = replace(encoder, most_pictures=None, sampling=FrameSampling())
+    items = open_evaluation("shapes:kinds=comparison+motion", "test", 1).questions
+    assert score(teacher.model, encoder, [items[0], items[5]]).keys() == {items[0].kind, items[5].kind}
+
+
+def test_what_is_done_is_not_run_again_and_seeds_come_outermost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked, written = [], []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["experiment_several"])
+    for name in ("make_teacher", "build_cache"):
+        monkeypatch.setattr(experiment, name, lambda *args, **options: None)
+    monkeypatch.setattr(experiment, "items_of", lambda place: ())
+    monkeypatch.setattr(experiment, "score_teacher", lambda place: dict.fromkeys(ALL, 90.0))
+    monkeypatch.setattr(experiment, "most_frequent", lambda items: dict.fromkeys(ALL, 40.0))
+    monkeypatch.setattr(experiment, "run", lambda place, waves, do, workers: asked.extend(waves) or [])
+    monkeypatch.setattr(experiment, "write_stored", lambda found, path: written.append(path))
+    monkeypatch.setattr(experiment, "write_page", lambda path, found: written.append(path))
+    place = Place(Path("build/experiment-several"), Budget())
+    place.root.mkdir(parents=True)
+    done = [(LOGITS, 301, Budget()), (SFT, 302, Budget()), (GAZE, 301, Budget(steps=1))]
+    lines = [json.dumps(result(arm, seed, 1.0) | {"budget": asdict(budget)}) + "\n" for arm, seed, budget in done]
+    place.results.write_text("".join(lines) + '{"arm": "lo')  # a killed run left half a line
+    experiment.main()
+    every = [Job(arm, seed) for seed in SEEDS for arm in ARMS]
+    assert asked == [[job for job in every if job not in (Job(LOGITS, 301), Job(SFT, 302))]]
+    assert written == [STORED, Path("docs/results.md")]
+    monkeypatch.setattr(sys, "argv", ["experiment_several", "--tiny", "--seeds", "1"])
+    experiment.main()
+    assert asked[1:] == [every[: len(ARMS)]]  # results of another budget do not count
+    assert len(written) == 2
+
+
+def test_the_options_of_all_arms_are_options_of_a_run():
+    for arm, losses in ARMS.items():
+        config_from_dict(TrainConfig, {"cache": "c", "output": "o", "dft": {"losses": losses}}, where=arm)
+
+
+def test_the_tables_of_several_pictures_are_those_of_the_stored_results():
+    found = json.loads(STORED.read_text())
+    assert table_in((ROOT / TABLE_PAGE).read_text(), BEGIN, END) == tables(found)
+    assert found["budget"] == asdict(Budget())
+    assert found["results"] == in_order(found["results"])

@@ -1,15 +1,16 @@
 """What a data set asks and shows of some of its samples: for figures of a cache, which holds neither."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.registry import open_dataset
-from vlm_distill_cache.data.sample import Dataset, Sample, load_picture
+from vlm_distill_cache.data.sample import Dataset, FrameSampling, Sample, VideoSource
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,28 @@ class AskedData:
                 found[name] = [turn.question for turn in sample.turns]
         return found
 
-    def picture(self, sample_id: str) -> PIL.Image.Image | None:
-        """The picture of a sample; None where there is none, or it cannot be read."""
+    def pictures(self, sample_id: str, frames: Mapping[str, Any] | None = None) -> list[PIL.Image.Image] | None:
+        """The pictures of a sample, the frames of its videos among them, in order.
+
+        Args:
+            frames: How the cache sampled videos (``frames`` of its plan's ``extra``); None: as `FrameSampling` does.
+
+        Returns:
+            None where there is none, or one cannot be read.
+        """
         sample = self._read(sample_id)
-        try:
-            return None if sample is None or not sample.images else load_picture(sample.images[0])
-        except SampleError:
+        if sample is None or not sample.images:
             return None
+        try:
+            sampling = FrameSampling(**(frames or {}))
+            found = [
+                [frame.image for frame in medium.frames(sampling)]
+                if isinstance(medium, VideoSource) else [medium.load()]
+                for medium in sample.images
+            ]  # fmt: skip
+        except (SampleError, TypeError):  # a plan is somebody's file
+            return None
+        return [picture for of in found for picture in of]
 
     def _read(self, sample_id: str) -> Sample | None:
         try:

@@ -118,7 +118,8 @@ def test_maps_that_were_pooled_over_the_picture_where_it_has_several_tiles_are_o
         records.append((str(number), record | codec.encode(values, tiles=tiles)))
 
     def found(shown):
-        plan = SimpleNamespace(signals={codec.signal: codec.to_dict()}, fields={codec.signal: codec.fields()})
+        signals, fields = {codec.signal: codec.to_dict()}, {codec.signal: codec.fields()}
+        plan = SimpleNamespace(signals=signals, fields=fields, format_version=1)
         return _find(plan, lambda names, most: shown).maps["visual_rows"]
 
     assert found(records[:1]).places == "token"

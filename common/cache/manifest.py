@@ -220,7 +220,12 @@ def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) 
     files = {name: FileEntry.of(cache_dir / name) for name in side_files(cache_dir) if name != INDEX}
     files[INDEX] = FileEntry.of_bytes(index)
     manifest = Manifest(
-        plan_hash=plan.hash, shards=tuple(shards), field_bytes=dict(field_bytes), files=files, fidelity=fidelity
+        plan_hash=plan.hash,
+        shards=tuple(shards),
+        field_bytes=dict(field_bytes),
+        files=files,
+        fidelity=fidelity,
+        format_version=plan.format_version,
     )
     return manifest, index
 

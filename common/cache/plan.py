@@ -19,7 +19,7 @@ from vlm_distill_cache.common.cache.documents import (
     read_document,
     write_document,
 )
-from vlm_distill_cache.common.cache.schema import BASE_FIELDS, ONE_PICTURE, Field, check_fields
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field, base_fields, check_fields
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.rules import AGAIN, check
@@ -33,7 +33,8 @@ LONG_SAMPLES = "long_samples"  # in `extra`: "truncate" where long samples were 
 THREADS = "threads"  # in `extra`: CPU threads of the arithmetic, on which the last bits depend
 _MOST_LINES = 12  # of differences
 _FOLLOWS = ("  fingerprints.", "  geometry.")  # from settings, which are named first
-BASE = "base"  # the name under which BASE_FIELDS are reported beside the signals
+FRAMES = "frames"  # in `extra`: which frames of videos were read, {"fps": ..., "most": ...}; absent without a video
+BASE = "base"  # the name under which base fields are reported beside the signals
 _OBJECTS = ("signals", "fingerprints", "template", "teacher", "data", "geometry", "extra")
 
 
@@ -50,6 +51,7 @@ class Plan:
         template, teacher, data, geometry: Readable descriptions, JSON; free keys.
         batch_size: Samples a teacher batch; batches form inside a shard, so it decides the exact bits.
         extra: Anything else that must not change on resume.
+        format_version: Of its records: 1 with one picture a sample at most, else 2.
 
     Raises:
         CacheFormatError: If a value breaks the schema of a plan or ``signals`` and ``fields`` differ in keys.
@@ -95,7 +97,9 @@ class Plan:
     @property
     def all_fields(self) -> tuple[Field, ...]:
         """The fields of a record: the base fields and those of each signal, in a fixed order."""
-        return BASE_FIELDS + tuple(f for signal in sorted(self.fields) for f in self.fields[signal])
+        return base_fields(self.format_version) + tuple(
+            f for signal in sorted(self.fields) for f in self.fields[signal]
+        )
 
     def shard_range(self, index: int) -> range:
         """Return the positions in the data set that shard ``index`` holds."""

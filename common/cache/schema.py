@@ -11,8 +11,8 @@ axis       one entry per                                        length
 ``entry``  kept token of a supervised row, rows concatenated    E = sum of ``entry_count``
 ``text``   text row behind the visual tokens, sequence order    X, answer rows included; 0 without any
 ``visual`` visual token of the teacher, in sequence order       N
-``pair``   lower triangle of the visual map, row-major          P = N (N + 1) / 2
-``map``    visual map kept with a scale of its own              0 or 1
+``pair``   lower triangle of the visual map, row-major          N (N + 1) / 2; of several views the sum
+``map``    visual map kept with a scale of its own              one for each view, 0 without an image
 ``cell``   row, and column, of that map                         N, or cells of the pooled map
 ``square`` pair of cells of a pooled map, row-major             cells squared
 ``mask``   byte of that map's packed mask                       groups * ceil(pairs / 8)
@@ -59,7 +59,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +174,11 @@ def base_fields(version: int) -> tuple[Field, ...]:
     return BASE_FIELDS if version == ONE_PICTURE else SEVERAL_FIELDS
 
 
+def version_of(fields: Iterable[Field]) -> int:
+    """The format version of records with these fields."""
+    return SEVERAL_PICTURES if set(SEVERAL_FIELDS) <= set(fields) else ONE_PICTURE
+
+
 def check_fields(fields: Sequence[Field]) -> None:
     """Refuse a set of fields in which a name appears twice."""
     seen: set[str] = set()
@@ -221,7 +226,7 @@ def _check_lengths(record: Record, lengths: dict[str, tuple[int, str]], where: s
             expected = int(record[counts].sum(dtype=np.int64))
             if found != expected:
                 raise CacheFormatError(f"{where}: {name} has {found} entries, but {counts} sums to {expected}")
-    if "pair" in lengths:
+    if "pair" in lengths and not len(record.get("tile_pictures", ())):  # else each view has pairs of its own
         pairs, name = lengths["pair"]
         visual = lengths["visual"][0] if "visual" in lengths else (int((8 * pairs + 1) ** 0.5) - 1) // 2
         if pairs != visual * (visual + 1) // 2:

@@ -1,4 +1,4 @@
-"""Signals of the image alone are stored once per image and prefix, not once per conversation about it.
+"""Signals of the pictures alone are stored once per pictures and prefix, not once per conversation about them.
 
 Visual rows see the tokens before the image and the image itself, never the text behind it. Conversations
 about one picture, with the same words in front of it, therefore have the same ``visual_columns`` and
@@ -11,12 +11,15 @@ lengths, whose sums are formed in another order (a random Llama of width 512, al
 to 4e-7 in float32 and 3e-3 in bfloat16, the largest mass being 0.3). What all conversations about an image get is
 the *holder's* numbers, bit for bit: those of the first conversation in stored order.
 
+Of several pictures or frames the prefix reaches to the last visual token: records share where the same pictures stand
+between the same words, frames at the same times, and nothing else in front.
+
 Caches without ``visual_source`` hold all arrays in every record, and are still read. No torch in here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -47,14 +50,25 @@ def with_visual_source(fields: Mapping[str, tuple[Field, ...]]) -> dict[str, tup
     return bare
 
 
-def prefix_key(image_hash: bytes, prefix_ids: np.ndarray) -> str:
+_OF_IMAGES = (
+    "image_hash",
+    "tiles",
+    "tile_pictures",
+    "frame_times",
+)  # base fields that are equal in records which share
+
+
+def prefix_key(image_hash: bytes, prefix_ids: np.ndarray, frame_times: Sequence[tuple[int, float]] = ()) -> str:
     """Name what visual rows can see: records with equal keys, 32 hexadecimal digits, may share their arrays.
 
     Args:
-        image_hash: xxh3_128 of the picture, 16 bytes.
+        image_hash: xxh3_128 of each picture, 16 bytes each.
         prefix_ids: Ids of the tokens up to and including the last visual one, integers ``[T']``.
+        frame_times: Of each picture, as ``frame_times`` of a record; empty without a video. Some families turn them into
+            positions, which no token shows.
     """
-    return checksum(image_hash + np.ascontiguousarray(prefix_ids, dtype="<i8").tobytes())
+    times = np.array(frame_times, dtype="<f4").tobytes()
+    return checksum(image_hash + times + np.ascontiguousarray(prefix_ids, dtype="<i8").tobytes())
 
 
 class SharedImages:
@@ -69,6 +83,7 @@ class SharedImages:
         shares = any(field.name == VISUAL_SOURCE.name for field in fields)
         self.fields = tuple(field for field in fields if shares and field.axis in MAP_AXES)
         self.names = frozenset(field.name for field in self.fields)
+        self._guards = frozenset(field.name for field in fields if field.name in _OF_IMAGES)
 
     def content_key(self, record: Record) -> str | None:
         """Name the arrays themselves, where the tokens in front of the image are not known any more.
@@ -78,7 +93,7 @@ class SharedImages:
         """
         if not len(record["tiles"]):
             return None
-        parts = [record["image_hash"].tobytes()]
+        parts = [record[name].tobytes() for name in _OF_IMAGES if name != "tiles" and name in record]
         for field in self.fields:
             array = np.ascontiguousarray(record[field.name])
             parts += [f"{field.name} {array.shape}".encode(), array.tobytes()]
@@ -96,7 +111,7 @@ class SharedImages:
         wanted = self.names if names is None else self.names & set(names)
         if not wanted:
             return reader.read(position, names)
-        guards = {VISUAL_SOURCE.name, "image_hash", "tiles"}
+        guards = {VISUAL_SOURCE.name, *self._guards}
         record = reader.read(position, None if names is None else guards | set(names))
         source = int(record[VISUAL_SOURCE.name][0])
         if source != position:
@@ -160,7 +175,7 @@ class SourceCheck:
             kept = {name: np.empty(min(len(record[name]), 1)) for name in self._names}
             self._holders[position] = {
                 **kept,
-                **{name: record[name] for name in ("image_hash", "tiles", VISUAL_SOURCE.name)},
+                **{name: record[name] for name in (*_OF_IMAGES, VISUAL_SOURCE.name) if name in record},
             }
             return None
         if source > position:
@@ -182,7 +197,7 @@ def _holder_fault(position: int, record: Record, source: int, holder: Record, na
         return f"visual_source is {source}, which follows another record"
     if names and not any(len(holder[name]) for name in names):
         return f"visual_source is {source}, a record without arrays of an image"
-    for name in ("image_hash", "tiles"):
+    for name in (name for name in _OF_IMAGES if name in record):
         if record[name].tobytes() != holder[name].tobytes():
             return f"visual_source of record {position} is {source}, a record of another image ({name} differs)"
     return None

@@ -201,7 +201,11 @@ def read_files(data: Mapping[str, Any], where: str) -> dict[str, FileEntry]:
 
 
 def check_sidecar(sidecar: ShardSidecar, plan: Plan, where: str) -> None:
-    """Refuse a sidecar whose counts, fields or files do not fit the plan."""
+    """Refuse a sidecar whose format version, counts, fields or files do not fit the plan."""
+    if sidecar.format_version != plan.format_version:
+        raise CacheFormatError(
+            f"{where}: is of format version {sidecar.format_version}; the plan is of {plan.format_version}"
+        )
     expected = len(plan.shard_range(sidecar.index))
     found = len(sidecar.sample_ids) + len(sidecar.failed)
     if found != expected:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from vlm_distill_cache.common.attention.tiles import NOWHERE, tiles_from_array
+from vlm_distill_cache.common.attention.tiles import NOWHERE, tiles_of
 from vlm_distill_cache.common.cache.plan import Plan
-from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Record, base_fields
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
 from vlm_distill_cache.common.codecs.description import Codec, setting_names, shown
 from vlm_distill_cache.common.codecs.registry import CODECS, codec_from_dict
+from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.printing import one_line
 
@@ -48,16 +49,16 @@ def value_damage(record: Record, plan: Plan) -> Iterator[str]:
         record: Of the plan's fields, dtypes and shapes.
     """
     codecs = [codec_from_dict(settings) for settings in plan.signals.values() if str(settings.get("codec")) in CODECS]
-    strange = list(_field_damage(record, codecs))
+    strange = [*_field_damage(record, codecs), *_version_damage(plan, codecs)]
     yield from strange
     infinite = {name: value for codec in codecs for name, value in codec.infinite.items()}
     for name, array in record.items():
-        if array.dtype.kind == "f":
+        if array.dtype.kind == "f" and name != "frame_times":  # which has NaN for stills, and a check of its own
             allowed = np.isfinite(array) | (array == infinite.get(name, 0.0))
             if not allowed.all():
                 yield f"{name} holds {array[~allowed][0]}; expected finite values"
     vocabulary: Any = plan.teacher.get("vocabulary")
-    for field in (*BASE_FIELDS, *(field for codec in codecs for field in codec.fields())):
+    for field in (*base_fields(plan.format_version), *(field for codec in codecs for field in codec.fields())):
         tokens = record.get(field.name) if field.dtype == "u4" else None  # such are token ids
         if tokens is not None and isinstance(vocabulary, int) and (tokens >= vocabulary).any():
             yield f"{field.name} has {tokens.max()}, the vocabulary has {vocabulary}"
@@ -82,9 +83,19 @@ def _field_damage(record: Record, codecs: Sequence[Codec]) -> Iterator[str]:
                 )
 
 
+def _version_damage(plan: Plan, codecs: Sequence[Codec]) -> Iterator[str]:
+    """Yield codecs of rows that keep one picture in a cache of several, or the other way round."""
+    for codec in codecs:
+        if isinstance(codec, RowAttentionCodec) and codec.several != (plan.format_version != ONE_PICTURE):
+            yield (
+                f"codec {codec.signal!r} has several={str(codec.several).lower()}, which is not that of format version "
+                f"{plan.format_version}"
+            )
+
+
 def _tiles_damage(record: Record, plan: Plan, codecs: Sequence[Codec]) -> Iterator[str]:
     try:
-        tiles = tiles_from_array(record["tiles"])
+        tiles = tiles_of(record)
     except CacheFormatError as error:
         yield str(error)
         return
@@ -95,13 +106,40 @@ def _tiles_damage(record: Record, plan: Plan, codecs: Sequence[Codec]) -> Iterat
     longest = plan.extra.get("max_length")
     if isinstance(longest, int) and 0 < longest < tokens:
         yield f"tiles have {tokens} visual tokens; the teacher's sequences had at most {longest} in all"
-    if len(record["tiles"]) and not record["image_hash"].any():
-        yield "image_hash is zero, which says that there is no image, but there are tiles of one"
+    if plan.format_version == ONE_PICTURE:
+        if tiles and not record["image_hash"].any():
+            yield "image_hash is zero, which says that there is no image, but there are tiles of one"
+        return
+    yield from _pictures_damage(record)
+
+
+def _pictures_damage(record: Record) -> Iterator[str]:
+    """Yield what a record of format version 2 says of its pictures and cannot be; its tiles are sound by themselves."""
+    pictures, tiles = record["image_hash"], record["tiles"]
+    if not pictures.any(axis=1).all():
+        yield "image_hash has a picture of zeros; a sample without pictures has none"
+    if bool(len(pictures)) != bool(len(tiles)):
+        yield f"image_hash has {len(pictures)} pictures, but there are {len(tiles)} tiles of them"
+    placed = len(tiles) if len(pictures) > 1 else 0
+    if len(record["tile_pictures"]) != placed:
+        yield f"tile_pictures has {len(record['tile_pictures'])} entries; expected {placed}, of {len(pictures)} pictures"
+    times = record["frame_times"].astype(np.float64)
+    medium, second = times[:, 0], times[:, 1]
+    stills = medium < 0
+    if (
+        not ((medium >= -1) & (medium == np.rint(medium)) & (np.isnan(second) == stills)).all()
+        or (second[~stills] < 0).any()
+    ):
+        yield "frame_times has a picture without a video's number and second, or a still one (-1) with a second"
+    elif len(times) and stills.all():
+        yield "frame_times says of every picture that it is no frame; there should be no entries then"
+    elif (np.diff(medium[~stills]) < 0).any() or ((np.diff(second) < 0) & (np.diff(medium) == 0) & ~stills[1:]).any():
+        yield "frame_times falls: videos and their frames stand in order"
 
 
 def _token_count_damage(record: Record, codecs: Sequence[Codec]) -> Iterator[str]:
     """Yield arrays of the image that have another number of tokens than its tiles."""
-    tiles = tiles_from_array(record["tiles"])
+    tiles = tiles_of(record)
     expected = {name: size for codec in codecs for name, size in codec.image_lengths(tiles).items() if name in record}
     if VISUAL_SOURCE.name in record and not any(len(record[name]) for name in expected):
         return  # `common.cache.shared_images` says where they are

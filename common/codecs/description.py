@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from vlm_distill_cache.common.attention.tiles import Tile
+from vlm_distill_cache.common.attention.tiles import Tile, of_view, views_of
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.printing import one_line
@@ -117,14 +117,15 @@ class Codec(ABC):
         return tiles
 
     def image_lengths(self, tiles: tuple[Tile, ...]) -> dict[str, int]:
-        """Length of each array that follows from the image alone, by field."""
-        cells = sum(tile.token_count for tile in self.cells_of(tiles))
+        """Length of each array that follows from the pictures alone, by field: the sum over the views."""
+        views = [of_view(tiles, view) for view in views_of(tiles)]
+        cells = [sum(tile.token_count for tile in self.cells_of(view)) for view in views]
         lengths = {
-            "visual": cells,
-            "cell": cells,
-            "pair": cells * (cells + 1) // 2,
-            "square": cells**2,
-            "map": min(cells, 1),
+            "visual": sum(cells),
+            "cell": sum(cells),
+            "pair": sum(size * (size + 1) // 2 for size in cells),
+            "square": sum(size**2 for size in cells),
+            "map": len(cells),
         }
         return {field.name: lengths[field.axis] for field in self.fields() if field.axis in lengths}
 

@@ -33,8 +33,12 @@ def as_tensors(decoded: LogitRows[np.ndarray]) -> "SparseLogits": ...
 def as_tensors(decoded: AttentionRows[np.ndarray]) -> "RowAttention": ...
 @overload
 def as_tensors(decoded: FilteredMaps[np.ndarray]) -> "TeacherMap": ...
+@overload
+def as_tensors(decoded: tuple[FilteredMaps[np.ndarray], ...]) -> "tuple[TeacherMap, ...]": ...
 def as_tensors(decoded: Any) -> Any:
-    """What a codec decoded, as tensors on the CPU that share its memory."""
+    """What a codec decoded, as tensors on the CPU that share its memory; of a map of each of several views a tuple."""
+    if isinstance(decoded, tuple):
+        return tuple(map(as_tensors, decoded))
     if isinstance(decoded, np.ndarray):
         return torch.from_numpy(decoded)
     live = {LogitRows: SparseLogits, AttentionRows: RowAttention, FilteredMaps: TeacherMap}[type(decoded)]

@@ -28,24 +28,39 @@ The mask of `exact8` is computed from its rounded values: with a student of a la
 (0.9244), with 36 tokens to 0.93 (0.69). Its caches are read as they are. Mask bits would take 145 kB a sample more,
 which makes it larger than `exact`, whose codes hold the mask: so it gets none, and builds should choose `exact`.
 
+**Several pictures** (format version 2): each view, a picture or the frames that tokens show together, has columns and a map
+of its own, of its own tokens, filtered by its own sinks; what its tokens see of other views is not kept. A record holds the
+arrays of the views one behind the other. All presets serve, for each view is kept as the one of a sample with one picture.
+
 Dims: G layer groups, N cells of the map (visual tokens, or cells of a pooled map), P = N (N + 1) / 2 pairs
-(query, key <= query), row-major; a pooled map has N * N, since a cell covers tokens of two rows.
+(query, key <= query), row-major; a pooled map has N * N, since a cell covers tokens of two rows; V views.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from vlm_distill_cache.common.attention.tiles import Tile, box_array, carries_image, pooled_tiles, tiles_from_array
+from vlm_distill_cache.common.attention.tiles import (
+    Tile,
+    box_array,
+    carries_image,
+    of_view,
+    pooled_tiles,
+    tiles_from_array,
+    tiles_of,
+    tiles_to_array,
+    views_of,
+)
 from vlm_distill_cache.common.cache.schema import MAX_TRAILING_ELEMENTS, Field, Record
 from vlm_distill_cache.common.codecs.description import Codec, check_flag, check_whole_number, out_of_range
 from vlm_distill_cache.common.codecs.kept_columns import (
     KEPT_LEVELS,
     RUNS,
+    Runs,
     column_means,
     decode_columns,
     decode_roots,
@@ -68,7 +83,7 @@ from vlm_distill_cache.common.errors import CacheFormatError, ConfigError, Sampl
 
 @dataclass(frozen=True, kw_only=True)
 class VisualColumnsCodec(Codec):
-    """How a record stores the mean over visual query rows that carry image, per visual key.
+    """How a record stores the mean over visual query rows that carry image, per visual key: of each view over its own rows.
 
     Round trip: float16 (relative 2^-11, absolute 2^-25), or bit for bit with `exact`.
     """
@@ -106,7 +121,7 @@ class VisualColumnsCodec(Codec):
         return {self.signal: values.T.astype(np.float32 if self.exact else np.float16, order="C")}
 
     def decode(self, record: Record) -> FloatArray:
-        """Unpack column means, float32 `[G, N]`."""
+        """Unpack column means, float32 `[G, N]`; of several pictures the record also holds the fields that say which."""
         values = record[self.signal]
         if values.ndim != 2 or values.shape[1] != self.groups:
             raise CacheFormatError(
@@ -119,7 +134,18 @@ class VisualColumnsCodec(Codec):
     def ranges(self, record: Record) -> Iterator[str]:
         """Yield values that are no probability mass, and groups whose keys have more than all of it together."""
         yield from out_of_range(self.signal, record[self.signal], 0, MOST_MASS, said="0 to 1")
-        yield from _too_much(self.signal, record[self.signal].sum(axis=0, dtype=np.float64), MOST_MASS)
+        columns, starts = record[self.signal], np.array([0])
+        sizes = [sum(tile.token_count for tile in view) for view in _views(record)]
+        if len(columns) == sum(sizes):  # else `image_lengths` says what is wrong
+            starts = np.cumsum([0, *sizes[:-1]])
+        if len(columns):
+            yield from _too_much(self.signal, np.add.reduceat(columns, starts, dtype=np.float64), MOST_MASS)
+
+
+def _views(record: Record) -> list[tuple[Tile, ...]]:
+    """The tiles of each view of a record, as if there were no other; none if it does not say."""
+    tiles = tiles_of(record) if "tiles" in record else ()
+    return [of_view(tiles, view) for view in views_of(tiles)]
 
 
 def _too_much(name: str, masses: np.ndarray, most: float) -> Iterator[str]:
@@ -215,15 +241,21 @@ class VisualMapCodec(Codec):
         return (values, scale, largest, means) if self.preset == "exact" else (values,)
 
     def cells_of(self, tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
-        """The cells that the map's rows and columns stand for, given the teacher's tiles."""
-        return pooled_tiles(tiles, self.grid) if self.grid else tiles
+        """The cells that the map's rows and columns stand for, given the teacher's tiles: of each view its own."""
+        if not self.grid:
+            return tiles
+        return tuple(
+            replace(cell, span=view.span, is_frame=view.is_frame)
+            for view in views_of(tiles)
+            for cell in pooled_tiles(of_view(tiles, view), self.grid)
+        )
 
-    def encode(self, maps: npt.ArrayLike, *, tiles: tuple[Tile, ...] | None = None) -> Record:
+    def encode(self, maps: Any, *, tiles: tuple[Tile, ...] | None = None) -> Record:
         """Pack maps.
 
         Args:
             maps: float `[G, N, N]`, query rows by key columns, mass in [0, 1]; zero above
-                the diagonal unless pooled; N is 0 without an image.
+                the diagonal unless pooled; N is 0 without an image. Of several views one such map each, in order.
             tiles: Of the teacher's tokens, as the record's own `tiles` say. None: all cells carry image; not for
                 `blocks` and `compact`, which need to know what is near.
 
@@ -231,6 +263,18 @@ class VisualMapCodec(Codec):
             ValueError: If the shape is not the codec's, or the tiles are missing or of another number of cells.
             SampleError: If a value is negative, above 1 or not finite, or a query sees a later key.
         """
+        views = views_of(tiles or ())
+        if len(views) <= 1:
+            return self._encode_view(maps, tiles)
+        if len(maps) != len(views):
+            raise ValueError(f"encode: expected a map of each of {len(views)} views, got {len(maps)}")
+        parts = [
+            self._encode_view(view_maps, of_view(tiles or (), view))
+            for view_maps, view in zip(maps, views, strict=True)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _encode_view(self, maps: npt.ArrayLike, tiles: tuple[Tile, ...] | None) -> Record:
         values = np.asarray(maps, np.float32)
         if values.ndim != 3 or len(values) != self.groups or values.shape[1] != values.shape[2]:
             raise ValueError(f"encode: expected maps [{self.groups}, N, N], got {[*values.shape]}")
@@ -277,24 +321,68 @@ class VisualMapCodec(Codec):
             "map_codes": codes,
         }
 
-    def decode(self, record: Record) -> FilteredMaps[np.ndarray]:
+    def decode(self, record: Record) -> FilteredMaps[np.ndarray] | tuple[FilteredMaps[np.ndarray], ...]:
         """Unpack maps `[G, N, N]`, as near as the preset keeps them.
 
         Args:
-            record: Holds the arrays of `fields`, and the `tiles` that `encode` was told.
+            record: Holds the arrays of `fields`, and the `tiles` that `encode` was told; of several pictures also the
+                other fields that say which.
 
         Returns:
-            Values and mask; the mask is exact but for `exact8`.
+            Values and mask; the mask is exact but for `exact8`. Of several views a tuple: those of each, in order.
 
         Raises:
             CacheFormatError: If its arrays do not fit each other, or have more mass than the rows of a map.
         """
         self.refuse_impossible(record)
+        if len(views := self._view_records(record)) > 1:
+            return tuple(map(self._decode_view, views))
+        return self._decode_view(record)
+
+    def _view_records(self, record: Record) -> list[Record]:
+        """A record of each view, as if it were the only one; one at least.
+
+        Raises:
+            CacheFormatError: If the arrays are not as long as those of the views together.
+        """
+        views = _views(record)
+        if len(views) <= 1 or not any(len(record[field.name]) for field in self.fields()):  # another record holds them
+            return [record]
+        found, place = [], {field.name: 0 for field in self.fields()}
+        for tiles in views:
+            lengths = self.image_lengths(tiles)
+            cells = sum(tile.token_count for tile in self.cells_of(tiles))
+            part: Record = {"tiles": tiles_to_array(tiles)}
+            for name in place:  # the mask stands in front of the codes, whose number it says
+                if name == "map_mask":
+                    lengths[name] = self.groups * -(-self._pair_count(cells) // 8)
+                elif name == "map_codes":
+                    lengths[name] = self._find_runs(part, cells).total
+                part[name] = record[name][place[name] : place[name] + lengths[name]]
+                place[name] += lengths[name]
+            found.append(part)
+        for name, length in place.items():
+            if len(record[name]) != length:
+                raise CacheFormatError(
+                    f"visual map of a record: expected {length} entries of {name} for its {len(views)} views, got "
+                    f"{len(record[name])}; the cache is damaged: run `cachectl verify --deep`"
+                )
+        return found
+
+    def _find_runs(self, record: Record, cells: int) -> Runs:
+        """How the kept pairs of a record of one view are divided into codes."""
+        kept = unpack_mask(record["map_mask"], self.groups, cells, causal=not self.grid)  # [G, key, query]
+        return find_runs(_take(kept, self._nearest_first(self._cells_of(record), cells)), RUNS[self.preset].growth)
+
+    def _pair_count(self, cells: int) -> int:
+        return cells * cells if self.grid else cells * (cells + 1) // 2
+
+    def _decode_view(self, record: Record) -> FilteredMaps[np.ndarray]:
         if not self.complete:
             return self._decode_columns(record)
         codes = record[self.signal]
         cells = math.isqrt(len(codes)) if self.grid else (math.isqrt(8 * len(codes) + 1) - 1) // 2
-        pairs = cells * cells if self.grid else cells * (cells + 1) // 2
+        pairs = self._pair_count(cells)
         if codes.ndim != 2 or codes.shape[1] != self.groups or pairs != len(codes):
             expected = "N * N" if self.grid else "N(N+1)/2"
             raise CacheFormatError(
@@ -358,6 +446,16 @@ class VisualMapCodec(Codec):
     def damage(self, record: Record) -> Iterator[str]:
         """Yield masses that are none, rows of more than one, and means, masks and codes that contradict each other."""
         yield from super().damage(record)
+        try:
+            views = self._view_records(record)
+        except CacheFormatError as error:
+            yield str(error)
+            return
+        for view in views:
+            yield from self._view_damage(view)
+
+    def _view_damage(self, record: Record) -> Iterator[str]:
+        """The same of the arrays of one view."""
         if self.complete and len(codes := record[self.signal]):
             cells = math.isqrt(len(codes)) if self.grid else (math.isqrt(8 * len(codes) + 1) - 1) // 2
             counts = np.full(cells, cells) if self.grid else np.arange(1, cells + 1)
@@ -383,9 +481,7 @@ class VisualMapCodec(Codec):
             if (largest[codes.any(axis=0)] == 0).any():
                 yield f"map_largest is 0, but {self.signal} has codes of some mass"
             return
-        kept = unpack_mask(record["map_mask"], self.groups, cells, causal=not self.grid)  # [G, key, query]
-        coding, codes = RUNS[self.preset], record["map_codes"]
-        runs = find_runs(_take(kept, self._nearest_first(self._cells_of(record), cells)), coding.growth)
+        coding, codes, runs = RUNS[self.preset], record["map_codes"], self._find_runs(record, cells)
         if len(codes) != runs.total:
             yield f"map_codes has {len(codes)} codes; its mask says {runs.total}"
         elif len(codes) and not 1 <= codes.min() <= codes.max() <= coding.levels:

@@ -136,10 +136,10 @@ def text_row_count(sample: EncodedSample) -> int:
 
 
 def image_key(sample: EncodedSample) -> str | None:
-    """Name all that a sample's visual rows can see: the picture and the tokens up to its last; None without one."""
+    """Name all that a sample's visual rows can see: its pictures and the tokens up to their last; None without one."""
     if not sample.visual_mask.any():
         return None
-    return prefix_key(sample.image_hash, sample.input_ids[: _prefix_length(sample)])
+    return prefix_key(sample.image_hash, sample.input_ids[: _prefix_length(sample)], sample.frame_times)
 
 
 def _prefix_length(sample: EncodedSample) -> int:

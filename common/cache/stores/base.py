@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from vlm_distill_cache.common.cache.plan import SHARDS
-from vlm_distill_cache.common.cache.schema import Field, Record, check_record
+from vlm_distill_cache.common.cache.schema import Field, Record, check_record, version_of
 from vlm_distill_cache.common.cache.side_files import walk_files
 from vlm_distill_cache.common.cache.sidecar import UnknownWords, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
@@ -49,6 +49,7 @@ class ShardWriter(ABC):
 
     Attributes:
         suffix: Of the shard's name.
+        format_version: Of the records, as their fields say.
         sample_ids: In the order appended.
         rows: Supervised rows so far.
         field_bytes: Decoded bytes so far by field.
@@ -60,6 +61,7 @@ class ShardWriter(ABC):
 
     def __init__(self, cache_dir: Path, index: int, fields: tuple[Field, ...]) -> None:
         self.cache_dir, self.index, self.fields = cache_dir, index, fields
+        self.format_version = version_of(fields)
         self.sample_ids: list[str] = []
         self.rows = 0
         self.pictures: int | None = 0

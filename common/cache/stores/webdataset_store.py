@@ -4,6 +4,8 @@ A member is a zstd frame around a safetensors file with the record's arrays; its
 sample id. KEY is the sample id with everything but letters, digits, ``_`` and ``-`` written as ``~xx``:
 WebDataset cuts a key at its first dot, and a slash would make a folder. Headers are plain ustar without
 time, owner or mode of their own, so equal records give equal tars.
+
+In format version 2 a member leaves out the arrays that are empty: what a record of one picture has no use for costs nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
 from vlm_distill_cache.common.cache.document_rules import MAX_SHARD_SAMPLES
-from vlm_distill_cache.common.cache.schema import Field, Record, check_record
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field, Record, check_record, version_of
 from vlm_distill_cache.common.cache.stores.base import (
     DAMAGE_ERRORS,
     MAX_RECORD_BYTES,
@@ -89,6 +91,8 @@ class WebDatasetWriter(ShardWriter):
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
     def _add(self, sample_id: str, record: Record) -> None:
+        if self.format_version != ONE_PICTURE:
+            record = {name: array for name, array in record.items() if len(array)}
         data = encode_member(sample_id, record)
         member = tarfile.TarInfo(key_of(sample_id) + EXTENSION)  # as `_member_header` has it
         member.size, member.mode = len(data), 0o644
@@ -130,6 +134,8 @@ class WebDatasetReader(ShardReader):
         sample_id, record = self._decode(position)
         if sample_id != self.sample_ids[position]:
             raise CacheFormatError(f"{where}: the member says it is {sample_id!r}; the shard is damaged")
+        if version_of(self._fields) != ONE_PICTURE:
+            record = {field.name: field.empty() for field in self._fields} | record
         check_record(record, self._fields, where)
         return {field.name: record[field.name] for field in fields}
 

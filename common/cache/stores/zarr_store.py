@@ -26,7 +26,7 @@ import zarr
 from zarr.codecs import BloscCodec
 from zarr.storage import LocalStore, MemoryStore
 
-from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field, Record
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field, Record, version_of
 from vlm_distill_cache.common.cache.side_files import walk_files
 from vlm_distill_cache.common.cache.stores.base import (
     DAMAGE_ERRORS,
@@ -82,12 +82,14 @@ class ZarrWriter(ShardWriter):
         """Return the files of the group by name."""
         stored: dict[str, Any] = {}
         samples = len(self.sample_ids)
-        attributes = {"format_version": ONE_PICTURE, "samples": samples}
+        attributes = {"format_version": self.format_version, "samples": samples}
         group = zarr.create_group(MemoryStore(stored), zarr_format=3, attributes=attributes)
         for field in self.fields:
             parts = self._parts[field.name]
             _put(group, field.name, np.concatenate([field.empty(), *parts]), field.axis)
-            _put(group, f"{field.name}_offsets", _offsets([len(part) for part in parts]), "sample_bounds")
+            bounds = _offsets([len(part) for part in parts])
+            written = self.format_version == ONE_PICTURE or bool(bounds[-1])
+            _put(group, f"{field.name}_offsets", bounds, "sample_bounds", written=written)
         ids = [name.encode() for name in self.sample_ids]
         _put(group, _IDS, np.frombuffer(b"".join(ids), dtype=np.uint8), "byte")
         _put(group, f"{_IDS}_offsets", _offsets([len(name) for name in ids]), "sample_bounds")
@@ -98,7 +100,7 @@ def _offsets(lengths: list[int]) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.array(lengths, dtype=np.int64))])
 
 
-def _put(group: zarr.Group, name: str, data: np.ndarray, axis: str) -> None:
+def _put(group: zarr.Group, name: str, data: np.ndarray, axis: str, *, written: bool = True) -> None:
     row_bytes = max(1, math.prod(data.shape[1:]) * data.itemsize)
     rows = max(1, min(CHUNK_BYTES // row_bytes, len(data)))
     chunk = (rows, *data.shape[1:])
@@ -115,7 +117,7 @@ def _put(group: zarr.Group, name: str, data: np.ndarray, axis: str) -> None:
         # All-zero chunks too: otherwise a deleted file would read as zeros.
         config={"write_empty_chunks": True},
     )
-    if len(data):
+    if len(data) and written:
         array[...] = data
 
 
@@ -207,8 +209,10 @@ class ZarrReader(ShardReader):
 
     def _bounds(self, name: str) -> np.ndarray:
         """Return where each sample begins in an array, and the end: i8 ``[samples + 1]``."""
+        length, several = self._layouts[name].shape[0], version_of(self._fields) != ONE_PICTURE
+        if several and not length:
+            return np.zeros(self._samples + 1, np.int64)
         bounds = self._array(f"{name}_offsets")
-        length = self._layouts[name].shape[0]
         fit = len(bounds) == self._samples + 1 and bounds[0] == 0 and bounds[-1] == length
         if not fit or bool((np.diff(bounds) < 0).any()):
             raise CacheFormatError(f"{self._path}: {name}_offsets do not fit {name}; the shard is damaged")

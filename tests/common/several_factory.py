@@ -7,6 +7,7 @@ for a new format version only: ``python tests/common/several_factory.py FOLDER``
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,6 @@ def several_plan(store: str = "zarr", **changes: object) -> Plan:
     signals = {"logits": SIGNALS["logits"]} | {codec.signal: codec.to_dict() for codec in CODECS}
     fields = {"logits": FIELDS["logits"]} | {codec.signal: codec.fields() for codec in CODECS}
     values = {
-        "samples": len(SHOWN) + 1,
         "shard_size": len(SHOWN) + 1,
         "signals": signals,
         "fields": with_visual_source(fields),
@@ -102,6 +102,7 @@ def looks(
 
 def build_several(folder: Path, plan: Plan, names: tuple[str, ...] = tuple(SHOWN), *, change=None) -> Manifest:
     """A sealed cache of some of the samples, in shards as the plan says, and one that failed at the end."""
+    plan = replace(plan, sample_count=len(names) + 1)
     write_plan(folder, plan)
     images = SharedImages(plan.all_fields)
     for index in range(plan.shard_count):

@@ -42,24 +42,33 @@ class AskedData:
             None where there is none, or one cannot be read.
         """
         sample = self._read(sample_id)
-        if sample is None or not sample.images:
-            return None
         try:
-            sampling = FrameSampling(**(frames or {}))
-            found = [
-                [frame.image for frame in medium.frames(sampling)]
-                if isinstance(medium, VideoSource) else [medium.load()]
-                for medium in sample.images
-            ]  # fmt: skip
-        except (SampleError, TypeError):  # a plan is somebody's file
+            return None if sample is None or not sample.images else pictures_of(sample, frames)
+        except SampleError:
             return None
-        return [picture for of in found for picture in of]
 
     def _read(self, sample_id: str) -> Sample | None:
         try:
             return self.dataset[self._places[sample_id]]
         except (KeyError, SampleError):
             return None
+
+
+def pictures_of(sample: Sample, frames: Mapping[str, Any] | None = None) -> list[PIL.Image.Image]:
+    """The pictures of a sample, the frames of its videos among them, in order; ``frames`` as of `AskedData.pictures`.
+
+    Raises:
+        SampleError: One cannot be decoded, or ``frames`` is no sampling.
+    """
+    try:
+        sampling = FrameSampling(**(frames or {}))
+    except TypeError as error:  # a plan is somebody's file
+        raise SampleError(f"frames are sampled by fps and most, the cache's plan says {frames!r}") from error
+    found = (
+        [frame.image for frame in medium.frames(sampling)] if isinstance(medium, VideoSource) else [medium.load()]
+        for medium in sample.images
+    )
+    return [picture for of_medium in found for picture in of_medium]
 
 
 def open_asked(spec: str, *, split: str, images: str | None) -> AskedData:

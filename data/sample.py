@@ -213,9 +213,33 @@ class Dataset(Protocol):
         """How often stage two sees each sample in an epoch; None: once."""
         return None
 
+    def survey(self) -> "Survey":
+        """What a look at every sample, without opening a picture, says of all of them."""
+        return survey_samples(self)
+
     def fingerprint(self) -> str:
         """Hash of ids, turns and system prompts; images are hashed one by one when they are encoded."""
-        return fingerprint_samples(self)
+        return self.survey().fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What a data set holds.
+
+    Attributes:
+        fingerprint: Hash of ids, turns and system prompts.
+        most_pictures: Of a sample: pictures and videos.
+        videos: Samples with a video.
+    """
+
+    fingerprint: str
+    most_pictures: int = 0
+    videos: int = 0
+
+    @property
+    def several(self) -> bool:
+        """Whether a cache of it needs records of several pictures: format version 2."""
+        return self.most_pictures > 1 or self.videos > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,13 +338,19 @@ def iterate_readable(dataset: Dataset) -> Iterator[Sample]:
 
 
 def fingerprint_samples(dataset: Dataset) -> str:
-    """Hash ids, turns and system prompts of every sample, in order; a sample that cannot be read counts by its id.
+    """The fingerprint of `survey_samples`."""
+    return survey_samples(dataset).fingerprint
 
+
+def survey_samples(dataset: Dataset) -> Survey:
+    """Hash ids, turns and system prompts of every sample, in order, and count pictures, in one pass.
+
+    A sample that cannot be read counts by its id.
     Streams, so that a large data set needs no second copy in memory. The image is left out on
     purpose: moving an image folder must not invalidate a cache, and a changed picture is caught
     by its own hash.
     """
-    digest = xxhash.xxh3_128()
+    digest, most_pictures, videos = xxhash.xxh3_128(), 0, 0
     for index, sample_id in enumerate(dataset.sample_ids):
         entry: list[object] = [sample_id]
         try:
@@ -332,8 +362,9 @@ def fingerprint_samples(dataset: Dataset) -> str:
             entry += [[turn.question, turn.answer, *turn.places] for turn in sample.turns]
             entry += [{"system": sample.system}] if sample.system else []
             entry += [{"videos": sample.videos}] if sample.videos else []
+            most_pictures, videos = max(most_pictures, len(sample.images)), videos + bool(sample.videos)
         digest.update(json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
-    return digest.hexdigest()
+    return Survey(fingerprint=digest.hexdigest(), most_pictures=most_pictures, videos=videos)
 
 
 def number_names(names: Iterable[object]) -> NDArray[np.int64]:

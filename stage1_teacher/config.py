@@ -1,7 +1,8 @@
 """What a cache is built from: one frozen dataclass, read from YAML and ``--set``."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import ClassVar, Literal
 
 from vlm_distill_cache.common.cache.document_rules import TEMPERATURES
@@ -12,6 +13,7 @@ from vlm_distill_cache.common.codecs.registry import CODECS
 from vlm_distill_cache.common.config import NOT_HERE, SAYS_NOTHING, SHARED_WORDS, Word, take_paths
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.terminal.next_step import DEFAULT_SIGNALS
+from vlm_distill_cache.data.sample import FrameSampling
 
 SIGNALS = tuple(name for name, codec in CODECS.items() if codec is not AnswersCodec)
 """What a cache can keep; answers that the teacher writes are kept where ``answers`` says so."""
@@ -62,6 +64,9 @@ class BuildConfig:
         temperatures: Temperatures at which the tail mass is exact, dimensionless.
         attention_dtype: ``u1`` (8-bit codes) or ``f4`` (exact) for attention signals.
         grid: Side of the grid that answer and text attention are pooled to; 0 means the teacher's own grid, at most 12.
+        frame_grid: Side of the grid that they are pooled to on frames of a video; 0 means the same as on pictures.
+        frames: Which frames of a video are read: ``frames.fps`` a second, and where those are more than ``frames.most``, so
+            many at uniform times.
         map_preset: What is kept of ``visual_map`` with ``attention_dtype=u1``: ``exact`` serves every loss, ``blocks`` and
             ``compact`` the sink-filtered one; ``exact8``, of older caches, has a sink mask that is not exact: the sink-filtered
             loss's gradient then has a cosine of 0.9 with the exact one at worst, 0.69 with few visual tokens. See
@@ -170,6 +175,8 @@ class BuildConfig:
     temperatures: tuple[float, ...] = (1.0, 2.0)
     attention_dtype: Literal["u1", "f4"] = "u1"
     grid: int = 0
+    frame_grid: int = 4
+    frames: FrameSampling = field(default_factory=FrameSampling)
     map_preset: Literal["exact", "blocks", "compact", "exact8"] = "exact"
     map_grid: int = 0
     answers: Literal["data", "generate"] = "data"
@@ -213,11 +220,14 @@ class BuildConfig:
         if any(not least <= temperature <= most for temperature in self.temperatures):
             raise ConfigError(f"temperatures: expected numbers from {least} to {most}, got {self.temperatures}")
         for name, low, high in (
-            ("limit", 0, 2**40), ("grid", 0, 64), ("map_grid", 0, 64), ("groups", 0, 64), ("max_length", 0, 2**20),
+            ("limit", 0, 2**40), ("grid", 0, 64), ("frame_grid", 0, 64), ("frames.most", 1, 2**16 - 1), ("map_grid", 0, 64),
+            ("groups", 0, 64), ("max_length", 0, 2**20),
             ("batch_size", 0, 2**16), ("shard_size", 1, 2**20), ("fidelity_samples", 0, 2**20), ("threads", 0, 1024),
             ("num_workers", -1, 256),
         ):  # fmt: skip
-            check_whole_number(name, getattr(self, name), low, high)
+            check_whole_number(name, attrgetter(name)(self), low, high)
+        if not 0.001 <= self.frames.fps <= 1000:
+            raise ConfigError(f"frames.fps: expected frames a second from 0.001 to 1000, got {self.frames.fps}")
         if "://" in self.cache:
             raise ConfigError(
                 f"cache: a build writes to a folder, got {self.cache!r}; build into a folder, then run "

@@ -46,8 +46,9 @@ class LiveTeacher:
         """What the teacher says of samples, on the CPU and without a graph.
 
         Returns:
-            Of each, in order: ``labels`` u4 ``[A]``, ``tiles`` and ``image_hash`` as in a cache's record; and each signal
-            under its own name: `SparseLogits`, `RowAttention`, `TeacherMap` or a float32 tensor, before any codec.
+            Of each, in order: ``labels`` u4 ``[A]``, ``tiles`` and the other base fields as in a cache's record; and each
+            signal under its own name: `SparseLogits`, `RowAttention`, `TeacherMap` (of several views a tuple of them) or a
+            float32 tensor, before any codec.
 
         Raises:
             SampleError: If a sample cannot be encoded, or the teacher's output on it is not finite.
@@ -61,7 +62,7 @@ class LiveTeacher:
                 # Copies: what inference mode made can be saved for no backward pass.
                 signals = map_tensors(to_cpu(reduce_output(output, batch, work.codecs)), torch.clone)
                 check_finite(signals)
-            records = encode_records({}, batch, {})
+            records = encode_records({}, batch, {}, version=self.plan.format_version)
             for name, live in signals.items():
                 parts = EXTRACTORS[name].decoded(live, batch, work.codecs[name])
                 records = [{**record, name: part} for record, part in zip(records, parts, strict=True)]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.data.sample import Dataset, Sample, Weighting, number_names, number_repeats
+from vlm_distill_cache.data.sample import Dataset, Sample, Survey, Weighting, number_names, number_repeats
 
 
 class ChosenSamples(Dataset):
@@ -107,9 +107,9 @@ class GroupedByImage(ChosenSamples):
         """The data set itself, in its own order."""
         return self._dataset
 
-    def fingerprint(self) -> str:
+    def survey(self) -> Survey:
         """The data set's own."""
-        return self._dataset.fingerprint()
+        return self._dataset.survey()
 
     def describe(self) -> dict[str, Any]:
         """What a plan records of the order: a run that would read in another one must not go on with a cache.

@@ -19,8 +19,8 @@ import numpy as np
 
 from vlm_distill_cache.common.attention.layers import published_count
 from vlm_distill_cache.common.cache.manifest import seal
-from vlm_distill_cache.common.cache.plan import SHARDS, Plan, write_plan
-from vlm_distill_cache.common.cache.schema import Field, Record
+from vlm_distill_cache.common.cache.plan import FRAMES, SHARDS, Plan, write_plan
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field, Record
 from vlm_distill_cache.common.cache.shared_images import ImageSharer, SharedImages
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.description import Codec
@@ -372,7 +372,12 @@ def measure_options(config: BuildConfig, folder: Path, *, samples: int) -> Measu
     )  # fmt: skip
     grouped = replace(config, groups=config.groups or published_count(work.teacher.depth))
     for part, options in option_sets(config):
-        found = codecs_for(replace(grouped, **options), work.teacher)  # type: ignore[arg-type]
+        found = codecs_for(
+            replace(grouped, **options),  # type: ignore[arg-type]
+            work.teacher,
+            several=work.plan.format_version != ONE_PICTURE,
+            videos=FRAMES in work.plan.extra,
+        )
         touched = {name: codec for name, codec in found.items() if name in EXTRACTORS and part_of(name) == part}
         measured.codecs.append((part, options, touched))
     reason, began = "", time.monotonic()
@@ -430,7 +435,8 @@ def _measure_sample(
     work: Build, measured: Measured, sample: EncodedSample, number: int, answers: Sequence[str] | None
 ) -> None:
     batch, output, _ = run_alone(work, sample)
-    base = encode_records({}, batch, {})[0]
+    version = work.plan.format_version
+    base = encode_records({}, batch, {}, version=version)[0]
     measured.keep(number, None, base)
     if answers is not None:
         measured.keep(number, work.codecs[ANSWERS], work.codecs[ANSWERS].encode(tuple(answers)))
@@ -445,7 +451,7 @@ def _measure_sample(
             signals = to_cpu(reduce_output({k: v for k, v in output.items() if k == name}, batch, {name: codec}))
             try:
                 EXTRACTORS[name].check(signals[name])
-                record = encode_records(signals, batch, {name: codec})[0]
+                record = encode_records(signals, batch, {name: codec}, version=version)[0]
             except SampleError as error:
                 measured.unusable[codec] = str(error)
                 continue

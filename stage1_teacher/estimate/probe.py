@@ -14,7 +14,7 @@ import torch
 
 from vlm_distill_cache.common.attention.capture import IMPLEMENTATION
 from vlm_distill_cache.common.cache.plan import BASE, Plan
-from vlm_distill_cache.common.cache.schema import BASE_FIELDS, IGNORE_INDEX, Field, Record
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, Field, Record, base_fields
 from vlm_distill_cache.common.cache.sidecar import sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_reader, open_writer
 from vlm_distill_cache.common.errors import DataError
@@ -231,8 +231,9 @@ def _weigh_signals(plan: Plan, records: Mapping[str, Record]) -> dict[str, Size]
         stored = (_weigh(plan, written, records) - _weigh(plan, written, {})) / len(records)
         return Size(decoded=decoded / len(records), stored=stored - less)
 
-    base = weigh(BASE_FIELDS)
-    sizes = {name: weigh(fields, beside=BASE_FIELDS, less=base.stored) for name, fields in plan.fields.items()}
+    of_all = base_fields(plan.format_version)
+    base = weigh(of_all)
+    sizes = {name: weigh(fields, beside=of_all, less=base.stored) for name, fields in plan.fields.items()}
     return sizes | {BASE: base}
 
 

@@ -155,7 +155,11 @@ def import_logprobs(
     teacher = ServedTeacher(directory, name=name)
     described = cast("Teacher", teacher)  # planning reads no more of it than a served one has
     encoder = build_encoder(
-        described, template=config.template, max_length=config.max_length, long_samples=config.long_samples
+        described,
+        template=config.template,
+        max_length=config.max_length,
+        long_samples=config.long_samples,
+        frames=config.frames,
     )
     codecs = codecs_for(config, described)
     join = TokenJoin(dataset, encoder)

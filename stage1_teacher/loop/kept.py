@@ -9,6 +9,7 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.pixels import HASH_BYTES
 from vlm_distill_cache.data.text.encoding import EncodedSample
 
 _REMEDY = (
@@ -62,10 +63,18 @@ class Kept:
         for sample in samples:
             if not self.holds(sample.sample_id):
                 continue
-            record = self.cache.read(sample.sample_id, {"image_hash", "labels"})
-            there, here = record["image_hash"].tobytes(), sample.image_hash
+            names = {"image_hash", "labels", "frame_times"} & {field.name for field in self.cache.fields}
+            record = self.cache.read(sample.sample_id, names)
+            there, here = record["image_hash"].tobytes() or bytes(HASH_BYTES), sample.image_hash
             if there != here:
                 raise self._other(sample.sample_id, "another picture", there.hex(), here.hex())
+            times = np.array(sample.frame_times, "<f4").reshape(-1, 2)
+            if not np.array_equal(kept := record.get("frame_times", times), times, equal_nan=True):
+                raise self._other(
+                    sample.sample_id,
+                    "other frames of its videos",
+                    *(str(seen[:, 1].tolist()) for seen in (kept, times)),
+                )
             labels = sample.labels[sample.supervised_rows]
             if not np.array_equal(labels, record["labels"]):
                 shown = (f"{len(ids)} tokens {ids[:8].tolist()}" for ids in (record["labels"], labels))

@@ -7,9 +7,9 @@ S layers, D width, V vocabulary.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,15 @@ from torch import Tensor
 from vlm_distill_cache.common.attention.boxes import content_mask, overlap_matrix, pool_keys, tile_boxes
 from vlm_distill_cache.common.attention.capture import AttentionRequest
 from vlm_distill_cache.common.attention.hidden import HiddenRequest
-from vlm_distill_cache.common.attention.tiles import Tile, grid_tile, tiles_to_array
-from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, Record
+from vlm_distill_cache.common.attention.tiles import (
+    Tile,
+    grid_tile,
+    of_view,
+    several_to_arrays,
+    tiles_to_array,
+    views_of,
+)
+from vlm_distill_cache.common.cache.schema import IGNORE_INDEX, ONE_PICTURE, Record
 from vlm_distill_cache.common.codecs.description import Codec
 from vlm_distill_cache.common.codecs.hidden_states import HiddenCodec, ProjectorOutputCodec, VisualHiddenCodec
 from vlm_distill_cache.common.codecs.live import (
@@ -43,6 +50,7 @@ from vlm_distill_cache.stage1_teacher.teacher.inputs import Request
 
 SHOWN = 8  # samples that an error names
 BEYOND_FLOAT16 = 65520.0  # rounded to infinity, from here on
+Out = TypeVar("Out")
 Groups = tuple[tuple[int, ...], ...]
 Positions = Callable[[Batch], Tensor]
 """From a batch to positions of some of its tokens, int64 ``[B, R]``, padding -1."""
@@ -57,6 +65,8 @@ class Sizes:
 
     Attributes:
         grid: Rows and columns that attention of rows is pooled to.
+        several: Whether samples may have several pictures.
+        videos: Whether some of them are frames of videos.
         layers: Of hidden states, counted as in ``common.attention.hidden``.
         width: Of the language model.
     """
@@ -64,6 +74,8 @@ class Sizes:
     grid: tuple[int, int]
     layers: tuple[int, ...] = ()
     width: int = 1
+    several: bool = False
+    videos: bool = False
 
 
 class Extractor(ABC):
@@ -187,21 +199,29 @@ class _Attention(Extractor):
     options: tuple[str, ...] = ("attention_dtype", "groups", "layers")
     attention = True
 
-    def check(self, live: tuple[Tensor, ...]) -> None:
-        if not all(bool(of_sample.isfinite().all()) for of_sample in live):
+    def check(self, live: tuple[Any, ...]) -> None:
+        views = [view for of_sample in live for view in (of_sample if isinstance(of_sample, tuple) else (of_sample,))]
+        if not all(bool(view.isfinite().all()) for view in views):
             raise SampleError("the attention is not finite; try dtype=float32")
 
 
 class _RowAttention(_Attention):
-    """Where some rows look, pooled to a grid: cells ``[R, G, C]``; zero without an image."""
+    """Where some rows look, pooled to a grid, of several pictures one on each view: cells ``[R, G, K]``; zero without an image."""
 
-    options = (*_Attention.options, "grid")
+    options = (*_Attention.options, "grid", "frame_grid")
 
     def __init__(self, kind: type[RowAttentionCodec], rows: Positions) -> None:
         self._kind, self._rows = kind, rows
 
     def codec(self, config: BuildConfig, sizes: Sizes) -> Codec:
-        return self._kind(grid=sizes.grid, groups=config.groups, exact=config.attention_dtype == "f4")
+        side = config.frame_grid if sizes.videos else 0
+        return self._kind(
+            grid=sizes.grid,
+            groups=config.groups,
+            exact=config.attention_dtype == "f4",
+            several=sizes.several,
+            frame_grid=(side, side) if side else None,
+        )
 
     def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
         return _attention(at(self._rows), at(visual_keys), groups)
@@ -209,13 +229,18 @@ class _RowAttention(_Attention):
     def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
         counts = zip(_counts(self._rows, batch), _counts(visual_keys, batch), strict=True)
         return tuple(
-            torch.zeros(rows, codec.groups, codec.cells)
+            torch.zeros(rows, codec.groups, sum(cell.token_count for cell in codec.cells_of(batch.tiles[index])))
             if found is None or not tokens
-            else _pool_rows(found[index, :, :rows, :tokens], batch.tiles[index], codec.grid)
+            else _pool_rows(found[index, :, :rows, :tokens], batch.tiles[index], codec)
             for index, (rows, tokens) in enumerate(counts)
         )
 
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
+        if codec.several:
+            return [
+                codec.encode(RowAttention.from_cells(cells), tiles=tiles)
+                for cells, tiles in zip(live, batch.tiles, strict=True)
+            ]
         rows = RowAttention.cat([RowAttention.from_cells(cells) for cells in live])
         return _share_out(codec, rows, [len(cells) for cells in live])
 
@@ -224,7 +249,7 @@ class _RowAttention(_Attention):
 
 
 class _VisualMap(_Attention):
-    """Attention of visual tokens on visual tokens: ``[G, N, N]``."""
+    """Attention of visual tokens on visual tokens: ``[G, N, N]``; of several views a tuple, each on its own tokens."""
 
     options = (*_Attention.options, "map_preset", "map_grid")
     causal = True
@@ -237,29 +262,29 @@ class _VisualMap(_Attention):
     def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
         return _attention(at(visual_keys), at(visual_keys), groups)
 
-    def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
+    def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Any, ...]:
         return tuple(
-            torch.zeros(codec.groups, 0, 0) if found is None or not tokens else found[index, :, :tokens, :tokens]
-            for index, tokens in enumerate(_counts(visual_keys, batch))
+            torch.zeros(codec.groups, 0, 0) if found is None or not tokens else _view_maps(found[index], tiles)
+            for index, (tokens, tiles) in enumerate(zip(_counts(visual_keys, batch), batch.tiles, strict=True))
         )
 
-    def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
+    def encode(self, live: tuple[Any, ...], batch: Batch, codec: Any) -> Sequence[Record]:
         pairs = zip(live, batch.tiles, strict=True)
-        return [codec.encode(pool_map(codec, maps, tiles), tiles=tiles) for maps, tiles in pairs]
+        return [codec.encode(per_view(partial(pool_map, codec), maps, tiles), tiles=tiles) for maps, tiles in pairs]
 
-    def decoded(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Any]:
-        found = []
-        for maps, tiles in zip(live, batch.tiles, strict=True):
+    def decoded(self, live: tuple[Any, ...], batch: Batch, codec: Any) -> Sequence[Any]:
+        def filtered(maps: Tensor, tiles: tuple[Tile, ...]) -> TeacherMap:
             content = content_mask(tile_boxes(codec.cells_of(tiles))) if tiles else None
-            found.append(TeacherMap.from_maps(pool_map(codec, maps, tiles), token_mask=content))
-        return found
+            return TeacherMap.from_maps(pool_map(codec, maps, tiles), token_mask=content)
+
+        return [per_view(filtered, maps, tiles) for maps, tiles in zip(live, batch.tiles, strict=True)]
 
     def held_bytes(self, codec: Any, *, length: int, visual: int, width: int) -> int:
         return int(codec.groups) * visual * visual * 4
 
 
 class _VisualColumns(_Attention):
-    """The mean of these maps over the visual tokens that carry image: ``[G, N]``."""
+    """The mean of these maps over the visual tokens that carry image, of each view on its own: ``[G, N]``."""
 
     at_images = True
 
@@ -268,13 +293,27 @@ class _VisualColumns(_Attention):
 
     def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
         keys = at(visual_keys)
-        return _attention(keys, keys, groups, image_weights(batch, keys))
+        if most_views(batch) > 1:  # several means of each sample's rows: taken of the rows themselves
+            return _attention(keys, keys, groups)
+        return _attention(keys, keys, groups, image_weights(batch, keys)[:, 0])
 
     def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.zeros(codec.groups, 0) if found is None or not tokens else found[index, :, 0, :tokens]
-            for index, tokens in enumerate(_counts(visual_keys, batch))
-        )
+        counts = _counts(visual_keys, batch)
+        if found is None or most_views(batch) <= 1:
+            return tuple(
+                torch.zeros(codec.groups, 0) if found is None or not tokens else found[index, :, 0, :tokens]
+                for index, tokens in enumerate(counts)
+            )
+        weights = image_weights(batch, visual_keys(batch)).to(found.device)  # [B, V, N]
+        kept = []
+        for index, (tokens, tiles) in enumerate(zip(counts, batch.tiles, strict=True)):
+            parts = [
+                # No matrix product, which autocast would round.
+                (weights[index, view, own, None] * found[index, :, own, own]).sum(dim=1)
+                for view, own in enumerate(view_slices(tiles))
+            ]
+            kept.append(torch.cat(parts, dim=1) if tokens else torch.zeros(codec.groups, 0))
+        return tuple(kept)
 
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
         return [codec.encode(columns) for columns in live]
@@ -425,23 +464,19 @@ def check_finite(signals: TeacherSignals) -> None:
         EXTRACTORS[name].check(live)
 
 
-def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, Codec]) -> list[Record]:
+def encode_records(
+    signals: TeacherSignals, batch: Batch, codecs: Mapping[str, Codec], *, version: int = ONE_PICTURE
+) -> list[Record]:
     """Encode a batch's signals into one record a sample; SampleError names the samples of a batch that cannot be.
 
     Args:
         codecs: Codec of each signal that records get.
+        version: Format version of the records.
 
     Returns:
-        Records in the batch's order: the base fields and those of each codec.
+        Records in the batch's order: the base fields of the version and those of each codec.
     """
-    records: list[Record] = [
-        {
-            "image_hash": np.frombuffer(batch.image_hashes[index], dtype="u1").reshape(-1, 16).copy(),
-            "labels": labels[labels != IGNORE_INDEX].numpy().astype("<u4"),
-            "tiles": tiles_to_array(batch.tiles[index]),
-        }
-        for index, labels in enumerate(batch.labels)
-    ]
+    records: list[Record] = [_base(batch, index, version) for index in range(len(batch))]
     for name, live in signals.items():
         if name in codecs:
             try:
@@ -451,6 +486,18 @@ def encode_records(signals: TeacherSignals, batch: Batch, codecs: Mapping[str, C
             for record, part in zip(records, parts, strict=True):
                 record |= part
     return records
+
+
+def _base(batch: Batch, index: int, version: int) -> Record:
+    """The base fields of one sample's record."""
+    labels, tiles = batch.labels[index], batch.tiles[index]
+    hashes = np.frombuffer(batch.image_hashes[index], dtype="u1").reshape(-1, 16).copy()
+    kept = {"labels": labels[labels != IGNORE_INDEX].numpy().astype("<u4")}
+    if version == ONE_PICTURE:
+        return {"image_hash": hashes, **kept, "tiles": tiles_to_array(tiles)}
+    hashes = hashes if tiles else hashes[:0]
+    times = batch.frame_times[index] if batch.frame_times else ()
+    return {"image_hash": hashes, **kept, **several_to_arrays(tiles, times, len(hashes))}
 
 
 def named(sample_ids: Sequence[str]) -> str:
@@ -491,14 +538,38 @@ def image_weights(batch: Batch, keys: Tensor) -> Tensor:
         keys: Positions of the visual tokens, int64 ``[B, N]``, padding -1.
 
     Returns:
-        float32 ``[B, N]``.
+        float32 ``[B, V, N]``: a row for each of the most views of a sample, 1 at least; 0 at tokens of other views.
     """
-    weights = torch.zeros(keys.shape)
+    weights = torch.zeros(len(keys), max(1, most_views(batch)), keys.shape[1])
     for index, tiles in enumerate(batch.tiles):
-        if tiles:
-            content = content_mask(tile_boxes(tiles)).float()  # [N]
-            weights[index, keys[index] >= 0] = content / content.sum().clamp_min(1.0)
+        content = content_mask(tile_boxes(tiles)).float()  # [N]
+        for view, own in enumerate(view_slices(tiles)):
+            weights[index, view, own] = content[own] / content[own].sum().clamp_min(1.0)
     return weights
+
+
+def most_views(batch: Batch) -> int:
+    """Views of the sample that has the most of them."""
+    return max((len(views_of(tiles)) for tiles in batch.tiles), default=0)
+
+
+def view_slices(tiles: tuple[Tile, ...]) -> list[slice]:
+    """The visual tokens of each view, which stand one behind the other."""
+    ends = np.cumsum([0, *(sum(tile.token_count for tile in of_view(tiles, view)) for view in views_of(tiles))])
+    return [slice(int(begin), int(end)) for begin, end in pairwise(ends)]
+
+
+def per_view(function: Callable[[Tensor, tuple[Tile, ...]], Out], maps: Any, tiles: tuple[Tile, ...]) -> Any:
+    """Apply a function to the map of each view and its tiles; of one view its result alone, as `_view_maps` has it."""
+    if isinstance(maps, tuple):
+        return tuple(function(own, of_view(tiles, view)) for own, view in zip(maps, views_of(tiles), strict=True))
+    return function(maps, tiles)
+
+
+def _view_maps(maps: Tensor, tiles: tuple[Tile, ...]) -> Any:
+    """The part ``[G, N, N]`` of a sample's map that each view has on itself: a tuple, or of one view the tensor."""
+    found = tuple(maps[:, own, own] for own in view_slices(tiles))
+    return found[0] if len(found) == 1 else found
 
 
 @lru_cache(maxsize=64)  # where layouts follow the picture's size an entry may take megabytes
@@ -507,7 +578,17 @@ def _grid_overlap(tiles: tuple[Tile, ...], grid: tuple[int, int], device: torch.
     return overlap.to(device, non_blocking=True)
 
 
-def _pool_rows(attention: Tensor, tiles: tuple[Tile, ...], grid: tuple[int, int]) -> Tensor:
-    """Attention of some rows on visual tokens, ``[G, R, N]``, on the cells of a grid: ``[R, G, C]``."""
-    overlap = _grid_overlap(tiles, grid, attention.device)
-    return pool_keys(attention.transpose(0, 1), overlap)
+def _pool_rows(attention: Tensor, tiles: tuple[Tile, ...], codec: RowAttentionCodec) -> Tensor:
+    """Attention of some rows on visual tokens, ``[G, R, N]``, on the cells of each view: ``[R, G, K]``.
+
+    View by view: tokens share nothing with cells of another one, and frames of one size have one overlap.
+    """
+    cells = codec.cells_of(tiles)
+    parts = [
+        pool_keys(
+            attention[:, :, own].transpose(0, 1),
+            _grid_overlap(of_view(tiles, view), (cell.rows, cell.cols), attention.device),
+        )
+        for view, own, cell in zip(views_of(tiles), view_slices(tiles), cells, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -174,7 +174,7 @@ class Writer:
             self._pending.pop(0).result()
 
     def _encode(self, batch: Batch, signals: TeacherSignals) -> None:
-        records = encode_records(signals, batch, self._codecs)
+        records = encode_records(signals, batch, self._codecs, version=self._plan.format_version)
         self._records |= dict(zip(batch.sample_ids, records, strict=True))
 
     def _write(

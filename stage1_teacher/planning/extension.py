@@ -15,9 +15,9 @@ from typing import Any
 
 from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.manifest import Manifest
-from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, LONG_SAMPLES, THREADS, Plan, read_plan
+from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, FRAMES, LONG_SAMPLES, THREADS, Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.cache.schema import BASE_FIELDS
+from vlm_distill_cache.common.cache.schema import base_fields
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, with_visual_source
 from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
 from vlm_distill_cache.common.cache.versions import version_of
@@ -49,6 +49,7 @@ _SHOWN: dict[str, Callable[[Any], Any]] = {
     "logits": lambda codec: codec.preset,
     "temperatures": lambda codec: codec.temperatures,
     "grid": lambda codec: codec.grid[0] if len(set(codec.grid)) == 1 else None,
+    "frame_grid": lambda codec: codec.frame_grid and codec.frame_grid[0],
     "attention_dtype": lambda codec: "f4" if getattr(codec, "exact", getattr(codec, "preset", "") == "f4") else "u1",
     "map_preset": lambda codec: None if codec.preset == "f4" else codec.preset,
     "map_grid": lambda codec: codec.grid,
@@ -101,6 +102,7 @@ def with_options_of(
     there: dict[str, Any] = {
         "store": plan.store, "shard_size": plan.shard_size, "batch_size": plan.batch_size,
         "threads": plan.extra.get(THREADS), "max_length": plan.extra.get("max_length"),
+        "frames": None if any(name.partition(".")[0] == FRAMES for name in given) else plan.extra.get(FRAMES),
         "long_samples": plan.extra.get(LONG_SAMPLES), "template": plan.template.get("name"),
         "dtype": teacher.get("dtype"), "quantisation": teacher.get("quantisation"),
         "device_map": teacher.get("device_map"), "layers": teacher.get("layer_choice"),
@@ -138,7 +140,13 @@ def _gives(options: BuildConfig, signal: str, codec: Any, plan: Plan) -> bool:
     """Whether a build with these options would have this codec."""
     grid = (options.grid, options.grid) if options.grid else getattr(codec, "grid", (1, 1))
     layers = tuple(layer % (plan.teacher["layers"] + 1) for layer in options.hidden_layers)
-    sizes = Sizes(grid=grid, layers=layers, width=getattr(codec, "width", 1))
+    sizes = Sizes(
+        grid=grid,
+        layers=layers,
+        width=getattr(codec, "width", 1),
+        several=getattr(codec, "several", False),
+        videos=getattr(codec, "frame_grid", None) is not None,
+    )
     return bool(EXTRACTORS[signal].codec(options, sizes) == codec)
 
 
@@ -275,7 +283,9 @@ def extend_plan(work: Build, config: ExtendConfig) -> Build:
     fields = {name: old.fields[name] if name in kept else codec.fields() for name, codec in codecs.items()}
     bare = {name: tuple(field for field in group if field != VISUAL_SOURCE) for name, group in fields.items()}
     shares = any(VISUAL_SOURCE in group for group in work.plan.fields.values())
-    names = {field.name for field in BASE_FIELDS} | {field.name for name in kept for field in bare[name]}
+    names = {field.name for field in base_fields(old.format_version)} | {
+        field.name for name in kept for field in bare[name]
+    }
     plan = replace(
         work.plan,
         signals=signals,
@@ -347,9 +357,14 @@ def _refuse_differences(config: ExtendConfig, old: Plan, new: Plan, *, keeps_att
     def meaning(plan: Plan) -> dict[str, Any]:
         described = plan.without_descriptions()
         free = {"evaluation"} if keeps_attention else {"evaluation", "groups", "layer_choice"}
-        extra = {name: value for name, value in plan.extra.items() if name not in ("order", DERIVED)}
+        # Videos may come to a cache that had none.
+        free_extra = {"order", DERIVED, *(() if FRAMES in old.extra else (FRAMES,))}
+        extra = {name: value for name, value in plan.extra.items() if name not in free_extra}
         return {
-            **{name: described[name] for name in ("store", "shard_size", "batch_size", "template", "geometry")},
+            **{
+                name: described[name]
+                for name in ("format_version", "store", "shard_size", "batch_size", "template", "geometry")
+            },
             "fingerprints": {n: v for n, v in plan.fingerprints.items() if n not in ("data", "codec")},
             "teacher": {name: value for name, value in described["teacher"].items() if name not in free},
             "extra": extra,

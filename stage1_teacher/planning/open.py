@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm_distill_cache.common.attention.layers import published_count
+from vlm_distill_cache.common.cache.plan import read_plan
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, SEVERAL_PICTURES
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Dataset
@@ -59,9 +61,17 @@ def open_build(config: BuildConfig, *, loads: bool = True) -> Build:
         logger.warning("%s", warning)
     config = replace(config, groups=config.groups or published_count(teacher.depth))
     encoder = build_encoder(
-        teacher, template=config.template, max_length=config.max_length, long_samples=config.long_samples
+        teacher,
+        template=config.template,
+        max_length=config.max_length,
+        long_samples=config.long_samples,
+        frames=config.frames,
     )
-    codecs = codecs_for(config, teacher)
+    survey, version = dataset.survey(), ONE_PICTURE
+    # A cache of several pictures that is topped up stays one, whatever the data is that is left of its own.
+    if survey.several or (isinstance(config, ExtendConfig) and read_plan(Path(base)).format_version != ONE_PICTURE):
+        version = SEVERAL_PICTURES
+    codecs = codecs_for(config, teacher, several=version != ONE_PICTURE, videos=survey.videos > 0)
     if any(VISUAL_SOURCE in group for group in fields_of(codecs, teacher.family.visual_rows).values()):
         dataset = group_by_image(dataset)
     work = Build(
@@ -70,7 +80,15 @@ def open_build(config: BuildConfig, *, loads: bool = True) -> Build:
         encoder=encoder,
         codecs=codecs,
         groups=teacher.groups(config.groups, config.layers),
-        plan=make_plan(config, dataset=dataset, teacher=teacher, encoder=encoder, codecs=codecs),
+        plan=make_plan(
+            config,
+            dataset=dataset,
+            teacher=teacher,
+            encoder=encoder,
+            codecs=codecs,
+            survey=survey,
+            version=version,
+        ),
         workers=count_workers(config.num_workers, teacher.device, len(dataset)),
     )
     if isinstance(config, ExtendConfig):

@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.cache.plan import LONG_SAMPLES, THREADS, Plan
-from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field
+from vlm_distill_cache.common.cache.plan import FRAMES, LONG_SAMPLES, THREADS, Plan
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, SEVERAL_PICTURES, Field
 from vlm_distill_cache.common.cache.shared_images import with_visual_source
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
@@ -25,7 +25,8 @@ from vlm_distill_cache.common.models.tokens.tower_attention import last_layer
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.data.families.inputs import known_positions, text_config
 from vlm_distill_cache.data.families.unusable import refuse_config
-from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.images.encoder import VideoEncoder
+from vlm_distill_cache.data.sample import Dataset, FrameSampling, Survey
 from vlm_distill_cache.data.sources.grouping import GroupedByImage
 from vlm_distill_cache.data.text.encoding import LongSamples, SampleEncoder
 from vlm_distill_cache.data.text.templates import get_template
@@ -211,7 +212,12 @@ def teacher_directory(
 
 
 def build_encoder(
-    teacher: Teacher, *, template: str, max_length: int, long_samples: LongSamples = "refuse"
+    teacher: Teacher,
+    *,
+    template: str,
+    max_length: int,
+    long_samples: LongSamples = "refuse",
+    frames: FrameSampling | None = None,
 ) -> SampleEncoder:
     """Build the function from a sample to the teacher's input.
 
@@ -220,6 +226,7 @@ def build_encoder(
             do), else its family's.
         max_length: Longest sequence in tokens; 0: `automatic_length`.
         long_samples: What becomes of longer ones.
+        frames: Which frames of a video are read; None: the default.
     """
     if template == "auto":
         template = teacher.training.get("template") or teacher.family.template
@@ -231,7 +238,18 @@ def build_encoder(
         max_length=max_length or automatic_length(teacher),
         positions=known_positions(teacher.config),
         long_samples=long_samples,
+        most_pictures=None,
+        sampling=frames or FrameSampling(),
+        video_token_id=video_token_id(teacher),
     )
+
+
+def video_token_id(teacher: Teacher) -> int | None:
+    """The token at the visual positions of a video; None: the teacher reads frames as so many pictures."""
+    if not isinstance(teacher.image_encoder, VideoEncoder):
+        return None
+    names = ("video_token_id", "video_token_index")
+    return next((int(found) for name in names if (found := getattr(teacher.config, name, None)) is not None), None)
 
 
 def beyond_positions(teacher: Teacher, max_length: int) -> str | None:
@@ -255,12 +273,18 @@ def automatic_length(teacher: Teacher) -> int:
     return max(LEAST_LENGTH, min(int(positions), teacher.image_encoder.token_count + TEXT_LENGTH))
 
 
-def codecs_for(config: BuildConfig, teacher: Teacher) -> dict[str, Any]:
-    """Build the codecs a configuration asks for, fitted to the teacher's token grid."""
+def codecs_for(config: BuildConfig, teacher: Teacher, *, several: bool = False, videos: bool = False) -> dict[str, Any]:
+    """Build the codecs a configuration asks for, fitted to the teacher's token grid.
+
+    Args:
+        several: Whether they are for records of several pictures.
+        videos: Whether frames of videos are among them.
+    """
     grid = (config.grid, config.grid) if config.grid else teacher.image_encoder.attention_grid()
     layers = _hidden_layers(config.hidden_layers, teacher.depth)
     width = int(text_config(teacher.config).hidden_size)
-    codecs: dict[str, Any] = dict(build_codecs(config, Sizes(grid=grid, layers=layers, width=width)))
+    sizes = Sizes(grid=grid, layers=layers, width=width, several=several, videos=videos)
+    codecs: dict[str, Any] = dict(build_codecs(config, sizes))
     if config.answers == "generate":
         codecs[AnswersCodec.signal] = AnswersCodec(
             max_new_tokens=config.max_new_tokens,
@@ -292,11 +316,20 @@ def make_plan(
     teacher: Teacher,
     encoder: SampleEncoder,
     codecs: Mapping[str, Any],
+    survey: Survey | None = None,
+    version: int | None = None,
 ) -> Plan:
     """Describe the whole cache before the first shard, with every fingerprint it depends on.
 
+    Args:
+        survey: Of the data set, where it was made already.
+        version: Format version of the records; None: 2 if the data has several pictures in a sample or a video, else 1.
+
     An automatic batch size is not known yet: it stands as 1 until `open_build` has found it.
     """
+    survey = survey or dataset.survey()
+    if version is None:
+        version = SEVERAL_PICTURES if survey.several else ONE_PICTURE
     trained_on = str(teacher.training.get("data") or "")
     # Its scores stand beside its students' only where both are scored on the same held-out items.
     same_data = bool(trained_on) and dataset.name.startswith(trained_on)
@@ -308,7 +341,7 @@ def make_plan(
     no_projector = missing_projector(teacher)
     folder = model_folder(teacher.directory, what="teacher")
     return Plan(
-        format_version=ONE_PICTURE,
+        format_version=version,
         store=config.store,
         sample_count=len(dataset),
         shard_size=config.shard_size,
@@ -319,7 +352,7 @@ def make_plan(
             **teacher.fingerprints(),
             "template": fingerprint(template),
             "geometry": fingerprint(geometry),
-            "data": dataset.fingerprint(),
+            "data": survey.fingerprint,
             "codec": fingerprint(signals),
         },
         template=template,
@@ -353,6 +386,7 @@ def make_plan(
             "max_length": encoder.max_length,
             **({} if encoder.long_samples == "refuse" else {LONG_SAMPLES: encoder.long_samples}),
             **({THREADS: config.threads} if config.threads else {}),
+            **({FRAMES: {"fps": config.frames.fps, "most": config.frames.most}} if survey.videos else {}),
             **({"order": dataset.describe()} if isinstance(dataset, GroupedByImage) else {}),
         },
     )

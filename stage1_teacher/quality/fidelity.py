@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm_distill_cache.common.attention.boxes import content_mask, tile_boxes
-from vlm_distill_cache.common.attention.tiles import Tile
+from vlm_distill_cache.common.attention.tiles import Tile, of_view, views_of
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
@@ -41,7 +41,7 @@ from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.sample import Sample, with_answers
 from vlm_distill_cache.data.text.collate import Batch, collate
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS
-from vlm_distill_cache.stage1_teacher.loop.signals import reduce_output, to_cpu
+from vlm_distill_cache.stage1_teacher.loop.signals import reduce_output, to_cpu, view_slices
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 
 MOST_PLACES = 5
@@ -402,9 +402,11 @@ def _(codec: RowAttentionCodec, seen: Seen) -> None:
     if not bool(live.any()):
         return
     if not isinstance(codec, TextAttentionCodec):
-        cells = live.mean(dim=(0, 1))
         sinks = seen.totals.sinks.setdefault(name, SinkCount(columns=codec.grid[1]))
-        sinks.add(cells, torch.ones_like(cells, dtype=torch.bool))
+        grids = codec.cells_of(seen.tiles)
+        for grid, cells in zip(grids, live.mean(dim=(0, 1)).split([grid.token_count for grid in grids]), strict=True):
+            if (grid.rows, grid.cols) == codec.grid:
+                sinks.add(cells, torch.ones_like(cells, dtype=torch.bool))
     student = live.sqrt()
     looking = live.flatten(1).any(dim=1)  # a row that does not look has no gradient to compare
     for prefix, found in (("", as_tensors(codec.decode(seen.record))), ("control_", RowAttention.from_cells(again))):
@@ -427,22 +429,35 @@ def _(codec: VisualColumnsCodec, seen: Seen) -> None:
     columns, again = seen.first.signals[name], seen.second.signals[name]
     if not bool(columns.any()):  # a picture that lies wholly in padding tokens
         return
-    side = seen.tiles[0].cols if len(seen.tiles) == 1 else 0
-    count = totals.sinks.setdefault(name, SinkCount(columns=side))
-    count.add(columns.mean(dim=0), content_mask(tile_boxes(seen.tiles)))
     cached = as_tensors(codec.decode(seen.record))
-    totals.add_cosines(f"{name}_cosine", [float(F.cosine_similarity(cached.flatten(), columns.flatten(), dim=0))])
-    for prefix, found in (("", cached), ("control_", again)):
-        totals.add_cosines(f"{prefix}{name}_gradient_cosine", [column_gradient_cosine(found, columns)])
+    for view, own in zip(views_of(seen.tiles), view_slices(seen.tiles), strict=True):
+        tiles, of_view_ = of_view(seen.tiles, view), columns[:, own]
+        if not bool(of_view_.any()):
+            continue
+        side = tiles[0].cols if len(tiles) == 1 else 0
+        count = totals.sinks.setdefault(name, SinkCount(columns=side))
+        count.add(of_view_.mean(dim=0), content_mask(tile_boxes(tiles)))
+        cosine = F.cosine_similarity(cached[:, own].flatten(), of_view_.flatten(), dim=0)
+        totals.add_cosines(f"{name}_cosine", [float(cosine)])
+        for prefix, found in (("", cached), ("control_", again)):
+            totals.add_cosines(f"{prefix}{name}_gradient_cosine", [column_gradient_cosine(found[:, own], of_view_)])
 
 
 @compare.register
 def _(codec: VisualMapCodec, seen: Seen) -> None:
-    name, totals = codec.signal, seen.totals
-    if not seen.tiles:
-        return
-    content = content_mask(tile_boxes(codec.cells_of(seen.tiles)))
-    live, again = (pool_map(codec, found.signals[name], seen.tiles) for found in (seen.first, seen.second))
+    name, views = codec.signal, views_of(seen.tiles)
+    one = as_tensors(codec.decode(seen.record)), seen.first.signals[name], seen.second.signals[name]
+    parts = zip(*one, strict=True) if len(views) > 1 else [one] * len(views)
+    for view, (cached, live, again) in zip(views, parts, strict=True):
+        _compare_map(codec, cached, live, again, of_view(seen.tiles, view), seen.totals)
+
+
+def _compare_map(
+    codec: VisualMapCodec, cached: TeacherMap, first: Tensor, second: Tensor, tiles: tuple[Tile, ...], totals: Totals
+) -> None:
+    """Add the figures of the map of one view; ``first`` and ``second`` are the teacher's, ``[G, N, N]`` on its tokens."""
+    name, content = codec.signal, content_mask(tile_boxes(codec.cells_of(tiles)))
+    live, again = (pool_map(codec, maps, tiles) for maps in (first, second))
     exact = TeacherMap.from_maps(live, token_mask=content)
     pairs = image_pairs(live, content) & (live > 0)
     if bool(pairs.any()):
@@ -450,7 +465,7 @@ def _(codec: VisualMapCodec, seen: Seen) -> None:
         totals.add(f"{name}_sink_pairs", float(removed.sum() / pairs.sum()), 1)
         totals.add(f"{name}_sink_mass", float((live * removed).sum() / (live * pairs).sum()), 1)
     for prefix, found in (
-        ("", as_tensors(codec.decode(seen.record))),
+        ("", cached),
         ("control_", TeacherMap.from_maps(again, token_mask=content)),
     ):
         for loss, cosine in map_gradient_cosines(found, live, content).items():

@@ -16,6 +16,7 @@ import click
 from vlm_distill_cache.commands import group_of
 from vlm_distill_cache.common.config import Word
 from vlm_distill_cache.data.benchmarks.search import LAYOUTS
+from vlm_distill_cache.data.sample import FrameSampling
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage2_student.config import EvaluationConfig, LoraConfig, PhaseConfig, TrainConfig
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
@@ -33,6 +34,7 @@ STAGE_ONE = (
 STAGE_TWO = 'Set with `SET="KEY=VALUE ..."` (make), `--set KEY=VALUE` or a YAML file (`CONFIG=`, `--config`).'
 CONFIGS: tuple[tuple[type, str, str], ...] = (  # dataclass, how its options are written, what they are
     (BuildConfig, "", f"Options of stage one. {STAGE_ONE}"),
+    (FrameSampling, "frames.", "Frames of videos in stage one, for example `frames.fps=2`."),
     (TrainConfig, "", f"Options of stage two. {STAGE_TWO}"),
     (PhaseConfig, "dft.", "One phase: `dpt`, `dft` or `sft`, for example `dft.lr=1e-3`."),
     (LossWeights, "dft.losses.", "The losses of a phase, for example `dft.losses.answer_attention=0`."),

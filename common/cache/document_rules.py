@@ -170,6 +170,7 @@ _EXTRA = record(
         "max_length": whole(0, 1 << 24),
         "long_samples": one_of("refuse", "truncate"),
         "threads": whole(0, 1 << 16),
+        "frames": record({"fps": number(1e-3, 1e3), "most": whole(1, 1 << 16)}, free=True),
         "order": OBJECT,
         "derived": record(
             {},
@@ -187,6 +188,8 @@ _CODEC = record(
         "preset": _NAME,
         "groups": whole(0, MAX_LAYERS),
         "grid": either(whole(0, MAX_GRID), items(whole(0, MAX_GRID), least=2, most=2)),
+        "several": FLAG,
+        "frame_grid": maybe(items(whole(1, MAX_GRID), least=2, most=2)),
         "temperatures": items(number(*TEMPERATURES), most=100),
     },
     free=True,

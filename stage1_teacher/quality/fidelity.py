@@ -446,8 +446,12 @@ def _(codec: VisualColumnsCodec, seen: Seen) -> None:
 @compare.register
 def _(codec: VisualMapCodec, seen: Seen) -> None:
     name, views = codec.signal, views_of(seen.tiles)
-    one = as_tensors(codec.decode(seen.record)), seen.first.signals[name], seen.second.signals[name]
-    parts = zip(*one, strict=True) if len(views) > 1 else [one] * len(views)
+    one: tuple[Any, Any, Any] = (
+        as_tensors(codec.decode(seen.record)),
+        seen.first.signals[name],
+        seen.second.signals[name],
+    )
+    parts: list[tuple[Any, Any, Any]] = list(zip(*one, strict=True)) if len(views) > 1 else [one] * len(views)
     for view, (cached, live, again) in zip(views, parts, strict=True):
         _compare_map(codec, cached, live, again, of_view(seen.tiles, view), seen.totals)
 

@@ -1,6 +1,7 @@
 """Format version 2 in both stores: what it costs where samples have one picture, and what is read back."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,11 +106,19 @@ def test_a_shard_with_frames_keeps_its_offsets(tmp_path):
     record = record_of(0, SEVERAL_PICTURES)
     tiles, rows = (Tile(2, 2, WHOLE, (0.0, 1.0), True),), len(record["labels"])
     record |= several_to_arrays(tiles, ((0, 0.5),), 1)
-    record |= codec_of(2).encode(AttentionRows(np.ones((rows, 1, 16)) / 16, np.ones((rows, 1))), tiles=tiles)
+    record |= codec_of(2).encode(
+        AttentionRows(np.arange(16.0) / 120 + np.zeros((rows, 1, 1)), np.ones((rows, 1))), tiles=tiles
+    )
     plan, files = write(tmp_path, "zarr", SEVERAL_PICTURES, [record])
     lost = next(name for name in files if "answer_frames_offsets/c" in name)
     reader = open_reader("zarr", tmp_path, 0, plan.all_fields)
     np.testing.assert_array_equal(reader.read(0)["frame_times"], [[0, 0.5]])
+    page = (Path(__file__).parents[3] / "docs" / "cache-format.md").read_text().partition("## Format version 2")[2]
+    example = page.partition("```python\n")[2].partition("```")[0]  # what the documentation tells people to do
+    found: dict[str, np.ndarray] = {}
+    exec(example.replace("CACHE", str(tmp_path)), found)
+    expected = codec_of(2).decode(reader.read(0)).cells
+    np.testing.assert_allclose(found["cells"].reshape(expected.shape), expected, rtol=1e-5)
     (tmp_path / lost).unlink()
     with pytest.raises(CacheFormatError, match="its data is missing"):
         open_reader("zarr", tmp_path, 0, plan.all_fields).read(0)

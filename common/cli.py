@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Never
 import click
 
 from vlm_distill_cache.common.cache.plan import STORE_NAMES, built_with, read_plan
-from vlm_distill_cache.common.errors import SampleNotCachedError
+from vlm_distill_cache.common.errors import ConfigError, SampleNotCachedError
 from vlm_distill_cache.common.locations import nearest
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import (
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from vlm_distill_cache.common.cache.manifest import Manifest
+    from vlm_distill_cache.common.cache.reader import TeacherCache
 
 
 _JOBS = click.option(
@@ -73,8 +74,10 @@ class _Picture(ResultFile):
 )
 @click.option(
     "--image",
+    "image",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The sample's image, to draw over.",
+    multiple=True,
+    help="The sample's image, to draw over; of several pictures repeat it, in any order.",
 )
 @click.option("--failed", is_flag=True, help="List the samples that could not be used, with the reasons, one a line.")
 @click.option(
@@ -82,7 +85,9 @@ class _Picture(ResultFile):
 )
 @click.option("--shift", is_flag=True, is_eager=True, help="Measure how the teacher's gaze shifts within its answers.")
 @click.option(
-    "--data", help="With --shift: the data that the cache was built from, for kinds of questions and pictures."
+    "--data",
+    help="With --shift or a SAMPLE_ID's --picture: the data that the cache was built from, for kinds of questions and "
+    "pictures.",
 )
 @click.option("--images", help="Folder that image paths of --data start from; default: the data's own folder.")
 @JSON
@@ -90,7 +95,7 @@ def inspect(
     cache: str,
     sample_id: str | None,
     picture: Path | None,
-    image: Path | None,
+    image: tuple[Path, ...],
     data: str | None,
     images: str | None,
     *,
@@ -101,18 +106,20 @@ def inspect(
     """Show what a cache holds; or of one sample the answer, the teacher's likeliest tokens and where it looked."""
     if failed and sample_id is not None:
         raise click.UsageError("--failed lists all samples that failed; leave SAMPLE_ID out")
-    if shift and (failed or sample_id is not None or image is not None):
+    if shift and (failed or sample_id is not None or image):
         raise click.UsageError("--shift measures a whole cache; leave SAMPLE_ID, --image and --failed out")
-    if sinks and (failed or shift or sample_id is not None or image is not None):
+    if sinks and (failed or shift or sample_id is not None or image):
         raise click.UsageError("--sinks is about a whole cache; leave SAMPLE_ID, --image, --failed and --shift out")
-    if not shift and (data is not None or images is not None):
-        raise click.UsageError("--data and --images go with --shift")
+    if not shift and (sample_id is None or picture is None) and (data is not None or images is not None):
+        raise click.UsageError("--data and --images go with --shift, or with SAMPLE_ID and --picture")
+    if image and data is not None:
+        raise click.UsageError("--image and --data both give the pictures; leave one out")
     if images is not None and data is None:
         raise click.UsageError("--images needs --data")
     if shift:
         _show_shift(cache, picture, data, images)
         return
-    if (picture is not None and sample_id is None and not sinks) or (image is not None and picture is None):
+    if (picture is not None and sample_id is None and not sinks) or (image and picture is None):
         raise click.UsageError("--picture needs a SAMPLE_ID, --sinks or --shift, and --image needs --picture")
     if sinks:
         _show_sinks(cache, picture)
@@ -141,15 +148,31 @@ def inspect(
             f"{cache}: no sample {sample_id!r} among its {len(opened)}{nearest(sample_id, islice(opened, _LOOKED_AT))}"
         )
     if picture is not None:
-        save_picture(picture_of(opened, sample_id, image), picture)
+        asks = _open_asked(opened, data, images)
+        shown = None if asks is None else asks.pictures(sample_id, opened.plan.extra.get("frames"))
+        if asks is not None and shown is None:
+            raise ConfigError(
+                f"--data {data}: it has no pictures of sample {sample_id!r}, or one cannot be read; give the data that the cache "
+                "was built from, or their files with --image"
+            )
+        save_picture(picture_of(opened, sample_id, image, shown), picture)
         answer(sample=sample_id, picture=picture)
         say(f"Drew {picture}")
         return
     say(describe_record(opened, sample_id, unicode=can_print(BLOCKS)))
     if has_document():
         answer(cache=cache, **record_values(opened, sample_id))
-    shown = quoted(sample_id) if one_line(sample_id) == sample_id else "SAMPLE_ID"
-    tell(f"\nNext: cachectl inspect {quoted(cache)} {shown} --picture OUT.png [--image FILE]")
+    name = quoted(sample_id) if one_line(sample_id) == sample_id else "SAMPLE_ID"
+    tell(f"\nNext: cachectl inspect {quoted(cache)} {name} --picture OUT.png [--image FILE]")
+
+
+def _open_asked(opened: TeacherCache, data: str | None, images: str | None) -> Any:
+    """The data that a cache was built from, if they were given; opened by the data package, which stands above."""
+    opens: Callable[..., Any] | None = click.get_current_context().find_root().obj
+    if data is not None and opens is None:
+        raise click.UsageError("--data is known to the command cachectl only, not to this module alone")
+    split = str(opened.plan.data.get("split") or "train")
+    return None if data is None or opens is None else opens(data, split=split, images=images)
 
 
 def _show_sinks(cache: str, picture: Path | None) -> None:
@@ -177,13 +200,7 @@ def _show_shift(cache: str, picture: Path | None, data: str | None, images: str 
 
     folder = None if picture is None else picture_folder(picture)
     opened = open_cache(cache)
-    said = opened.plan.data.get("split")
-    opens: Callable[..., Any] | None = (
-        click.get_current_context().find_root().obj
-    )  # the data package, which stands above
-    if data is not None and opens is None:
-        raise click.UsageError("--data is known to the command cachectl only, not to this module alone")
-    asks = None if data is None or opens is None else opens(data, split=str(said or "train"), images=images)
+    asks = _open_asked(opened, data, images)
     report = measure_cache(opened, asks, name=str(data))
     drawn = [] if folder is None else draw_shifts(opened, report, asks, folder)
     answer(cache=cache, **report.values(), drawn=[path for path, _ in drawn])

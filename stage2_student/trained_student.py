@@ -390,8 +390,8 @@ def show_shift(students: Mapping[str, Student], config: TrainConfig, cache: Teac
     text, sheets = load_token_text(cache), []
     for one in teacher.largest[:_SHIFT_SHEETS]:
         with contextlib.suppress(CacheMismatchError):  # the data have other pictures now
-            image = None if asked is None else asked.picture(one.sample_id)
-            sheets.append(draw_shift(cache, teacher, one, text, image))
+            pictures = None if asked is None else asked.pictures(one.sample_id, cache.plan.extra.get("frames"))
+            sheets.append(draw_shift(cache, teacher, one, text, pictures))
     first, count = next(iter(students.values())), min(_SHIFT_SAMPLES, config.evaluation.agreement_samples)
     looking = all(RowAttentionCodec.signal in comparable_signals(student, cache) for student in students.values())
     cached = join_cached(first, config, cache, limit=count) if looking and count and asked is not None else None

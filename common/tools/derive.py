@@ -225,7 +225,9 @@ def derive_cache(
     quoted = [(manifest.hash, _read_card(remote)) for remote, manifest in sources]
     with name_full_disk(target):
         found = write_sinks(target)
-        write_bytes_atomic(target / CARD, write_derived_card(plan, fidelity, quoted, counts, sinks=card_lines(found)))
+        write_bytes_atomic(
+            target / CARD, write_derived_card(plan, fidelity, quoted, counts, sinks=card_lines(found, plan))
+        )
         return seal(target, fidelity=fidelity, rewritten=True)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from vlm_distill_cache.common.cache.counts import SampleCounts, picture_words, unknown_words
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
 from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, read_plan
-from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Field
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field, base_fields
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import ShardSidecar, missing_shards, read_sidecar
 from vlm_distill_cache.common.locations import by_make
@@ -82,7 +82,7 @@ def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
         f"{plan.shard_size:,}; {totals.failures.total:,} failed"
         + (", of the missing shards nobody knows yet" if missing else ""),
         f"rows            {totals.rows:,} supervised, {totals.rows / max(1, totals.samples):.1f} a sample",
-        f"pictures        {picture_words(totals.pictures, totals.samples)}",
+        f"pictures        {picture_words(totals.pictures, totals.samples)}{_shown_words(plan, totals)}",
         *([f"unknown words   {words}"] if (words := unknown_words(totals.unknown, totals.rows)) else []),
         "",
         *_size_lines(plan, totals),
@@ -121,7 +121,7 @@ def cache_values(cache_dir: Path, *, all_failed: bool = False) -> dict[str, Any]
     totals, missing = _count(cache_dir, plan)
     there = (index for index in range(plan.shard_count) if index not in missing)
     failed = (entry for index in there for entry in read_sidecar(cache_dir, index).failed)
-    groups: dict[str, tuple[Field, ...]] = {BASE: BASE_FIELDS, **plan.fields}
+    groups: dict[str, tuple[Field, ...]] = {BASE: base_fields(plan.format_version), **plan.fields}
     return {
         "store": plan.store,
         "format_version": plan.format_version,
@@ -151,6 +151,14 @@ def cache_values(cache_dir: Path, *, all_failed: bool = False) -> dict[str, Any]
     }
 
 
+def _shown_words(plan: Plan, totals: _Totals) -> str:
+    """How many pictures and frames the samples of a cache show, where they may show several; else nothing."""
+    if plan.format_version == ONE_PICTURE:
+        return ""
+    hashes = next(field for field in base_fields(plan.format_version) if field.name == "image_hash")
+    return f", {totals.decoded_by_field[hashes.name] // hashes.trailing[0]:,} pictures and frames of videos in all"
+
+
 def _count(cache_dir: Path, plan: Plan) -> tuple[_Totals, set[int]]:
     """The sums over the shards that are there, and the numbers of the others."""
     missing, totals = set(missing_shards(cache_dir, plan)), _Totals()
@@ -162,7 +170,7 @@ def _count(cache_dir: Path, plan: Plan) -> tuple[_Totals, set[int]]:
 
 def _size_lines(plan: Plan, totals: _Totals) -> list[str]:
     """Bytes by signal: as decoded, and for zarr, where each field has files of its own, as stored."""
-    groups: dict[str, tuple[Field, ...]] = {BASE: BASE_FIELDS, **dict(sorted(plan.fields.items()))}
+    groups: dict[str, tuple[Field, ...]] = {BASE: base_fields(plan.format_version), **dict(sorted(plan.fields.items()))}
     lines = [f"{'signal':<18}{'B/row':>10}{'B/sample':>12}{'stored B/row':>16}{'stored B/sample':>18}"]
     for signal, fields in groups.items():
         size = sum(totals.decoded_by_field[f.name] for f in fields)

@@ -48,6 +48,7 @@ from vlm_distill_cache.common.tools.derive import (
     write_shards,
 )
 from vlm_distill_cache.common.tools.derived_card import DERIVED
+from vlm_distill_cache.common.tools.lift import lift_plan, lift_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +179,8 @@ def merge(
     """Merge caches with equal fingerprints; killed and called again, it goes on.
 
     Finished caches, of the same data or not, become one derived cache: samples in the order of the sources,
-    each once; a sample that failed in one and is present in another is taken. Unfinished caches of one plan
+    each once; a sample that failed in one and is present in another is taken. Where one of them is of format version 2, the
+    new cache is, and the records of the others become such records (`common.tools.lift`). Unfinished caches of one plan
     become that plan's cache: their shards are copied, and it is sealed if all are there.
 
     Args:
@@ -202,12 +204,12 @@ def merge(
     fidelity = caches[0].manifest.fidelity
     if any(cache.manifest.fidelity != fidelity for cache in caches):
         fidelity = None  # each source's card stands in the new one
-    fidelity = carry_fidelity(fidelity, caches[0].plan, signals=plan.signals)
+    fidelity = carry_fidelity(fidelity, _lifted(caches)[0], signals=plan.signals)
     manifest = derive_cache(
         target,
         plan,
         slots,
-        lambda slot: caches[slot.source].read(slot.sample_id),
+        lambda slot: lift_record(caches[slot.source].read(slot.sample_id), plan.all_fields),
         sources=[(open_remote(cache.path), cache.manifest) for cache in caches],
         fidelity=fidelity,
         unknown=recountable_unknown(
@@ -237,7 +239,7 @@ def check_sources(sources: Sequence[Path], target: Path, *, store: str | None) -
     _refuse_unlike_parts(sources, plans)
     first, *others = (open_cache(source, open_shards=2) for source in sources)
     for other in others:
-        refuse_different(first, other)
+        refuse_different(first, other, lift=True)
     return False
 
 
@@ -262,9 +264,13 @@ def _refuse_unlike_parts(sources: Sequence[Path], plans: Sequence[Plan]) -> None
     )
 
 
-def refuse_different(first: TeacherCache, other: TeacherCache, what: str = "merged") -> None:
-    """Refuse to merge caches, or to do something else with both, that do not mean the same."""
-    one, two = _meaning(first.plan), _meaning(other.plan)
+def refuse_different(first: TeacherCache, other: TeacherCache, what: str = "merged", *, lift: bool = False) -> None:
+    """Refuse to merge caches, or to do something else with both, that do not mean the same.
+
+    Args:
+        lift: That one is of an earlier format version is no difference: its records become those of the newer one.
+    """
+    one, two = map(_meaning, _lifted((first, other)) if lift else (first.plan, other.plan))
     lines = []
     if unlike := first.plan.signals.keys() ^ other.plan.signals.keys():
         held = (f"{cache.path} holds {', '.join(map(one_line, cache.signals))}" for cache in (first, other))
@@ -287,6 +293,12 @@ def refuse_different(first: TeacherCache, other: TeacherCache, what: str = "merg
             "Take caches of one teacher, template, geometry and codec; build one of them again with the "
             "other's options, or, of a part that was pulled, pull it again with the other's --signals and --top-k"
         )
+
+
+def _lifted(caches: Sequence[TeacherCache]) -> list[Plan]:
+    """The plans of caches, all in the newest format version that one of them has."""
+    newest = max((cache.plan for cache in caches), key=lambda plan: plan.format_version)
+    return [lift_plan(cache.plan, newest) for cache in caches]
 
 
 def _meaning(plan: Plan) -> dict[str, Any]:
@@ -314,13 +326,13 @@ def _field_words(field: Field) -> str:
 def _plan_slots(caches: Sequence[TeacherCache]) -> tuple[list[Slot], int]:
     """Give each sample its place and its source, after comparing what several sources hold; also counts these."""
     slots: dict[str, Slot] = {}  # in order of first appearance
-    repeated = 0
+    repeated, fields = 0, _lifted(caches)[0].all_fields
     for source, cache in enumerate(caches):
         for shard in range(cache.plan.shard_count):
             for sample_id in cache.shard_sample_ids(shard):
                 held = slots.get(sample_id)
                 if held is not None and held.failed is None:
-                    refuse_conflict(sample_id, caches[held.source], cache)
+                    refuse_conflict(sample_id, caches[held.source], cache, fields)
                     repeated += 1
                 else:  # a failed one keeps its place
                     slots[sample_id] = Slot(sample_id=sample_id, source=source)
@@ -329,9 +341,9 @@ def _plan_slots(caches: Sequence[TeacherCache]) -> tuple[list[Slot], int]:
     return list(slots.values()), repeated
 
 
-def refuse_conflict(sample_id: str, first: TeacherCache, other: TeacherCache) -> None:
-    """Refuse two caches that disagree about a sample."""
-    field = differing_field(first.read(sample_id), other.read(sample_id))
+def refuse_conflict(sample_id: str, first: TeacherCache, other: TeacherCache, fields: Sequence[Field]) -> None:
+    """Refuse two caches that disagree about a sample; ``fields``: of the format version in which they are merged."""
+    field = differing_field(*(lift_record(cache.read(sample_id), fields) for cache in (first, other)))
     if field is not None:
         what = "another picture" if field == "image_hash" else f"other bytes in {field}"
         raise CacheMismatchError(
@@ -341,7 +353,7 @@ def refuse_conflict(sample_id: str, first: TeacherCache, other: TeacherCache) ->
 
 
 def _merged_plan(caches: Sequence[TeacherCache], slots: Sequence[Slot], store: str | None) -> Plan:
-    first = caches[0].plan
+    first = _lifted(caches)[0]
     how = {"kind": "merge", "sources": [cache.manifest_hash for cache in caches]}
     plan = derive_plan(first, sample_count=len(slots), how=how, store=store)
     changes: dict[str, Any] = {"shard_size": max(first.shard_size, -(-len(slots) // MAX_SHARDS))}

@@ -18,7 +18,16 @@ from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.result_files import PICTURE_MARK
-from vlm_distill_cache.common.tools.picture import ASCII, BLOCKS, draw_picture, draw_text, open_image, word_maps
+from vlm_distill_cache.common.tools.picture import (
+    ASCII,
+    BLOCKS,
+    check_pictures,
+    draw_picture,
+    draw_text,
+    open_images,
+    word_maps,
+)
+from vlm_distill_cache.common.tools.views import MOST_STILLS, media_words, shots_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +36,7 @@ if TYPE_CHECKING:
 _MAX_ROWS = 40  # shown
 _MAX_WORDS = 28  # as text
 _MAX_DRAWN = 100  # in the picture
+_MAX_MAPS = 400  # in the picture of a sample with several views
 _TOP = 4
 FIRST_IDEOGRAPH = 0x2E80
 """From here on scripts write no spaces."""
@@ -114,16 +124,19 @@ def describe_record(cache: TeacherCache, sample_id: str, *, unicode: bool = True
     lines = [f"sample {one_line(sample_id)} of {cache.path}, shard {cache.shard_of(sample_id)}"]
     lines += ["", f"answer: {' '.join(text.of(token) for token in labels[:_MAX_ROWS])}"]
     lines += _token_lines(record, text, cache.plan.signals.get(LogitCodec.signal))
-    words = text.words(labels)
-    if maps := word_maps(record, cache.plan, words[:_MAX_WORDS]):
+    words, shots = text.words(labels), shots_of(record)
+    if len(shots) > 1:
+        lines.insert(1, f"shows {media_words(record)}")
+    most = _MAX_WORDS if len(shots) < 2 else max(1, 4 * _MAX_WORDS // min(len(shots), MOST_STILLS))
+    if maps := word_maps(record, cache.plan, words[: min(most, _MAX_WORDS)]):
         lines += [
             "",
             "attention per word (%: share of attention on the image)",
             "",
         ]
-        lines += draw_text(maps, shades=BLOCKS if unicode else ASCII)
-        if len(words) > _MAX_WORDS:
-            lines.append(f"... and {len(words) - _MAX_WORDS} more words")
+        lines += draw_text(maps, shades=BLOCKS if unicode else ASCII, shots=shots)
+        if len(words) > len(maps):
+            lines.append(f"... and {len(words) - len(maps)} more words")
     return "\n".join([*lines, "", *_field_lines(cache, record)])
 
 
@@ -138,6 +151,8 @@ def record_values(cache: TeacherCache, sample_id: str) -> dict[str, Any]:
         "answer": [text.decode([token]) for token in labels],
         "fields": {field.name: list(record[field.name].shape) for field in cache.fields},
     }
+    if len(shots := shots_of(record)) > 1:
+        values["views"] = [{"picture": shot.first, "video": shot.video, "label": shot.label} for shot in shots]
     settings = cache.plan.signals.get(LogitCodec.signal)
     if settings is not None and labels:
         said = LogitCodec.from_dict(settings).decode(record)
@@ -154,28 +169,37 @@ def record_values(cache: TeacherCache, sample_id: str) -> dict[str, Any]:
     return values
 
 
-def picture_of(cache: TeacherCache, sample_id: str, image_path: Path | None) -> Image:
+def picture_of(
+    cache: TeacherCache, sample_id: str, paths: Sequence[Path] = (), pictures: Sequence[Image] | None = None
+) -> Image:
     """Draw where the teacher looked while saying each word of one answer.
 
     Args:
-        image_path: The sample's image, to draw over; None draws the maps alone.
+        paths: Files of the sample's pictures, to draw over: any of them, in any order; none draws the maps alone.
+        pictures: All of the sample's pictures and frames in order, in place of files.
 
     Raises:
         ConfigError: If there is nothing to draw.
-        CacheMismatchError: If the image is another one, or the cache does not hold the sample.
+        CacheMismatchError: If a picture is another one, or the cache does not hold the sample.
     """
     record, text = cache.read(sample_id), load_token_text(cache)
     words = text.words(record["labels"].tolist())
-    image = open_image(image_path, record) if image_path is not None else None
-    maps = word_maps(record, cache.plan, words[:_MAX_DRAWN])
+    if pictures is None:
+        images = open_images(paths, record)
+    else:
+        check_pictures(pictures, record, name=f"sample {sample_id!r} of the data")
+        images = dict(enumerate(pictures))
+    shots = shots_of(record, images)
+    most = _MAX_DRAWN if len(shots) < 2 else max(1, min(_MAX_DRAWN, _MAX_MAPS // len(shots)))
+    maps = word_maps(record, cache.plan, words[:most])
     if not maps:
         raise ConfigError(
             f"{cache.path}: sample {sample_id!r} has no answer attention to draw: the cache has signals "
             f"{list(cache.signals)}, and the sample {len(record['tiles'])} image tiles"
         )
-    cut = f" (first {_MAX_DRAWN} of {len(words)} words)" if len(words) > _MAX_DRAWN else ""
-    title = f"{one_line(sample_id, limit=60)}{cut}: {' '.join(word for word, _ in words[:_MAX_DRAWN])}"
-    return draw_picture(maps, title=title, image=image)
+    cut = f" (first {most} of {len(words)} words)" if len(words) > most else ""
+    title = f"{one_line(sample_id, limit=60)}{cut}: {' '.join(word for word, _ in words[:most])}"
+    return draw_picture(maps, title=title, image=shots[0].image, shots=shots)
 
 
 def save_picture(picture: Image, path: Path) -> None:
@@ -225,5 +249,5 @@ def _field_lines(cache: TeacherCache, record: Record) -> list[str]:
     for field in cache.fields:
         shape = " x ".join(map(str, record[field.name].shape))
         signal = one_line(owner.get(field.name, BASE), limit=17)
-        lines.append(f"{field.name:<22}{signal:<18}{field.dtype:<7}{field.axis:<8}{shape}")
+        lines.append(f"{field.name:<22}{signal:<18}{field.dtype:<7}{field.axis:<7} {shape}")
     return lines

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from vlm_distill_cache.common.cache.index import INDEX, SampleIndex
 from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, refuse_other_plan
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
-from vlm_distill_cache.common.cache.schema import BASE_FIELDS, Record
+from vlm_distill_cache.common.cache.schema import SEVERAL_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, check_sidecar, read_sidecar, sidecar_name
@@ -457,7 +457,7 @@ def needed_files(files: Mapping[str, FileEntry], names: frozenset[str] | None) -
     """
     if names is None:
         return dict(files)
-    arrays = {_IDS, *names, *(field.name for field in BASE_FIELDS)}
+    arrays = {_IDS, *names, *(field.name for field in SEVERAL_FIELDS)}
     arrays |= {f"{name}_offsets" for name in arrays}
     wanted = {}
     for path, entry in files.items():

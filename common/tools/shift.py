@@ -28,10 +28,9 @@ from vlm_distill_cache.common.attention.shift import (
     kept_count,
     ratio_intervals,
 )
-from vlm_distill_cache.common.attention.tiles import tiles_of
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.cache.schema import Record, base_fields
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Record, base_fields
 from vlm_distill_cache.common.cache.spaced import MOST_RECORDS, spaced_records, spaced_unsealed
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
 from vlm_distill_cache.common.printing import one_line
@@ -126,7 +125,9 @@ class ShiftReport:
 
     Attributes:
         samples: Records that were looked at, ``total`` those of the cache, ``pictures`` those of them with a gaze.
-        kept, places: k and C.
+        kept, places: k and C; of several pictures those of one.
+        frame_grid: Where samples may have several pictures, whose cells are then compared all together: rows and columns of
+            the cells of a frame; else None.
         single: Answers of one token, which cannot shift, beside ``answers``, which can; ``blind`` ones never look.
         spans: By `SPANS`.
         events: Shift events an answer that can shift; ``shifting``: the share of these with at least one.
@@ -151,10 +152,13 @@ class ShiftReport:
     kinds: tuple[KindShift, ...]
     asked: bool
     largest: tuple[AnswerShift, ...]
+    frame_grid: tuple[int, int] | None = None
 
     def values(self) -> dict[str, Any]:
         """All figures for programs, JSON."""
         others = {name: value for name, value in vars(self).items() if name not in ("spans", "kinds", "largest")}
+        if self.frame_grid is None:
+            del others["frame_grid"]
         return {
             **_plain(others),
             "tokens": {span: _plain(of._asdict()) for span, of in self.spans.items()},
@@ -192,7 +196,8 @@ def cache_shift(cache: TeacherCache, *, asked: Asked | None = None, most: int = 
     cache.codec(RowAttentionCodec.signal)
     gazes = _gazes(spaced_records(cache, _fields(cache.plan), most=most), cache.plan)
     text, end = load_token_text(cache), cache.plan.template.get("answer_end")
-    return measure(gazes, text, grid=grid_of(cache.plan), total=len(cache), asked=asked, written_end=end)
+    grids = grids_of(cache.plan)
+    return measure(gazes, text, grid=grids[0], frame_grid=grids[1], total=len(cache), asked=asked, written_end=end)
 
 
 def folder_shift(
@@ -203,29 +208,30 @@ def folder_shift(
         return None
     gazes = _gazes(spaced_unsealed(cache_dir, plan, _fields(plan), most=most), plan)
     text, end = read_token_text(cache_dir), plan.template.get("answer_end")
-    return measure(gazes, text, grid=grid_of(plan), total=total, asked=asked, written_end=end)
+    grids = grids_of(plan)
+    return measure(gazes, text, grid=grids[0], frame_grid=grids[1], total=total, asked=asked, written_end=end)
 
 
-def grid_of(plan: Plan) -> tuple[int, int]:
-    """Rows and columns of the cells that the gaze is cached on."""
-    return RowAttentionCodec.from_dict(plan.signals[RowAttentionCodec.signal]).grid
+def grids_of(plan: Plan) -> tuple[tuple[int, int], tuple[int, int] | None]:
+    """Rows and columns of the cells that the gaze is cached on: of a picture, and of a frame where there may be several."""
+    codec = RowAttentionCodec.from_dict(plan.signals[RowAttentionCodec.signal])
+    return codec.grid, (codec.frame_grid or codec.grid) if codec.several else None
 
 
-def _fields(plan: Plan) -> set[str]:
-    """Names of the fields that say where a record's answers look."""
-    of_gaze = plan.fields[RowAttentionCodec.signal]
-    return {field.name for field in (*base_fields(plan.format_version), *of_gaze)}
+def _fields(plan: Plan) -> list[str]:
+    """What is read of each record."""
+    base = (
+        ("labels", "tiles")
+        if plan.format_version == ONE_PICTURE
+        else [f.name for f in base_fields(plan.format_version)]
+    )
+    return [*base, *(field.name for field in plan.fields[RowAttentionCodec.signal])]
 
 
 def _gazes(records: Iterable[tuple[str, Record]], plan: Plan) -> Iterator[Gaze]:
-    """The gaze of each record; of those with several pictures, whose cells are not of one grid, none."""
     codec = RowAttentionCodec.from_dict(plan.signals[RowAttentionCodec.signal])
     for sample_id, record in records:
-        cells = None
-        if [(cell.rows, cell.cols) for cell in codec.cells_of(tiles_of(record))] == [codec.grid] and len(
-            record["tiles"]
-        ):
-            cells = codec.decode(record).cells.mean(axis=1, dtype=np.float64)
+        cells = codec.decode(record).cells.mean(axis=1, dtype=np.float64) if len(record["tiles"]) else None
         yield Gaze(sample_id, record["labels"].tolist(), cells)
 
 
@@ -235,6 +241,7 @@ def measure(
     *,
     grid: tuple[int, int],
     total: int,
+    frame_grid: tuple[int, int] | None = None,
     asked: Asked | None = None,
     written_end: str | None = None,
 ) -> ShiftReport:
@@ -323,6 +330,7 @@ def measure(
         ),
         asked=bool(questions),
         largest=_largest(records, text),
+        frame_grid=frame_grid,
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -15,9 +15,10 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
 from vlm_distill_cache.common.printing import markdown, one_line
 from vlm_distill_cache.common.terminal.result_files import PICTURE_MARK, marked, refuse_others_file
-from vlm_distill_cache.common.tools.picture import WordMap, check_image, draw_picture, word_maps
+from vlm_distill_cache.common.tools.picture import WordMap, check_pictures, draw_picture, split_views, word_maps
 from vlm_distill_cache.common.tools.record_view import TokenText, load_token_text, save_picture
 from vlm_distill_cache.common.tools.shift import AnswerShift, ShiftReport, cache_shift
+from vlm_distill_cache.common.tools.views import shots_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,8 +53,8 @@ class Asks(Protocol):
         """The questions of each sample's turns."""
         ...
 
-    def picture(self, sample_id: str) -> Image | None:
-        """A sample's picture."""
+    def pictures(self, sample_id: str, frames: Mapping[str, Any] | None = None) -> Sequence[Image] | None:
+        """A sample's pictures and frames; ``frames``: how the cache sampled videos."""
         ...
 
 
@@ -73,9 +74,9 @@ def measure_cache(cache: TeacherCache, data: Asks | None, *, name: str) -> Shift
             f"that the cache was built from, {one_line(cache.plan.data.get('name'))}"
         )
     for one in report.largest:  # other data may have the same ids
-        if (image := data.picture(one.sample_id)) is not None:
+        if (pictures := data.pictures(one.sample_id, cache.plan.extra.get("frames"))) is not None:
             record = cache.read(one.sample_id, ("image_hash",))
-            check_image(image, record, name=f"sample {one.sample_id!r} of {one_line(name)}")
+            check_pictures(pictures, record, name=f"sample {one.sample_id!r} of {one_line(name)}")
     return report
 
 
@@ -173,8 +174,8 @@ def largest_words(one: AnswerShift, report: ShiftReport) -> str:
     said = f", {one_line(one.text, limit=60)!r}" if one.text else ""
     tokens = f" ({one.tokens[1]!r}; token 0: {one.tokens[0]!r})" if one.tokens else ""
     return (
-        f"answer {one.number + 1}{said}: at token {one.worst}{tokens} {held:.0f} % on the {report.kept} kept, {best:.0f} % on "
-        f"its own best; {one.events} event{'s' * (one.events != 1)}"
+        f"answer {one.number + 1}{said}: at token {one.worst}{tokens} {held:.0f} % on the {len(one.shift.kept)} kept, "
+        f"{best:.0f} % on its own best; {one.events} event{'s' * (one.events != 1)}"
     )
 
 
@@ -210,6 +211,14 @@ def _answers(report: ShiftReport) -> str:
 
 def _kept(report: ShiftReport) -> str:
     rows, columns = report.grid
+    if report.frame_grid is not None:
+        on_frames = (
+            "" if report.frame_grid == report.grid else " and of {} x {} on each frame".format(*report.frame_grid)
+        )
+        return (
+            f"the third of the cells of all pictures of a sample (a grid of {rows} x {columns} on each{on_frames}) that token 0 of "
+            f"an answer looked at most; an even gaze would have {100 * report.kept / report.places:.0f} % there"
+        )
     return (
         f"the {report.kept} of {report.places} cells (a grid of {rows} x {columns}) that token 0 of an answer looked at most; "
         f"an even gaze would have {100 * report.kept / report.places:.0f} % there"
@@ -239,10 +248,10 @@ def draw_shifts(cache: TeacherCache, report: ShiftReport, data: Asks | None, fol
     text, drawn = load_token_text(cache), list[tuple[Path, bool]]()
     folder.mkdir(exist_ok=True)
     for place, one in enumerate(report.largest, start=1):
-        image = None if data is None else data.picture(one.sample_id)
+        pictures = None if data is None else data.pictures(one.sample_id, cache.plan.extra.get("frames"))
         path = folder / _NAME.format(place)
-        save_picture(draw_shift(cache, report, one, text, image), path)
-        drawn.append((path, image is not None))
+        save_picture(draw_shift(cache, report, one, text, pictures), path)
+        drawn.append((path, pictures is not None))
     for path in folder.iterdir():
         if path not in {file for file, _ in drawn}:
             path.unlink()  # an earlier one of ours: `picture_folder` found no other
@@ -250,28 +259,34 @@ def draw_shifts(cache: TeacherCache, report: ShiftReport, data: Asks | None, fol
 
 
 def draw_shift(
-    cache: TeacherCache, report: ShiftReport, one: AnswerShift, text: TokenText, image: Image | None
+    cache: TeacherCache, report: ShiftReport, one: AnswerShift, text: TokenText, pictures: Sequence[Image] | None
 ) -> Image:
-    """Draw one shift: the picture if there is one, and over it the gaze of token 0, of the shifted token, and what is kept.
+    """Draw one shift: the pictures if they are there, and over them the gaze of token 0, of the shifted token, and what is kept.
 
     Raises:
-        CacheMismatchError: If the picture is not the one that the teacher saw.
+        CacheMismatchError: If a picture is not the one that the teacher saw.
     """
     record = cache.read(one.sample_id)
-    if image is not None:
-        check_image(image, record, name=f"sample {one.sample_id!r} of the data")
+    if pictures is not None:
+        check_pictures(pictures, record, name=f"sample {one.sample_id!r} of the data")
+    shots = shots_of(record, dict(enumerate(pictures or ())))
     words = []
     for token in (0, one.worst):
         row = one.rows[token]
         own = next((word for word, rows in text.words(record["labels"].tolist()) if row in rows), "")
         words.append((f"token {token}: {own or text.of(one.labels[token])}", [row]))
-    kept = np.zeros(report.places)
+    maps = word_maps(record, cache.plan, words)
+    grids = [cells.shape for cells in maps[0].views]
+    kept = np.zeros(sum(rows * cols for rows, cols in grids))
     kept[one.shift.kept] = 1.0
+    first, *further = (
+        cells / cells.size for cells in split_views(kept, grids)
+    )  # of each picture the share that is kept
     share = float(one.shift.first[one.worst])
-    held = WordMap(word=f"kept; token {one.worst}:", cells=kept.reshape(report.grid), image_mass=share)
+    held = WordMap(word=f"kept; token {one.worst}:", cells=first, image_mass=share, further=tuple(further))
     said = one_line(one.text, limit=80) or f"{len(one.rows)} tokens"
     title = f"{one_line(one.sample_id, limit=60)}, answer {one.number + 1}: {said}"
-    return draw_picture([*word_maps(record, cache.plan, words), held], title=title, image=image)
+    return draw_picture([*maps, held], title=title, image=shots[0].image, shots=shots)
 
 
 def picture_folder(folder: Path) -> Path:

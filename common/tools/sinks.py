@@ -20,6 +20,7 @@ from vlm_distill_cache.common.attention.tiles import (
     box_array,
     carries_image,
     grid_tile,
+    of_view,
     tiles_from_array,
     tiles_of,
     tiles_to_array,
@@ -159,7 +160,7 @@ def _sources(plan: Plan) -> dict[Part, str]:
 
 
 def _find(plan: Plan, records: Callable[[Iterable[str], int], Iterable[tuple[str, Record]]]) -> Sinks:
-    """Find the sinks of records.
+    """Find the sinks of records. Of several pictures each is one, as are frames that visual tokens show together.
 
     Args:
         records: From fields and a number to evenly spaced records, at most so many.
@@ -172,26 +173,30 @@ def _find(plan: Plan, records: Callable[[Iterable[str], int], Iterable[tuple[str
     samples, maps = 0, dict[Part, SinkMap]()
     for most, parts in runs.items():
         codecs = {part: codec_from_dict(plan.signals[sources[part]]) for part in parts}
-        base = {entry.name for entry in base_fields(plan.format_version)}
-        names = base | {entry.name for part in parts for entry in plan.fields[sources[part]]}
+        names = {entry.name for part in parts for entry in plan.fields[sources[part]]}
+        names |= {entry.name for entry in base_fields(plan.format_version)}
         pictures: dict[Part, list[tuple[tuple[Tile, ...], Floats]]] = {part: [] for part in parts}
+        frames: dict[Part, list[tuple[tuple[Tile, ...], Floats]]] = {part: [] for part in parts}
         seen, known, tiled = 0, set[bytes](), False
         for _, record in records(names, most):
             seen += 1
             if not len(record["tiles"]):
                 continue
-            tiles, image = tiles_of(record), record["image_hash"].tobytes()
-            if len(views_of(tiles)) != 1 or tiles[0].is_frame:  # places are those of pictures that are alone
-                continue
-            for part, codec in codecs.items():
-                if part == "language_model" or image not in known:  # where text looks depends on the text
-                    pictures[part].append((codec.cells_of(tiles), _received(codec, record)))
-            known.add(image)
-            tiled |= len(tiles) > 1
+            tiles = tiles_of(record)
+            received = {part: _received(codec, record, tiles) for part, codec in codecs.items()}
+            for number, view in enumerate(views_of(tiles)):
+                image = record["image_hash"][int(view.span[0]) : int(view.span[1])].tobytes()
+                for part, shown in received.items():
+                    if part == "language_model" or image not in known:  # where text looks depends on the text
+                        (frames if view.is_frame else pictures)[part].append(shown[number])
+                known.add(image)
+                tiled |= len(of_view(tiles, view)) > 1
         samples = max(samples, seen)
-        for part, shown in pictures.items():
-            codec = codecs[part]
-            grid = codec.grid if isinstance(codec, RowAttentionCodec) else None
+        for part, codec in codecs.items():
+            rows = isinstance(codec, RowAttentionCodec)
+            # Frames may be kept on a coarser grid: they tell where there is no picture.
+            shown = pictures[part] or frames[part] if rows else [*pictures[part], *frames[part]]
+            grid = (shown[0][0][0].rows, shown[0][0][0].cols) if rows and shown else None
             if isinstance(codec, VisualMapCodec) and (side := codec.grid) and tiled:
                 # Of several tiles a map is pooled over the picture, of one over its frame, padding and all.
                 grid = (side, side)
@@ -202,18 +207,27 @@ def _find(plan: Plan, records: Callable[[Iterable[str], int], Iterable[tuple[str
     return Sinks(samples=samples, maps=ordered, signals={part: sources[part] for part in PARTS if part in maps})
 
 
-def _received(codec: Any, record: Record) -> Floats:
-    """What each visual token, or cell, of a record receives, mean over rows and layer groups, float64 ``[N]``."""
-    decoded = codec.decode(record)
-    if isinstance(codec, RowAttentionCodec):
-        cells = decoded.cells.astype(np.float64)  # [A, G, C]
-        return np.asarray(cells.mean(axis=(0, 1)) if len(cells) else np.zeros(codec.cells))
+def _received(codec: Any, record: Record, tiles: tuple[Tile, ...]) -> list[tuple[tuple[Tile, ...], Floats]]:
+    """What each visual token, or cell, of each view receives, mean over rows and layer groups: float64 ``[N]``, and its tiles."""
+    decoded, layout = codec.decode(record), codec.cells_of(tiles)
+    views = [of_view(layout, view) for view in views_of(layout)]
     if isinstance(codec, VisualMapCodec):
-        tiles = codec.cells_of(tiles_from_array(np.asarray(record["tiles"])))
-        rows = decoded.values[:, carries_image(box_array(tiles))].astype(np.float64)  # [G, rows, N]
-        return np.asarray(rows.mean(axis=(0, 1)) if rows.shape[1] else np.zeros(rows.shape[2]))
-    values: Floats = decoded.astype(np.float64)
-    return values.mean(axis=0) if values.ndim == 2 else values
+        maps = decoded if isinstance(decoded, tuple) else (decoded,)
+        return [(view, _of_map(one.values, view)) for one, view in zip(maps, views, strict=True)]
+    if isinstance(codec, RowAttentionCodec):
+        cells = decoded.cells.astype(np.float64)  # [A, G, K]
+        values = np.asarray(cells.mean(axis=(0, 1)) if len(cells) else np.zeros(cells.shape[2]))
+    else:
+        values = decoded.astype(np.float64)
+        values = values.mean(axis=0) if values.ndim == 2 else values
+    ends = np.cumsum([sum(tile.token_count for tile in view) for view in views])[:-1]
+    return list(zip(views, np.split(values, ends), strict=True))
+
+
+def _of_map(values: np.ndarray, tiles: tuple[Tile, ...]) -> Floats:
+    """The same of the map ``[G, N, N]`` of one view, over the rows that carry image."""
+    rows = values[:, carries_image(box_array(tiles))].astype(np.float64)  # [G, rows, N]
+    return np.asarray(rows.mean(axis=(0, 1)) if rows.shape[1] else np.zeros(rows.shape[2]))
 
 
 def write_sinks(cache_dir: Path) -> Sinks | None:
@@ -351,9 +365,11 @@ def place_name(found: SinkMap, place: int) -> str:
     raise ValueError("there is no such place")
 
 
-def _of_words(found: SinkMap, part: str) -> str:
-    """How many were looked at, and what a place is."""
+def _of_words(found: SinkMap, part: str, *, several: bool) -> str:
+    """How many were looked at, and what a place is; ``several``: samples may have several pictures."""
     counted = "samples with a picture" if part == "language_model" else "pictures"
+    if several:
+        counted = "pictures and frames" + (", in each sample that shows them" if part == "language_model" else "")
     return f"of {found.pictures:,} {counted}; {_layout_words(found)}"
 
 
@@ -405,6 +421,7 @@ def _causal(found: SinkMap) -> str:
 
 def describe_sinks(cache: TeacherCache, found: Sinks, *, shades: str = BLOCKS) -> str:
     """The sinks of a cache as tables and heat maps in characters; ``shades`` as of `draw_text`."""
+    several = cache.plan.format_version != ONE_PICTURE
     lines = [
         f"sinks of {cache.place}, in {found.samples:,} evenly spaced samples of {len(cache):,} (gamma {found.gamma:g})"
     ]
@@ -415,7 +432,7 @@ def describe_sinks(cache: TeacherCache, found: Sinks, *, shades: str = BLOCKS) -
         sinks = found.maps[part]
         lines += [
             "",
-            f"{_WORDS[part]}: {found.signals[part]} {_of_words(sinks, part)}",
+            f"{_WORDS[part]}: {found.signals[part]} {_of_words(sinks, part, several=several)}",
             f"  {'place':<26}{'score':>7}{'of the attention':>18}{'a sink in':>12}",
         ]
         lines += [
@@ -495,14 +512,15 @@ def sink_values(found: Sinks) -> dict[str, Any]:
     return {name: body[name] for name in ("gamma", "samples", "maps")}
 
 
-def card_lines(found: Sinks | None) -> str:
+def card_lines(found: Sinks | None, plan: Plan) -> str:
     """The section of a cache's card; empty where nothing is known."""
+    several = plan.format_version != ONE_PICTURE
     if found is None or not found.maps:
         return ""
     lines = ["", "## Sinks: places that attract attention whatever the picture shows", ""]
     for part, sinks in found.maps.items():
         lines += [
-            f"Of the {_WORDS[part]}, from {markdown(found.signals[part])} {_of_words(sinks, part)}.",
+            f"Of the {_WORDS[part]}, from {markdown(found.signals[part])} {_of_words(sinks, part, several=several)}.",
             "",
             "| place | score | share of the attention | a sink in |",
             "|---|---|---|---|",

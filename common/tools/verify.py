@@ -234,6 +234,9 @@ def _check_manifest(cache_dir: Path, plan: Plan, manifest: Manifest) -> list[Dam
     if manifest.plan_hash != plan.hash:
         reason = f"made for plan {manifest.plan_hash}, but {PLAN} is {plan.hash}"
         damages.append(Damage(MANIFEST, "manifest", reason))
+    if manifest.format_version != plan.format_version:
+        reason = f"is of format version {manifest.format_version}, but {PLAN} is of {plan.format_version}"
+        damages.append(Damage(MANIFEST, "manifest", reason))
     if len(manifest.shards) != plan.shard_count:
         reason = f"lists {len(manifest.shards)} shards, but the plan has {plan.shard_count}"
         damages.append(Damage(MANIFEST, "manifest", reason))

@@ -119,7 +119,9 @@ def videos_in(value: Any, beside: Mapping[str, Any]) -> list[Any]:
     if _are_frames(value):
         lists = (beside.get(key) for key in _TIMES)
         return [
-            Frames(tuple(value), fps, next((tuple(times) for times in lists if _are_times(times, len(value))), None))
+            Frames(
+                tuple(value), fps, next((tuple(times or ()) for times in lists if _are_times(times, len(value))), None)
+            )
         ]
     if isinstance(value, list | tuple):
         return [Frames(tuple(item), fps) if isinstance(item, list | tuple) else item for item in value]

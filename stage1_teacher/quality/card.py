@@ -132,7 +132,7 @@ Bytes are those of the decoded arrays; on disk they are packed.
 | figure | mean over the probe |
 |---|---|
 {figures}
-{shift_section(shift)}{card_lines(sinks)}
+{shift_section(shift)}{card_lines(sinks, plan)}
 ## Fingerprints
 
 | of | value |

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlm_distill_cache.common.attention.boxes import overlap_matrix, pool_keys, show_twice, tile_boxes
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.layers import GroupMatch, Groups
-from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile, grid_tile, of_view, tiles_of, views_of
+from vlm_distill_cache.common.attention.tiles import FINEST_SIDE, Tile, grid_tile, tiles_of
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
@@ -28,7 +28,9 @@ from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.pixels import image_hash
 from vlm_distill_cache.common.tools.picture import paint_heat
 from vlm_distill_cache.common.tools.record_view import TokenText, load_token_text
-from vlm_distill_cache.data.sample import Dataset, Sample, load_picture
+from vlm_distill_cache.common.tools.views import Place, chosen, chosen_words, join_views, lay_out, shots_of
+from vlm_distill_cache.data.questions import pictures_of
+from vlm_distill_cache.data.sample import Dataset, Sample
 from vlm_distill_cache.data.text.collate import Batch, collate, supervised_rows, visual_keys
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder, build_prompt
 from vlm_distill_cache.data.text.generation import device_of, generate_answers, pad_token_id
@@ -41,6 +43,7 @@ TEACHER = "teacher"
 PICTURE_SIDE = 220
 MOST_WORDS = 32  # of an answer
 _HEAT_SIDE = 48  # pixels of a heat map; it is stretched over its picture
+_MOST_FRAMES = 8  # of a sample, that are drawn
 _LIKELY = 3  # of the teacher's tokens that are told
 _MOST_TOKENS = 64  # of a student's answer
 
@@ -77,7 +80,8 @@ class Taught:
         answer: What the cache was made with.
         written: Whether the teacher wrote it.
         teacher: What the teacher held for most likely at each of its tokens; empty where the cache has no logits.
-        picture: Longer side ``PICTURE_SIDE`` pixels.
+        picture: Longer side ``PICTURE_SIDE`` pixels; of several, a sheet with a row for each and a strip of frames.
+        note: How many pictures and frames of how many are drawn, where not all are.
         said: What each student answers, in its own words.
         words: Of the answer, at most ``MOST_WORDS``.
         chosen: The word on which the teacher is most concentrated.
@@ -92,6 +96,7 @@ class Taught:
     said: Mapping[str, str]
     words: Sequence[Word]
     chosen: int = 0
+    note: str = ""
 
 
 Models = Mapping[str, tuple[Any, SampleEncoder]]
@@ -120,28 +125,31 @@ def collect_taught(
             sample = answered_sample(cache, dataset[position])
             looking = {} if match is None else models  # others may have other tokens than the cache
             encoded = {name: encode_as_cached(encoder, cache, sample) for name, (_, encoder) in looking.items()}
-            picture = shrink(load_picture(sample.images[0])) if sample.images else None
+            pictures = pictures_of(sample, cache.plan.extra.get("frames"))
         except SampleError:
             continue
         if not all(one.tiles for one in encoded.values()):
             continue
         record = cache.read(sample.sample_id)
+        sheet = lay_sheet(record, pictures)
         maps: dict[str, tuple[Tensor, Tensor]] = {}  # float [A, N or C] and its boxes, by model
         if match is not None and codec is not None:
             cells = regroup_rows(as_tensors(codec.decode(record)), match).cells.mean(dim=1)  # [A, C]
-            grids = _first_view(codec.cells_of(tiles_of(record)))
-            maps[TEACHER] = cells[:, : sum(grid.token_count for grid in grids)], tile_boxes(grids)
+            maps[TEACHER] = cells, tile_boxes(codec.cells_of(tiles_of(record)))
             for name, (model, encoder) in models.items():
                 batch = collate([encoded[name]], pad_token_id(encoder)).to(device_of(model))
                 mass = _attention(model, captures[name], batch, match.student)  # [A, N]
-                own = _first_view(encoded[name].tiles)  # the picture that is drawn; others are not
-                maps[name] = seen_once(mass[:, : sum(tile.token_count for tile in own)], own)
+                if len(sheet.places) > 1:  # on the teacher's cells, whose views are drawn
+                    own = overlap_matrix(tile_boxes(encoded[name].tiles), maps[TEACHER][1])
+                    maps[name] = pool_keys(mass, own), maps[TEACHER][1]
+                else:
+                    maps[name] = seen_once(mass, encoded[name].tiles)
         answers = _answers(record["labels"].tolist(), text)
         if not answers:
             continue
         turn, row = _most_telling(answers, maps.get(TEACHER), alone=sample.independent_turns)
         logits = _logits(record, cache)
-        words = _words(record, logits, text, answers[turn], maps)
+        words = _words(record, logits, text, answers[turn], maps, sheet)
         places = [rows for _, rows in text.words(record["labels"].tolist()) if rows[0] in answers[turn]]
         asked = sample.turns[turn] if turn < len(sample.turns) else sample.turns[-1]
         found.append(
@@ -151,19 +159,14 @@ def collect_taught(
                 answer=asked.answer,
                 written=AnswersCodec.signal in cache.plan.signals,
                 teacher=_best(logits, answers[turn], text),
-                picture=picture,
+                picture=sheet.picture,
+                note=sheet.note,
                 said={name: _say(one, sample, asked.question, len(answers[turn])) for name, one in models.items()},
                 words=words,
                 chosen=next((place for place, rows in enumerate(places[:MOST_WORDS]) if row in rows), 0),
             )
         )
     return found
-
-
-def _first_view(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
-    """The tiles of a sample's first picture."""
-    views = views_of(tiles)
-    return tiles if len(views) <= 1 else of_view(tiles, views[0])
 
 
 def teachers_words(
@@ -227,6 +230,7 @@ def _words(
     text: TokenText,
     rows: range,
     maps: Mapping[str, tuple[Tensor, Tensor]],
+    sheet: Sheet,
 ) -> list[Word]:
     found = []
     for word, own in text.words(record["labels"].tolist()):
@@ -239,13 +243,13 @@ def _words(
             pairs = zip(logits.token_ids[first][kept], np.exp(logits.log_probs[first][kept]), strict=True)
             likely = [(text.of(int(token)), float(share)) for token, share in pairs][:_LIKELY]
         means = {name: (mass[own].mean(dim=0), boxes) for name, (mass, boxes) in maps.items()}
-        found.append(Word(text=word, likely=likely, looks={name: _look(name, means) for name in means}))
+        found.append(Word(text=word, likely=likely, looks={name: _look(name, means, sheet) for name in means}))
         if len(found) == MOST_WORDS:
             break
     return found
 
 
-def _look(name: str, means: Mapping[str, tuple[Tensor, Tensor]]) -> Look:
+def _look(name: str, means: Mapping[str, tuple[Tensor, Tensor]], sheet: Sheet) -> Look:
     """One word's map of one model; ``means`` are mass float ``[N]`` and boxes ``[N, 6]`` of all."""
     mass, boxes = means[name]
     cosine = None
@@ -254,7 +258,7 @@ def _look(name: str, means: Mapping[str, tuple[Tensor, Tensor]]) -> Look:
         own = pool_keys(mass, overlap_matrix(boxes, grid))
         norms = float(own.norm() * cells.norm())
         cosine = float(own @ cells) / norms if norms > 0 else None
-    return Look(heat=heat_picture(mass, boxes), image_mass=float(mass.sum()), cosine=cosine)
+    return Look(heat=sheet.heat(mass, boxes), image_mass=float(mass.sum()), cosine=cosine)
 
 
 @torch.inference_mode()
@@ -303,17 +307,73 @@ def seen_once(mass: Tensor, tiles: tuple[Tile, ...]) -> tuple[Tensor, Tensor]:
     return pool_keys(mass, overlap_matrix(boxes, cells)), cells
 
 
-def heat_picture(mass: Tensor, boxes: Tensor) -> PIL.Image.Image:
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """What is drawn of a sample.
+
+    Attributes:
+        picture: Its picture, or all that are drawn; None without any.
+        drawn: Which of the views, in the order of the cells.
+        places: Where they lie; empty of one picture.
+        note: How many are drawn of how many, where not all are.
+    """
+
+    picture: PIL.Image.Image | None
+    drawn: Sequence[int] = ()
+    places: Sequence[Place] = ()
+    note: str = ""
+
+    def heat(self, mass: Tensor, boxes: Tensor) -> PIL.Image.Image:
+        """`heat_picture`; of several views on each of them, with one scale for all: attention per area.
+
+        Args:
+            mass: Of the cells of all views, float ``[K]``.
+            boxes: float ``[K, 6]`` from `tile_boxes`.
+        """
+        if not self.places:
+            return heat_picture(mass, boxes)
+        views = list(dict.fromkeys(map(tuple, boxes[:, 4:].tolist())))
+        areas = (boxes[:, 2:4] - boxes[:, :2]).prod(dim=1)
+        densest = float((mass / areas).max())
+        parts = []
+        for view, place in zip(self.drawn, self.places, strict=True):
+            own = (boxes[:, 4:] == boxes.new_tensor(views[view])).all(dim=1)
+            heat = heat_picture(mass[own], boxes[own], strongest=densest * float(areas[own][0]))
+            parts.append(heat.resize(place.size, PIL.Image.Resampling.NEAREST))
+        return join_views(parts, self.places, clear=True)
+
+
+def lay_sheet(record: Record, pictures: Sequence[PIL.Image.Image]) -> Sheet:
+    """Lay out what a cached sample shows.
+
+    Args:
+        pictures: Its pictures and frames, in order.
+    """
+    shots = shots_of(record, dict(enumerate(pictures)))
+    if len(shots) < 2:
+        return Sheet(picture=shrink(pictures[0]) if pictures else None)
+    drawn = chosen(shots, frames=_MOST_FRAMES)
+    shown = [shots[view] for view in drawn]
+    places = lay_out(shown, [shot.sides or (1, 1) for shot in shown], still=PICTURE_SIDE, frame=PICTURE_SIDE // 2)
+    parts = [
+        None if shot.image is None else shot.image.convert("RGB").resize(place.size, PIL.Image.Resampling.LANCZOS)
+        for shot, place in zip(shown, places, strict=True)
+    ]
+    return Sheet(picture=join_views(parts, places), drawn=drawn, places=places, note=chosen_words(shots, drawn))
+
+
+def heat_picture(mass: Tensor, boxes: Tensor, *, strongest: float | None = None) -> PIL.Image.Image:
     """Paint attention, to be laid over a picture of any size.
 
     Args:
         mass: Attention of each token or cell, float ``[N]``.
         boxes: Their boxes on the picture, float ``[N, 6]`` from `tile_boxes`; what is outside of the picture is cut off.
+        strongest: What is painted brightest; None: the largest mass.
 
     Returns:
         RGBA, square; each box in the colour of its mass relative to the largest, clear where there is none.
     """
-    strongest = float(mass.max())
+    strongest = float(mass.max()) if strongest is None else strongest
     heat = np.zeros((_HEAT_SIDE, _HEAT_SIDE))
     for value, box in zip(mass.tolist(), boxes.tolist(), strict=True):
         x0, y0, x1, y1 = (max(0, round(side * _HEAT_SIDE)) for side in box[:4])

@@ -29,7 +29,7 @@ def test_it_tells_what_it_has_and_leaves_the_rest_out(tmp_path):
     assert asked.questions(["broken", "nobody", "odd", "seen", "text"]) == {
         "broken": turns, "seen": turns, "text": ["what", "and that?"],
     }  # fmt: skip
-    assert asked.picture("seen").size == (4, 3)
-    assert [asked.picture(name) for name in ("text", "broken", "odd", "nobody")] == [None] * 4
+    assert [picture.size for picture in asked.pictures("seen")] == [(4, 3)]
+    assert [asked.pictures(name) for name in ("text", "broken", "odd", "nobody")] == [None] * 4
     with pytest.raises(DataError, match="nothing-there"):
         open_asked("nothing-there", split="train", images=None)

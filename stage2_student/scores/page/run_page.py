@@ -207,7 +207,7 @@ def _answer(taught: Taught, group: str) -> str:
     views = "".join(_view(taught, name) for name in looks)
     if taught.picture is not None:
         shown = picture(taught.picture, f"picture of {taught.sample_id}")
-        views = f"<figure><figcaption>picture</figcaption>{shown}</figure>{views}"
+        views = f"<figure><figcaption>{words(taught.note or 'picture')}</figcaption>{shown}</figure>{views}"
     likely = "".join(f"<div><p>{_likely(word)}</p></div>" for word in taught.words)
     return (
         f'<div class="card"><p class="said"><b>{words(taught.question)}</b> <small>({words(taught.sample_id, 80)})</small></p>'

@@ -23,16 +23,19 @@ from vlm_distill_cache.stage1_teacher.config import SIGNALS
 
 FROZEN = Path(__file__).parents[1] / "fixtures"
 REFUSED = (CacheFormatError, CacheMismatchError)
-PLACES = {  # six hundred in all; zarr takes longer
+PLACES = {  # more than six hundred in all; zarr takes longer
     ("frozen", "zarr"): 60, ("fresh", "zarr"): 60, ("today", "zarr"): 50,
     ("frozen", "webdataset"): 90, ("fresh", "webdataset"): 210, ("today", "webdataset"): 130,
+    ("several", "zarr"): 16, ("several", "webdataset"): 90,
 }  # fmt: skip
 
 
 def make(kind, store, folder, build):
-    """Make a cache: one written long ago; one of several shards; one with every signal there is today."""
+    """Make a cache: one written long ago; of format version 2; of several shards; with every signal there is today."""
     if kind == "frozen":
         shutil.copytree(FROZEN / f"cache-v1-{store}", folder)
+    elif kind == "several":
+        shutil.copytree(FROZEN / f"cache-v2-{store}", folder)
     elif kind == "fresh":
         build_cache(folder, make_plan(store, samples=6, shard_size=3), fidelity={"kl": 0.25})
     else:

@@ -186,7 +186,7 @@ def _short_questions(sample: Sample) -> list[Question]:
     asked = questions_of(sample, _answer_kind)
     if not sample.independent_turns:
         shown = len(sample.placed()[0].places)  # what later questions show was not to be seen yet
-        asked = [replace(asked[0], further=sample.images[1:shown])] if shown else []
+        asked = [replace(asked[0], further=sample.images[1:shown], places=sample.turns[0].places)] if shown else []
     return [item for item in asked if item.question and len(item.answer.split()) <= SHORT_ANSWER_WORDS]
 
 

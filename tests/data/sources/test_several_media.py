@@ -58,7 +58,7 @@ def written(sample):
 
 
 def shown(medium):
-    return f"v:{medium.name}" if isinstance(medium, VideoSource) else medium.name
+    return f"v:{medium.name.split(' from ')[0]}" if isinstance(medium, VideoSource) else medium.name
 
 
 def user(*content):

@@ -68,8 +68,8 @@ from vlm_distill_cache.stage2_student.training.checks import (
     check_visual_rows,
     probe_inputs,
     probe_samples,
-    shows_too_much,
     same_tokenizer,
+    shows_too_much,
 )
 from vlm_distill_cache.stage2_student.training.resolve import open_caches
 from vlm_distill_cache.stage2_student.training.token_choice import check_choice, choose_tokens

@@ -1,4 +1,4 @@
-"""A cache as one with more kinds of samples has it: format version 1 as version 2, and version 2 without videos as with.
+"""A cache as one with more kinds of samples has it: format version 1 as version 2, version 2 without videos as with.
 
 What one picture has is what the first of several would have.
 
@@ -29,7 +29,7 @@ def breadth(plan: Plan) -> tuple[int, bool]:
 
 
 def lift_plan(plan: Plan, like: Plan) -> Plan:
-    """A plan in the format version of another one, and with its videos, if that has the newer or the first; else itself.
+    """A plan as another one that provides for more samples is: in its format version, with its videos; else itself.
 
     Args:
         like: Has the settings that the plan has not: grids over frames, which frames are read, and how.

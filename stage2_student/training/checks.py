@@ -435,7 +435,7 @@ def probe_samples(dataset: CachedDataset | UnitedDataset) -> None:
                     f"{error}. The teacher's template wrote it and the student's cannot: choose one that can (--set "
                     "template=...), or a student with the teacher's tokenizer, which takes the cache's template"
                 ) from error
-            if shows_too_much(error):
+            if shows_too_much(error) or "prompt template" in str(error):
                 raise CacheMismatchError(str(error)) from error
             raise CacheMismatchError(
                 f"sample {dataset.sample_ids[position]!r} was readable when the cache was built and is not now: "

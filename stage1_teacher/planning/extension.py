@@ -50,7 +50,7 @@ _SHOWN: dict[str, Callable[[Any], Any]] = {
     "logits": lambda codec: codec.preset,
     "temperatures": lambda codec: codec.temperatures,
     "grid": lambda codec: codec.grid[0] if len(set(codec.grid)) == 1 else None,
-    "frame_grid": lambda codec: codec.frame_grid and codec.frame_grid[0],
+    "frame_grid": lambda codec: (codec.frame_grid or (0,))[0] if codec.several else None,
     "attention_dtype": lambda codec: "f4" if getattr(codec, "exact", getattr(codec, "preset", "") == "f4") else "u1",
     "map_preset": lambda codec: None if codec.preset == "f4" else codec.preset,
     "map_grid": lambda codec: codec.grid,

@@ -300,11 +300,13 @@ def test_a_signals_options_are_those_that_its_codec_depends_on():
     """Or an option that is given would be ignored, or a record thrown away."""
     others = {
         "logits": "wide", "temperatures": (1.0,), "attention_dtype": "f4", "grid": 3, "map_preset": "blocks", "map_grid": 3,
+        "frame_grid": 3,
         "hidden_layers": (0,), "hidden_dtype": "f4", "groups": 2, "max_length": 9, "shard_size": 9,
     }  # fmt: skip
 
     def codecs(config: BuildConfig) -> dict[str, dict]:
-        sizes = Sizes(grid=(config.grid, config.grid), layers=config.hidden_layers, width=8)
+        grid = (config.grid, config.grid)
+        sizes = Sizes(grid=grid, layers=config.hidden_layers, width=8, several=True, videos=True)
         return {name: codec.to_dict() for name, codec in build_codecs(config, sizes).items()}
 
     plain = BuildConfig(signals=SIGNALS, grid=2, hidden_layers=(1,))
@@ -317,20 +319,26 @@ def test_a_signals_options_are_those_that_its_codec_depends_on():
 
 _VALUES: dict[str, tuple[object, ...]] = {
     "logits": (*LOGIT_PRESETS, "fixed:2", "fixed:17", "fixed:255"), "temperatures": ((1.0,), (1.0, 2.0), (4.0, 1.0)),
-    "grid": (0, 1, 3), "map_grid": (0, 2), "hidden_layers": ((0,), (-1,), (1, 0), (0, -1)), "groups": (1, 2),
+    "grid": (0, 1, 3), "frame_grid": (0, 1, 4), "map_grid": (0, 2),
+    "hidden_layers": ((0,), (-1,), (1, 0), (0, -1)), "groups": (1, 2),
     **{name: get_args(get_type_hints(BuildConfig)[name]) for name in ("attention_dtype", "map_preset", "hidden_dtype")},
 }  # fmt: skip
 _SHAPES = {option for extractor in EXTRACTORS.values() for option in extractor.options} - {"layers"}
 
 
 @hypothesis.settings(max_examples=40)
-@given(values=fixed_dictionaries({name: sampled_from(_VALUES[name]) for name in sorted(_SHAPES)}), square=booleans())
-def test_options_are_told_from_the_codecs_that_they_gave_and_give_them_again(values: dict, square: bool):
+@given(
+    values=fixed_dictionaries({name: sampled_from(_VALUES[name]) for name in sorted(_SHAPES)}),
+    square=booleans(),
+    several=booleans(),
+)
+def test_options_are_told_from_the_codecs_that_they_gave_and_give_them_again(values: dict, square: bool, several: bool):
     """Or a signal would become another one, unasked, when an option beside is given, and the file of options would lie."""
 
     def codecs(config: BuildConfig) -> dict[str, dict]:
         grid = (config.grid, config.grid) if config.grid else (3, 3) if square else (2, 3)
-        sizes = Sizes(grid=grid, layers=tuple(layer % 3 for layer in config.hidden_layers), width=32)
+        layers = tuple(layer % 3 for layer in config.hidden_layers)
+        sizes = Sizes(grid=grid, layers=layers, width=32, several=several, videos=several)
         return {name: codec.to_dict() for name, codec in build_codecs(config, sizes).items()}
 
     built = codecs(BuildConfig(signals=SIGNALS, **values))

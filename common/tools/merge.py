@@ -48,7 +48,7 @@ from vlm_distill_cache.common.tools.derive import (
     write_shards,
 )
 from vlm_distill_cache.common.tools.derived_card import DERIVED
-from vlm_distill_cache.common.tools.lift import lift_plan, lift_record
+from vlm_distill_cache.common.tools.lift import breadth, lift_plan, lift_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +268,7 @@ def refuse_different(first: TeacherCache, other: TeacherCache, what: str = "merg
     """Refuse to merge caches, or to do something else with both, that do not mean the same.
 
     Args:
-        lift: That one is of an earlier format version is no difference: its records become those of the newer one.
+        lift: That one is of an earlier format version, or has no videos, is no difference: its records become the other's.
     """
     one, two = map(_meaning, _lifted((first, other)) if lift else (first.plan, other.plan))
     lines = []
@@ -296,9 +296,9 @@ def refuse_different(first: TeacherCache, other: TeacherCache, what: str = "merg
 
 
 def _lifted(caches: Sequence[TeacherCache]) -> list[Plan]:
-    """The plans of caches, all in the newest format version that one of them has."""
-    newest = max((cache.plan for cache in caches), key=lambda plan: plan.format_version)
-    return [lift_plan(cache.plan, newest) for cache in caches]
+    """The plans of caches, all in the newest format version that one of them has, and with videos if one has these."""
+    broadest = max((cache.plan for cache in caches), key=breadth)
+    return [lift_plan(cache.plan, broadest) for cache in caches]
 
 
 def _meaning(plan: Plan) -> dict[str, Any]:

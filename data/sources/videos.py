@@ -29,6 +29,17 @@ _PLAIN = ("image", "images")
 _RATES = ("sample_fps", "fps", "video_fps")  # of a list of frames, frames a second
 _TIMES = ("timestamps", "frame_times", "times")  # of each frame of a list, seconds
 _CUTS = ("video_start", "video_end")  # Qwen's: seconds
+_TIMED = (
+    "start",
+    "end",
+    "start_time",
+    "end_time",
+    "start_sec",
+    "end_sec",
+    "clip_start",
+    "clip_end",
+)  # if they are times
+_TIME = re.compile(r"\s*(?=.*[1-9])[\d:.,]+\s*s?\s*")
 _BYTES = re.compile(r"\s*data:video/[^,]*;base64,", re.IGNORECASE)
 
 
@@ -142,6 +153,7 @@ def open_video(value: Any, find: Callable[[Any, str], ImageSource]) -> VideoSour
             tuple(find(picture, "image") for picture in value.pictures), fps=value.fps, times=value.times
         )
     while isinstance(value, Mapping):
+        _refuse_cuts(value)
         inner = next((value[key] for key in _KEYS if not says_none(value.get(key))), None)
         if inner is None:
             break
@@ -171,11 +183,17 @@ def _are_frames(value: Any) -> bool:
 
 
 def _refuse_cuts(entry: Mapping[str, Any]) -> None:
-    for key in _CUTS:
-        if not says_none(entry.get(key)) and entry[key] != 0:
+    for key in (*_CUTS, *_TIMED):
+        if not says_none(value := entry.get(key)) and value != 0 and (key in _CUTS or _is_time(value)):
             raise SampleError(
-                f"{key!r} ({brief(entry[key])}) says that a part of the video is meant, which is not read: cut the video"
+                f"{key!r} ({brief(value)}) says that a part of the video is meant, which is not read: cut the video"
             )
+
+
+def _is_time(value: Any) -> bool:
+    if isinstance(value, str):
+        return _TIME.fullmatch(value) is not None
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _are_times(value: Any, count: int) -> bool:

@@ -202,8 +202,7 @@ class SampleEncoder:
         most_pictures: Samples with more pictures are refused; None: any number. Where frames are pictures, a video has so many
             of its frames as are left, at uniform times.
         pictures_beyond: ``drop``: the first ``most_pictures`` stay, the others are left out with their markers.
-        visual_token_budget: Frames of videos are left out, at uniform times, until a sample has no more visual tokens
-            than this; what still has more is refused. None: no limit of its own.
+        visual_token_budget: Frames of videos are left out until a sample has so many; more are refused. None: any number.
 
     Raises:
         ConfigError: The tokenizer is not a fast one, ``max_length`` is too small for an image, or the template can mark

@@ -17,7 +17,7 @@ from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.manifest import Manifest
 from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, FRAMES, LONG_SAMPLES, THREADS, Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.cache.schema import base_fields
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE, SEVERAL_PICTURES, base_fields
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, with_visual_source
 from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
 from vlm_distill_cache.common.cache.versions import version_of
@@ -31,6 +31,7 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.tools.derived_card import DERIVED
+from vlm_distill_cache.common.tools.lift import lift_plan
 from vlm_distill_cache.common.tools.trust import open_trusted
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.grouping import ChosenSamples
@@ -49,7 +50,7 @@ _SHOWN: dict[str, Callable[[Any], Any]] = {
     "logits": lambda codec: codec.preset,
     "temperatures": lambda codec: codec.temperatures,
     "grid": lambda codec: codec.grid[0] if len(set(codec.grid)) == 1 else None,
-    "frame_grid": lambda codec: codec.frame_grid and codec.frame_grid[0],
+    "frame_grid": lambda codec: (codec.frame_grid or (0,))[0] if codec.several else None,
     "attention_dtype": lambda codec: "f4" if getattr(codec, "exact", getattr(codec, "preset", "") == "f4") else "u1",
     "map_preset": lambda codec: None if codec.preset == "f4" else codec.preset,
     "map_grid": lambda codec: codec.grid,
@@ -370,6 +371,13 @@ def _refuse_differences(config: ExtendConfig, old: Plan, new: Plan, *, keeps_att
             "extra": extra,
         }
 
+    if (old.format_version, new.format_version) == (ONE_PICTURE, SEVERAL_PICTURES):
+        raise CacheMismatchError(
+            f"{config.base} has format version {ONE_PICTURE}, one picture a sample, and the data have samples with several, or "
+            "videos: build a cache of these alone, with the same options, and join both (`cachectl merge`); nothing was changed"
+        )
+    # What a cache without videos does not say is no difference.
+    old = lift_plan(old, new)
     if lines := describe_differences(meaning(old), meaning(new), there="the cache", here="this run"):
         raise CacheMismatchError(
             f"{config.base} cannot be extended so, its records are of other settings:\n" + "\n".join(lines) + "\n"

@@ -413,6 +413,11 @@ def probe_inputs(model: Any, dataset: CachedDataset | UnitedDataset, *, where: s
         raise ModelError(f"{where}: {error}") from error
 
 
+def shows_too_much(error: SampleError) -> bool:
+    """Whether a sample has more pictures, or visual tokens, than the student reads: its file is as sound as before."""
+    return any(option in str(error) for option in ("pictures_beyond", "visual_token_budget"))
+
+
 def probe_samples(dataset: CachedDataset | UnitedDataset) -> None:
     """Load a few samples spread over the data: labels and pictures must be the ones the teacher saw."""
     step = max(1, len(dataset) // PROBED_SAMPLES)
@@ -430,6 +435,8 @@ def probe_samples(dataset: CachedDataset | UnitedDataset) -> None:
                     f"{error}. The teacher's template wrote it and the student's cannot: choose one that can (--set "
                     "template=...), or a student with the teacher's tokenizer, which takes the cache's template"
                 ) from error
+            if shows_too_much(error) or "prompt template" in str(error):
+                raise CacheMismatchError(str(error)) from error
             raise CacheMismatchError(
                 f"sample {dataset.sample_ids[position]!r} was readable when the cache was built and is not now: "
                 f"{error}. Restore the file, check --images, or build the cache again"

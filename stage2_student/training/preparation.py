@@ -69,6 +69,7 @@ from vlm_distill_cache.stage2_student.training.checks import (
     probe_inputs,
     probe_samples,
     same_tokenizer,
+    shows_too_much,
 )
 from vlm_distill_cache.stage2_student.training.resolve import open_caches
 from vlm_distill_cache.stage2_student.training.token_choice import check_choice, choose_tokens
@@ -371,6 +372,8 @@ def probe_planned(config: TrainConfig, dataset: Dataset, cache: TeacherCache, pa
         try:
             reads(dataset[place])
         except SampleError as error:
+            if shows_too_much(error):
+                raise ConfigError(str(error)) from error
             faults.append(str(error))
             with contextlib.suppress(SampleError):  # that the teacher cannot read it either is a recorded failure
                 replace(reads, max_length=longest)(dataset[place])

@@ -25,6 +25,7 @@ from vlm_distill_cache.common.codecs.registry import codec_from_dict
 from vlm_distill_cache.common.config import load_config, save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, DistillError, SampleNotCachedError
 from vlm_distill_cache.common.files.atomic import hold_folder
+from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.push import push
 from vlm_distill_cache.common.tools.merge import merge
@@ -39,7 +40,8 @@ from vlm_distill_cache.stage1_teacher.extend import Extension, extend
 from vlm_distill_cache.stage1_teacher.extract import extract
 from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS, Sizes, build_codecs
 from vlm_distill_cache.stage1_teacher.loop.work import Build
-from vlm_distill_cache.stage1_teacher.planning.extension import plan_of, unnamed_signals, with_options_of
+from vlm_distill_cache.stage1_teacher.planning import extension
+from vlm_distill_cache.stage1_teacher.planning.extension import ExtendConfig, plan_of, unnamed_signals, with_options_of
 
 QUESTIONS = ("what color is the circle ?", "is there a square ?")
 
@@ -300,11 +302,13 @@ def test_a_signals_options_are_those_that_its_codec_depends_on():
     """Or an option that is given would be ignored, or a record thrown away."""
     others = {
         "logits": "wide", "temperatures": (1.0,), "attention_dtype": "f4", "grid": 3, "map_preset": "blocks", "map_grid": 3,
+        "frame_grid": 3,
         "hidden_layers": (0,), "hidden_dtype": "f4", "groups": 2, "max_length": 9, "shard_size": 9,
     }  # fmt: skip
 
     def codecs(config: BuildConfig) -> dict[str, dict]:
-        sizes = Sizes(grid=(config.grid, config.grid), layers=config.hidden_layers, width=8)
+        grid = (config.grid, config.grid)
+        sizes = Sizes(grid=grid, layers=config.hidden_layers, width=8, several=True, videos=True)
         return {name: codec.to_dict() for name, codec in build_codecs(config, sizes).items()}
 
     plain = BuildConfig(signals=SIGNALS, grid=2, hidden_layers=(1,))
@@ -317,20 +321,26 @@ def test_a_signals_options_are_those_that_its_codec_depends_on():
 
 _VALUES: dict[str, tuple[object, ...]] = {
     "logits": (*LOGIT_PRESETS, "fixed:2", "fixed:17", "fixed:255"), "temperatures": ((1.0,), (1.0, 2.0), (4.0, 1.0)),
-    "grid": (0, 1, 3), "map_grid": (0, 2), "hidden_layers": ((0,), (-1,), (1, 0), (0, -1)), "groups": (1, 2),
+    "grid": (0, 1, 3), "frame_grid": (0, 1, 4), "map_grid": (0, 2),
+    "hidden_layers": ((0,), (-1,), (1, 0), (0, -1)), "groups": (1, 2),
     **{name: get_args(get_type_hints(BuildConfig)[name]) for name in ("attention_dtype", "map_preset", "hidden_dtype")},
 }  # fmt: skip
 _SHAPES = {option for extractor in EXTRACTORS.values() for option in extractor.options} - {"layers"}
 
 
 @hypothesis.settings(max_examples=40)
-@given(values=fixed_dictionaries({name: sampled_from(_VALUES[name]) for name in sorted(_SHAPES)}), square=booleans())
-def test_options_are_told_from_the_codecs_that_they_gave_and_give_them_again(values: dict, square: bool):
+@given(
+    values=fixed_dictionaries({name: sampled_from(_VALUES[name]) for name in sorted(_SHAPES)}),
+    square=booleans(),
+    several=booleans(),
+)
+def test_options_are_told_from_the_codecs_that_they_gave_and_give_them_again(values: dict, square: bool, several: bool):
     """Or a signal would become another one, unasked, when an option beside is given, and the file of options would lie."""
 
     def codecs(config: BuildConfig) -> dict[str, dict]:
         grid = (config.grid, config.grid) if config.grid else (3, 3) if square else (2, 3)
-        sizes = Sizes(grid=grid, layers=tuple(layer % 3 for layer in config.hidden_layers), width=32)
+        layers = tuple(layer % 3 for layer in config.hidden_layers)
+        sizes = Sizes(grid=grid, layers=layers, width=32, several=several, videos=several)
         return {name: codec.to_dict() for name, codec in build_codecs(config, sizes).items()}
 
     built = codecs(BuildConfig(signals=SIGNALS, **values))
@@ -354,6 +364,22 @@ def sealed(signals: dict[str, dict], *, groups: int = 1) -> tuple[Plan, Manifest
     fields = {name: codec_from_dict(codec).fields() for name, codec in signals.items()}
     data = {"name": "shapes"}
     return replace(plan, signals=signals, fields=fields, teacher=teacher, data=data), read_manifest(folder)
+
+
+def test_a_cache_of_one_picture_a_sample_is_told_how_to_get_samples_with_several():
+    plan, _ = sealed(LOGITS)
+    prints = plan.fingerprints | {"geometry": fingerprint(plan.geometry)}
+    several = replace(plan, format_version=2, fingerprints=prints)
+    with pytest.raises(CacheMismatchError, match=r"format version 1.*build a cache of these alone.*cachectl merge"):
+        extension._refuse_differences(ExtendConfig(base="cache"), plan, several, keeps_attention=True)
+    # Nor is it a difference that a cache without videos says nothing of how a family reads them.
+    clips = replace(
+        several,
+        geometry=several.geometry | {"video": {}},
+        extra=several.extra | {"frames": {"fps": 1.0, "most": 8}},
+        fingerprints=several.fingerprints | {"geometry": fingerprint(several.geometry | {"video": {}})},
+    )
+    extension._refuse_differences(ExtendConfig(base="cache"), several, clips, keeps_attention=True)
 
 
 def test_settings_of_no_preset_are_not_replaced_by_another_ones():

@@ -1,6 +1,7 @@
 """Format version 2 in the verbs of cachectl: copied, merged, cut and converted without a changed value; damage is found."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec, TextAttentionCodec
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes.pull import pull
 from vlm_distill_cache.common.remotes.push import push
@@ -145,6 +147,34 @@ def test_version_1_merges_with_2_and_becomes_it(first, tmp_path):
     assert cache.plan.format_version == cache.manifest.format_version == 2
     assert cache.plan.signals["answer_attention"]["frame_grid"] == [1, 2]
     assert cache.plan.extra["frames"] == {"fps": 2.0, "most": 4}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_a_cache_without_videos_does_not_say_of_them_is_no_difference(tmp_path, version):
+    """Its plan has no frames, and of a family that reads videos of its own neither geometry nor token of them."""
+    plan = several_plan("webdataset", shard_size=4)
+    prints = plan.fingerprints | {"geometry": fingerprint(plan.geometry)}
+    geometry = plan.geometry | {"video": {"kind": "own"}}
+    with_videos = replace(
+        plan,
+        geometry=geometry,
+        teacher=plan.teacher | {"video_token_id": 7},
+        fingerprints=prints | {"geometry": fingerprint(geometry)},
+    )
+    build_several(tmp_path / "clips", with_videos, ("clip", "two"))
+    if version == 1:
+        of_one_picture(tmp_path / "stills", ["one", "text"], fingerprints=prints)
+    else:
+        stills = replace(plan, fingerprints=prints, extra={k: v for k, v in plan.extra.items() if k != "frames"})
+        build_several(tmp_path / "stills", stills, ("two", "one"))
+    for sources in (["stills", "clips"], ["clips", "stills"]):
+        to = tmp_path / "-".join(sources)
+        merge([tmp_path / source for source in sources], to)
+        plan = assert_holds(to, [*dict.fromkeys(n for s in sources for n in open_cache(tmp_path / s).sample_ids)]).plan
+        assert (plan.geometry, plan.teacher) == (geometry, with_videos.teacher)
+        assert plan.extra["frames"] == with_videos.extra["frames"]
+        assert plan.fingerprints["geometry"] == fingerprint(geometry)
+        assert verify(to, deep=True) == []
 
 
 def test_versions_do_not_hide_another_difference(tmp_path):

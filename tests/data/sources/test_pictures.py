@@ -126,6 +126,9 @@ def test_other_names_of_the_same_picture_and_what_describes_it_do_not_count(samp
         ({"video": 5}, "a video must be given by its path"),
         ({"video": "a.mp4", "video_file": "b.mp4"}, "'video' and 'video_file' name different videos"),
         ({"video": "a.mp4", "video_start": 2.5}, "'video_start' .*a part of the video is meant"),
+        ({"video": "a.mp4", "start": 0.0, "end": 7.5}, "'end' .*a part of the video is meant"),
+        ({"video": "a.mp4", "start_time": "00:01:30"}, "'start_time' .*a part of the video is meant"),
+        ({"video": {"path": "a.mp4", "start": 3}}, "'start' .*a part of the video is meant"),
         ({"question": "<video>\nWhat?"}, "its text speaks of a video, but the entry names no video"),
         ({"question": '<video src="a.mp4" controls>\nWhat?'}, "a page's video, which is not read"),
         (

@@ -6,15 +6,26 @@ import pytest
 from test_encoding import PICTURE, TOKENIZERS, make_encoder
 from test_several_pictures import OTHER, Clip, sample_of
 
-from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.errors import CacheMismatchError, SampleError
 from vlm_distill_cache.common.pixels import image_hash
 from vlm_distill_cache.data.sample import FrameSampling
 from vlm_distill_cache.data.text.media import uniform_frames
 from vlm_distill_cache.stage2_student.students.encoder import build_encoder, describe_encoder
+from vlm_distill_cache.stage2_student.training.checks import probe_samples
 
 CLIP = Clip(times=tuple(float(second) for second in range(8)))
 ENCODER = replace(make_encoder(TOKENIZERS["metaspace"], "vicuna_v1"), most_pictures=None, sampling=FrameSampling())
 TOKENS = ENCODER.image_encoder.token_count
+
+
+class Loaded(list[str]):
+    """Data of one sample that shows two pictures."""
+
+    sample_ids = ("pair",)
+
+    def __init__(self, encoder):
+        super().__init__(self.sample_ids)
+        self.load = lambda _: encoder(asked(PICTURE, OTHER))
 
 
 def asked(*images, places=()):
@@ -54,6 +65,14 @@ def test_frames_are_thinned_until_visual_tokens_fit(frames):
     assert times(found) == [frame.time for frame in uniform_frames(CLIP.frames(FrameSampling()), frames)]
     with pytest.raises(SampleError, match=f"{3 * TOKENS} visual tokens exceed visual_token_budget={2 * TOKENS}"):
         replace(ENCODER, visual_token_budget=2 * TOKENS)(asked(PICTURE, OTHER, CLIP))
+
+
+@pytest.mark.parametrize("limit", [{"most_pictures": 1}, {"visual_token_budget": TOKENS}])
+def test_what_is_too_much_for_a_student_is_said_as_such_and_not_as_a_file_that_changed(limit):
+    encoder = replace(ENCODER, **limit)
+    with pytest.raises(CacheMismatchError, match=r"at most 1 a sample|exceed visual_token_budget") as told:
+        probe_samples(Loaded(encoder))
+    assert "readable" not in str(told.value)
 
 
 def test_a_students_description_says_what_it_reads_and_older_ones_say_nothing_of_it():

@@ -41,7 +41,7 @@ _STAGE_TWO = (
     "log_with metric_for_best_model visual_tokens token_selection sink_penalty merge_frames decoding_tokens decoding_selection "
     "shift_threshold visual_token_num num_visual_tokens retained_tokens fastv_attention_rank fast_v_attention_rank "
     "token_keep_ratio visual_token_ratio subset_ratio fastv_r fast_v_r pruning_ratio prune_ratio fastv_k fast_v_agg_layer "
-    "layer_list image_token_ratio_list dominant_num contextual_num mu_s mu_t"
+    "layer_list image_token_ratio_list dominant_num contextual_num mu_s mu_t most_pictures pictures_beyond visual_token_budget"
 )
 
 

@@ -148,7 +148,7 @@ def test_what_holds_for_all_phases_stands_under_what_a_phase_says_in_the_same_pl
         (
             TrainConfig,
             "train.lr=1",
-            r"unknown option train: dpt, dft, sft, lora, pruning, evaluation have options of their own",
+            r"unknown option train: frames, dpt, dft, sft, lora, pruning, evaluation have options of their own",
         ),
         (TrainConfig, "dft.lora_r=1", r"lora_r is no option of dft: write lora_r"),
         (TrainConfig, "LEARNING_RATE=1", r"did you mean learning_rate\?"),

@@ -16,7 +16,6 @@ from vlm_distill_cache.common.cache.documents import document_bytes, read_docume
 from vlm_distill_cache.common.cache.index import INDEX
 from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.plan import read_plan
-from vlm_distill_cache.common.cache.schema import FORMAT_VERSION
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST
 from vlm_distill_cache.common.cache.sidecar import FileEntry, missing_shards, sidecar_path
 from vlm_distill_cache.common.cli import main
@@ -316,7 +315,7 @@ def test_a_file_entry_of_the_index_that_lies_takes_the_manifest_with_it(cache):
 def of_a_newer_version(path, *, signed=True):
     """A description as a later version writes it; or, not signed, as a flipped bit makes it look."""
     body = read_document(path)
-    newer = body | {"format_version": FORMAT_VERSION + 2}
+    newer = body | {"format_version": 3}
     stated = (
         document_bytes(newer)
         if signed

@@ -127,8 +127,10 @@ def test_records_say_what_the_teachers_own_eager_pass_says_of_each_view(cache, t
         expected = (maps[:, rows][:, :, keys] @ pool).transpose(0, 1)
         np.testing.assert_allclose(found.cells, expected, atol=1e-6)
         np.testing.assert_allclose(found.image_mass, expected.sum(dim=2), atol=1e-6)
-        last = keys[-1] if len(keys) else len(encoded)
-        behind = np.arange(last + 1, len(encoded))
+        first = sum(tile.token_count for tile in encoded.tiles if tile.span[0] == 0)  # of the first view
+        behind = np.flatnonzero(
+            ~encoded.visual_mask & (np.arange(len(encoded)) > (keys[first - 1] if first else len(encoded)))
+        )
         expected = (maps[:, behind][:, :, keys] @ pool).transpose(0, 1)
         np.testing.assert_allclose(cache.decode("text_attention", record).cells, expected, atol=1e-6)
         views, place, columns = views_of(encoded.tiles), 0, []

@@ -98,7 +98,7 @@ class Scene:
             "answer_attention": self.maps["answer"],
             "text_attention": self.maps["text"],
             "visual_map": self.maps["visual"],
-            "visual_columns": sum_rows(self.maps, image_weights(batch, visual_keys(batch))),
+            "visual_columns": sum_rows(self.maps, image_weights(batch, visual_keys(batch))[:, 0]),
         }
         config = BuildConfig(signals=SIGNALS, logits="exact", temperatures=(1.0,), attention_dtype="f4", groups=GROUPS)
         codecs = build_codecs(config, Sizes(grid=grid))

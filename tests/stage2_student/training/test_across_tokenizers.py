@@ -126,8 +126,8 @@ def test_the_column_loss_is_the_cosine_of_both_sides_on_shared_places(tiny_cache
 def _pool(values, boxes, cells):
     """Sum of values on cells, by the share of each box's area that lies in the cell."""
     pooled = torch.zeros(len(cells))
-    for value, (x0, y0, x1, y1) in zip(values, boxes.tolist(), strict=True):
-        for cell, (u0, v0, u1, v1) in enumerate(cells.tolist()):
+    for value, (x0, y0, x1, y1) in zip(values, boxes[:, :4].tolist(), strict=True):
+        for cell, (u0, v0, u1, v1) in enumerate(cells[:, :4].tolist()):
             shared = max(0.0, min(x1, u1) - max(x0, u0)) * max(0.0, min(y1, v1) - max(y0, v0))
             pooled[cell] += float(value) * shared / ((x1 - x0) * (y1 - y0))
     return pooled

@@ -22,6 +22,7 @@ _OBJECTS = re.compile(r"\s*\[?\s*\{")
 _ENDS = re.compile(r"[\]})]\s*$")
 _NEIGHBOURS = re.compile(r"[\"']\s*[\"']")
 _NAMES = ("True", "False", "None", "nan", "array")
+DEEPEST = 200  # brackets within each other: Python's own parser takes no more
 _NOT_READ = (ValueError, SyntaxError, RecursionError, MemoryError, TypeError, tokenize.TokenError)
 
 
@@ -69,9 +70,12 @@ def _as_numpy(text: str) -> ast.Expression:
 def _with_commas(text: str) -> str:
     """What numpy printed, with a comma between two values that white space parts; `SyntaxError` if nothing does."""
     starts = [0, *accumulate(len(line) + 1 for line in text.split("\n"))]
-    out, done, ended = [], 0, False
+    out, done, ended, depth = [], 0, False, 0
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         at, end = (starts[row - 1] + column for row, column in (token.start, token.end))
+        depth += (token.string in ("[", "{", "(")) - (token.string in ("]", "}", ")"))
+        if depth > DEEPEST:
+            raise SyntaxError(text)
         value = token.type in (tokenize.STRING, tokenize.NUMBER) or token.string in _NAMES
         negative = token.string == "-" and not text[end : end + 1].isspace()
         if ended and (value or token.string in ("[", "{") or (negative and text[at - 1].isspace())):

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.cache.schema import Record
+from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.codecs.answers import AnswersCodec
 from vlm_distill_cache.common.errors import CacheMismatchError
 from vlm_distill_cache.common.pixels import HASH_BYTES
+from vlm_distill_cache.common.tools.lift import lift_record
 from vlm_distill_cache.data.text.encoding import EncodedSample
 
 _REMEDY = (
@@ -20,16 +21,16 @@ _REMEDY = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kept:
-    """The records of a cache, each of which stays byte for byte.
+    """The records of a cache, each of which stays byte for byte, in the format version that is built.
 
     Attributes:
         missing: The signals that they lack.
-        names: Their fields that stay.
+        fields: Their fields that stay, as the plan that is built describes them.
     """
 
     cache: TeacherCache
     missing: frozenset[str]
-    names: frozenset[str]
+    fields: tuple[Field, ...]
 
     def holds(self, sample_id: str) -> bool:
         """Whether the sample has a record; one that failed has none."""
@@ -37,7 +38,8 @@ class Kept:
 
     def record(self, sample_id: str) -> Record:
         """What stays of a record, its image's arrays included."""
-        return self.cache.read(sample_id, self.names)
+        names = {field.name for field in self.fields} & {field.name for field in self.cache.fields}
+        return lift_record(self.cache.read(sample_id, names), self.fields)
 
     def answers(self, sample_id: str) -> list[str]:
         """The answers that the teacher wrote, where it did; none of a sample without a record."""

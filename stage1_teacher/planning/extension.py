@@ -17,7 +17,7 @@ from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.manifest import Manifest
 from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, FRAMES, LONG_SAMPLES, THREADS, Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
-from vlm_distill_cache.common.cache.schema import ONE_PICTURE, SEVERAL_PICTURES, base_fields
+from vlm_distill_cache.common.cache.schema import base_fields
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, with_visual_source
 from vlm_distill_cache.common.cache.sidecar import missing_shards, read_sidecar
 from vlm_distill_cache.common.cache.versions import version_of
@@ -117,6 +117,8 @@ def with_options_of(
     codecs = {name: codec_from_dict(plan.signals[name]) for name in SIGNALS if name in plan.signals}
     for name, codec in codecs.items():  # a new signal gets what others like it have
         there = _options_of(name, codec) | there
+    if FRAMES not in plan.extra:  # nothing is pooled to this grid yet
+        there.pop("frame_grid", None)
     if generated is not None:
         names = dict(zip(("max_new_tokens", "temperature", "top_p", "seed"), _ANSWER_OPTIONS, strict=True))
         there |= {option: generated.get(name) for name, option in names.items()}
@@ -264,7 +266,9 @@ def extend_plan(work: Build, config: ExtendConfig) -> Build:
         NothingToAddError: If there is nothing to do.
     """
     cache = open_trusted(config.base)
-    old = cache.plan
+    old = lift_plan(
+        cache.plan, work.plan
+    )  # samples with several pictures, or videos, may come to a cache that had none
     missing = {
         name
         for name, codec in work.codecs.items()
@@ -284,9 +288,7 @@ def extend_plan(work: Build, config: ExtendConfig) -> Build:
     fields = {name: old.fields[name] if name in kept else codec.fields() for name, codec in codecs.items()}
     bare = {name: tuple(field for field in group if field != VISUAL_SOURCE) for name, group in fields.items()}
     shares = any(VISUAL_SOURCE in group for group in work.plan.fields.values())
-    names = {field.name for field in base_fields(old.format_version)} | {
-        field.name for name in kept for field in bare[name]
-    }
+    stays = (*base_fields(old.format_version), *(field for name in sorted(kept) for field in bare[name]))
     plan = replace(
         work.plan,
         signals=signals,
@@ -311,7 +313,7 @@ def extend_plan(work: Build, config: ExtendConfig) -> Build:
     ids = set(dataset.sample_ids)
     _refuse_absent(cache, [sample_id for sample_id in cache if sample_id not in ids])
     _refuse_begun(Path(config.cache), plan)
-    kept_records = Kept(cache=cache, missing=frozenset(missing), names=frozenset(names))
+    kept_records = Kept(cache=cache, missing=frozenset(missing), fields=stays)
     refuse_other_texts(replace(work, dataset=dataset), kept_records)
     if not missing and not cache.failed and len(dataset) == len(cache):
         refuse_reordered(work, cache)
@@ -358,9 +360,7 @@ def _refuse_differences(config: ExtendConfig, old: Plan, new: Plan, *, keeps_att
     def meaning(plan: Plan) -> dict[str, Any]:
         described = plan.without_descriptions()
         free = {"evaluation"} if keeps_attention else {"evaluation", "groups", "layer_choice"}
-        # Videos may come to a cache that had none.
-        free_extra = {"order", DERIVED, *(() if FRAMES in old.extra else (FRAMES,))}
-        extra = {name: value for name, value in plan.extra.items() if name not in free_extra}
+        extra = {name: value for name, value in plan.extra.items() if name not in ("order", DERIVED)}
         return {
             **{
                 name: described[name]
@@ -371,13 +371,6 @@ def _refuse_differences(config: ExtendConfig, old: Plan, new: Plan, *, keeps_att
             "extra": extra,
         }
 
-    if (old.format_version, new.format_version) == (ONE_PICTURE, SEVERAL_PICTURES):
-        raise CacheMismatchError(
-            f"{config.base} has format version {ONE_PICTURE}, one picture a sample, and the data have samples with several, or "
-            "videos: build a cache of these alone, with the same options, and join both (`cachectl merge`); nothing was changed"
-        )
-    # What a cache without videos does not say is no difference.
-    old = lift_plan(old, new)
     if lines := describe_differences(meaning(old), meaning(new), there="the cache", here="this run"):
         raise CacheMismatchError(
             f"{config.base} cannot be extended so, its records are of other settings:\n" + "\n".join(lines) + "\n"

@@ -1,0 +1,78 @@
+"""Samples with several pictures, and videos, that come to a sealed cache which had none: what one build of all would give."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlm_distill_cache.common.cache.plan import read_plan
+from vlm_distill_cache.common.opening import open_cache
+from vlm_distill_cache.common.tools.verify import verify
+from vlm_distill_cache.stage1_teacher.config import BuildConfig
+from vlm_distill_cache.stage1_teacher.extend import extend
+from vlm_distill_cache.stage1_teacher.extract import extract
+
+SIGNALS = ("logits", "answer_attention", "visual_columns")
+SHOWN = {
+    "text": {},
+    "one": {"image": "a.png"},
+    "again": {"image": "a.png"},
+    "two": {"image": ["a.png", "b.png"]},
+    "clip": {"video": "frames"},
+    "both": {"image": "b.png", "video": "frames"},
+}
+
+
+def write_data(folder: Path, *names: str) -> str:
+    """A LLaVA file of these samples."""
+    (folder / "frames").mkdir(parents=True, exist_ok=True)
+    for number, place in enumerate(("a.png", "b.png", "frames/0.png", "frames/1.png", "frames/2.png")):
+        Image.new("RGB", (40, 30), (50 * number, 90, 10)).save(folder / place)
+    entries = []
+    for name in names:
+        media = SHOWN[name]
+        pictures = media.get("image", [])
+        count = 1 if isinstance(pictures, str) else len(pictures)
+        question = "<image>\n" * count + "<video>\n" * ("video" in media) + "what color is it ?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
+        entries.append({"id": name, **media, "conversations": turns})
+    path = folder / "data.json"
+    path.write_text(json.dumps(entries))
+    return str(path)
+
+
+def options_of(teacher: Path, data: str, **options) -> dict:
+    return {"data": data, "teacher": str(teacher), "template": "short", "fidelity_samples": 0, "batch_size": 1,
+            "signals": SIGNALS, "max_unknown_share": 1.0, "shard_size": 4, **options}  # fmt: skip
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("store", ["zarr", "webdataset"])
+@pytest.mark.parametrize(
+    ("there", "come"),
+    [
+        (("text", "one", "again"), ("two",)),
+        (("one", "text"), ("again", "clip", "both")),
+        (("one", "two"), ("clip",)),
+        (("one", "clip"), ("again", "two", "both")),
+    ],
+)
+def test_a_cache_topped_up_by_several_pictures_or_videos_is_byte_for_byte_one_build(
+    tmp_path: Path, tiny_llava: Path, store: str, there: tuple[str, ...], come: tuple[str, ...]
+):
+    data = write_data(tmp_path / "data", *there)
+    cache, whole = tmp_path / "cache", tmp_path / "whole"
+    extract(BuildConfig(cache=str(cache), **options_of(tiny_llava, data, store=store)))
+    write_data(tmp_path / "data", *there, *come)
+    given = {"data": data, "teacher": str(tiny_llava), "fidelity_samples": 0, "max_unknown_share": 1.0}
+    found = extend(BuildConfig(cache=str(cache), **given), given=tuple(given))
+    assert found.samples == len(come)
+    extract(BuildConfig(cache=str(whole), **options_of(tiny_llava, data, store=store)))
+    assert tree(cache) == tree(whole)
+    assert verify(cache, deep=True) == []
+    assert open_cache(cache).plan.format_version == 2
+    assert ("frames" in read_plan(cache).extra) == bool({"clip", "both"} & {*there, *come})

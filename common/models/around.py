@@ -12,6 +12,7 @@ from functools import cache, partial
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Run = Callable[..., Any]
@@ -108,4 +109,7 @@ def by_name(module: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> d
 
 def _tell(decoder: Any, model: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
     ids = by_name(model, inputs, named).get("input_ids")
-    decoder.visual_mask = None if ids is None else ids == model.config.image_token_id
+    config = model.config
+    # Frames of a video have an id of their own in some families.
+    kinds = {getattr(config, name, None) for name in ("image_token_id", "video_token_id", "video_token_index")} - {None}
+    decoder.visual_mask = None if ids is None else torch.isin(ids, torch.tensor(sorted(kinds), device=ids.device))

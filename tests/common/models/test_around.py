@@ -38,6 +38,23 @@ def test_wrappers_nest_and_know_the_visual_tokens(name, tmp_path):
         assert seen == [("outer", [[False] * 4]), ("inner", [[False] * 4])]
 
 
+@pytest.mark.parametrize(("name", "shows_videos"), [("qwen2_vl", True), ("llava_onevision", True), ("llava", False)])
+def test_tokens_of_videos_are_visual_too(name, shows_videos, tmp_path):
+    opened, seen = open_family_model(save_tiny(name, tmp_path / name)), []
+    model, family = opened.model, opened.family
+    video = family.video_token_id(model.config)
+    assert (video is not None) == shows_videos
+    ids = torch.tensor([[3, 5 if video is None else video, 7]])
+
+    def stop(run, decoder, **arguments):
+        seen.append(decoder.visual_mask.tolist())
+        return run(**arguments)
+
+    surround(model, {"language_model": family.language_model}, stop)
+    model(input_ids=ids)
+    assert seen == [[[False, shows_videos, False]]]
+
+
 def test_a_changed_model_is_pickled_like_the_librarys(tmp_path):
     model = TINY["llava_next"](tmp_path)[0]
     change_model(model, family_of("llava_next").parts, visual_tokens={"keep": 2, "by": "random"})

@@ -239,11 +239,13 @@ class Survey:
         fingerprint: Hash of ids, turns and system prompts.
         most_pictures: Of a sample: pictures and videos.
         videos: Samples with a video.
+        fullest: Id of the sample with the most videos, of these of the one with the most pictures; "": none has any.
     """
 
     fingerprint: str
     most_pictures: int = 0
     videos: int = 0
+    fullest: str = ""
 
     @property
     def several(self) -> bool:
@@ -361,6 +363,7 @@ def survey_samples(dataset: Dataset) -> Survey:
     by its own hash.
     """
     digest, most_pictures, videos = xxhash.xxh3_128(), 0, 0
+    fullest, most = "", (0, 0)
     for index, sample_id in enumerate(dataset.sample_ids):
         entry: list[object] = [sample_id]
         try:
@@ -373,8 +376,10 @@ def survey_samples(dataset: Dataset) -> Survey:
             entry += [{"system": sample.system}] if sample.system else []
             entry += [{"videos": sample.videos}] if sample.videos else []
             most_pictures, videos = max(most_pictures, len(sample.images)), videos + bool(sample.videos)
+            shown = (len(sample.videos), len(sample.images))
+            fullest, most = (sample_id, shown) if shown > most else (fullest, most)
         digest.update(json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
-    return Survey(fingerprint=digest.hexdigest(), most_pictures=most_pictures, videos=videos)
+    return Survey(fingerprint=digest.hexdigest(), most_pictures=most_pictures, videos=videos, fullest=fullest)
 
 
 def number_names(names: Iterable[object]) -> NDArray[np.int64]:

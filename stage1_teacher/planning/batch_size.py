@@ -7,7 +7,7 @@ On a GPU the teacher's real pass is tried at growing powers of two, on the longe
 long a data set's longest sample is, is not known before all of it has been read, and a build that runs out of memory
 after a day is worse than one whose batches are half as large. Beyond a few thousand tokens a batch no GPU computes
 faster anyway. The input is made from a real sample, so that every family gets the picture inputs that it wants: the
-one with the most visual tokens of a few, its text repeated up to ``max_length``, every row behind the picture
+one with the most visual tokens of a few and of the one with the most pictures, its text repeated up to ``max_length``, every row behind the picture
 supervised. Pictures of more tokens than these cost the vision tower more; that is what the head room is for.
 
 On a CPU nothing is run: memory is rarely what limits it, and batches beyond 16 samples are no faster.
@@ -38,8 +38,11 @@ PROBE = 8  # samples looked at for the one with the most visual tokens
 TRIED = 64  # samples tried before it is given up to find PROBE usable ones
 
 
-def automatic_batch_size(work: Build) -> int:
+def automatic_batch_size(work: Build, fullest: str = "") -> int:
     """Samples a forward pass that fit the memory of the teacher's device.
+
+    Args:
+        fullest: Id of the sample that shows most, if some show several pictures or a video.
 
     Raises:
         ModelError: If not even one sample fits.
@@ -47,11 +50,11 @@ def automatic_batch_size(work: Build) -> int:
     """
     device = work.teacher.device
     if device.type != "cuda":
-        one = _activation_bytes(work)
+        one = _activation_bytes(work, fullest)
         return largest_batch(
             lambda size: size * one, budget=int(free_memory(device) * CPU_MEMORY_SHARE), most=CPU_LARGEST
         )
-    sample = longest_input(work)
+    sample = longest_input(work, fullest)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
 
@@ -96,8 +99,8 @@ def largest_batch(measure: Callable[[int], int], *, budget: int, most: int = LAR
     return best
 
 
-def longest_input(work: Build) -> EncodedSample:
-    """The longest input that the encoder admits: the text of a sample with a large picture, repeated, all supervised.
+def longest_input(work: Build, fullest: str = "") -> EncodedSample:
+    """The longest input that the encoder admits: the text of a sample with large or many pictures, repeated, all supervised.
 
     Raises:
         DataError: If no sample can be used.
@@ -105,7 +108,8 @@ def longest_input(work: Build) -> EncodedSample:
     found: list[EncodedSample] = []
     reason = "the data set is empty"
     total = len(work.dataset)
-    for position in range(0, total, max(1, total // TRIED)):
+    first = [work.dataset.sample_ids.index(fullest)] if fullest else []
+    for position in (*first, *range(0, total, max(1, total // TRIED))):
         try:
             found.append(work.encoder(work.dataset[position]))
         except SampleError as error:
@@ -139,7 +143,17 @@ def lengthen(sample: EncodedSample, length: int) -> EncodedSample:
     )
 
 
-def _activation_bytes(work: Build) -> int:
+def _visual_tokens(work: Build, fullest: str) -> int:
+    """About how many a sample has that has the most."""
+    if not fullest:
+        return work.teacher.image_encoder.token_count
+    try:
+        return int(work.encoder(work.dataset[work.dataset.sample_ids.index(fullest)]).visual_mask.sum())
+    except SampleError:
+        return work.encoder.max_length
+
+
+def _activation_bytes(work: Build, fullest: str = "") -> int:
     """About what one sample of the greatest length takes at the peak of its pass, in bytes."""
     teacher, length = work.teacher, work.encoder.max_length
     text = text_config(teacher.config)
@@ -150,7 +164,7 @@ def _activation_bytes(work: Build) -> int:
     layer = length * (8 * width + 3 * inner) * value
     # All rows supervised: dense logits in the model's dtype, top-k of them; float32 copies are chunked.
     logits = length * int(text.vocab_size) * value
-    visual = teacher.image_encoder.token_count
+    visual = _visual_tokens(work, fullest)
     held = (
         EXTRACTORS[name].held_bytes(codec, length=length, visual=visual, width=value)
         for name, codec in work.codecs.items()

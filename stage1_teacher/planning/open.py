@@ -95,7 +95,9 @@ def open_build(config: BuildConfig, *, loads: bool = True) -> Build:
         return extend_plan(work, config)
     if config.batch_size or not loads:
         return work
-    return replace(work, plan=replace(work.plan, batch_size=automatic_batch_size(work)))
+    return replace(
+        work, plan=replace(work.plan, batch_size=automatic_batch_size(work, survey.fullest if survey.several else ""))
+    )
 
 
 def open_data(config: BuildConfig, cache: Path) -> Dataset:

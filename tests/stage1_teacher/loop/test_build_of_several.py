@@ -23,6 +23,8 @@ from vlm_distill_cache.data.text.collate import collate
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
 from vlm_distill_cache.stage1_teacher.live import LiveTeacher
+from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS
+from vlm_distill_cache.stage1_teacher.planning.batch_size import automatic_batch_size, longest_input
 from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
@@ -209,11 +211,26 @@ def test_what_is_left_of_a_killed_build_is_built_to_the_same_bytes(tiny_llava, t
     assert {path: path.read_bytes() for path in whole.path.rglob("*") if path.is_file()} == before
 
 
+def test_a_batch_has_room_for_the_sample_with_the_most_pictures(tiny_llava, monkeypatch):
+    monkeypatch.setattr(opening, "open_dataset", lambda *_, **__: Samples(SAMPLES))
+    options = {"data": "several", "signals": ("logits", "visual_map"), "template": "short", "teacher": str(tiny_llava)}
+    work = opening.open_build(BuildConfig(**options))
+    one, clip = work.teacher.image_encoder.token_count, work.encoder(SAMPLES[4])
+    assert longest_input(work, "clip").visual_mask.sum() == clip.visual_mask.sum() == 5 * one
+    seen = []
+    monkeypatch.setattr(type(EXTRACTORS["visual_map"]), "held_bytes", lambda *_, visual, **__: seen.append(visual) or 0)
+    assert automatic_batch_size(work, "clip") == automatic_batch_size(work) == 16
+    assert seen == [5 * one, one]
+
+
 def test_the_data_are_looked_at_once():
     data = Samples(SAMPLES)
     survey = data.survey()
     assert (survey.most_pictures, survey.videos, data.looks) == (2, 1, len(SAMPLES))
     assert data.fingerprint() == survey.fingerprint
     assert survey.several
+    assert survey.fullest == "clip"
+    assert Samples([SAMPLES[2], SAMPLES[5], TWO]).survey().fullest == "turns"
+    assert Samples([SAMPLES[3]]).survey().fullest == ""
     assert not Samples(SAMPLES[2:4]).survey().several
     assert Samples([replace(SAMPLES[4], images=SAMPLES[4].images[1:])]).survey().several

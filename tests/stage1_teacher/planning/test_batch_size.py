@@ -101,12 +101,12 @@ def test_a_cpu_takes_sixteen_or_what_its_memory_allows(tmp_path: Path, config, m
 
 
 def test_who_resumes_takes_the_batch_size_of_the_plan_and_measures_nothing(tmp_path: Path, config, monkeypatch):
-    monkeypatch.setattr(opening, "automatic_batch_size", lambda _: 2)
+    monkeypatch.setattr(opening, "automatic_batch_size", lambda *_: 2)
     extract(config(tmp_path / "whole"))
     extract(config(tmp_path / "cache"), part=Part(rank=0, of=2))
     assert read_plan(tmp_path / "cache").batch_size == 2
 
-    def refuse(_):
+    def refuse(*_):
         raise AssertionError("measured again")
 
     monkeypatch.setattr(opening, "automatic_batch_size", refuse)
@@ -121,7 +121,7 @@ def test_who_resumes_takes_the_batch_size_of_the_plan_and_measures_nothing(tmp_p
 def test_a_plan_that_another_machine_wrote_meanwhile_is_adopted(tmp_path: Path, config, monkeypatch):
     extract(config(tmp_path / "whole", batch_size=2))
 
-    def other_first(_):
+    def other_first(*_):
         extract(config(tmp_path / "cache", batch_size=2), part=Part(rank=0, of=2))
         return 8
 
@@ -131,7 +131,7 @@ def test_a_plan_that_another_machine_wrote_meanwhile_is_adopted(tmp_path: Path, 
 
 
 def test_other_settings_of_a_plan_written_meanwhile_are_still_refused(tmp_path: Path, config, monkeypatch):
-    def other_first(_):
+    def other_first(*_):
         extract(config(tmp_path / "cache", batch_size=2, logits="full"), part=Part(rank=0, of=2))
         return 8
 
@@ -143,7 +143,7 @@ def test_other_settings_of_a_plan_written_meanwhile_are_still_refused(tmp_path: 
 
 def test_starting_again_finds_a_batch_size_of_its_own(tmp_path: Path, config, monkeypatch):
     extract(config(tmp_path / "cache", batch_size=2))
-    monkeypatch.setattr(opening, "automatic_batch_size", lambda _: 4)
+    monkeypatch.setattr(opening, "automatic_batch_size", lambda *_: 4)
     extract(config(tmp_path / "cache"), overwrite=True)
     assert read_plan(tmp_path / "cache").batch_size == 4
 

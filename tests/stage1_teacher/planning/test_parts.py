@@ -178,7 +178,7 @@ def test_one_process_gives_the_bytes_of_a_build_without_any(tmp_path: Path, conf
 def test_two_processes_give_the_bytes_of_one_and_share_the_batch_size_that_the_first_found(
     tmp_path: Path, config, monkeypatch
 ):
-    monkeypatch.setattr(opening, "automatic_batch_size", lambda _: 2)  # in this process alone
+    monkeypatch.setattr(opening, "automatic_batch_size", lambda *_: 2)  # in this process alone
     check_processes(tmp_path, lambda cache, **options: config(cache, batch_size=0, **options), "zarr", (1, 2))
 
 

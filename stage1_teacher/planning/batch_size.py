@@ -8,7 +8,8 @@ long a data set's longest sample is, is not known before all of it has been read
 after a day is worse than one whose batches are half as large. Beyond a few thousand tokens a batch no GPU computes
 faster anyway. The input is made from a real sample, so that every family gets the picture inputs that it wants: the
 one with the most visual tokens of a few, that with the most pictures among them, its text repeated up to ``max_length``,
-every row behind the picture supervised. Pictures of more tokens than these cost the vision tower more; that is what the head room is for.
+every row behind the picture supervised. Pictures of more tokens than these cost the vision tower more; that is what the
+head room is for.
 
 On a CPU nothing is run: memory is rarely what limits it, and batches beyond 16 samples are no faster.
 """

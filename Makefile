@@ -70,7 +70,7 @@ export TOKENIZERS_PARALLELISM := false
 # Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
 .SILENT:
 
-.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-several experiment-smollm test checks format docs bench bench-compare bench-codec full-size battery matrix harness lock sbom audit clean
+.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-several experiment-smollm test test-all checks format docs bench bench-compare bench-codec full-size battery matrix harness lock sbom audit clean
 
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -152,8 +152,13 @@ experiment-smollm: $(STAMP) ## The second experiment, with SmolLM2-135M inside (
 	$(INSTALL_SMOLLM)
 	$(BIN)/python -m tests.benchmarks.experiment_smollm
 
-test: $(STAMP) ## Run all fast CPU tests, print branch coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 --cov --cov-report=term --cov-fail-under=85
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
+
+test: $(STAMP) ## Run all fast CPU tests
+	$(PYTEST)
+
+test-all: $(STAMP) ## Run the slow ones, too, and print branch coverage (an hour or two on 2 cores)
+	RUN_SLOW=1 $(PYTEST) --cov --cov-report=term --cov-fail-under=85
 
 checks: $(STAMP) ## Lint, format check, strict types
 	$(BIN)/ruff check .

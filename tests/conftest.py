@@ -2,7 +2,9 @@
 
 import gc
 import os
+import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 # Helpers are imported by their bare names from any folder, whichever tests are asked for.
@@ -25,12 +27,27 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(line)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Caches are thousands of small files: they are written to memory where there is room for those of a whole run."""
+    memory = Path("/dev/shm")
+    if memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 8 << 30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("RUN_SLOW"):
         return
+    seen: Counter[tuple[str, str]] = Counter()
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="slow: set RUN_SLOW=1"))
+        marker = item.get_closest_marker("slow")
+        if marker is None:
+            continue
+        name = getattr(item, "originalname", item.name), item.nodeid.partition("::")[0]
+        seen[name] += 1
+        quick = marker.kwargs.get("quick", ())
+        if seen[name] <= quick if isinstance(quick, int) else item.name.partition("[")[2].removesuffix("]") in quick:
+            continue
+        item.add_marker(pytest.mark.skip(reason="slow: set RUN_SLOW=1"))
 
 
 def pytest_collection_finish() -> None:

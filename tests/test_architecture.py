@@ -135,6 +135,7 @@ def test_nothing_of_ours_is_unpickled():
         "stage1_teacher.cli", "stage1_teacher.imports.cli", "stage2_student.cli",
     ],
 )  # fmt: skip
+@pytest.mark.slow(quick=2)
 def test_command_lines_and_cache_tools_start_without_torch(module: str):
     code = f"import vlm_distill_cache.{module}, sys; sys.exit(bool({{'torch', 'transformers', 'av'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -62,7 +62,7 @@ SURFACE = {
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "suite", "demo", "demo-teacher", "experiment",
     "experiment-seeds", "experiment-several", "experiment-smollm",
-    "test", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "full-size", "battery", "matrix",
+    "test", "test-all", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "full-size", "battery", "matrix",
     "harness", "lock", "sbom", "audit", "clean",
 }  # fmt: skip
 
@@ -102,6 +102,7 @@ def test_a_misspelt_variable_is_refused_and_named():
     assert "there is no variable STUDNET; those that can be set: PYTHON" in run.stderr
 
 
+@pytest.mark.slow
 def test_any_option_reaches_both_stages_through_make(tmp_path: Path):
     """The recipe's own shell, with a program that prints its arguments, in a folder where a pattern would match."""
     (tmp_path / "phases=d").touch()

@@ -21,6 +21,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
+@pytest.mark.slow
 def test_a_student_is_distilled_with_the_teacher_deleted_and_the_cache_read_only(tmp_path, tiny_llava, store):
     teacher, cache = tmp_path / "teacher", tmp_path / "cache"
     shutil.copytree(tiny_llava, teacher)
@@ -46,6 +47,7 @@ def test_a_student_is_distilled_with_the_teacher_deleted_and_the_cache_read_only
     assert snapshot(cache) == before
 
 
+@pytest.mark.slow
 def test_a_users_file_with_a_broken_image_and_long_answers_runs_to_the_report(tmp_path: Path, build_cache):
     from PIL import Image
 

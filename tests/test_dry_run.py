@@ -295,6 +295,7 @@ def test_options_that_differ_from_what_is_there_are_named(cache, tmp_path, tiny_
     assert read_provenance(output / "final")["fingerprint"] == trained
 
 
+@pytest.mark.slow
 def test_the_example_of_both_stages_runs_and_is_compared_with_what_it_left(tmp_path, monkeypatch):
     """The other stage's process is its command called here."""
 

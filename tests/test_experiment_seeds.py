@@ -115,6 +115,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return found
 
 
+@pytest.mark.slow
 def test_a_job_of_each_part_is_run(place: Place):
     gaze = selected(25, "gaze", trained=True)
     trained = (BASE, gaze, recovered("pruned:depth:0.5", 5, "hidden states"))

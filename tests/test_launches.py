@@ -108,6 +108,7 @@ def undisturbed(command, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.slow
 def test_left_over_variables_change_one_line_and_no_byte(stage: str, command, undisturbed, tmp_path: Path):
     said, _ = start(stage, command[stage](tmp_path / "made"), LEFT).communicate(timeout=200)
     assert content(tmp_path / "made") == undisturbed[stage] != {}, said
@@ -115,6 +116,7 @@ def test_left_over_variables_change_one_line_and_no_byte(stage: str, command, un
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_processes_that_srun_started_share_the_work(command, undisturbed, tmp_path: Path):
     step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     words = []
@@ -130,6 +132,7 @@ def test_processes_that_srun_started_share_the_work(command, undisturbed, tmp_pa
 
 
 @pytest.mark.parametrize("how", ["timeout", signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_who_waits_for_processes_that_nobody_started_ends(how, command, tmp_path: Path):
     left = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -76,12 +76,14 @@ def in_one_process(environment) -> tuple[bytes, list[bytes]]:
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
+@pytest.mark.slow
 def test_every_command_refuses_a_bad_name_in_one_line(environment):
     unexpected, told = in_one_process(environment)
     assert (unexpected, told[-1]) == (b"", b"")
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
+@pytest.mark.slow(quick=1)
 def test_other_names_reach_the_command_whatever_can_be_printed(environment):
     for name, told in zip(NAMES, in_one_process(environment)[1][:-1], strict=True):
         assert b"Traceback" not in told

@@ -28,6 +28,7 @@ def run(code: str, line: int, page: Path, names: dict) -> None:
     exec(compile("\n" * line + code, str(page), "exec"), names)
 
 
+@pytest.mark.slow
 def test_every_snippet_of_the_page_runs(tiny_llava, tmp_path, capsys):
     from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaProcessor
 
@@ -56,6 +57,7 @@ def test_every_snippet_of_the_page_runs(tiny_llava, tmp_path, capsys):
         pytest.skip("all snippets ran but that of TRL, which is not installed: pip install trl")
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_holds_no_output():
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     assert {cell["cell_type"] for cell in cells} == {"code", "markdown"}

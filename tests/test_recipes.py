@@ -99,6 +99,7 @@ def test_a_cache_by_a_recipe_holds_its_signals_of_the_published_layers(built: An
 
 
 @pytest.mark.usefixtures("deep_student")
+@pytest.mark.slow
 def test_a_student_trains_by_a_recipe_and_its_configuration_holds_the_options(built: Any, tmp_path: Path):
     recipe, cache, _ = built
     options = (f"recipe={recipe}", *QUICK, "device=cpu")
@@ -358,6 +359,7 @@ def test_a_recipe_is_refused_by_phase_and_by_the_phases_own_cache(one_group: Pat
         (("attention_dtype=u1", "map_preset=exact8"), "map_preset=exact8"),
     ],
 )
+@pytest.mark.slow(quick=1)
 def test_stage_one_proposes_the_recipe_for_its_own_cache_only(
     options: tuple[str, ...], why: str, deep_llava: Path, tmp_path: Path
 ):

@@ -392,6 +392,7 @@ def test_of_several_processes_one_downloads(hub: ModelHub, tmp_path):
     assert weights == 2_000_000
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_download_quietly(hub: ModelHub, tmp_path):
     hub.publish("org/name", SMALL | {"model.safetensors": b"w" * 30_000_000})
     begun = threading.Event()

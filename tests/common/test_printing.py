@@ -146,11 +146,11 @@ UNITS = (
 def test_no_text_makes_whoever_shows_it_wait(ends: tuple[str, str]):
     for unit in UNITS:
         text = ends[0] + unit * (200_000 // len(unit)) + ends[1]
-        began = time.monotonic()
+        began = time.process_time()
         brief(text)
         markdown(text)
         message(text)
-        assert time.monotonic() - began < 1, unit  # linear: 50 ms
+        assert time.process_time() - began < 2, unit  # linear: 50 ms
 
 
 def test_errors_of_options_are_escaped_too():

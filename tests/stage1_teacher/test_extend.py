@@ -91,6 +91,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
+@pytest.mark.slow(quick=("webdataset",))
 def test_an_extended_cache_is_byte_for_byte_one_build_of_all_of_it(tmp_path: Path, tiny_llava: Path, store: str):
     """Signals, a larger k, repaired pictures and new ones in the middle, all at once."""
     cache, data = tmp_path / "cache", {"data": str(write_data(tmp_path / "data", "abCe")), "teacher": str(tiny_llava)}
@@ -182,6 +183,7 @@ def test_what_records_are_not_of_is_refused_by_name_and_nothing_changes(
     assert open_cache(cache).signals == ("hidden", "logits")
 
 
+@pytest.mark.slow
 def test_parts_and_merged_caches_keep_their_samples_and_their_order(tmp_path: Path, tiny_llava: Path):
     data = {"data": str(write_data(tmp_path / "data", "abCd")), "teacher": str(tiny_llava)}
     extract(settings(tmp_path / "whole", **data, signals=("logits", "hidden")))

@@ -71,6 +71,7 @@ def changed(place: int, question: str, **options: object) -> list[Entry]:
     return [*ASKED[:place], other, *ASKED[place + 1 :]]
 
 
+@pytest.mark.slow
 def test_other_texts_than_those_of_the_records_are_refused_and_the_same_ones_wherever_new_ones_stand_are_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -62,6 +62,7 @@ def write_llava_json(folder: Path, count: int, *, text_only: int | None = None) 
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
 @pytest.mark.parametrize("shards_before_kill", [0, 1, 2])
+@pytest.mark.slow
 def test_a_killed_and_resumed_build_is_byte_identical(
     tmp_path: Path, build_cache, monkeypatch, shards_before_kill: int, store: str
 ):
@@ -90,6 +91,7 @@ def test_a_complete_cache_is_left_alone(tmp_path: Path, build_cache):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_another_option_on_resume_is_refused_with_both_values(tmp_path: Path, build_cache):
     build_cache(tmp_path / "cache")
     with pytest.raises(CacheMismatchError, match=r"max_k.*64.*255"):
@@ -263,6 +265,7 @@ def test_a_sample_with_a_non_finite_output_is_a_recorded_failure(tmp_path: Path,
     assert len(cache) == 5
 
 
+@pytest.mark.slow
 def test_a_shard_that_another_process_finished_meanwhile_is_skipped(tmp_path: Path, build_cache, monkeypatch):
     build_cache(tmp_path / "whole")
     finish, other = pipeline.finish_shard, []
@@ -280,6 +283,7 @@ def test_a_shard_that_another_process_finished_meanwhile_is_skipped(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["projector.safetensors", "processor/tokenizer.json", "vision_tower.json"])
+@pytest.mark.slow
 def test_a_lost_or_damaged_file_beside_the_shards_is_written_again(tmp_path: Path, build_cache, name: str):
     build_cache(tmp_path / "cache")
     before = tree(tmp_path / "cache")

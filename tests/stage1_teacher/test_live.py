@@ -63,6 +63,7 @@ def test_of_a_family_that_is_not_listed_logits_are_learnt(unlisted_teacher, fami
         losses.total.backward()
 
 
+@pytest.mark.slow
 def test_live_signals_are_of_the_types_of_cached_ones_and_near_them(build_cache, tiny_llava, tmp_path):
     signals = tuple(TERMS_OF_SIGNALS)
     build_cache(tmp_path / "cache", signals=signals, hidden_layers=(0, 2, -1))

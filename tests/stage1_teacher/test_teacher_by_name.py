@@ -38,6 +38,7 @@ def with_other_weights(model: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_a_cache_is_the_same_whichever_way_its_teacher_was_named(
     hub: ModelHub, tiny_llava, build_cache, tmp_path, caplog
 ):
@@ -74,6 +75,7 @@ def test_a_cache_is_the_same_whichever_way_its_teacher_was_named(
     assert contents(by_folder)["plan.json"] == first["plan.json"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_hubs_cache_is_shown_by_its_name(hub: ModelHub, tiny_llava, build_cache, tmp_path, monkeypatch):
     commit = hub.publish(NAME, tiny_llava)
     build_cache(tmp_path / "first", limit=2, teacher=NAME)
@@ -117,6 +119,7 @@ def test_a_new_commit_with_the_same_weights_is_the_same_teacher(
     assert f"teacher.revision = '{old}' and keeps that; '{new}'" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_build_use_what_the_first_one_found(hub: ModelHub, tiny_llava, tmp_path, monkeypatch):
     hub.publish(NAME, tiny_llava)
     # They read the environment anew: of these nobody answers.
@@ -141,6 +144,7 @@ def test_a_model_that_is_no_teacher_is_refused_before_its_weights_travel(hub: Mo
     assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
 
 
+@pytest.mark.slow
 def test_the_command_line_tells_nothing_of_requests(hub: ModelHub, tiny_llava, tmp_path):
     hub.publish(NAME, tiny_llava)
     program = [sys.executable, "-m", "vlm_distill_cache.stage1_teacher.cli", "build", "--teacher", NAME, "--limit", "2"]

@@ -79,6 +79,7 @@ def test_losses_go_through_json_unchanged():
     ],
     ids=lambda chosen: "-".join(map(str, chosen.values())),
 )
+@pytest.mark.slow(quick=1)
 def test_every_kind_trains_from_one_cache_of_single_layers(single_layers, tmp_path, chosen):
     losses = {**dict.fromkeys(ALL, 1.0), "all_attention": 1.0, **chosen}
     config = options(single_layers, tmp_path / "run", losses)

@@ -84,6 +84,7 @@ def caches(data, tmp_path_factory, tiny_llava):
     return spec, each
 
 
+@pytest.mark.slow
 def test_one_cache_of_all_holds_each_sample_once_and_says_of_what(caches, data):
     cache = open_cache(data / "caches" / "all")
     assert sorted(cache.sample_ids) == sorted(
@@ -120,6 +121,7 @@ def test_weights_count_in_stage_two(caches, data, tmp_path, each):
 
 
 @pytest.mark.parametrize("each", [False, True])
+@pytest.mark.slow
 def test_training_resumes_where_it_was_killed(caches, data, tmp_path, each):
     spec, place = (caches[1], data / "caches" / "a") if each else (caches[0], data / "caches" / "all")
     options = {"checkpoint_every": 3, "keep_checkpoints": 9, "log_every": 1}
@@ -138,6 +140,7 @@ def test_training_resumes_where_it_was_killed(caches, data, tmp_path, each):
 
 
 @pytest.mark.parametrize("each", [False, True])
+@pytest.mark.slow
 def test_a_share_of_the_data_is_drawn_at_random_from_each_part(caches, data, tmp_path, each):
     spec, place = (caches[1], "a") if each else (caches[0], "all")
 

@@ -82,6 +82,7 @@ def test_a_students_name_decides_its_phases_as_its_folder_does(hub, tiny_llava, 
     assert named.dft.trainable == "all"  # of the preset for demonstrations, which a narrow student gets
 
 
+@pytest.mark.slow
 def test_a_run_by_name_goes_on_offline_and_notices_a_moved_main(
     hub, offline, tiny_llava, tiny_cache, tmp_path, monkeypatch
 ):

@@ -105,6 +105,7 @@ def from_folder(places, tmp_path_factory):
 @pytest.mark.parametrize(
     ("server", "store", "projector"), [("zarr", "zarr", None), ("webdataset", "webdataset", "taf")], indirect=["server"]
 )
+@pytest.mark.slow
 def test_a_student_learns_from_an_address_what_it_learns_from_the_folder(
     server, places, store, tmp_path, monkeypatch, from_folder, projector
 ):
@@ -119,6 +120,7 @@ def test_a_student_learns_from_an_address_what_it_learns_from_the_folder(
     assert found.preparation.fingerprint == expected.preparation.fingerprint  # a moved cache is the same
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_ends_the_run_in_words_and_it_goes_on_later(
     tiny_cache, server, tmp_path, monkeypatch, from_folder
 ):
@@ -140,6 +142,7 @@ def test_a_server_that_dies_ends_the_run_in_words_and_it_goes_on_later(
 
 
 @pytest.mark.parametrize("server", ["zarr"], indirect=True)
+@pytest.mark.slow
 def test_the_whole_run_works_from_an_address_and_then_offline(server, tmp_path):
     overrides = [
         "dpt.steps=1", "dft.steps=1", "sft.steps=1", "dpt.batch_size=4", "dft.batch_size=4",

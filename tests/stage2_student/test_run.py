@@ -50,6 +50,7 @@ def test_a_run_leaves_two_students_a_table_and_a_page(finished):
     assert set(json.loads((finished.output / "evaluation.json").read_text())) == {"sft", "distilled", "checksum"}
 
 
+@pytest.mark.slow
 def test_the_teachers_scores_stand_only_beside_those_on_its_own_test_set(tiny_cache, copied, monkeypatch):
     def told(config):
         caches = open_caches(config)
@@ -129,6 +130,7 @@ def test_no_damage_to_what_a_run_left_is_vouched_for_scored_or_exported(tiny_cac
     assert "this run is finished, so that no step is left to be scored on the way" in "".join(said)
 
 
+@pytest.mark.slow
 def test_what_is_lost_or_damaged_is_made_again_and_is_the_same(tiny_cache, copied, caplog):
     before = whole(copied)
     shutil.rmtree(copied / "distilled" / "final")
@@ -151,6 +153,7 @@ def test_what_is_lost_or_damaged_is_made_again_and_is_the_same(tiny_cache, copie
 
 
 @pytest.mark.parametrize("damage", ["flipped", "null", "lost"])
+@pytest.mark.slow(quick=("flipped",))
 def test_a_damaged_stamp_is_written_again_if_the_students_are_this_runs(tiny_cache, copied, damage):
     DAMAGES[damage](copied / "run.json")
     with pytest.raises(ConfigError, match=r"belongs to another run.*another --output"):
@@ -178,6 +181,7 @@ def openings(monkeypatch):
     watching.clear()
 
 
+@pytest.mark.slow
 def test_a_run_opens_its_cache_once_and_hands_it_on(tiny_cache, tmp_path, openings):
     assert run(make_config(tiny_cache[0], tmp_path / "run")).fresh
     assert [len(each) for each in openings] == [1, 1]
@@ -291,6 +295,7 @@ def test_settings_that_do_not_change_the_result_are_no_other_configuration(tiny_
     assert not run(make_config(tiny_cache[0], copied, "num_workers=0", "log_every=1")).fresh
 
 
+@pytest.mark.slow
 def test_another_way_of_scoring_scores_again_and_trains_nothing(tiny_cache, finished, copied, monkeypatch):
     monkeypatch.setattr(run_module, "train_arm", None)
     again = run(make_config(tiny_cache[0], copied, "evaluation.limit=3"))

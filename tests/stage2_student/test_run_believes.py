@@ -114,6 +114,7 @@ def leaves(value, path=()):
             yield from leaves(item, (*path, name))
 
 
+@pytest.mark.slow
 def test_whatever_signed_documents_of_a_run_say_is_refused_in_words_or_harmless(copied):
     def report():
         write_report_again(copied)
@@ -187,6 +188,7 @@ def test_a_student_without_its_digests_or_with_files_more_is_refused_and_nothing
     read_final(final)
 
 
+@pytest.mark.slow
 def test_what_lies_in_the_place_of_a_runs_files_is_named_and_makes_nobody_wait(tiny_cache, copied):
     os.mkfifo(copied / "pipe")
     (copied / "sft" / "log.jsonl").unlink()

@@ -35,6 +35,7 @@ def scored(request, tiny_cache, tmp_path_factory):
     return result, copies, lambda output, **changes: make(tiny_cache[0], output, **changes)
 
 
+@pytest.mark.slow
 def test_a_training_is_the_same_to_the_last_bit_with_and_without(scored, tmp_path):
     result, copies, make = scored
     plain = train(make(tmp_path / "run"))
@@ -85,6 +86,7 @@ def test_the_numbers_are_those_of_evaluate_on_the_student_that_was_kept(scored, 
     assert f"after step {line['step']} of run" in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow(quick=("lora",))
 def test_a_killed_training_ends_with_the_same_scores_and_the_same_best(scored, tmp_path):
     """Killed behind a scored step whose checkpoint was not written yet, and among adapters."""
     result, copies, make = scored

@@ -47,6 +47,7 @@ def uninterrupted(tiny_cache, copies):
     [1, 2, 5, 6],
     ids=["before any checkpoint", "between phases", "inside the second phase", "past an epoch's end"],
 )
+@pytest.mark.slow
 def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     tiny_cache, tmp_path, uninterrupted, copies, killed_after
 ):

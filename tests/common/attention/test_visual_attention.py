@@ -131,6 +131,7 @@ def run_eager(model, batch):
 
 @pytest.mark.parametrize("chunk_rows", [None, 1, 4])
 @pytest.mark.parametrize("padding", ["none", "left", "right", "packed"])
+@pytest.mark.slow(quick=3)
 def test_llava_logits_are_bit_identical_and_attention_equals_eager(llava, padding, chunk_rows):
     batch, rows, keys = llava_batch(padding)
     captured, capture = with_capture(llava, chunk_rows=chunk_rows)

@@ -81,6 +81,7 @@ def store(request):
     return request.param
 
 
+@pytest.mark.slow(quick=("webdataset",))
 def test_all_that_makes_caches_keeps_the_counts(tmp_path, store):
     first = build(tmp_path / "first", range(10), store=store, failed={5})
     assert told(first) == counted(first)

@@ -279,6 +279,7 @@ def test_a_sound_cache_stands_every_check(tmp_path):
         (LOGITS | {"temperatures": [1, 1]}, "plan", "temperatures: expected distinct"),
     ],
 )
+@pytest.mark.slow(quick=1)
 def test_deep_verification_says_so_where_it_cannot_know_a_codecs_values(settings, kind, words, tmp_path):
     build_cache(tmp_path, make_plan(signals={"logits": settings, "visual_map": COLUMNS}))
     assert verify(tmp_path) == []  # every byte is as it was written

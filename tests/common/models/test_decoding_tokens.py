@@ -91,6 +91,7 @@ class Reference:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow(quick=("qwen2_5_vl", "paligemma"))
 def test_steps_are_whole_passes_that_see_what_is_kept(name, tmp_path):
     opened = open_with_prompts(name, tmp_path / name)
     model, parts, inputs = opened.model, opened.parts, opened.inputs
@@ -122,6 +123,7 @@ def test_steps_are_whole_passes_that_see_what_is_kept(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl", "paligemma", "mobilevlm_v2"])
+@pytest.mark.slow(quick=("llava_onevision", "paligemma"))
 def test_of_fewer_tokens_that_are_fed_fewer_are_attended(name, tmp_path):
     opened = open_with_prompts(name, tmp_path / name)
     model, parts, inputs = opened.model, opened.parts, opened.inputs

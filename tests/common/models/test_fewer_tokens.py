@@ -133,6 +133,7 @@ def decoder_of(model, opened):
 
 
 @torch.no_grad()
+@pytest.mark.slow(quick=("compodistill", "llava_onevision"))
 def test_every_family_says_what_the_whole_sequence_says_with_the_others_masked(opened):
     inputs = opened.inputs(0, 1, 2)
     visual = inputs["input_ids"] == opened.model.config.image_token_id

@@ -53,6 +53,7 @@ def check_same(model, parts):
 
 @pytest.mark.parametrize("tower", ["inside", "beside"])
 @pytest.mark.parametrize("projector", ["inside", "beside", "both"])
+@pytest.mark.slow(quick=1)
 def test_wherever_its_parts_lie_it_gives_the_librarys_logits(tmp_path, tower, projector):
     parts = llava_tensors()
     folder = write_llava(tmp_path / "m", parts, tower=tower, projector=projector)
@@ -168,6 +169,7 @@ def test_a_projector_alone_whose_language_model_cannot_be_had_says_what_to_write
 
 @pytest.mark.parametrize("base_is", ["language model", "llava"])
 @pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.slow(quick=1)
 def test_adapters_are_merged_as_peft_merges_them(tmp_path, base_is, rslora):
     parts, adapters = llava_tensors(), adapter_tensors()
     # A LLaVA that was trained further has a projector, which the trained one replaces.

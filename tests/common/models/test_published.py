@@ -40,6 +40,7 @@ def load_mobilevlm(folder, version=2, **options):
 
 
 @pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.slow(quick=("2",))
 def test_every_published_mobilevlm_tensor_lands_under_its_own_name_but_for_two_kinds_of_buffers(tmp_path, version):
     model, tensors = load_mobilevlm(tmp_path, version)
     state = model.state_dict()
@@ -116,6 +117,7 @@ def test_compodistill_computes_what_its_released_code_does(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "sharded safetensors", "sharded bin"])
+@pytest.mark.slow(quick=1)
 def test_all_four_layouts_of_files_give_the_same_model(tmp_path, layout):
     whole, tensors = load_mobilevlm(tmp_path / "bin")
     folder = write_mobilevlm(tmp_path / "other", {})
@@ -179,12 +181,14 @@ def test_a_checkpoint_without_its_tower_says_what_to_download(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.slow(quick=("dtype2",))
 def test_weights_come_in_the_precision_asked_for_or_as_stored(tmp_path, dtype):
     folder = write_mobilevlm(tmp_path, mobilevlm_tensors(dtype=torch.bfloat16))
     model = load_published(folder, dtype=dtype)
     assert {value.dtype for value in model.parameters()} == {dtype or torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_a_converted_folder_is_written_once_and_loads_as_the_original(tmp_path):
     original, _ = load_mobilevlm(tmp_path / "m", 1)
     (tmp_path / "m" / "tokenizer_config.json").write_text("{}")

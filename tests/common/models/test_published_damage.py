@@ -211,6 +211,7 @@ def test_a_compodistill_configuration_that_nobody_released_is_refused(tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["num_attention_heads", "hidden_size"])
+@pytest.mark.slow(quick=("hidden_size",))
 def test_a_number_that_cannot_be_is_named_whoever_opens_the_folder(tmp_path, name):
     folders = [
         write_mobilevlm(tmp_path / "m", mobilevlm_tensors(), **{name: 0}),

@@ -165,6 +165,7 @@ def test_open_shards_stay_beyond_the_limit_and_leave_once_closed(
     assert present(cache) == {5}
 
 
+@pytest.mark.slow(quick=("webdataset",))
 def test_many_readers_of_one_small_space_all_read_right(remote: CountingRemote, monkeypatch):
     set_limit(monkeypatch, remote, 2)
     manifest = read_manifest(remote.root)

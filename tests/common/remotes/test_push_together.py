@@ -35,6 +35,7 @@ def proxy(s3, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3", "s3 without conditions"])
+@pytest.mark.slow(quick=1)
 def test_of_several_pushes_at_once_the_place_holds_one_whole_and_the_others_say_so(kind, caches, proxy, tmp_path):
     proxy.always = Fault(unconditional=kind.endswith("conditions"))
     place = tmp_path / "place" if kind == "folder" else f"s3://caches/{kind}".replace(" ", "-")

@@ -99,6 +99,7 @@ def s3():
 
 
 @pytest.mark.parametrize("name", ["plan.json", "shards/00001.tar", "shards/00001.json", "manifest.json"])
+@pytest.mark.slow
 def test_a_killed_push_leaves_no_cache_and_the_next_one_completes_it(cache, tmp_path, s3, monkeypatch, name):
     location = f"s3://caches/{tmp_path.name}"
     with FaultyServer(upstream=s3) as server:

@@ -232,6 +232,7 @@ def cache(tmp_path):
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 def test_documents_of_cache_commands_hold_what_the_cache_does(cache, tmp_path, monkeypatch):
     rows = sum(len(make_record(p)["labels"]) for p in range(10) if p != FAILED)
     found = document(cachectl, "inspect", cache, "--json")

@@ -177,6 +177,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_processes_meet_as_often_as_they_like(tmp_path: Path):
     code = (
         "import sys, time; from vlm_distill_cache.common.terminal.launch import Launch, meet\n"

@@ -64,6 +64,7 @@ def damaged(data, rng):
 
 
 @pytest.mark.parametrize(("kind", "store"), list(PLACES))
+@pytest.mark.slow(quick=1)
 def test_no_damage_anywhere_is_overlooked_or_used(kind, store, tmp_path, request):
     folder, rng = tmp_path / "cache", random.Random(f"{kind} {store}")
     make(kind, store, folder, request.getfixturevalue("build_cache") if kind == "today" else None)
@@ -136,6 +137,7 @@ def put(value, path, new):
 
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
+@pytest.mark.slow
 def test_nonsense_with_a_checksum_that_fits_is_refused_or_harmless(store, tmp_path):
     """Whoever makes checksums anew can write any JSON: none of it may end a program but by an error of ours."""
     folder, rng = tmp_path / "cache", random.Random(store)

@@ -30,6 +30,7 @@ def check_every_kill(store: str, folder: Path, stride: int) -> None:
 
 
 @pytest.mark.parametrize(("store", "stride"), [("zarr", 61), ("webdataset", 15)])
+@pytest.mark.slow
 def test_killed_anywhere_and_resumed_the_bytes_are_the_same(tmp_path: Path, store: str, stride: int):
     check_every_kill(store, tmp_path, stride)
 

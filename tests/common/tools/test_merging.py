@@ -179,6 +179,7 @@ def test_another_processor_is_refused_by_name(tmp_path: Path):
 
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
+@pytest.mark.slow(quick=("webdataset",))
 def test_killed_after_any_shard_it_goes_on_to_the_same_bytes(tmp_path: Path, store: str):
     sources = [build_of(tmp_path / "a", range(6), store=store), build_of(tmp_path / "b", range(5, 12))]
     merge(sources, tmp_path / "whole")

@@ -81,6 +81,7 @@ def derived(path: Path) -> dict:
     return read_plan(path).extra["derived"]
 
 
+@pytest.mark.slow(quick=("webdataset",))
 def test_shards_come_with_their_failed_samples(remote: CountingRemote, tmp_path: Path):
     selection = parse_selection(shards="0, 2-3", samples=None, signals=None, top_k=None)
     pull_partial(remote.location, tmp_path / "part", selection)

@@ -73,6 +73,7 @@ def test_a_sound_cache_is_left_alone(cache):
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.slow(quick=1)
 def test_damaged_at_random_repaired_and_built_again_the_bytes_are_the_originals(original, cache, seed):
     rng = random.Random(seed)
     names = [name for name in tree(cache) if name not in (CARD, "plan.json")]
@@ -103,6 +104,7 @@ def test_a_dry_run_changes_nothing_and_says_the_same(cache):
 
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
+@pytest.mark.slow(quick=("webdataset",))
 def test_killed_at_any_step_it_can_be_called_again(store, tmp_path, monkeypatch):
     import vlm_distill_cache.common.files.atomic
 
@@ -202,6 +204,7 @@ def test_without_its_plan_nothing_is_removed(cache, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
 @pytest.mark.parametrize("part", ["plan.json", MANIFEST, INDEX, "note.json", "processor", "00001.json", "00001"])
+@pytest.mark.slow(quick=3)
 def test_what_cannot_be_read_stays_and_is_named(cache, part, number, monkeypatch):
     part = next(path.name for path in (cache / "shards").glob("00001.[tz]*")) if part == "00001" else part
     sidecar_path(cache, 2).write_bytes(b"{}")  # this one is damaged, whatever happens to others

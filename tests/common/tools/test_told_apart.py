@@ -41,6 +41,7 @@ def fill(folder: Path, *names: str) -> Path:
         (("letter.txt", "x"), "it holds letter.txt, x"),
     ],
 )
+@pytest.mark.slow(quick=2)
 def test_a_folder_that_is_no_cache_is_called_what_it_looks_like(tmp_path, names, told):
     folder, whole = fill(tmp_path / "folder", *names), tmp_path / "whole"
     build_cache(whole, make_plan())

@@ -83,6 +83,7 @@ def test_every_truncation_deletion_and_addition_is_found_and_named(small):
     assert [d.path for d in verify(copy)] == ["pipe"]
 
 
+@pytest.mark.slow(quick=("webdataset",))
 def test_signed_damage_never_crashes(small):
     """Checksums that fit prove nothing about the content: the decoders must stand it too."""
     rng = random.Random(2)

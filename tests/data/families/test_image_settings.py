@@ -145,6 +145,7 @@ def library_pixels(name: str, encoder, image: PIL.Image.Image) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", TINY)
+@pytest.mark.slow(quick=("qwen2_vl", "qwen3_vl", "paligemma2"))
 def test_settings_are_read_as_the_library_reads_them_or_refused_by_name(name, checkpoints, tmp_path):
     config, family, tokenizer = parts_of(checkpoints[name])
     worked, refused = [], []

@@ -32,6 +32,7 @@ def changed(folder):
 
 @pytest.mark.parametrize("value", [0, -1, -7])
 @pytest.mark.parametrize("name", ["num_attention_heads", "hidden_size", "vocab_size"])
+@pytest.mark.slow(quick=23)
 def test_a_number_that_is_no_number_of_anything_is_named(changed, name, value):
     with pytest.raises(ModelError, match=rf"{name} in config\.json is {value}, expected 1 or more"):
         open_family_model(changed(name, value))

@@ -26,6 +26,7 @@ def written(entry, write):
 
 @settings(max_examples=30, deadline=None)
 @given(system=st.just("") | WORDS, pairs=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3))
+@pytest.mark.slow
 def test_one_conversation_as_texts_in_every_form(system, pairs):
     for entry in writings(system, pairs):
         for write in (json.dumps, repr, lambda value: f"\n {json.dumps(value, indent=1)} "):

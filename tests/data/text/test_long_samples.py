@@ -53,6 +53,7 @@ def encoder_of(name, template, **more):
     ("template", "image"), [("short", True), ("vicuna_v1", True), ("vicuna_v1", False), ("chat", False)]
 )
 @pytest.mark.parametrize("independent", [False, True])
+@pytest.mark.slow(quick=4)
 def test_every_length_cuts_as_the_reference(name, template, image, independent):
     encoder = encoder_of(name, template)
     sample = make_sample(*TURNS, image=image, independent=independent)
@@ -77,6 +78,7 @@ def test_every_length_cuts_as_the_reference(name, template, image, independent):
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("independent", [False, True])
 @pytest.mark.parametrize("grids", [((4, 6), (2, 3)), ((2, 3), (4, 6))])
+@pytest.mark.slow(quick=1)
 def test_a_student_with_other_visual_tokens_is_cut_at_the_same_word(name, independent, grids):
     teacher, student = (encoder_of(name, "vicuna_v1", grid=grid) for grid in grids)
     sample = make_sample(*TURNS, independent=independent)

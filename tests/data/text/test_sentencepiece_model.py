@@ -60,6 +60,7 @@ def test_every_id_is_that_of_the_sentencepiece_package(folder):
         assert tokenizer(text)["input_ids"] == [1, *expected.encode(text)]
 
 
+@pytest.mark.slow(quick=1)
 def test_every_id_of_any_text_is_that_of_the_sentencepiece_package(folder):
     tokenizer, expected = load_tokenizer(folder), own(folder)
     letters = st.sampled_from([*"aeintsr13 \n\t.<>▁ガ中🙂", "  ", "   ", "e\u0301", "ｶﾞ", "<sep>", "in", "\r\n"])
@@ -144,6 +145,7 @@ def settings_beside(draw, size):
     return {"tokenizer_config.json": tokenizer, "added_tokens.json": added, "special_tokens_map.json": flags}
 
 
+@pytest.mark.slow(quick=1)
 def test_a_stored_tokenizer_has_the_settings_that_it_was_made_with(folder, tmp_path_factory):
     names = [f"{name}_token_id" for name in ("bos", "eos", "unk", "pad")]
 

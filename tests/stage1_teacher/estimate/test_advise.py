@@ -47,6 +47,7 @@ def on_disk(cache: Path) -> int:
 
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
+@pytest.mark.slow
 def test_bytes_and_errors_are_those_of_real_builds(
     tmp_path: Path, build_cache, tiny_llava: Path, store: str, monkeypatch
 ):
@@ -82,6 +83,7 @@ def text_only(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "unlisted"])
+@pytest.mark.slow(quick=("unlisted",))
 def test_every_family_and_data_of_one_sample_without_a_picture(
     tmp_path: Path, family: str, family_data: Path, unlisted_teacher: Path, monkeypatch
 ):
@@ -234,6 +236,7 @@ def test_sizes_are_read_with_their_units_and_nothing_else_is():
             parse_bytes(text)
 
 
+@pytest.mark.slow
 def test_the_command_is_the_build_with_the_options_that_were_chosen(tmp_path: Path, tiny_llava: Path, monkeypatch):
     output = tmp_path / "a folder"
     monkeypatch.setattr(advise_module, "LOGITS", ("default", "fixed:8"))
@@ -284,6 +287,7 @@ def test_every_set_is_one_that_a_build_takes_and_the_given_one_is_the_first():
         BuildConfig(**options)
 
 
+@pytest.mark.slow
 def test_short_students_get_caches_that_stage_two_takes(tmp_path: Path, tiny_llava: Path, monkeypatch):
     """Each preset's cache goes through stage two's own checks; the training itself is stage two's matter."""
     from vlm_distill_cache.common.opening import open_cache

@@ -121,6 +121,7 @@ def test_the_time_is_the_best_of_a_few_short_runs_or_that_of_one_long_one(monkey
 
 
 @pytest.mark.parametrize("store", ["webdataset", "zarr"])
+@pytest.mark.slow
 def test_predicted_bytes_are_those_of_a_real_build(tmp_path: Path, build_cache, tiny_llava: Path, store: str, once):
     signals = ("logits", "answer_attention", "visual_columns")
     options = {"limit": 40, "shard_size": 20, "store": store, "signals": signals}

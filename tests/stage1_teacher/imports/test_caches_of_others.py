@@ -255,6 +255,7 @@ def run(file: Path, data: Path, teacher: Path, cache: Path, *options: str):
 
 
 @pytest.mark.parametrize("make", [distillkit_rows, nemo_rows])
+@pytest.mark.slow(quick=("nemo_rows",))
 def test_rows_without_ids_are_found_by_their_tokens(make, server, texts: Path, teacher: Path, tmp_path: Path):
     vocabulary = len(server.tokenizer)
     rows = make(server, vocabulary)

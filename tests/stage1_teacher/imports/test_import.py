@@ -73,6 +73,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow(quick=1)
 def test_the_cache_is_the_one_that_stage_one_builds(form, server, built, llava, family_data: Path, tmp_path: Path):
     dump = write_lines(tmp_path / "dump.jsonl", [FORMS[form](server, sample) for sample in server.samples])
     teacher = without_weights(llava, tmp_path / "teacher")
@@ -110,6 +111,7 @@ def choice_of(row: dict) -> dict:
 
 
 @pytest.mark.parametrize("store", ["zarr", "webdataset"])
+@pytest.mark.slow
 def test_a_student_learns_from_it_and_all_tools_work_on_it(store, dump, llava, family_data, tmp_path: Path):
     cache = tmp_path / "cache"
     done = run(dump, family_data, llava, cache, "--store", store, "--teacher-name", "big model")
@@ -349,6 +351,7 @@ def test_what_could_not_be_checked_and_what_says_little_is_said(server, llava, f
         "compodistill",
     ],
 )
+@pytest.mark.slow(quick=("gemma3", "qwen2_5_vl", "smolvlm"))
 def test_every_family_is_described_without_its_weights(name: str, tmp_path: Path):
     teacher = Teacher(save_tiny(name, tmp_path / "teacher"))
     served = ServedTeacher(without_weights(tmp_path / "teacher", tmp_path / "served"))
@@ -393,6 +396,7 @@ def test_the_help_needs_no_torch():
 
 
 @pytest.mark.parametrize("name", ["llava_original", "mobilevlm_v1", "mobilevlm_v2", "compodistill"])
+@pytest.mark.slow(quick=("compodistill",))
 def test_teachers_whose_picture_has_an_id_of_its_own_are_imported(name: str, family_data: Path, tmp_path: Path):
     """The picture's id lies beyond their rows; servers write it as it is, once, or as the -200 of the original code."""
     server = FakeServer(save_tiny(name, tmp_path / "weights"), family_data)

@@ -78,6 +78,7 @@ def write_own_answer(teacher: Teacher, encoder, sample: Sample, turn: int, earli
     return teacher.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_each_prompt_alone(greedy: Path, teacher: Teacher):
     assert isinstance(teacher.model, LlavaForConditionalGeneration)
     dataset = open_dataset(DATA, split="train", limit=6)
@@ -129,6 +130,7 @@ def test_a_later_prompt_holds_the_teachers_own_earlier_answers(tmp_path: Path, t
         assert answer == write_own_answer(teacher, encoder, sample, turn, answers[:turn])
 
 
+@pytest.mark.slow
 def test_sampled_answers_follow_the_seed_and_nothing_else(tmp_path: Path):
     drawn = {"answer_temperature": 2.0, "answer_top_p": 0.95, "answer_seed": 5}
     build(tmp_path / "whole", **drawn)
@@ -204,6 +206,7 @@ def test_prompts_stop_before_the_last_answer(teacher: Teacher):
     assert "left" not in text
 
 
+@pytest.mark.slow
 def test_a_checkpoints_generation_settings_do_not_decide_the_answers(greedy: Path, tmp_path: Path):
     """They are in no plan and no fingerprint; a greedy answer is the likeliest token of each row."""
     for name in ("suppress", "stop"):

@@ -23,6 +23,7 @@ THREES = SimpleNamespace(shard_range=lambda index: range(3 * index, 3 * index + 
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.slow(quick=("1",))
 def test_no_byte_depends_on_the_number_of_encoding_processes(tmp_path: Path, build_cache, processes: int):
     path = write_llava_json(tmp_path / "data", 40)
     (tmp_path / "data" / "4.png").unlink()  # failures keep their order too

@@ -141,6 +141,7 @@ def test_batches_are_collated_on_another_thread_and_one_ahead_at_most(work: Buil
 
 @pytest.mark.parametrize("bad", [(0,), (4,), (COUNT - 1,), (2, 3, 7), tuple(range(COUNT))])
 @pytest.mark.parametrize("what", ["nan", "infinite", "nothing"])
+@pytest.mark.slow(quick=1)
 def test_samples_that_fail_are_named_and_all_others_keep_their_order(
     work: Build, monkeypatch, bad: tuple[int, ...], what: str
 ):

@@ -24,6 +24,7 @@ def teacher_maps(cache_dir: Path) -> dict[str, TeacherMap]:
 
 
 @pytest.mark.parametrize("map_grid", [0, 3])
+@pytest.mark.slow
 def test_all_presets_of_a_build_have_the_masks_of_the_exact_map(tmp_path: Path, build_cache, map_grid: int):
     build_cache(tmp_path / "f4", signals=VISUAL, limit=4, attention_dtype="f4", map_grid=map_grid)
     exact = teacher_maps(tmp_path / "f4")

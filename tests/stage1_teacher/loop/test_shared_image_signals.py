@@ -110,6 +110,7 @@ def test_eight_conversations_an_image_cost_its_maps_once(tmp_path, build):
 
 @pytest.mark.parametrize("preset", ["exact", "blocks", "compact"])
 @pytest.mark.parametrize("map_grid", [0, 3])
+@pytest.mark.slow(quick=1)
 def test_every_way_to_keep_a_map_is_shared_and_found_sound(tmp_path, build, preset, map_grid):
     options = {"attention_dtype": "u1", "map_preset": preset, "map_grid": map_grid}
     cache = build(tmp_path / "cache", write_data(tmp_path / "data", 2, 3), **options)

@@ -100,6 +100,7 @@ def test_a_cpu_takes_sixteen_or_what_its_memory_allows(tmp_path: Path, config, m
         automatic_batch_size(work)
 
 
+@pytest.mark.slow
 def test_who_resumes_takes_the_batch_size_of_the_plan_and_measures_nothing(tmp_path: Path, config, monkeypatch):
     monkeypatch.setattr(opening, "automatic_batch_size", lambda *_: 2)
     extract(config(tmp_path / "whole"))
@@ -118,6 +119,7 @@ def test_who_resumes_takes_the_batch_size_of_the_plan_and_measures_nothing(tmp_p
         extract(config(tmp_path / "cache", batch_size=4))
 
 
+@pytest.mark.slow
 def test_a_plan_that_another_machine_wrote_meanwhile_is_adopted(tmp_path: Path, config, monkeypatch):
     extract(config(tmp_path / "whole", batch_size=2))
 

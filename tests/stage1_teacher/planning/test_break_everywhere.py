@@ -34,6 +34,7 @@ def break_everywhere(
     return {name: int(count) for name, count in map(str.split, result.stdout.splitlines())}
 
 
+@pytest.mark.slow
 def test_broken_at_some_places_and_run_again_the_bytes_are_the_same(tmp_path: Path, tiny_llava: Path):
     stride = 61
     places = break_everywhere(tmp_path, tiny_llava, "webdataset", "both", stride)

@@ -1,11 +1,14 @@
 """What a build wrote itself is noted as sound: whoever trains from it here need not look through it again."""
 
+import pytest
+
 from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.sidecar import sidecar_path
 from vlm_distill_cache.common.tools import trust
 from vlm_distill_cache.common.tools.trust import open_trusted
 
 
+@pytest.mark.slow
 def test_only_shards_that_a_build_wrote_itself_are_trusted_unseen(build_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_DISTILL_VERIFIED_DIR", str(tmp_path / "notes"))
     monkeypatch.setattr(trust, "_noted", set())

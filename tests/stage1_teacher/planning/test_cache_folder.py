@@ -155,6 +155,7 @@ def test_sealing_on_a_read_only_disk_is_a_clear_error(cache: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("store", ["webdataset", "zarr"])
+@pytest.mark.slow(quick=("webdataset",))
 def test_a_write_that_really_fails_half_way_loses_nothing(tmp_path: Path, build_cache, store: str):
     options = {"store": store, "shard_size": 8}
     build_cache(tmp_path / "whole", **options)
@@ -215,6 +216,7 @@ def test_overwriting_a_cache_never_deletes_what_is_not_ours(tmp_path: Path, buil
 
 
 @pytest.mark.parametrize("survivors", [1, 4])
+@pytest.mark.slow(quick=("1",))
 def test_overwriting_goes_on_after_it_was_killed_half_way(tmp_path: Path, build_cache, monkeypatch, survivors: int):
     build_cache(tmp_path / "cache")
     remove, calls = vlm_distill_cache.stage1_teacher.planning.cache_folder.remove, []

@@ -87,6 +87,7 @@ def test_texts_that_the_template_cannot_write_fail_alone_and_are_named(tmp_path:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.slow(quick=("0",))
 def test_more_tokens_than_positions_are_a_recorded_failure_whatever_the_longest_sequence_is(
     tmp_path: Path, caplog, workers
 ):

@@ -128,6 +128,7 @@ def test_the_number_of_threads_is_one_each_for_several_and_then_the_plans(tmp_pa
 
 
 @pytest.mark.parametrize("store", ["webdataset", "zarr"])
+@pytest.mark.slow(quick=("webdataset",))
 def test_parts_give_the_bytes_of_one_process_and_the_last_one_seals(tmp_path: Path, config, store: str):
     extract(config(tmp_path / "whole", store=store, threads=1))
     for of in (2, 3):
@@ -175,6 +176,7 @@ def test_one_process_gives_the_bytes_of_a_build_without_any(tmp_path: Path, conf
     check_processes(tmp_path, config, "webdataset", (1,))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one_and_share_the_batch_size_that_the_first_found(
     tmp_path: Path, config, monkeypatch
 ):

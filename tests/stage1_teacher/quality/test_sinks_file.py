@@ -68,6 +68,7 @@ def slow(cache, signal: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(("name", "places"), PLACES.items())
+@pytest.mark.slow(quick=1)
 def test_a_build_writes_the_sinks_of_every_kind_of_layout_beside_its_shards(family_cache, tmp_path, name, places):
     cache = family_cache(name)
     found = read_sinks(cache)
@@ -135,6 +136,7 @@ def test_maps_that_were_pooled_over_the_picture_where_it_has_several_tiles_are_o
     np.testing.assert_allclose(both.received, (first + second) / 2)
 
 
+@pytest.mark.slow
 def test_it_is_the_same_after_sealing_again_repair_and_conversion_and_own_for_what_is_derived(family_cache, tmp_path):
     source = family_cache("llava").path
     known = (source / SINKS).read_bytes()

@@ -62,6 +62,7 @@ def conversation(number: int, *, image: bool = True) -> Sample:
     )
 
 
+@pytest.mark.slow(quick=("paligemma", "idefics3"))
 def test_logits_and_attention_of_a_padded_batch_are_the_librarys_one_by_one(
     family: str, folder: Path, teacher: Teacher, encoder
 ):
@@ -86,6 +87,7 @@ def test_logits_and_attention_of_a_padded_batch_are_the_librarys_one_by_one(
             torch.testing.assert_close(found, attention[layer][keys][:, keys], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow(quick=("llava_next", "idefics3", "internvl"))
 def test_generation_from_left_padded_prompts_begins_with_the_librarys_logits(
     family: str, folder: Path, teacher: Teacher, encoder
 ):
@@ -98,6 +100,7 @@ def test_generation_from_left_padded_prompts_begins_with_the_librarys_logits(
         torch.testing.assert_close(made.first_logits[number], logits[first], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.slow(quick=("llava_onevision", "llava_next", "internvl"))
 def test_in_sixteen_bits_logits_are_those_of_the_librarys_own_sixteen_bits(family: str, folder: Path, encoder):
     samples = [encoder(conversation(0)), encoder(conversation(1))]
     half = Teacher(folder, dtype="bfloat16")
@@ -115,6 +118,7 @@ def test_in_sixteen_bits_logits_are_those_of_the_librarys_own_sixteen_bits(famil
         done += rows
 
 
+@pytest.mark.slow(quick=("llava", "qwen2_5_vl", "paligemma"))
 def test_packed_conversations_give_what_each_gives_alone(teacher: Teacher, encoder):
     turns = tuple(Turn(question=q, answer=a) for q, a in zip(QUESTIONS, ANSWERS, strict=True))
     image = conversation(0).images

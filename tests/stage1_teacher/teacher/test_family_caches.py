@@ -21,6 +21,7 @@ from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 
 @pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.slow(quick=("gemma3",))
 def test_a_cache_of_every_family_is_built_and_found_sound(family_cache, name: str):
     cache, sees_ahead = family_cache(name), name.startswith("paligemma")
     assert len(cache) == 10

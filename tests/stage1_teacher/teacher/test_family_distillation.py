@@ -72,6 +72,7 @@ def test_a_student_made_from_nothing_learns_from_caches_of_other_layouts(
 
 
 @pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.slow(quick=("llava_next",))
 def test_a_student_takes_a_step_from_its_cache(tmp_path: Path, family_data: Path, family_cache, name: str):
     cache = family_cache(name)
     train(config_of(tmp_path, cache, family_data, {"logits": 1.0, "answer_attention": 1.0}))

@@ -107,6 +107,7 @@ def test_a_damaged_or_missing_shard_has_no_fidelity(tiny_llava: Path, tmp_path: 
 @pytest.mark.parametrize(
     "signals", [("hidden",), ("visual_logits", "visual_hidden"), ("logits", "projector_output", "hidden")]
 )
+@pytest.mark.slow(quick=("signals0",))
 def test_an_estimate_knows_every_signal(signals, tiny_llava: Path, tmp_path: Path):
     from vlm_distill_cache.stage1_teacher.config import BuildConfig
     from vlm_distill_cache.stage1_teacher.estimate.probe import measure_probe

@@ -22,6 +22,7 @@ def layer_names(model, kinds: tuple[type, ...]) -> set[str]:
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 @pytest.mark.parametrize("name", LIBRARY_FAMILIES)
+@pytest.mark.slow(quick=1)
 def test_only_the_language_model_is_quantised_and_a_cache_is_built(
     tmp_path: Path, family_data: Path, name: str, bits: str, caplog
 ):

@@ -25,6 +25,7 @@ PLACES = 4  # that are changed, of each family's
 
 
 @pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.slow(quick=("paligemma", "paligemma2", "compodistill"))
 def test_the_tower_of_every_family_is_read_as_eager_attention_and_pooled_as_its_projector_does(
     name: str, family_cache, family_data, monkeypatch
 ):

@@ -20,6 +20,7 @@ from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 
 
 @pytest.mark.parametrize("name", ["mobilevlm_v2", "compodistill", "llava", "llava_original", "gemma3"])
+@pytest.mark.slow(quick=("llava", "compodistill"))
 def test_a_changed_student_is_saved_and_opens_anywhere(name, tmp_path):
     model, encoder, processor = STUDENTS[name](tmp_path / "source")
     inner = model if isinstance(model, VisionLanguageModel) else model.model

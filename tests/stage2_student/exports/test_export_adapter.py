@@ -40,6 +40,7 @@ def halve(folder):
 
 @pytest.mark.filterwarnings("ignore")  # what peft says of the library
 @pytest.mark.parametrize("kind", ["llava", "own"])
+@pytest.mark.slow(quick=("own",))
 def test_base_and_adapter_are_the_student(kind, tiny_cache, tmp_path, monkeypatch):
     """Of two phases of adapters after one of the projector: peft knows the sum as one adapter."""
     peft = pytest.importorskip("peft")
@@ -96,6 +97,7 @@ def test_base_and_adapter_are_the_student(kind, tiny_cache, tmp_path, monkeypatc
         export_student(final, tmp_path / "no", layout="adapter")
 
 
+@pytest.mark.slow
 def test_a_student_that_is_more_than_adapters_is_refused(tiny_cache, finished, tmp_path):
     base = save_base(tmp_path / "base", "llava")
     last = {"steps": 1, "batch_size": 4, "trainable": "all"}

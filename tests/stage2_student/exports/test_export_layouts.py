@@ -186,6 +186,7 @@ def check_same(expected, rows, exported):
 
 
 @pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.slow(quick=1)
 def test_each_layout_computes_what_the_student_does_or_says_why_it_cannot(name, tmp_path):
     make, how, fitting = STUDENTS[name]
     folder = save_final(tmp_path / "final", make, **how)
@@ -295,6 +296,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "quantise"), [("mobilevlm v2", "8bit"), ("mlp", "4bit")])
+@pytest.mark.slow(quick=1)
 def test_a_quantised_student_loads_back_and_computes_the_same(name, quantise, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     folder = save_final(tmp_path / "final", STUDENTS[name][0], **STUDENTS[name][1])

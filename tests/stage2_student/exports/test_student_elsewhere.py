@@ -186,6 +186,7 @@ def told(saved, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.slow
 def test_a_saved_student_says_the_same_where_this_project_is_not(name, saved, told):
     prompts, logits, answers, losses = saved[1][name]
     found = told[name]

@@ -83,6 +83,7 @@ def test_the_cached_loss_and_its_gradient_equal_the_papers_formula_with_a_live_t
 
 @pytest.mark.parametrize("kind", ["sink_filtered", "cosine", "kl", "mse"])
 @pytest.mark.parametrize("splits", [[(0,), (1, 2)], [(1,), (2, 0)], [(0,), (1,), (2,)]])
+@pytest.mark.slow(quick=2)
 def test_losses_and_measures_of_a_step_do_not_depend_on_its_split(cached, scenes, splits, kind):
     path, teacher = cached
     student = make_student(path, teacher.encoder)

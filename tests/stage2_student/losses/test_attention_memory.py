@@ -42,6 +42,7 @@ def attention_bytes(heads, *, softcap, mask_heads, dtype):
         (None, 30.0, torch.float32),
     ],
 )
+@pytest.mark.slow(quick=1)
 def test_extra_memory_does_not_grow_with_heads(mask_heads, softcap, dtype):
     found = {
         heads: attention_bytes(heads, softcap=softcap, mask_heads=mask_heads, dtype=dtype) for heads in (4, 16, 64)

@@ -12,6 +12,7 @@ from vlm_distill_cache.stage2_student.losses.logits import lm_loss
 
 
 @pytest.mark.parametrize("name", TINY)
+@pytest.mark.slow(quick=("llava", "qwen2_vl", "paligemma"))
 def test_every_familys_fused_loss_is_that_of_its_own_logits(opened, name):  # noqa: F811
     student, encoder = opened(name)
     batch = make_batch(encoder)

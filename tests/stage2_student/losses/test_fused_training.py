@@ -46,6 +46,7 @@ def test_a_tied_embedding_gets_both_gradients():
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_mean_of_their_gradients_under_ddp_and_fsdp2(in_two_processes):
     model = TinyModel(tied=True, fused=False)
     ((model(*batch(0)) + model(*batch(1))) / 2).backward()
@@ -166,6 +167,7 @@ def peak(inputs, *, is_fused: bool, **options) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.slow(quick=1)
 def test_memory_is_an_eighth_of_the_unfused_form_at_real_sizes(device, temperature: float, dtype):
     """4,096 rows, 152,000 tokens, the width of a small language model: the weight's gradient is included."""
     sizes = {"rows": 4096, "vocabulary": 152_000, "width": 2048, "dtype": dtype}

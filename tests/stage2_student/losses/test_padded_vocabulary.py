@@ -90,6 +90,7 @@ def dense_loss(teacher, student, kept):
 
 @pytest.mark.parametrize("extra", [0, 17, 300])  # the teacher has 200
 @pytest.mark.parametrize("kind", ["mobilevlm", "llava"])
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_dense_teacher_whatever_the_padding_of_both(
     kind, extra, padded, tiny_llava, cache, tmp_path
 ):
@@ -113,6 +114,7 @@ def test_the_loss_is_that_of_the_dense_teacher_whatever_the_padding_of_both(
 
 
 @pytest.mark.parametrize("kind", ["mobilevlm", "llava"])
+@pytest.mark.slow
 def test_a_student_of_another_padding_is_distilled_scored_and_keeps_its_rows(kind, tiny_llava, cache, tmp_path):
     folder = save_student(kind, 17, tiny_llava, cache, tmp_path / "student")
     options = [

@@ -52,6 +52,7 @@ def logits(model, batch):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow(quick=("compodistill",))
 def test_keeping_everything_gives_the_teacher_itself_bit_for_bit(name, tmp_path):
     opened, batches = open_tiny(name, tmp_path)
     prune_directory(tmp_path / name, tmp_path / "student", kept=Kept(), samples=SAMPLES)
@@ -62,6 +63,7 @@ def test_keeping_everything_gives_the_teacher_itself_bit_for_bit(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow(quick=("paligemma",))
 def test_the_student_is_the_teacher_whose_dropped_parts_are_zeroed(name, tmp_path):
     opened, batches = open_tiny(name, tmp_path)
     pruning = plan_pruning(opened, batches, kept=Kept(width=0.5), how=PruningConfig())

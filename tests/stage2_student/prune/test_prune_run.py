@@ -51,6 +51,7 @@ def make_config(cache, output, teacher, *more):
     return load_run_config(None, given, cache=cache)
 
 
+@pytest.mark.slow
 def test_a_run_cuts_the_student_once_and_trains_scores_and_reports_it(tiny_cache, tmp_path, teacher, monkeypatch):
     config = make_config(tiny_cache[0], tmp_path / "run", teacher)
     assert (config.phases, config.dft.trainable) == (("dft",), "all")
@@ -88,6 +89,7 @@ def test_a_run_cuts_the_student_once_and_trains_scores_and_reports_it(tiny_cache
         run(replace(config, student="pruned:0.25"))
 
 
+@pytest.mark.slow
 def test_layers_of_unequal_sizes_are_cut_trained_scored_and_reported_and_the_way_is_the_runs(
     tiny_cache, tmp_path, teacher
 ):

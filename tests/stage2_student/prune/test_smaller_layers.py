@@ -77,6 +77,7 @@ def zero(model, family, pruning):
     [(name, TAYLOR) for name in (*FAMILIES, "llava_original", "paligemma2", "llava_next", "internvl")]
     + [(name, ENDS) for name in ("qwen2_vl", "gemma3")],
 )
+@pytest.mark.slow(quick=1)
 def test_a_smaller_student_is_the_teacher_with_all_else_zeroed(name, how, tmp_path):
     opened, batches = open_tiny(name, tmp_path)
     kept = Kept(width=0.75, depth=0.67)
@@ -292,6 +293,7 @@ def test_ranked_over_layers_groups_stay_whole_channels_come_in_eights_and_one_ke
         assert 1 <= len(part.heads) < 6
 
 
+@pytest.mark.slow
 def test_layers_of_different_sizes_answer_anywhere_and_with_a_cache_of_keys_and_values(tmp_path):
     for name in ("smolvlm", "mobilevlm_v2"):
         _, batches = open_tiny(name, tmp_path)

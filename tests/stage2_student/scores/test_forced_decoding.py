@@ -12,6 +12,7 @@ from vlm_distill_cache.stage2_student.scores.forced import forced_decoding, prom
 
 
 @pytest.mark.parametrize("name", ["mobilevlm_v2", "qwen2_vl"])
+@pytest.mark.slow(quick=("qwen2_vl",))
 def test_dictated_answers_are_as_likely_as_when_they_were_found(name, tmp_path):
     opened = open_with_prompts(name, tmp_path / name)
     change_model(opened.model, opened.parts, decoding_tokens={"keep": 2, "by": "shift", "shift_threshold": 1.0})

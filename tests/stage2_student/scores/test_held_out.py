@@ -135,6 +135,7 @@ def test_held_out_pictures_that_are_missing_are_counted_said_and_stored_or_refus
         assert f"the first: s{min(missing)}-0: image {min(missing)}.png cannot be read" in result.output
 
 
+@pytest.mark.slow
 def test_a_run_says_before_and_after_what_of_its_held_out_data_is_missing(tiny_cache, tmp_path):
     held_out = take_away(write_data(tmp_path, ["red", "blue", "green"]), [1])
     config = make_config(

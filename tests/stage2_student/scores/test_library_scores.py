@@ -49,6 +49,7 @@ def alone(model, encoder, picture, caption) -> float:
     return sum(float(logits[row].log_softmax(0)[batch.labels[0, row]]) for row in rows)
 
 
+@pytest.mark.slow(quick=("llava", "qwen2_5_vl", "smolvlm"))
 def test_captions_that_share_a_picture_score_as_each_alone(student):
     opened, encoder = student
     packed = packs_conversations(opened.model)

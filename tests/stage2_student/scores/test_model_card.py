@@ -78,6 +78,7 @@ def test_a_run_leaves_cards_that_are_valid_and_tell_what_its_files_hold(tiny_cac
         assert (made.logits, made.attention_dtype, made.shard_size) == ("exact", "f4", 6)
 
 
+@pytest.mark.slow
 def test_a_card_is_the_same_again_and_an_edited_one_stays(tiny_cache, copied, caplog):
     config = make_config(tiny_cache[0], copied)
     cards = {name: copied / name / "final" / "README.md" for name in ("sft", "distilled")}

@@ -131,6 +131,7 @@ def test_scores_and_a_new_card_follow_a_student_that_is_there(hub, copied):
     assert "correct the lines between `---` at its head" in push(sft, NAME, "--overwrite").output
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_anywhere_goes_on_and_ends_as_one_that_did_not(hub, copied):
     final = copied / "distilled" / "final"
     hub.concerns = lambda method, path: True
@@ -168,6 +169,7 @@ def test_a_push_that_fails_anywhere_goes_on_and_ends_as_one_that_did_not(hub, co
         (Fault(status=503), "failed 5 times"),
     ],
 )
+@pytest.mark.slow(quick=1)
 def test_what_a_hub_refuses_ends_in_a_line_and_what_may_pass_is_tried_again(hub, copied, fault, words):
     hub.concerns = lambda method, path: method == "POST" and "/commit/" in path
     hub.always = fault

@@ -30,6 +30,7 @@ def evaluate(*arguments):
     return result, json.loads(result.stdout) if "--json" in arguments and result.exit_code == 0 else {}
 
 
+@pytest.mark.slow
 def test_quantised_scores_are_those_of_the_exports_and_differences_are_paired(final, tmp_path):
     pytest.importorskip("bitsandbytes")
     file = tmp_path / "scores.json"

@@ -107,6 +107,7 @@ def test_a_killed_training_of_a_library_student_ends_like_an_uninterrupted_one(t
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_scores_a_library_student_beside_its_baseline(tiny_cache, tiny_llava, tmp_path):
     fast = [
         "dpt.steps=1", "dft.steps=1", "sft.steps=1", "dpt.batch_size=4", "dft.batch_size=4", "sft.batch_size=4",
@@ -128,6 +129,7 @@ def test_a_run_scores_a_library_student_beside_its_baseline(tiny_cache, tiny_lla
     assert {"tokenizer.json", "preprocessor_config.json"} <= {path.name for path in exported.iterdir()}
 
 
+@pytest.mark.slow
 def test_tokens_beyond_the_students_rows_are_tail_and_are_counted_and_reported(
     tiny_llava, build_cache, tmp_path, caplog
 ):

@@ -77,6 +77,7 @@ def make_batch(encoder: SampleEncoder, *, answers: Sequence[str] = ("a red circl
 
 
 @pytest.mark.parametrize("name", TINY)
+@pytest.mark.slow(quick=("smolvlm", "compodistill", "llava_onevision"))
 def test_supervised_rows_and_their_gradients_are_the_librarys_own(opened, name):
     student, encoder = opened(name)
     batch = make_batch(encoder)
@@ -117,6 +118,7 @@ def test_in_bf16_the_supervised_rows_are_the_librarys_own(opened, name):
 
 
 @pytest.mark.parametrize("name", TINY)
+@pytest.mark.slow(quick=("llava", "qwen2_5_vl", "paligemma"))
 def test_generation_from_a_left_padded_batch_is_that_of_full_passes_over_each_prompt_alone(opened, name):
     """The reference knows nothing of caches, padding or the library's positions for generation."""
     student, encoder = opened(name)

@@ -28,6 +28,7 @@ def original(tmp_path_factory):
     return folder, build(folder, write_data(folder.parent), folder.parent / "cache")
 
 
+@pytest.mark.slow
 def test_an_original_llava_is_a_teacher_a_student_and_imported_the_same(original, tmp_path):
     folder, cache = original
     assert cache.plan.geometry["layout"] == "pad"
@@ -45,6 +46,7 @@ def test_an_original_llava_is_a_teacher_a_student_and_imported_the_same(original
     assert torch.equal(*(one.model(input_ids=ids, pixel_values=pixels).logits for one in (direct, imported)))
 
 
+@pytest.mark.slow
 def test_every_file_that_weights_are_read_from_is_part_of_what_an_original_llava_is(original, tmp_path):
     folder = shutil.copytree(original[0], tmp_path / "teacher")
     before = Teacher(folder).fingerprints()["teacher"]
@@ -61,6 +63,7 @@ def test_every_file_that_weights_are_read_from_is_part_of_what_an_original_llava
     assert len({before, changed, moved, Teacher(folder).fingerprints()["teacher"]}) == 4
 
 
+@pytest.mark.slow
 def test_an_original_llava_goes_on_training_and_opens_again(original, tmp_path):
     folder, cache = original
     steps = [f"{phase}.{key}={n}" for phase in ("dpt", "dft") for key, n in (("steps", 1), ("batch_size", 4))]
@@ -126,6 +129,7 @@ def test_a_librarys_weights_are_checked_by_name_and_shape_on_no_device(tiny_llav
     assert asked == ["meta"]
 
 
+@pytest.mark.slow
 def test_a_projector_alone_reads_with_the_tokenizer_of_its_language_model_and_is_imported_whole(original, tmp_path):
     """The folder of a pre-training: what it does not hold comes from the base that it names."""
     folder, alone, base = original[0], tmp_path / "alone", tmp_path / "base"

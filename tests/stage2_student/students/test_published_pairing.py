@@ -104,6 +104,7 @@ def run(places, cache, output, *options):
     return read_log(output)
 
 
+@pytest.mark.slow
 def test_the_student_learns_logits_and_attention_from_the_teacher(places, cache, tmp_path):
     opened = open_cache(cache)
     assert (len(opened), len(opened.failed)) == (len(ANSWERS), 0)
@@ -123,6 +124,7 @@ def test_both_read_an_answer_as_sentencepiece_does(places):
         assert student(text, add_special_tokens=False)["input_ids"] == expected
 
 
+@pytest.mark.slow
 def test_long_samples_are_cut_at_the_same_word_for_teacher_and_student(places, cache, tmp_path):
     whole = open_cache(cache)
     assert "long_samples" not in whole.plan.extra

@@ -145,6 +145,7 @@ def test_the_teachers_own_directory_serves_as_the_tower(cache, teacher, tmp_path
 
 
 @pytest.mark.parametrize("lost", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])
+@pytest.mark.slow(quick=("lost0",))
 def test_a_published_folder_without_its_tokenizer_is_no_student_and_one_that_we_saved_has_the_caches(
     cache, teacher, tmp_path, lost
 ):

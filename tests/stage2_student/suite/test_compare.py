@@ -38,6 +38,7 @@ def rewrite(path, change):
     write_signed(path, stored)
 
 
+@pytest.mark.slow
 def test_gains_between_runs_are_paired_and_wins_are_counted(finished, copied, tmp_path):
     generator = np.random.default_rng(0)
     first = read_signed(finished.output / "evaluation.json")["distilled"]["items"]

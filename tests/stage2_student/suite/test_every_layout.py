@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import pytest
 from every_layout import write_every_layout
 
 from vlm_distill_cache.common.files.atomic import read_json
@@ -20,6 +21,7 @@ OTHER_FORMS = {"options", "scienceqa-llava"}  # tables of any questions; the sam
 SECRET = {"llava-mine", "vizwiz-test"}
 
 
+@pytest.mark.slow
 def test_every_layout_is_asked_counted_and_written_for_scorers(tiny_llava, tmp_path, monkeypatch):
     generate = asking.generate_answers  # of a random model no answer ends by itself: two words are enough
     monkeypatch.setattr(

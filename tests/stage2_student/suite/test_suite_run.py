@@ -53,6 +53,7 @@ def results(output: Path) -> dict[str, list]:
     return {path.parent.name: path.read_text().splitlines()[1:] for path in sorted(output.glob(f"*/{RESULTS}"))}
 
 
+@pytest.mark.slow
 def test_a_suite_that_was_killed_or_divided_ends_as_one_that_was_not(suite, tmp_path, monkeypatch):
     whole = run_suite(suite)
     asked = []

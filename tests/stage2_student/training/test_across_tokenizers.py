@@ -133,6 +133,7 @@ def _pool(values, boxes, cells):
     return pooled
 
 
+@pytest.mark.slow(quick=("llava",))
 def test_training_on_the_signals_of_pictures_brings_the_student_closer(tiny_cache, student, tmp_path):
     losses = {"lm": 0.0, "visual_columns": 1.0}
     result = train(config_for(tiny_cache[0], student, tmp_path, losses=losses, limit=2, steps=20, lr=1e-2))

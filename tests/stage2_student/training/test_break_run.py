@@ -25,6 +25,7 @@ def break_run(folder: Path, how: str, stride: int, places=()) -> int:
     return int(result.stdout.split()[-1])
 
 
+@pytest.mark.slow
 def test_killed_in_its_first_write_and_again_late_a_run_goes_on_to_the_same_end(tmp_path: Path):
     assert break_run(tmp_path, "kill", 1, places=(2, 120)) == 2
 

@@ -226,6 +226,7 @@ def copy_with_plan(cache, target, **changes):
 
 
 @pytest.mark.parametrize(("store", "damage"), [("zarr", "missing"), ("zarr", "truncated"), ("webdataset", "truncated")])
+@pytest.mark.slow(quick=1)
 def test_a_lost_or_short_shard_file_is_found_before_the_first_step(tmp_path, store, damage):
     build_tiny_cache(tmp_path / "c", signals=("logits",), store=store)
     path = sorted(file for file in (tmp_path / "c" / "shards").rglob("*") if file.is_file() and "00003." in str(file))[

@@ -101,6 +101,7 @@ def test_a_share_is_that_of_a_run_and_its_seed_is_part_of_the_fingerprint(tiny_c
 
 
 @pytest.mark.parametrize("given_as", ["folder", "parts", "processor"])
+@pytest.mark.slow(quick=("processor",))
 def test_a_model_that_the_caller_has_loaded_is_used_as_it_is(given_as, dataset, tiny_cache, folder):
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     whole = {"patch_size": 12, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}

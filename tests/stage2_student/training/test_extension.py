@@ -29,6 +29,7 @@ def made(folder):
     return trained, [{name: value for name, value in line.items() if name not in times} for line in lines]
 
 
+@pytest.mark.slow
 def test_an_extended_training_is_the_longer_one_even_if_it_was_killed_on_the_way(tiny_cache, tmp_path):
     def configure(name, *more):
         return make_config(tiny_cache[0], tmp_path / name, *STEADY, *more)
@@ -62,6 +63,7 @@ def test_an_extended_training_is_the_longer_one_even_if_it_was_killed_on_the_way
         ([], ["dpt.steps=2"], r"(?s)differs in more than the length of phase sft.*dpt\.steps"),
     ],
 )
+@pytest.mark.slow
 def test_what_would_not_be_the_longer_training_is_refused_and_changes_nothing(
     tiny_cache, tmp_path, first, more, reason
 ):
@@ -90,6 +92,7 @@ def test_what_would_not_be_the_longer_training_is_refused_and_changes_nothing(
         train_alone(configure(LONG, "sft.warmup=0.125"), extends=True)  # as the error proposes
 
 
+@pytest.mark.slow
 def test_a_finished_run_offers_to_extend_both_students(tiny_cache, tmp_path):
     steady = [f"{phase}.{option}" for phase in ("dpt", "dft", "sft") for option in ("schedule=constant", "warmup=0")]
     output = tmp_path / "steady"

@@ -67,6 +67,7 @@ def test_much_less_is_kept_for_the_backward_pass():
     assert sum(kept[True]) < sum(kept[False]) / 4
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_and_without_and_goes_on_from_the_others_checkpoints(tiny_cache, tmp_path):
     config = make_config(tiny_cache[0], tmp_path / "plain")
     plain = train(config)

@@ -154,6 +154,7 @@ def test_the_saved_student_is_a_plain_one_that_says_what_the_adapted_one_said(un
 
 
 @pytest.mark.parametrize("killed_after", [1, 2, 3, 4, 5])
+@pytest.mark.slow(quick=("4",))
 def test_a_killed_run_with_adapters_ends_bit_for_bit_like_an_uninterrupted_one(
     tiny_cache, tmp_path, uninterrupted, copies, killed_after
 ):
@@ -175,6 +176,7 @@ def test_checkpoints_hold_adapters_and_projector_and_nothing_of_the_rest(uninter
 
 
 @pytest.mark.parametrize("order", [("lora", "all"), ("all", "lora"), ("lora", "projector")])
+@pytest.mark.slow(quick=("order0",))
 def test_adapters_beside_other_phases_resume_exactly(tiny_cache, tmp_path, order):
     changes = {
         name: {"steps": 2, "batch_size": 4, "trainable": kind} for name, kind in zip(("dft", "sft"), order, strict=True)

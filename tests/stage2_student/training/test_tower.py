@@ -66,6 +66,7 @@ def test_a_killed_run_goes_on_exactly(whole, tiny_cache, tmp_path):
     assert equal_weights(resumed.model, result.model)
 
 
+@pytest.mark.slow
 def test_two_processes_see_the_same_steps_as_one_where_some_see_no_picture(in_two_processes, tmp_path):
     """A process whose micro-batches are text alone has no gradient of the tower; it does not keep the other waiting."""
     expected, two = train(mixed_config(in_two_processes["mixed"], tmp_path / "one")), in_two_processes["tower"]
@@ -89,6 +90,7 @@ def test_a_library_student_trains_its_tower_and_resumes_exactly(tiny_cache, tmp_
 
 
 @pytest.mark.parametrize("name", TINY)
+@pytest.mark.slow(quick=("paligemma", "paligemma2", "compodistill"))
 def test_the_trained_parameters_of_a_tower_are_those_that_a_loss_reaches(opened, name):  # noqa: F811
     student, encoder = opened(name)
     model, batch = student.model, make_batch(encoder)
@@ -204,6 +206,7 @@ def test_each_part_has_its_rate_scheduled_alike_and_logged(whole):
 
 
 @pytest.mark.parametrize("trainable", ["all", "lora", "projector"])
+@pytest.mark.slow(quick=("all",))
 def test_a_projectors_own_rate_moves_the_projector_alone_and_the_same_rate_changes_nothing(
     tiny_cache, tmp_path, trainable
 ):

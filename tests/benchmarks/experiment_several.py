@@ -12,6 +12,7 @@ What is done is kept in ``build/experiment-several``: a job that was killed is r
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
@@ -137,6 +138,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="Try the whole way in minutes; stores no results.")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("vlm_distill_cache.stage1_teacher.demo").setLevel(logging.INFO)  # how far the teacher is
     tiny = Budget(data="shapes:images=24,kinds=scene+comparison+motion", items=2, teacher_steps=2, steps=2)
     place = Place(Path("build/experiment-several"), tiny if arguments.tiny else Budget())
     place.root.mkdir(parents=True, exist_ok=True)

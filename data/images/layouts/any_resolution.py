@@ -17,7 +17,7 @@ taken as evenly spaced from the first to the last one's edge: none is off by mor
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import PIL.Image
@@ -177,15 +177,6 @@ class AnyResolutionEncoder(Layout):
             },
             tiles=(tile, Tile(rows=1, cols=1, region=BESIDE)),
         )
-
-    @property
-    def video_marker(self) -> str | None:
-        """The video token is written for a video."""
-        return None
-
-    def video_dict(self) -> dict[str, Any]:
-        """What decides pixels, boxes and text of a video, as plain JSON; empty: frames are pictures."""
-        return {} if self.frames is None else self.frames.to_dict()
 
     def video(self, frames: Sequence[Frame]) -> EncodedImage:
         """Turn the frames of one video into model input.

@@ -7,7 +7,7 @@ twos: one token shows a square of both (`PatchedFrames`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import PIL.Image
@@ -78,15 +78,6 @@ class DynamicEncoder(Layout):
         tile = grid_tile(int(shape[0, 1]) // merge, int(shape[0, 2]) // merge)
         pixels = np.ascontiguousarray(output["pixel_values"], dtype=np.float32)
         return EncodedImage(inputs={"pixel_values": pixels, "image_grid_thw": shape}, tiles=(tile,))
-
-    @property
-    def video_marker(self) -> str | None:
-        """The video token is written for a video."""
-        return None
-
-    def video_dict(self) -> dict[str, Any]:
-        """What decides pixels, boxes and text of a video, as plain JSON."""
-        return {} if self.frames is None else self.frames.to_dict()
 
     def video(self, frames: Sequence[Frame]) -> EncodedImage:
         """Turn the frames of one video into model input, as `PatchedFrames`; raises as that does, or `unread_videos`."""

@@ -21,6 +21,7 @@ class Layout:
 
     Attributes:
         videos_unread: Why videos cannot be read, of a family that has a way of its own to read them; no part of a plan.
+        frames: How frames of a video are read; None: they are not, or as so many pictures.
         kind: Names the layout in a plan.
         keys: Settings of the processor's class that decide pixels, beside those that all processors have.
 
@@ -30,15 +31,26 @@ class Layout:
 
     processor: Any
     videos_unread: str = ""
+    frames: Any = None
 
     kind: ClassVar[str]
     keys: ClassVar[tuple[str, ...]]
     marker: ClassVar[str | None] = None
+    written_video: ClassVar[str | None] = None  # `video_marker` of a family that reads videos
     writes_text: ClassVar[bool] = False
 
     def attention_grid(self) -> tuple[int, int]:
         """Rows and columns that stage one pools attention to: a picture's tokens form no one grid."""
         return FINEST_SIDE, FINEST_SIDE
+
+    @property
+    def video_marker(self) -> str | None:
+        """What a prompt template writes for a video; None: the token at the visual positions of one."""
+        return self.written_video if self.frames is not None or self.videos_unread else None
+
+    def video_dict(self) -> dict[str, Any]:
+        """What decides pixels, boxes and text of a video, as plain JSON; empty: frames are pictures."""
+        return {} if self.frames is None else dict(self.frames.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """What decides pixels, boxes and the text, as plain JSON."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from math import ceil
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import PIL.Image
@@ -31,7 +31,7 @@ from vlm_distill_cache.data.images.layouts.pixels import (
 from vlm_distill_cache.data.images.layouts.videos import SquaredFrames, frame_tiles, in_words, unread_videos
 from vlm_distill_cache.data.sample import Frame
 
-AROUND, GLOBAL, VIDEO = "<fake_token_around_image>", "<global-img>", "<video>"
+AROUND, GLOBAL = "<fake_token_around_image>", "<global-img>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class SplitEncoder(Layout):
     kind: ClassVar[str] = "split"
     keys: ClassVar[tuple[str, ...]] = ("max_image_size", "do_image_splitting")
     writes_text: ClassVar[bool] = True
+    written_video: ClassVar[str | None] = "<video>"
 
     def __post_init__(self) -> None:
         check_processor(self.processor, "max_image_size", "do_image_splitting")
@@ -106,15 +107,6 @@ class SplitEncoder(Layout):
         share = covered_share(self.side, self.patch_size)
         tiles = (*tiled(rows, cols, self.grid, share), whole(self.grid, share))
         return EncodedImage(inputs={"pixel_values": pixels}, tiles=tiles, text=self._text(rows, cols))
-
-    @property
-    def video_marker(self) -> str | None:
-        """What a chat template writes for a video, whose visual tokens are those of pictures."""
-        return VIDEO if self.frames is not None or self.videos_unread else None
-
-    def video_dict(self) -> dict[str, Any]:
-        """What decides pixels, boxes and text of a video, as plain JSON; empty: frames are pictures."""
-        return {} if self.frames is None else self.frames.to_dict()
 
     def video(self, frames: Sequence[Frame]) -> EncodedImage:
         """Turn the frames of one video into model input: ``pixel_values`` f4 ``[F, 3, H, W]``, a tile a frame, and the text.

@@ -6,7 +6,7 @@ tags, tile after tile. A frame of a video is one tile, with its number in front.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import PIL.Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
@@ -24,9 +24,6 @@ from vlm_distill_cache.data.images.layouts.pixels import (
 )
 from vlm_distill_cache.data.images.layouts.videos import FixedFrames, unread_videos
 from vlm_distill_cache.data.sample import Frame
-
-VIDEO = "<video>"
-"""What chat templates write for a video."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +50,7 @@ class ThumbnailEncoder(Layout):
     kind: ClassVar[str] = "thumbnail"
     keys: ClassVar[tuple[str, ...]] = ("min_patches", "max_patches")
     writes_text: ClassVar[bool] = True
+    written_video: ClassVar[str | None] = "<video>"
 
     def __post_init__(self) -> None:
         check_processor(self.processor, "min_patches", "max_patches")
@@ -96,15 +94,6 @@ class ThumbnailEncoder(Layout):
         tiles = parts if len(parts) == 1 else (*parts, whole(self.grid))
         tokens = self.image_token * (self.least_token_count * len(tiles))
         return EncodedImage(inputs={"pixel_values": pixels}, tiles=tiles, text=f"{self.before}{tokens}{self.after}")
-
-    @property
-    def video_marker(self) -> str | None:
-        """What a chat template writes for a video, whose visual tokens are those of pictures."""
-        return VIDEO if self.frames is not None or self.videos_unread else None
-
-    def video_dict(self) -> dict[str, Any]:
-        """What decides pixels, boxes and text of a video, as plain JSON; empty: frames are pictures."""
-        return {} if self.frames is None else self.frames.to_dict()
 
     def video(self, frames: Sequence[Frame]) -> EncodedImage:
         """Turn the frames of one video into model input: ``pixel_values`` f4 ``[F, 3, H, W]``, a tile a frame, and the text."""

@@ -232,7 +232,7 @@ def join_image_inputs(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
             if len(shapes) > 1 and videos:
                 raise ConfigError(
                     f"videos of one batch differ in frames or size ({name}: {sorted(shapes)}), which this model cannot take "
-                    "in one pass; set the batch size to 1"
+                    "in one pass; pass samples one by one (micro_batch_size=1, the same gradients), each with one video"
                 )
             if len(shapes) > 1:
                 raise ConfigError(

@@ -405,10 +405,10 @@ def check_labels_fit(cache: TeacherCache, rows: int, tokenizer: Any, *, where: s
         )
 
 
-def probe_inputs(model: Any, dataset: CachedDataset | UnitedDataset, *, where: str) -> None:
+def probe_inputs(model: Any, dataset: CachedDataset | UnitedDataset, *, where: str, most: int = 2) -> None:
     """Make the student's arguments of one small batch: what its family cannot take is refused before training."""
     try:
-        model_inputs_of(model, dataset.batch(range(min(2, len(dataset)))).inputs)
+        model_inputs_of(model, dataset.batch(range(min(most, len(dataset)))).inputs)
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from error
 

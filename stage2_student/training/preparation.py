@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from vlm_distill_cache.common.attention.layers import GroupMatch
 from vlm_distill_cache.common.cache.counts import picture_words, unknown_words
-from vlm_distill_cache.common.cache.plan import described_parts
+from vlm_distill_cache.common.cache.plan import FRAMES, described_parts
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 from vlm_distill_cache.common.files.hashing import fingerprint
@@ -26,6 +26,7 @@ from vlm_distill_cache.common.remotes.mirror import find_mirror
 from vlm_distill_cache.common.tools.fidelity_words import poor_fidelity
 from vlm_distill_cache.common.tools.merge import refuse_different
 from vlm_distill_cache.data.families.inputs import known_positions
+from vlm_distill_cache.data.images.layouts.videos import stacks_videos
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.mixture import Part, is_mixture, own_caches, read_mixture
@@ -512,6 +513,8 @@ def _prepare_phases(
                 seed=config.seed,
             )
             opened[source] = [(part, join) for part, join in zip(parts_of_data, joins, strict=True) if join is not None]
+        shows_videos = any(FRAMES in part.cache.plan.extra for part, _ in opened[source])
+        one_by_one = shows_videos and stacks_videos(encoder.image_encoder)
         # Phases of the same data share what is kept in memory; those with the same signals, their join.
         read = terms | ({GAZE: GazeTerm()} if config.follows_gaze else {})
         join = (*source, tuple(read), match, needed_sinks(losses))
@@ -541,7 +544,7 @@ def _prepare_phases(
             several = len(datasets) > 1
             joined[join] = UnitedDataset(datasets, [part.weight for part, _ in taken]) if several else datasets[0]
             probe_samples(joined[join])
-            probe_inputs(parts.model, joined[join], where=parts.where)
+            probe_inputs(parts.model, joined[join], where=parts.where, most=1 if one_by_one else 2)
         dataset = joined[join]
         if dataset.entries_beyond:
             _log.warning(
@@ -552,6 +555,11 @@ def _prepare_phases(
                 dataset.entries_read,
                 vocabulary_rows(parts.model),
             )
+        if one_by_one and phase.micro_batch_size is None:
+            _log.info(
+                "phase %s: samples are passed one by one, as this model takes videos of one length in a pass", name
+            )
+            phase = replace(phase, micro_batch_size=1)
         fits = {name: term.fit(cache.plan, losses, parts, where) for name, term in terms.items()}
         shuffle = ShardShuffle(
             shards=dataset.shards, seed=config.seed, window=config.shuffle_window, repeats=dataset.repeats(config.seed)

@@ -278,6 +278,11 @@ def unread_videos(encoder: Layout) -> ConfigError:
     )
 
 
+def stacks_videos(encoder: Any) -> bool:
+    """Whether an image encoder is of a model that takes videos of equally many frames alone in one pass."""
+    return bool(getattr(getattr(encoder, "frames", None), "newline", False))
+
+
 def seconds_per_frame(frames: Sequence[Frame]) -> float:
     """Mean seconds from a frame to the next; 1 where there is one frame alone."""
     return (frames[-1].time - frames[0].time) / (len(frames) - 1) if len(frames) > 1 else 1.0

@@ -79,7 +79,8 @@ class AttentionRequest:
         rows: int64 ``[B, R]``, query positions in this forward pass; -1 is padding.
         keys: int64 ``[B, M]``, key positions; -1 is padding.
         groups: Language-model layer indices (0-based) of each of G groups; groups may share layers.
-        row_weights: Float ``[B, R]``: record the sum of the rows, each times its weight, not the rows. None: the rows.
+        row_weights: Float ``[B, R]``: record the sum of the rows, each times its weight, not the rows; ``[B, V, R]``: V
+            such sums, without a gradient. None: the rows.
             Where the same tensors of rows and keys were requested before without weights, the sum is taken of those.
     """
 
@@ -105,9 +106,10 @@ class AttentionRequest:
                 f"attention request: `rows` are for {self.rows.shape[0]} samples "
                 f"but `keys` for {self.keys.shape[0]}; build both from one batch"
             )
-        if self.row_weights is not None and self.row_weights.shape != self.rows.shape:
+        weights = self.row_weights
+        if weights is not None and (weights.shape if weights.ndim == 2 else weights.shape[::2]) != self.rows.shape:
             raise ModelError(
-                f"attention request: `row_weights` {list(self.row_weights.shape)} must have the shape of `rows`, "
+                f"attention request: `row_weights` {list(weights.shape)} must have the shape of `rows`, "
                 f"{list(self.rows.shape)}"
             )
         if not self.groups or any(not group or len(set(group)) != len(group) for group in self.groups):
@@ -363,7 +365,8 @@ class _Recorder:
             asked = id(request.rows), id(request.keys)
             if row_weights is not None and asked in whole:
                 # No matrix product, which autocast would round.
-                attention = (row_weights[:, :, None] * whole[asked]).sum(dim=1, keepdim=True)
+                sums = (row_weights if row_weights.ndim == 3 else row_weights[:, None]).unbind(dim=1)
+                attention = torch.stack([(one[:, :, None] * whole[asked]).sum(dim=1) for one in sums], dim=1)
             else:
                 attention = head_mean_attention(
                     query,

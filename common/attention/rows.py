@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlm_distill_cache.common.errors import ModelError
+
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Scores of a chunk, by kind of device; two float32 buffers of that many exist, three in the backward pass with
 `softcap`. On a CPU 2 MB stay in its cache (64 MB take up to twice as long); a GPU wants few, large operations."""
@@ -53,7 +55,8 @@ def head_mean_attention(
         key: Float ``[B, Hkv, Tk, D]``; H is a multiple of Hkv (grouped-query heads).
         rows: int64 ``[B, R]`` in ``[-1, Tq)``.
         keys: int64 ``[B, M]`` in ``[-1, Tk)``.
-        row_weights: Float ``[B, R]``, constants: the result is the sum of the rows, each times its weight.
+        row_weights: Float ``[B, R]``, constants: the result is the sum of the rows, each times its weight; or
+            ``[B, V, R]``: V such sums, without a gradient.
         attention_mask: ``[B or 1, 1 or H, Tq, Tk]``; bool (True = may look) or float (added to scores); a constant.
         causal: Query i sees keys 0..i, as SDPA's ``is_causal`` (upper left).
         scaling: Factor on the scores; by default ``D ** -0.5``.
@@ -64,13 +67,14 @@ def head_mean_attention(
             depend on queries and keys is then worked out once.
 
     Returns:
-        float32 ``[B, R, M]``, or ``[B, 1, M]`` with ``row_weights``; 0 for padding and for rows that may look nowhere.
+        float32 ``[B, R, M]``, with ``row_weights`` ``[B, 1, M]`` or ``[B, V, M]``; 0 for padding and for rows that may look
+        nowhere.
     """
     B, H, _, D = query.shape
     Hkv, Tk = key.shape[1], key.shape[2]
     R, M = rows.shape[1], keys.shape[1]
     if R == 0 or M == 0:
-        return query.new_zeros((B, R if row_weights is None else 1, M), dtype=torch.float32)
+        return query.new_zeros((B, _length(R, row_weights), M), dtype=torch.float32)
     if causal and last_row is not None:
         Tk = min(Tk, max(last_row, 0) + 1)
     # Whole samples while they fit, else all rows of some heads of one sample, else some rows.
@@ -176,7 +180,7 @@ class _HeadMean(torch.autograd.Function):
         """Sum over heads, then pick the wanted keys; ``place`` is that of all rows, where it is known."""
         inputs = _Inputs(query, key, rows, keys, row_weights, mask)
         ctx.settings = settings
-        length = rows.shape[1] if row_weights is None else 1
+        length = _length(rows.shape[1], row_weights)
         result = torch.zeros(len(rows), length, keys.shape[1], device=query.device)
         kept: tuple[Tensor, ...] = ()
         keeps = settings.softcap is None and settings.is_one_chunk(inputs)
@@ -194,6 +198,9 @@ class _HeadMean(torch.autograd.Function):
                 picked, target = total.gather(2, part.place.keys), result[part.place.target]
                 if row_weights is None:
                     torch.mul(picked, part.place.weight, out=target)
+                elif row_weights.ndim == 3:
+                    samples, chosen = part.place.where
+                    target.baddbmm_(row_weights[samples, :, chosen], picked.mul_(part.place.weight))
                 else:
                     target.add_(picked.mul_(part.place.weight).sum(dim=1, keepdim=True))
         # Saved, so that the backward pass frees them, and checkpointing drops them.
@@ -208,6 +215,8 @@ class _HeadMean(torch.autograd.Function):
         """All heads' probabilities have the same gradient, that of their mean."""
         saved, count = ctx.saved_tensors, len(_Inputs._fields)  # to be read once, as checkpointing demands
         inputs = _Inputs(*saved[:count])
+        if inputs.row_weights is not None and inputs.row_weights.ndim == 3:
+            raise ModelError("several sums of rows have no gradient; ask for each of them, with its own rows")
         query, key = inputs.query, inputs.key
         place = None if ctx.slices is None else _Place(*ctx.slices, *saved[count : count + 5])
         probabilities = None if place is None or len(saved) == count + 5 else saved[-1]
@@ -232,6 +241,13 @@ class _HeadMean(torch.autograd.Function):
                         target.baddbmm_(by_scores.transpose(1, 2), found.queries)
         by_inputs = by_query, None if by_key is None else by_key.to(key.dtype)
         return *by_inputs, None, None, None, None, None, None
+
+
+def _length(rows: int, row_weights: Tensor | None) -> int:
+    """How many rows the result has of so many that are asked for."""
+    if row_weights is None:
+        return rows
+    return row_weights.shape[1] if row_weights.ndim == 3 else 1
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -302,7 +318,8 @@ class _Place:
             bias = torch.where(columns <= rows[:, :, None], 0.0, _BLOCKED)[:, None]
         weight, target = sees / inputs.query.shape[1], where
         if inputs.row_weights is not None:
-            weight, target = weight * inputs.row_weights[where], (where[0], slice(None))
+            weight = weight * inputs.row_weights[where] if inputs.row_weights.ndim == 2 else weight
+            target = where[0], slice(None)
         return cls(
             where,
             target,

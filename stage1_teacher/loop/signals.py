@@ -293,27 +293,18 @@ class _VisualColumns(_Attention):
 
     def request(self, batch: Batch, at: Finder, codec: Any, groups: Groups) -> Request | None:
         keys = at(visual_keys)
-        if most_views(batch) > 1:  # several means of each sample's rows: taken of the rows themselves
-            return _attention(keys, keys, groups)
-        return _attention(keys, keys, groups, image_weights(batch, keys)[:, 0])
+        weights = image_weights(batch, keys)
+        return _attention(keys, keys, groups, weights if most_views(batch) > 1 else weights[:, 0])
 
     def reduce(self, found: Tensor | None, batch: Batch, codec: Any, *, checked: bool) -> tuple[Tensor, ...]:
-        counts = _counts(visual_keys, batch)
-        if found is None or most_views(batch) <= 1:
-            return tuple(
-                torch.zeros(codec.groups, 0) if found is None or not tokens else found[index, :, 0, :tokens]
-                for index, tokens in enumerate(counts)
-            )
-        weights = image_weights(batch, visual_keys(batch)).to(found.device)  # [B, V, N]
-        kept = []
-        for index, (tokens, tiles) in enumerate(zip(counts, batch.tiles, strict=True)):
-            parts = [
-                # No matrix product, which autocast would round.
-                (weights[index, view, own, None] * found[index, :, own, own]).sum(dim=1)
-                for view, own in enumerate(view_slices(tiles))
-            ]
-            kept.append(torch.cat(parts, dim=1) if tokens else torch.zeros(codec.groups, 0))
-        return tuple(kept)
+        if found is None:
+            return tuple(torch.zeros(codec.groups, 0) for _ in batch.tiles)
+        return tuple(
+            torch.cat([found[index, :, view, own] for view, own in enumerate(view_slices(tiles))], dim=1)
+            if tiles
+            else torch.zeros(codec.groups, 0)
+            for index, tiles in enumerate(batch.tiles)
+        )
 
     def encode(self, live: tuple[Tensor, ...], batch: Batch, codec: Any) -> Sequence[Record]:
         return [codec.encode(columns) for columns in live]

@@ -5,6 +5,7 @@ import torch
 
 from vlm_distill_cache.common.attention import rows as attention_rows
 from vlm_distill_cache.common.attention.rows import SharedPlace, head_mean_attention
+from vlm_distill_cache.common.errors import ModelError
 
 B, H, T, D = 3, 8, 21, 4
 ROWS = torch.tensor([[20, 3, 0, -1, 11], [7, 7, 19, 1, -1], [-1, -1, -1, -1, -1]])
@@ -156,6 +157,18 @@ def test_a_weighted_sum_of_rows_is_that_of_the_rows(kind):
     gradients = (torch.autograd.grad(values.square().sum(), (query, key)) for values in (got, wanted))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("cut")
+def test_several_sums_of_rows_are_each_that_of_its_own_weights_and_have_no_gradient():
+    weights = torch.rand(3, 4, 5)
+    query, key = inputs(torch.float32, 2)
+    options = {"rows": ROWS, "keys": KEYS, "attention_mask": masks("heads float")}
+    wanted = [head_mean_attention(query, key, row_weights=one, **options) for one in weights.unbind(dim=1)]
+    got = head_mean_attention(query, key, row_weights=weights, **options)
+    torch.testing.assert_close(got, torch.cat(wanted, dim=1))
+    with pytest.raises(ModelError, match="several sums of rows have no gradient"):
+        got.sum().backward()
 
 
 @pytest.mark.usefixtures("cut")

@@ -4,9 +4,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.cache.counts import FailureCounts, picture_words, unknown_words
+from vlm_distill_cache.common.cache.counts import FailureCounts, picture_words, shown_in, unknown_words
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
 from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, cut_words, read_plan
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE
 from vlm_distill_cache.common.cache.sidecar import read_sidecar
 from vlm_distill_cache.common.codecs.registry import CODECS
 from vlm_distill_cache.common.printing import one_line
@@ -121,7 +122,9 @@ def _sample_lines(cache: Path, plan: Plan, manifest: Manifest) -> list[str]:
     """What the samples were: with or without pictures, in words that the tokenizer knows or not, and why some failed."""
     totals = manifest.totals
     pictures, unknown = totals.get("pictures"), totals.get("unknown_rows")
-    lines = [f"  {picture_words(pictures, totals['samples'])}"]
+    several = plan.format_version != ONE_PICTURE
+    shown = sum(shown_in(read_sidecar(cache, shard.index)) for shard in manifest.shards) if several else 0
+    lines = [f"  {picture_words(pictures, totals['samples'], shown)}"]
     codecs = {name: CODECS.get(str(settings.get("codec"))) for name, settings in plan.signals.items()}
     of_images = [name for name, codec in codecs.items() if codec is not None and codec.of_image]
     if pictures == 0 and of_images:

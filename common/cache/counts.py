@@ -9,8 +9,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE
 from vlm_distill_cache.common.cache.sidecar import ShardSidecar
 from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.common.pixels import HASH_BYTES
 from vlm_distill_cache.common.printing import brief, markdown_code, one_line
 
 SHOWN_REASONS = 10
@@ -22,11 +24,21 @@ _OWN = re.compile(
 )
 
 
-def picture_words(pictures: int | None, samples: int) -> str:
-    """How many samples have a picture; None: a part of the cache does not say."""
+def picture_words(pictures: int | None, samples: int, shown: int = 0) -> str:
+    """How many samples have a picture; None: a part of the cache does not say.
+
+    Args:
+        shown: Pictures and frames of all samples, where they may have several; 0: they may not.
+    """
     if pictures is None:
         return "with a picture: not recorded, as in caches of older versions"
-    return f"{pictures:,} of {samples:,} samples with a picture"
+    words = f"{pictures:,} of {samples:,} samples with a picture"
+    return f"{words}, {shown:,} pictures and frames of videos in all" if shown else words
+
+
+def shown_in(sidecar: ShardSidecar) -> int:
+    """Pictures and frames of a shard's samples, where they may have several; else 0."""
+    return 0 if sidecar.format_version == ONE_PICTURE else sidecar.field_bytes["image_hash"] // HASH_BYTES
 
 
 def unknown_words(unknown: int | None, rows: int) -> str:
@@ -109,6 +121,7 @@ class SampleCounts:
 
     Attributes:
         pictures: Records with a picture; None: one of the shards does not say.
+        shown: Their pictures and frames of videos, where samples may have several; else 0.
         unknown: Rows whose target is a word that the tokenizer lacks; None: one of the shards does not say.
     """
 
@@ -116,6 +129,7 @@ class SampleCounts:
     samples: int = 0
     rows: int = 0
     pictures: int | None = 0
+    shown: int = 0
     unknown: int | None = 0
     failures: FailureCounts = field(default_factory=FailureCounts)
 
@@ -125,6 +139,7 @@ class SampleCounts:
         self.samples += len(sidecar.sample_ids)
         self.rows += sidecar.rows
         self.pictures = _sum(self.pictures, sidecar.pictures)
+        self.shown += shown_in(sidecar)
         self.unknown = _sum(self.unknown, None if sidecar.unknown is None else sidecar.unknown.rows)
         self.failures.add(sidecar.failed)
 
@@ -133,7 +148,7 @@ class SampleCounts:
         words = unknown_words(self.unknown, self.rows)
         return (
             f"- Size: {self.samples} records, {self.rows} supervised rows; {self.failures.total} samples could not be used\n"
-            f"- Pictures: {picture_words(self.pictures, self.samples)}\n"
+            f"- Pictures: {picture_words(self.pictures, self.samples, self.shown)}\n"
             + (f"- Unknown words: {words}\n" if words else "")
         )
 

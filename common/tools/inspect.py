@@ -16,7 +16,7 @@ from typing import Any
 from vlm_distill_cache.common.cache.counts import SampleCounts, picture_words, unknown_words
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
 from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, read_plan
-from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field, base_fields
+from vlm_distill_cache.common.cache.schema import Field, base_fields
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import ShardSidecar, missing_shards, read_sidecar
 from vlm_distill_cache.common.locations import by_make
@@ -82,7 +82,7 @@ def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
         f"{plan.shard_size:,}; {totals.failures.total:,} failed"
         + (", of the missing shards nobody knows yet" if missing else ""),
         f"rows            {totals.rows:,} supervised, {totals.rows / max(1, totals.samples):.1f} a sample",
-        f"pictures        {picture_words(totals.pictures, totals.samples)}{_shown_words(plan, totals)}",
+        f"pictures        {picture_words(totals.pictures, totals.samples, totals.shown)}",
         *([f"unknown words   {words}"] if (words := unknown_words(totals.unknown, totals.rows)) else []),
         "",
         *_size_lines(plan, totals),
@@ -137,6 +137,7 @@ def cache_values(cache_dir: Path, *, all_failed: bool = False) -> dict[str, Any]
         "samples": totals.samples,
         "rows": totals.rows,
         "pictures": totals.pictures,
+        "pictures_and_frames": totals.shown or None,
         "unknown_words": totals.unknown,
         "failed": totals.failures.total,
         "failures": [
@@ -149,14 +150,6 @@ def cache_values(cache_dir: Path, *, all_failed: bool = False) -> dict[str, Any]
         },
         "fidelity": None if manifest is None else manifest.fidelity,
     }
-
-
-def _shown_words(plan: Plan, totals: _Totals) -> str:
-    """How many pictures and frames the samples of a cache show, where they may show several; else nothing."""
-    if plan.format_version == ONE_PICTURE:
-        return ""
-    hashes = next(field for field in base_fields(plan.format_version) if field.name == "image_hash")
-    return f", {totals.decoded_by_field[hashes.name] // hashes.trailing[0]:,} pictures and frames of videos in all"
 
 
 def _count(cache_dir: Path, plan: Plan) -> tuple[_Totals, set[int]]:

@@ -110,6 +110,8 @@ def test_records_say_what_the_teachers_own_eager_pass_says_of_each_view(cache, t
     assert read_sidecar(cache.path, 0).format_version == SEVERAL_PICTURES
     assert cache.plan.extra["frames"] == {"fps": 1.0, "most": 32}
     assert verify(cache.path, deep=True) == []
+    card = (cache.path / "README.md").read_text()
+    assert "- Pictures: 5 of 6 samples with a picture, 12 pictures and frames of videos in all" in card
     teacher = Teacher(tiny_llava, device="cpu")
     encoder = build_encoder(teacher, template="short", max_length=2048)
     codec = cache.codec("answer_attention")

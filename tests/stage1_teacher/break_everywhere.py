@@ -83,7 +83,8 @@ def scenario(name, folder, teacher, store):
         options = several(folder / "several", "text", "one", "two", "clip", "both") if name == "several" else {}
         config = config_for(cache_dir, teacher, store, **options)
         {
-            "build": extract, "several": extract, "lift": partial(lift, before, data=folder / "data"), "refill": extract, "rederive": extract, "parts": two_parts,
+            "build": extract, "several": extract, "lift": partial(lift, before, data=folder / "data"),
+            "refill": extract, "rederive": extract, "parts": two_parts,
             "overwrite": partial(extract, overwrite=True),
             "extend": partial(extend_by_all, before),
             "fidelity": partial(recompute_fidelity, samples=2),

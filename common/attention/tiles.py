@@ -8,7 +8,7 @@ torch in here; `common.attention.boxes` has the rest.
 Dims: N visual tokens, P pictures of a sample.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -198,25 +198,22 @@ def tiles_of(record: Mapping[str, Any]) -> tuple[Tile, ...]:
 
     Raises:
         CacheFormatError: As `tiles_from_array`; or ``tile_pictures`` and ``frame_times`` do not fit the tiles and pictures:
-            each view begins where the one in front of it ends, and shows stills or frames of one video.
+            each view begins where the one in front of it ends, and shows a still or frames of one video, in order of time.
     """
     tiles = tiles_from_array(np.asarray(record["tiles"]))
     spans = np.asarray(record.get("tile_pictures", np.zeros((0, 2)))).astype(np.int64)
     times = np.asarray(record.get("frame_times", np.zeros((0, 2)))).astype(np.float64)
-    if not len(spans) and not len(times):
-        return tiles
+    if not {"tile_pictures", "image_hash"} <= record.keys() and not len(spans) and not len(times):
+        return tiles  # of format version 1
     pictures = len(record["image_hash"])
-    if len(spans) not in ((0, len(tiles)) if pictures <= 1 else (len(tiles),)) or len(times) not in (0, pictures):
-        raise CacheFormatError(
-            f"fields `tile_pictures` and `frame_times` have {len(spans)} and {len(times)} entries for {len(tiles)} tiles of "
-            f"{pictures} pictures; run `cachectl verify --deep` on the cache"
-        )
+    for wrong in _impossible_pictures(pictures, len(tiles), len(spans), times):
+        raise CacheFormatError(f"{wrong}; run `cachectl verify --deep` on the cache")
     if not len(spans):
-        spans = np.array([(0, 1)] * len(tiles))
+        spans = np.array([(0, 1)] * len(tiles), dtype=np.int64).reshape(-1, 2)
     video = times[:, 0] if len(times) else np.full(pictures, -1.0)
     found, begin, end = [], 0, 0
     for tile, (first, count) in zip(tiles, spans.tolist(), strict=True):
-        if (first, first + count) != (begin, end):
+        if not count or (first, first + count) != (begin, end):
             begin, end = end, first + count
             whose = video[begin:end]
             if (
@@ -235,6 +232,31 @@ def tiles_of(record: Mapping[str, Any]) -> tuple[Tile, ...]:
             f"field `tile_pictures`: {pictures} pictures, but tiles of {end} of them; run `cachectl verify --deep` on the cache"
         )
     return tuple(found)
+
+
+def _impossible_pictures(pictures: int, tiles: int, spans: int, times: np.ndarray) -> Iterator[str]:
+    """Yield what a record of format version 2 says of its pictures and cannot be, by their numbers.
+
+    Args:
+        times: float64 ``[P or 0, 2]``.
+    """
+    if bool(pictures) != bool(tiles):
+        yield f"image_hash has {pictures} pictures, but there are {tiles} tiles of them"
+    placed = tiles if pictures > 1 else 0
+    if spans != placed:
+        yield f"tile_pictures has {spans} entries for {tiles} tiles; expected {placed}, of {pictures} pictures"
+    if len(times) not in (0, pictures):
+        yield f"frame_times has {len(times)} entries for {pictures} pictures"
+        return
+    medium, second = times[:, 0], times[:, 1]
+    stills = medium == -1
+    of_video = (medium >= 0) & (medium < pictures) & (medium == np.rint(medium))
+    if not np.where(stills, np.isnan(second), of_video & np.isfinite(second) & (second >= 0)).all():
+        yield "frame_times has a picture without a video's number and second, or a still one (-1) with a second"
+    elif len(times) and stills.all():
+        yield "frame_times says of every picture that it is no frame; there should be no entries then"
+    elif (np.diff(medium[~stills]) < 0).any() or ((np.diff(second) < 0) & (np.diff(medium) == 0)).any():
+        yield "frame_times falls: videos and their frames stand in order"
 
 
 def _show_the_picture(tiles: Sequence[Tile]) -> bool:

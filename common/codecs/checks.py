@@ -109,32 +109,8 @@ def _tiles_damage(record: Record, plan: Plan, codecs: Sequence[Codec]) -> Iterat
     if plan.format_version == ONE_PICTURE:
         if tiles and not record["image_hash"].any():
             yield "image_hash is zero, which says that there is no image, but there are tiles of one"
-        return
-    yield from _pictures_damage(record)
-
-
-def _pictures_damage(record: Record) -> Iterator[str]:
-    """Yield what a record of format version 2 says of its pictures and cannot be; its tiles are sound by themselves."""
-    pictures, tiles = record["image_hash"], record["tiles"]
-    if not pictures.any(axis=1).all():
+    elif not record["image_hash"].any(axis=1).all():
         yield "image_hash has a picture of zeros; a sample without pictures has none"
-    if bool(len(pictures)) != bool(len(tiles)):
-        yield f"image_hash has {len(pictures)} pictures, but there are {len(tiles)} tiles of them"
-    placed = len(tiles) if len(pictures) > 1 else 0
-    if len(record["tile_pictures"]) != placed:
-        yield f"tile_pictures has {len(record['tile_pictures'])} entries; expected {placed}, of {len(pictures)} pictures"
-    times = record["frame_times"].astype(np.float64)
-    medium, second = times[:, 0], times[:, 1]
-    stills = medium < 0
-    if (
-        not ((medium >= -1) & (medium == np.rint(medium)) & (np.isnan(second) == stills)).all()
-        or (second[~stills] < 0).any()
-    ):
-        yield "frame_times has a picture without a video's number and second, or a still one (-1) with a second"
-    elif len(times) and stills.all():
-        yield "frame_times says of every picture that it is no frame; there should be no entries then"
-    elif (np.diff(medium[~stills]) < 0).any() or ((np.diff(second) < 0) & (np.diff(medium) == 0) & ~stills[1:]).any():
-        yield "frame_times falls: videos and their frames stand in order"
 
 
 def _token_count_damage(record: Record, codecs: Sequence[Codec]) -> Iterator[str]:

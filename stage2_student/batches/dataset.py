@@ -498,7 +498,10 @@ def check_join(
 
     Raises:
         CacheMismatchError: What differs, and where.
+        CacheFormatError: If what the record says of its pictures cannot be.
     """
+    if "tile_pictures" in record:
+        tiles_of(record)
     labels = encoded.labels[encoded.supervised_rows]
     cached = np.asarray(record["labels"]).astype(np.int64)
     if compare_labels and not np.array_equal(labels, cached):

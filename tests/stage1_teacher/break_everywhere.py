@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import tqdm
+from several_data import write_data
 
 from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.errors import NoRoomError
@@ -44,6 +45,22 @@ def two_parts(config):
         extract(config, part=Part(rank=rank, of=2))
 
 
+def several(folder, *names):
+    """Options of a build of samples with several pictures, and videos, some of which cannot be read."""
+    return {"data": write_data(folder, *names, "gone"), "limit": 0, "batch_size": 1, "max_unknown_share": 1.0,
+            "shard_size": 4, "signals": ("logits", "answer_attention", "visual_columns")}  # fmt: skip
+
+
+def lift(before, config, data):
+    """Add samples with several pictures, and videos, and a signal to a cache of none."""
+    assert verify(config.cache) == []
+    cache = open_cache(config.cache)
+    assert cache.plan.format_version == (1 if len(cache) == 3 else 2)
+    options = replace(config, **several(data, "text", "one", "again", "two", "clip", "both") | {"signals": ("hidden",)})
+    extend(options, given={"data", "teacher", "signals", "limit", "fidelity_samples", "max_failed_share"})
+    assert [tree(path) for path in beside(Path(config.cache))] == [tree(before)]
+
+
 def extend_by_all(before, config):
     """Add a signal and a sample to a cache, which is whole, old or new, whatever happened to an earlier run."""
     assert verify(config.cache) == []
@@ -63,9 +80,11 @@ def scenario(name, folder, teacher, store):
     """What a cache folder looks like before (None: nothing there), and the command."""
 
     def command(cache_dir):
-        config = config_for(cache_dir, teacher, store)
+        options = several(folder / "several", "text", "one", "two", "clip", "both") if name == "several" else {}
+        config = config_for(cache_dir, teacher, store, **options)
         {
-            "build": extract, "refill": extract, "rederive": extract, "parts": two_parts,
+            "build": extract, "several": extract, "lift": partial(lift, before, data=folder / "data"),
+            "refill": extract, "rederive": extract, "parts": two_parts,
             "overwrite": partial(extract, overwrite=True),
             "extend": partial(extend_by_all, before),
             "fidelity": partial(recompute_fidelity, samples=2),
@@ -73,9 +92,11 @@ def scenario(name, folder, teacher, store):
         }[name](config)  # fmt: skip
 
     before = folder / f"before-{name}"
-    if name in ("build", "parts"):
+    if name in ("build", "parts", "several"):
         return None, command
     options = {"overwrite": {"shard_size": 2}, "extend": {"limit": 4}}.get(name, {})
+    if name == "lift":
+        options = several(folder / "data", "text", "one", "again")
     assert in_child(extract, config_for(before, teacher, store, **options)) == 0
     if name == "refill":
         for path in (before / "shards").glob("00000.*"):

@@ -1,10 +1,9 @@
 """Samples with several pictures, and videos, that come to a sealed cache which had none: what one build of all would give."""
 
-import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from several_data import write_data
 
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.opening import open_cache
@@ -14,32 +13,6 @@ from vlm_distill_cache.stage1_teacher.extend import extend
 from vlm_distill_cache.stage1_teacher.extract import extract
 
 SIGNALS = ("logits", "answer_attention", "visual_columns")
-SHOWN = {
-    "text": {},
-    "one": {"image": "a.png"},
-    "again": {"image": "a.png"},
-    "two": {"image": ["a.png", "b.png"]},
-    "clip": {"video": "frames"},
-    "both": {"image": "b.png", "video": "frames"},
-}
-
-
-def write_data(folder: Path, *names: str) -> str:
-    """A LLaVA file of these samples."""
-    (folder / "frames").mkdir(parents=True, exist_ok=True)
-    for number, place in enumerate(("a.png", "b.png", "frames/0.png", "frames/1.png", "frames/2.png")):
-        Image.new("RGB", (40, 30), (50 * number, 90, 10)).save(folder / place)
-    entries = []
-    for name in names:
-        media = SHOWN[name]
-        pictures = media.get("image", [])
-        count = 1 if isinstance(pictures, str) else len(pictures)
-        question = "<image>\n" * count + "<video>\n" * ("video" in media) + "what color is it ?"
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
-        entries.append({"id": name, **media, "conversations": turns})
-    path = folder / "data.json"
-    path.write_text(json.dumps(entries))
-    return str(path)
 
 
 def options_of(teacher: Path, data: str, **options) -> dict:

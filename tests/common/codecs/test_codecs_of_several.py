@@ -152,11 +152,11 @@ def test_columns_of_each_view_have_a_mass_of_one_at_most():
     ("changes", "words"),
     [
         ({"image_hash": np.zeros((6, 16), np.uint8)}, "image_hash has a picture of zeros"),
-        ({"tile_pictures": np.zeros((0, 2), "<u2")}, "have 0 and 6 entries for 5 tiles of 6 pictures"),
+        ({"tile_pictures": np.zeros((0, 2), "<u2")}, "tile_pictures has 0 entries for 5 tiles"),
         ({"tile_pictures": np.zeros((0, 2), "<u2"), "frame_times": np.zeros((0, 2), "<f4")}, "expected 5, of 6 pictures"),
         ({"tiles": np.zeros((0, 6), "<f4"), "tile_pictures": np.zeros((0, 2), "<u2"),
           "frame_times": np.zeros((0, 2), "<f4")}, "has 6 pictures, but there are 0 tiles"),
-        ({"frame_times": np.array([STILL] * 6, "<f4")}, "frames of one video if several"),
+        ({"frame_times": np.array([STILL] * 6, "<f4")}, "no frame; there should be no entries"),
         ({"frame_times": np.array([(-1, 0.5), *TIMES[1:]], "<f4")}, "a still one (-1) with a second"),
         ({"frame_times": np.array([STILL, *[(1, 3.0), (1, 0.5)] * 2, STILL], "<f4")}, "frame_times falls"),
         ({"labels": np.zeros(2, "<u4")}, "expected one of [2, 3] rows"),

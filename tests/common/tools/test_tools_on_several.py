@@ -240,6 +240,9 @@ DAMAGES = {
         "clip", lambda r: r.update(image_hash=np.concatenate([r["image_hash"]] * 2)), "frame_times"
     ),
     "a frame at no second": ("clip", set_to("frame_times", (1, 1), np.nan), "frame_times"),
+    "a frame at infinity": ("clip", set_to("frame_times", (3, 1), np.inf), "frame_times"),
+    "a video that is none of the sample's": ("both", set_to("frame_times", ([1, 2], 0), 7), "frame_times"),
+    "a tile of no picture": ("two", set_to("tile_pictures", (0, 1), 0), "tile_pictures"),
     "a frame before the video": ("clip", set_to("frame_times", (0, 1), -1.0), "frame_times"),
     "frames that fall": ("clip", set_to("frame_times", (3, 1), 0.25), "frame_times"),
     "a still in a pair of frames": ("clip", set_to("frame_times", (1,), (-1, np.nan)), "tile_pictures"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCENARIOS = ("build", "refill", "rederive", "parts", "overwrite", "extend", "fidelity", "seal")
+SCENARIOS = ("build", "refill", "rederive", "parts", "overwrite", "extend", "fidelity", "seal", "several", "lift")
 PLACES = {
     "build": 80,
     "refill": 60,
@@ -17,6 +17,8 @@ PLACES = {
     "extend": 80,
     "fidelity": 12,
     "seal": 8,
+    "several": 100,
+    "lift": 100,
 }
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_distill_cache.common.attention.tiles import Tile, View, grid_tile, several_to_arrays
-from vlm_distill_cache.common.errors import CacheMismatchError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.stage2_student.batches.dataset import check_join
 from vlm_distill_cache.stage2_student.batches.frames import frame_bounds, media_of, on_teachers_pictures, pair_media
 from vlm_distill_cache.stage2_student.batches.gaze import gaze_on
@@ -163,6 +163,23 @@ def test_of_a_video_frames_of_the_same_second_are_compared():
         check_join(record, other, where="x")
     elsewhere = Encoded(own, (digest(1), digest(8), digest(7)), (times[0], (1, 0.5), (1, 1.5)))
     check_join(record, elsewhere, where="x")  # no second in common: nothing to compare
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"image_hash": np.ones((2, 16), np.uint8)},
+        {"frame_times": np.array([(0, 0.0), (0, np.inf), (0, np.inf)], np.float32)},
+        {"frame_times": np.array([(np.nan, 0.0), (0, 1.0), (0, 2.0)], np.float32)},
+        {"frame_times": np.array([(0, 0.0), (0, 2.0), (0, 1.0)], np.float32)},
+        {"frame_times": np.array([(0, 0.0), (0, 1.0)], np.float32)},
+    ],
+)
+def test_what_a_record_says_of_its_pictures_and_cannot_be_is_refused_before_it_is_used(damage):
+    tiles, times = frames(2, 3), [(0, 0.0), (0, 1.0), (0, 2.0)]
+    hashes = [digest(1), digest(2), digest(3)]
+    with pytest.raises(CacheFormatError, match="verify --deep"):
+        check_join(record_of(tiles, hashes, times) | damage, Encoded(tiles, tuple(hashes), times), where="x")
 
 
 def test_padding_and_tiles_of_one_picture_meet_as_they_did():

@@ -169,8 +169,8 @@ class FramesConfig:
     most: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.fps is None or 0.001 <= self.fps <= 1000, "frames.fps", self.fps, "frames a second, 0.001 to 1000")
-        require(self.most is None or 1 <= self.most < 2**16, "frames.most", self.most, "1 to 65535 frames")
+        require(self.fps is None or 0.001 <= self.fps <= 1000, "fps", self.fps, "frames a second, 0.001 to 1000")
+        require(self.most is None or 1 <= self.most < 2**16, "most", self.most, "1 to 65535 frames")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from vlm_distill_cache.common.attention.shift import (
     kept_count,
     ratio_intervals,
 )
+from vlm_distill_cache.common.attention.tiles import tiles_of
 from vlm_distill_cache.common.cache.plan import Plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Record, base_fields
@@ -58,11 +59,22 @@ Asked = Callable[[Sequence[str]], Mapping[str, Sequence[str]]]
 
 
 class Gaze(NamedTuple):
-    """Where one record looks: the A tokens that its rows predict, and float ``[A, C]``; None without a picture."""
+    """Where one record looks: the A tokens that its rows predict, and float ``[A, C]``; None without a picture.
+
+    ``views`` are the numbers of cells of each view, of several: an answer is followed on those that stand in front of it.
+    """
 
     sample_id: str
     labels: Sequence[int]
     cells: NDArray[np.float64] | None
+    views: tuple[int, ...] = ()
+
+    def shift(self, rows: range) -> GazeShift:
+        """How it moves within one answer."""
+        own = self.cells[rows.start : rows.stop] if self.cells is not None else np.zeros((0, 1))
+        parts = np.split(own, np.cumsum(self.views)[:-1], axis=1) if self.views else [own]
+        seen = sum(part.shape[1] for part in parts if part.any())  # a row looks at all that stands in front of it
+        return gaze_shift(own, keep=kept_count(seen) if seen else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +244,8 @@ def _gazes(records: Iterable[tuple[str, Record]], plan: Plan) -> Iterator[Gaze]:
     codec = RowAttentionCodec.from_dict(plan.signals[RowAttentionCodec.signal])
     for sample_id, record in records:
         cells = codec.decode(record).cells.mean(axis=1, dtype=np.float64) if len(record["tiles"]) else None
-        yield Gaze(sample_id, record["labels"].tolist(), cells)
+        views = tuple(tile.token_count for tile in codec.cells_of(tiles_of(record))) if codec.several else ()
+        yield Gaze(sample_id, record["labels"].tolist(), cells, views)
 
 
 def measure(
@@ -267,7 +280,7 @@ def measure(
                         rows=rows,
                         labels=(own := gaze.labels[rows.start : rows.stop]),
                         text=text.decode(own).strip() if text.special else "",
-                        shift=gaze_shift(gaze.cells[rows.start : rows.stop]),
+                        shift=gaze.shift(rows),
                     )
                     for number, rows in enumerate(
                         _without_end(gaze.labels, text, written_end) or split_answers(gaze.labels, end)

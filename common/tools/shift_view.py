@@ -216,8 +216,8 @@ def _kept(report: ShiftReport) -> str:
             "" if report.frame_grid == report.grid else " and of {} x {} on each frame".format(*report.frame_grid)
         )
         return (
-            f"the third of the cells of all pictures of a sample (a grid of {rows} x {columns} on each{on_frames}) that token 0 of "
-            f"an answer looked at most; an even gaze would have {100 * report.kept / report.places:.0f} % there"
+            f"the third of the cells of all pictures in front of an answer (a grid of {rows} x {columns} on each{on_frames}) that "
+            f"its token 0 looked at most; an even gaze would have {100 * report.kept / report.places:.0f} % there"
         )
     return (
         f"the {report.kept} of {report.places} cells (a grid of {rows} x {columns}) that token 0 of an answer looked at most; "

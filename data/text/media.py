@@ -85,8 +85,9 @@ def within_limits(settings: MediaSettings, sample: Sample) -> Sample:
                 "out, or choose a model that takes several (pictures_beyond=drop of stage two reads one frame)"
             )
         raise SampleError(
-            f"{found} images, but at most {most} a sample {'is' if most == 1 else 'are'} taken; leave the sample out, "
-            "or choose a model that takes more (a student reads the first ones with pictures_beyond=drop)"
+            f"{found} pictures, but at most {most} a sample {'is' if most == 1 else 'are'} taken (most_pictures, or what the "
+            "model can take); leave the sample out, or choose a model that takes more (a student reads the first ones with "
+            "pictures_beyond=drop)"
         )
     left, turns = most, []
     for turn in sample.placed():

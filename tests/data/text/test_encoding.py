@@ -248,7 +248,7 @@ def test_another_grid_changes_visual_tokens_only():
             ),
             "show 2 pictures, but it has 1",
         ),
-        (replace(make_sample(("hi", "yes")), images=(PICTURE, PICTURE)), "2 images, but at most 1 a sample is taken"),
+        (replace(make_sample(("hi", "yes")), images=(PICTURE, PICTURE)), "2 pictures, but at most 1 a sample is taken"),
         (replace(make_sample(("hi", "yes")), turns=()), "no turns"),
         (make_sample(("hi " * 3000, "yes")), r"tokens \(6 visual, \d+ of text\) exceed max_length=2048"),
     ],

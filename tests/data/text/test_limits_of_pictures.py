@@ -38,7 +38,7 @@ def times(encoded):
 
 def test_pictures_beyond_are_refused_or_left_out_with_their_markers():
     one = replace(ENCODER, most_pictures=1)
-    with pytest.raises(SampleError, match=r"2 images, but at most 1 a sample is taken.*pictures_beyond=drop"):
+    with pytest.raises(SampleError, match=r"2 pictures, but at most 1 a sample is taken.*pictures_beyond=drop"):
         one(asked(PICTURE, OTHER))
     dropping = replace(one, pictures_beyond="drop")
     for places in ((), (0, 4)):

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from vlm_distill_cache.common.attention.tiles import Tile, grid_tile
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.tools.record_view import load_token_text
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
+from vlm_distill_cache.data.sample import Frame
 from vlm_distill_cache.stage2_student.scores.flips import choose, collect_flips
 from vlm_distill_cache.stage2_student.scores.metrics import Score, bootstrap, exact_match
 from vlm_distill_cache.stage2_student.scores.page.charts import Group, bars, curves, scored_on_the_way
@@ -194,6 +196,16 @@ def test_words_and_maps_are_the_teachers(finished, students, tiny_cache):
         assert one.said.keys() == students.keys()
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A video of one frame."""
+
+    name: str = "clip"
+
+    def frames(self, sampling):
+        return [Frame(image=PIL.Image.new("RGB", (24, 24)), time=0.0)]
+
+
 def test_what_students_say_where_they_differ_is_what_was_scored(finished, students, tiny_cache):
     """The one after as it was scored; the one before as its opposite, so that every item is a win or a loss."""
     after = EvaluationReport.from_dict(read_scores(finished.output)["distilled"])
@@ -220,6 +232,15 @@ def test_what_students_say_where_they_differ_is_what_was_scored(finished, studen
     for flip in questions.shown:
         assert exact_match(flip.said["distilled"], expected[flip.item_id].answer) == (flip.outcome == "won")
         assert flip.teacher == ""  # of the test set nothing is in the cache
+    clips = [replace(item, image=Clip()) for item in items.questions]
+    after_clips = collect_flips(
+        models,
+        (EvaluationReport(items=opposite), after),
+        replace(items, pairs=[], questions=clips),
+        TeacherCache(tiny_cache[0]),
+        teacher,
+    )
+    assert [flips.counts for flips in after_clips] == [questions.counts]
     fewer = EvaluationReport(items={name: {} for name in after.items})
     assert collect_flips(models, (fewer, fewer), items, TeacherCache(tiny_cache[0]), teacher) == []
 

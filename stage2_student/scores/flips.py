@@ -12,7 +12,7 @@ import torch
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.tools.record_view import load_token_text
-from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, Question
+from vlm_distill_cache.data.sample import CaptionPair, EvaluationSet, Question, load_picture
 from vlm_distill_cache.data.text.encoding import SampleEncoder
 from vlm_distill_cache.data.text.generation import prompt_of
 from vlm_distill_cache.stage2_student.scores.evaluate import ANSWER_TOKENS, weigh_pairs
@@ -98,7 +98,7 @@ def collect_flips(
             for kind, place in choose(placed[outcome]):
                 item = by_kind[kind][place]
                 try:
-                    picture = item.image.load()
+                    picture = load_picture(item.image)
                     said, asked = _ask(models, item)
                 except SampleError:
                     continue

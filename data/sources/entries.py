@@ -26,7 +26,14 @@ from vlm_distill_cache.data.sources.pictures import (
 )
 from vlm_distill_cache.data.sources.rows import with_rows
 from vlm_distill_cache.data.sources.showing import Given, Placed, place_media
-from vlm_distill_cache.data.sources.videos import Frames, guessed_videos, keys_of_videos, named_videos, open_video
+from vlm_distill_cache.data.sources.videos import (
+    Frames,
+    guessed_videos,
+    keys_of_videos,
+    named_videos,
+    open_video,
+    refuse_cuts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +151,7 @@ class EntryDataset(Dataset):
         beside = self.attached(index)
         placed = self._placed(index, entry, said, beside)
         images = tuple(
-            value if any(value is one for one in beside) else self._opened(kind, value, index)
+            value if isinstance(value, ImageSource | VideoSource) else self._opened(kind, value, index)
             for kind, value in placed.media
         )
         if not images:
@@ -153,8 +160,15 @@ class EntryDataset(Dataset):
 
     def _placed(self, index: int, entry: Mapping[str, Any], said: Conversation, beside: Sequence[Medium]) -> Placed:
         # What lies beside an entry is what it names: other names of it are passed over.
-        pictures = [one for one in beside if not isinstance(one, VideoSource)]
-        videos = [one for one in beside if isinstance(one, VideoSource)]
+        pictures: Sequence[Medium] = [one for one in beside if not isinstance(one, VideoSource)]
+        videos: Sequence[Medium] = [one for one in beside if isinstance(one, VideoSource)]
+        keys = keys_of_videos(entry, self.video_keys) if beside else []
+        if videos and keys:
+            refuse_cuts(entry)
+        if len(videos) > 1 and keys:
+            videos = self.arranged(index, videos, named_videos(entry, keys))
+        elif pictures and keys and not videos:
+            pictures, videos = self.moving(index, pictures, named_videos(entry, keys))
         named = named_pictures(entry, plain_only=True) if beside else []
         kinds = {*(["image"] if pictures and len(named) <= len(pictures) else []), *(["video"] if videos else [])}
         asked = tuple(
@@ -170,8 +184,12 @@ class EntryDataset(Dataset):
         return place_media(said.turns, asked, given, form=said.form, speaks=said.speaks)
 
     def arranged(self, index: int, pictures: Sequence[Medium], named: Sequence[Any]) -> Sequence[Medium]:
-        """The pictures beside the entry at ``index`` in the order in which it shows them, where it names them."""
+        """The pictures beside the entry at ``index`` in the order in which it shows them, where it names them; or the videos."""
         return pictures
+
+    def moving(self, index: int, pictures: Sequence[Medium], named: Sequence[Any]) -> tuple[list[Medium], list[Medium]]:
+        """The pictures beside the entry at ``index``, without those that it calls a video or its frames; and these videos."""
+        return list(pictures), []
 
     def _opened(self, kind: str, value: Any, index: int) -> Medium:
         if kind == "image":

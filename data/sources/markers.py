@@ -12,6 +12,11 @@ Kind = Literal["image", "video"]
 KINDS: tuple[Kind, ...] = ("image", "video")
 
 _THING = r"(?:image|img|picture)"
+# What a family's marker has and a type of a program (`List<Image>`) does not: it stands behind a letter, too.
+_NO_CODE = (
+    rf"(?=<\||<(?:start|begin|end)_of_{_THING}|<{_THING}[\ _-]?(?:here|placeholder|token|pad|soft_token|context)"
+    r"|<image[\ _-]?\d|<im_(?:start|end|patch)>|(?-i:<video>)|<video[\ _-]?(?:here|placeholder|token|pad|\d))"
+)
 _MARKERS = re.compile(
     rf"""(?P<code>```.*?```|`[^`\n]*`)
     |(?P<counted>Picture\ \d+:\ ?)?<img>\s*(?P<file>[^<>\s][^<>\n]*?)\s*</img>      # Qwen-VL
@@ -22,7 +27,7 @@ _MARKERS = re.compile(
     |(?<!\w)<image><image></image>                                      # Mantis
     |(?-i:<image>)
     |(?P<closed></image>)
-    |(?<!\w)(?:
+    |(?:(?<!\w)|(?P<behind>(?<![A-Za-z0-9_])|{_NO_CODE}))(?:        # also behind a word, as in texts without blanks
       </?{_THING}>\s*<{_THING}_?here>\s*</{_THING}>
       |<image>
       |(?P<frame>
@@ -69,6 +74,13 @@ class Shown:
 Piece = str | Shown
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """A sign that only frames what is shown; ``alone``: as of `Shown`."""
+
+    alone: str = ""
+
+
 def read_markers(question: str, parts: Sequence[tuple[int, Shown]] = ()) -> tuple[tuple[Piece, ...], bool]:
     """Cut a question into texts and what it shows between them.
 
@@ -85,7 +97,7 @@ def read_markers(question: str, parts: Sequence[tuple[int, Shown]] = ()) -> tupl
     Raises:
         SampleError: It has a video's tag of HTML, whose file is not read.
     """
-    pieces: list[Piece | None] = []  # None: a sign that only frames
+    pieces: list[Piece | _Frame] = []
     waiting = list(parts)
     mentions, at = False, 0
 
@@ -117,7 +129,7 @@ def read_markers(question: str, parts: Sequence[tuple[int, Shown]] = ()) -> tupl
             for number, text in enumerate(match["code"].split(IMAGE_MARKER)):
                 pieces += ([Shown()] if number else []) + [text]
         elif match["frame"] or match["closed"]:
-            pieces.append(None)
+            pieces.append(_Frame(_left_behind(match)))
         else:
             pieces.append(_shown(match))
     take_text(len(question))
@@ -129,6 +141,11 @@ def _is_inside(question: str, match: re.Match[str]) -> bool:
     return bool(question[: match.start()].rpartition("\n")[2].strip())
 
 
+def _left_behind(match: re.Match[str]) -> str:
+    """What the marker of one picture leaves behind a word: itself, as caches of such data have it."""
+    return "" if match["behind"] is None else match[0]
+
+
 def _shown(match: re.Match[str]) -> Shown:
     if match["video"]:
         number = match["video_number"]
@@ -138,22 +155,30 @@ def _shown(match: re.Match[str]) -> Shown:
         values = [found["angled"] or found["plain"]]
     number = match["number"]
     value = values[0] if values else None
-    return Shown(value=value, number=int(number) if number else None, placed=match["counted"] or "")
+    alone = _left_behind(match)
+    return Shown(value=value, number=int(number) if number else None, alone=alone, placed=match["counted"] or "")
 
 
-def _without_frames(pieces: Sequence[Piece | None]) -> tuple[Piece, ...]:
+def _without_frames(pieces: Sequence[Piece | _Frame]) -> tuple[Piece, ...]:
     """Drop the signs that frame something shown, beside it; of a run of them beside nothing the first is a marker."""
     found: list[Piece] = []
-    run: list[Piece | None] = []  # with nothing but blanks between
+    run: list[Piece | _Frame] = []  # with nothing but blanks between
 
     def close() -> None:
         marked = any(isinstance(piece, Shown) for piece in run)
+        behind = ""  # what signs in front of a marker leave
         for piece in run:
-            if piece is not None:
+            if isinstance(piece, _Frame):
+                if not marked:
+                    found.append(Shown(alone=piece.alone))
+                    marked = True
+                else:
+                    behind += piece.alone
+            elif isinstance(piece, Shown) and behind:
+                found.append(replace(piece, alone=behind + piece.alone))
+                behind = ""
+            else:
                 found.append(piece)
-            elif not marked:
-                found.append(Shown())
-                marked = True
         run.clear()
 
     for piece in pieces:

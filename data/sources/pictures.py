@@ -44,7 +44,7 @@ _SOUND_KEYS = frozenset(
 _NUMBERED_KEY = re.compile(
     r"(image|img|picture|pic|photo)_?(\d{1,3}|[ab])|(first|second|left|right)_(image|img|picture)"
 )
-_MARKED = re.compile(r"<image_?\d{1,4}>")
+_MARKED = re.compile(r"<image_?(\d{1,4})>")
 # What the entry is called, and what is answered: no picture that is asked about is named there.
 _ANSWERS = (
     "answer answers multiple_choice_answer caption captions response completion output chosen rejected id sample_id "
@@ -135,6 +135,7 @@ def named_pictures(
             known[key] = _listed(value)
         elif all(map(looks_like_picture, _listed(value))):
             guessed[key] = _listed(value)
+    plain = dict(sorted(plain.items(), key=lambda item: _number_of(item[0])))
     if plain_only:
         return _all_of(plain)
     if plain:
@@ -317,11 +318,18 @@ def says_none(value: Any) -> bool:
 
 
 def key_numbers(entry: Mapping[str, Any]) -> list[int]:
-    """The numbers of the keys that hold pictures (``image_1``), in the entry's order."""
+    """The numbers of the keys that hold pictures (``image_1``), rising."""
     found = [(_NUMBERED_KEY.fullmatch(normal_key(key)), value) for key, value in entry.items()]
-    return [
+    return sorted(
         int(match[2]) for match, value in found if match and match[2] and match[2].isdigit() and not says_none(value)
-    ]
+    )
+
+
+def _number_of(key: object) -> int:
+    """Where the picture under a key stands among those of others: columns may be sorted by their names, 10 before 2."""
+    match = _NUMBERED_KEY.fullmatch(normal_key(key))
+    word = match and (match[2] or match[3])
+    return -1 if not word else int(word) if word.isdigit() else int(word in ("b", "second", "right"))
 
 
 def open_picture(value: Any, root: Path, *, where: str = "in the data", kind: str = "image") -> ImageSource:
@@ -431,7 +439,7 @@ def _rates(key: object, value: Any) -> bool:
 
 def _listed(value: Any) -> list[Any]:
     if isinstance(value, Mapping) and value and all(_MARKED.fullmatch(str(key)) for key in value):
-        return list(value.values())  # by marker, as in MiniCPM-V's data
+        return [value[key] for key in sorted(value, key=lambda key: int(_MARKED.findall(key)[0]))]  # MiniCPM-V's data
     return list(value) if isinstance(value, list | tuple) else [value]
 
 

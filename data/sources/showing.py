@@ -76,6 +76,8 @@ def place_media(
         if shown or speaks:
             raise _miscounted(shown or [Shown()], given, own)
         return Placed(turns=tuple(turns))
+    if len(media) > 1 or media[0][0] == "video":
+        _refuse_in_answers(turns)
     in_front = not any(isinstance(piece, Shown) for pieces in asked[1:] for piece in pieces)
     if len(media) == 1 and in_front and all(one.kind == media[0][0] for one in shown):
         parts = sum(one.is_part for one in shown)
@@ -83,8 +85,6 @@ def place_media(
             raise _miscounted([one for one in shown if one.is_part] if parts > 1 else shown, given, own)
         return Placed(media, tuple(turns))
     found = _standing(asked, shown, given, own, form=form)
-    if len(media) > 1:
-        _refuse_in_answers(turns)
     placed = _with_places(turns, asked, found)
     if any(place for turn in placed.turns[:1] for place in turn.places) or any(
         turn.places for turn in placed.turns[1:]
@@ -141,7 +141,12 @@ def _as_videos(asked: Sequence[tuple[Piece, ...]], given: Given) -> list[tuple[P
     shown = [piece for pieces in asked for piece in pieces if isinstance(piece, Shown)]
     if given.images or not given.videos or any(one.kind == "video" or one.value is not None for one in shown):
         return list(asked)
-    return [tuple(replace(p, kind="video") if isinstance(p, Shown) else p for p in pieces) for pieces in asked]
+    return [
+        tuple(
+            replace(p, kind="video", alone=p.alone if p.is_part else "") if isinstance(p, Shown) else p for p in pieces
+        )
+        for pieces in asked
+    ]
 
 
 def _standing(

@@ -23,7 +23,7 @@ from vlm_distill_cache.data.sources.pictures import (
 
 # Read where there is nothing else to see: beside a picture they may say where it was taken from.
 _FURTHER = re.compile(r"video_?(?:\d{1,3}|files|urls|bytes|data|filenames?|names?)")
-_MOVING = frozenset({"gif", "apng"})  # pictures that are videos where data say so
+MOVING = frozenset({"gif", "apng"})  # pictures that are videos where data say so
 _FRAME_KEYS = frozenset({"frames", "video_frames"})  # lists of frames, if they hold more than one
 _PLAIN = ("image", "images")
 _RATES = ("sample_fps", "fps", "video_fps")  # of a list of frames, frames a second
@@ -39,6 +39,14 @@ _TIMED = (
     "clip_start",
     "clip_end",
 )  # if they are times
+_SPANS = (
+    "clip",
+    "segment",
+    "split",
+    "time_range",
+    "time_span",
+    "video_clip",
+)  # if they are two times (InternVL, VTimeLLM)
 _TIME = re.compile(r"\s*(?=.*[1-9])[\d:.,]+\s*s?\s*")
 _BYTES = re.compile(r"\s*data:video/[^,]*;base64,", re.IGNORECASE)
 
@@ -110,7 +118,7 @@ def _one_list(found: Mapping[str, list[Any]], entry: Mapping[str, Any]) -> list[
             "the sample is about under 'videos'"
         )
     if found:
-        _refuse_cuts(entry)
+        refuse_cuts(entry)
     return [value for values in different.values() for value in values]
 
 
@@ -120,7 +128,7 @@ def part_videos(part: Mapping[str, Any], value: Any) -> list[Any]:
     Raises:
         SampleError: It is a part of a video.
     """
-    _refuse_cuts(part)
+    refuse_cuts(part)
     return videos_in(value, part)
 
 
@@ -153,7 +161,7 @@ def open_video(value: Any, find: Callable[[Any, str], ImageSource]) -> VideoSour
             tuple(find(picture, "image") for picture in value.pictures), fps=value.fps, times=value.times
         )
     while isinstance(value, Mapping):
-        _refuse_cuts(value)
+        refuse_cuts(value)
         inner = next((value[key] for key in _KEYS if not says_none(value.get(key))), None)
         if inner is None:
             break
@@ -178,16 +186,30 @@ def _are_frames(value: Any) -> bool:
     if not isinstance(value, list | tuple) or not value:
         return False
     return all(
-        looks_like_picture(item) and not (isinstance(item, str) and extension_of(item) in _MOVING) for item in value
+        looks_like_picture(item) and not (isinstance(item, str) and extension_of(item) in MOVING) for item in value
     )
 
 
-def _refuse_cuts(entry: Mapping[str, Any]) -> None:
-    for key in (*_CUTS, *_TIMED):
-        if not says_none(value := entry.get(key)) and value != 0 and (key in _CUTS or _is_time(value)):
-            raise SampleError(
-                f"{key!r} ({brief(value)}) says that a part of the video is meant, which is not read: cut the video"
-            )
+def refuse_cuts(entry: Mapping[str, Any]) -> None:
+    """Refuse what says beside a video that a part of it is meant.
+
+    Raises:
+        SampleError: Says which key.
+    """
+    meta = entry.get("meta")
+    for beside in (entry, meta if isinstance(meta, Mapping) else {}):
+        for key in (*_CUTS, *_TIMED, *_SPANS):
+            if says_none(value := beside.get(key)) or value == 0:
+                continue
+            if key in _CUTS or (_is_span(value) if key in _SPANS else _is_time(value)):
+                raise SampleError(
+                    f"{key!r} ({brief(value)}) says that a part of the video is meant, which is not read: cut the video, "
+                    f"then remove {key!r}"
+                )
+
+
+def _is_span(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and any(map(_is_time, value))
 
 
 def _is_time(value: Any) -> bool:

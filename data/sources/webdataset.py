@@ -25,14 +25,15 @@ from numpy.typing import NDArray
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.images.load import FileSlice, ImageBytes
-from vlm_distill_cache.data.images.recognise import VIDEO_EXTENSIONS, is_picture, picture_extensions
-from vlm_distill_cache.data.images.video import VideoSlice
+from vlm_distill_cache.data.images.recognise import VIDEO_EXTENSIONS, extension_of, is_picture, picture_extensions
+from vlm_distill_cache.data.images.video import FrameFolder, VideoSlice
 from vlm_distill_cache.data.sample import ImageSource, Medium, number_names, refuse_repeats, usable_ids
 from vlm_distill_cache.data.sources.conversations import has_text
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, parse
 from vlm_distill_cache.data.sources.patterns import find_files
-from vlm_distill_cache.data.sources.pictures import brief, is_made, open_picture
+from vlm_distill_cache.data.sources.pictures import brief, is_address, is_made, open_picture
+from vlm_distill_cache.data.sources.videos import MOVING, Frames
 
 logger = logging.getLogger(__name__)
 
@@ -92,17 +93,22 @@ class WebDataset(EntryDataset):
     def attached(self, index: int) -> Sequence[Medium]:
         """The pictures and videos among the sample's members; of unknown kinds, those that begin like a picture.
 
-        Pictures by their numbers, where all have one (``KEY.0.jpg``), else as they lie in the archive.
+        Each kind by its numbers, where all have one (``KEY.0.jpg``), else as they lie in the archive.
         """
         member = self._members[index]
         found = member.images
         if not found and not member.videos:
             found = [part for part in member.others if is_picture(part.read(most=32))]
-        inner = [self._inner(part, index).partition(".")[0] for part in found]
-        if len(found) > 1 and all(name.isdecimal() for name in inner):
-            found = [found[place] for place in sorted(range(len(found)), key=lambda place: int(inner[place]))]
-        videos = [VideoSlice(part.path, part.offset, part.size, part.name) for part in member.videos]
-        return [*found, *videos]
+        return [*self._by_number(found, index), *map(_as_video, self._by_number(member.videos, index))]
+
+    def _by_number(self, parts: Sequence[FileSlice], index: int) -> list[FileSlice]:
+        inner = [self._inner(part, index).partition(".")[0] for part in parts]
+        numbered = len(parts) > 1 and all(name.isdecimal() for name in inner)
+        return (
+            [parts[place] for place in sorted(range(len(parts)), key=lambda place: int(inner[place]))]
+            if numbered
+            else [*parts]
+        )
 
     def arranged(self, index: int, pictures: Sequence[Medium], named: Sequence[Any]) -> Sequence[Medium]:
         """By the names that the entry gives, where each is one member's and none is left over.
@@ -111,9 +117,8 @@ class WebDataset(EntryDataset):
             SampleError: A member beside others is called as something that is made of a picture.
         """
         names = [self._inner(part, index) for part in pictures]
-        wanted = [value.replace("\\", "/").rpartition("/")[2] for value in named if isinstance(value, str)]
-        key = self._members[index].key.rpartition("/")[2]
-        found = [[place for place, name in enumerate(names) if want in (name, f"{key}.{name}")] for want in wanted]
+        wanted = [value for value in named if isinstance(value, str)]
+        found = [self._called(value, names, index) for value in wanted]
         if (
             wanted
             and all(len(places) == 1 for places in found)
@@ -127,6 +132,45 @@ class WebDataset(EntryDataset):
                 "'images', in order, or remove it from the archive"
             )
         return pictures
+
+    def moving(self, index: int, pictures: Sequence[Medium], named: Sequence[Any]) -> tuple[list[Medium], list[Medium]]:
+        """A video is a member that it names (KEY.gif), or those of its frames.
+
+        Raises:
+            SampleError: It names another video, and members that may be its frames.
+        """
+        names = [self._inner(part, index) for part in pictures]
+        videos: list[Medium] = []
+        taken: set[int] = set()
+        for value in named:
+            frames = value.pictures if isinstance(value, Frames) else (value,)
+            found = [self._called(frame, names, index) if isinstance(frame, str) else [] for frame in frames]
+            if not all(len(places) == 1 for places in found):
+                is_moving = (
+                    len(pictures) == len(named) == 1
+                    and {extension_of(str(value)), extension_of(f".{names[0]}")} <= MOVING
+                )
+                if not is_moving:
+                    continue
+                found = [[0]]
+            parts = [pictures[places[0]] for places in found]
+            taken |= {places[0] for places in found}
+            if isinstance(value, Frames):
+                images = tuple(part for part in parts if isinstance(part, ImageSource))
+                videos.append(FrameFolder(images, fps=value.fps, times=value.times))
+            else:
+                videos.append(_as_video(parts[0]))
+        if len(videos) < len(named) and len(pictures) > 1 and not all(map(is_address, named)):
+            raise SampleError(
+                f"it names the video {brief(named[0])}, which does not lie beside it, and {len(pictures)} pictures do; list them "
+                "under 'video', in order, if they are its frames, or remove that key"
+            )
+        return [part for place, part in enumerate(pictures) if place not in taken], videos
+
+    def _called(self, name: str, names: Sequence[str], index: int) -> list[int]:
+        """Which of a sample's members are called by a name."""
+        wanted, key = name.replace("\\", "/").rpartition("/")[2], self._members[index].key.rpartition("/")[2]
+        return [place for place, inner in enumerate(names) if wanted in (inner, f"{key}.{inner}")]
 
     def _inner(self, part: Medium, index: int) -> str:
         """A member's name behind its sample's key."""
@@ -163,6 +207,10 @@ class WebDataset(EntryDataset):
     def sources(self) -> NDArray[np.int64]:
         """By their archives."""
         return number_names(self._archives)
+
+
+def _as_video(part: Medium) -> Medium:
+    return VideoSlice(part.path, part.offset, part.size, part.name) if isinstance(part, FileSlice) else part
 
 
 def _index_tar(path: Path) -> list[_Member]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Never
 import click
 
 from vlm_distill_cache.common.cache.plan import STORE_NAMES, built_with, read_plan
+from vlm_distill_cache.common.cache.schema import ONE_PICTURE
 from vlm_distill_cache.common.errors import ConfigError, SampleNotCachedError
 from vlm_distill_cache.common.locations import nearest
 from vlm_distill_cache.common.printing import one_line
@@ -138,6 +139,7 @@ def inspect(
         if not found:
             tell("no sample failed")
         return
+    from vlm_distill_cache.common.codecs.row_attention import RowAttentionCodec
     from vlm_distill_cache.common.opening import open_cache
     from vlm_distill_cache.common.tools.picture import BLOCKS
     from vlm_distill_cache.common.tools.record_view import describe_record, picture_of, record_values, save_picture
@@ -162,8 +164,14 @@ def inspect(
     say(describe_record(opened, sample_id, unicode=can_print(BLOCKS)))
     if has_document():
         answer(cache=cache, **record_values(opened, sample_id))
-    name = quoted(sample_id) if one_line(sample_id) == sample_id else "SAMPLE_ID"
-    tell(f"\nNext: cachectl inspect {quoted(cache)} {name} --picture OUT.png [--image FILE]")
+    if (
+        sample_id in opened
+        and len(opened.read(sample_id, {"tiles"})["tiles"])
+        and RowAttentionCodec.signal in opened.signals
+    ):
+        name = quoted(sample_id) if one_line(sample_id) == sample_id else "SAMPLE_ID"
+        files = "--image FILE" if opened.plan.format_version == ONE_PICTURE else "--data DATA --images IMAGES"
+        tell(f"\nNext: cachectl inspect {quoted(cache)} {name} --picture OUT.png [{files}]")
 
 
 def _open_asked(opened: TeacherCache, data: str | None, images: str | None) -> Any:

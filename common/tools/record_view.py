@@ -194,8 +194,9 @@ def picture_of(
     maps = word_maps(record, cache.plan, words[:most])
     if not maps:
         raise ConfigError(
-            f"{cache.path}: sample {sample_id!r} has no answer attention to draw: the cache has signals "
-            f"{list(cache.signals)}, and the sample {len(record['tiles'])} image tiles"
+            f"{cache.path}: sample {sample_id!r} is text alone: there is nothing to draw"
+            if not len(record["tiles"])
+            else f"{cache.path}: there is no answer attention to draw: the cache has signals {list(cache.signals)}"
         )
     cut = f" (first {most} of {len(words)} words)" if len(words) > most else ""
     title = f"{one_line(sample_id, limit=60)}{cut}: {' '.join(word for word, _ in words[:most])}"

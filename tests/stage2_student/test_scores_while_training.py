@@ -97,6 +97,7 @@ def test_a_killed_training_ends_with_the_same_scores_and_the_same_best(scored, t
     assert read_final(output / BEST)["files"] == read_final(copies.output / BEST)["files"]
 
 
+@pytest.mark.slow
 def test_in_two_processes_the_scores_are_those_of_one(scored, in_two_processes):
     result, copies, _ = scored
     two = in_two_processes[copies.output.name]

@@ -209,6 +209,7 @@ def test_a_saved_student_says_the_same_where_this_project_is_not(name, saved, to
 @pytest.mark.parametrize(
     ("name", "kind"), [("mobilevlm_mlp", MobileVLMForConditionalGeneration), ("llava_original", LlavaOfAnyDepth)]
 )
+@pytest.mark.slow
 def test_a_student_is_fine_tuned_by_the_librarys_trainer_through_adapters(name, kind, saved, tmp_path):
     peft = pytest.importorskip("peft")
     batch = left_padded_inputs(saved[1][name][0][:2], 0, torch.device("cpu"))

@@ -33,7 +33,7 @@ from vlm_distill_cache.common.terminal.command_line import quoted
 from vlm_distill_cache.common.tools.derived_card import DERIVED
 from vlm_distill_cache.common.tools.lift import lift_plan
 from vlm_distill_cache.common.tools.trust import open_trusted
-from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.sample import Dataset, Survey
 from vlm_distill_cache.data.sources.grouping import ChosenSamples
 from vlm_distill_cache.data.sources.mixture import entry_of_cache
 from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
@@ -331,6 +331,18 @@ def _described(old: Mapping[str, Any], new: Mapping[str, Any], *, stays: Collect
     """A description with the licences that a cache states, unless others are given, and what stays in any case."""
     stated = {name: old[name] for name in DESCRIPTIVE if name in old}
     return {**stated, **new, **{name: old[name] for name in stays if name in old}}
+
+
+def survey_of_kept(base: str, dataset: Dataset, whole: Survey) -> Survey:
+    """What the samples show that a cache will hold: a merged or partly pulled one keeps its own, others get all of the data.
+
+    Args:
+        whole: Of the data.
+    """
+    cache = TeacherCache(Path(base))
+    if DERIVED not in cache.plan.extra:
+        return whole
+    return replace(_samples_of(cache, dataset).survey(), fingerprint=whole.fingerprint)
 
 
 def _samples_of(cache: TeacherCache, dataset: Dataset) -> Dataset:

@@ -17,7 +17,7 @@ from vlm_distill_cache.stage1_teacher.loop.encode_ahead import count_workers
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.batch_size import automatic_batch_size
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
-from vlm_distill_cache.stage1_teacher.planning.extension import ExtendConfig, extend_plan
+from vlm_distill_cache.stage1_teacher.planning.extension import ExtendConfig, extend_plan, survey_of_kept
 from vlm_distill_cache.stage1_teacher.planning.plan import (
     beyond_positions,
     build_encoder,
@@ -68,6 +68,8 @@ def open_build(config: BuildConfig, *, loads: bool = True) -> Build:
         frames=config.frames,
     )
     survey, version = dataset.survey(), ONE_PICTURE
+    if isinstance(config, ExtendConfig):
+        survey = survey_of_kept(config.base, dataset, survey)
     # A cache of several pictures that is topped up stays one, whatever the data is that is left of its own.
     if survey.several or (isinstance(config, ExtendConfig) and read_plan(Path(base)).format_version != ONE_PICTURE):
         version = SEVERAL_PICTURES

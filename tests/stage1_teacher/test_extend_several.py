@@ -7,6 +7,7 @@ from several_data import write_data
 
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.opening import open_cache
+from vlm_distill_cache.common.tools.select import Selection, pull_partial
 from vlm_distill_cache.common.tools.verify import verify
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extend import extend
@@ -48,3 +49,16 @@ def test_a_cache_topped_up_by_several_pictures_or_videos_is_byte_for_byte_one_bu
     assert verify(cache, deep=True) == []
     assert open_cache(cache).plan.format_version == 2
     assert ("frames" in read_plan(cache).extra) == bool({"clip", "both"} & {*there, *come})
+
+
+def test_a_part_without_videos_stays_what_it_is_whatever_comes_to_the_data(tmp_path: Path, tiny_llava: Path):
+    data = write_data(tmp_path / "data", "one", "text", "again")
+    extract(BuildConfig(cache=str(tmp_path / "cache"), **options_of(tiny_llava, data)))
+    pull_partial(str(tmp_path / "cache"), tmp_path / "part", Selection(signals=("logits", "answer_attention")))
+    write_data(tmp_path / "data", "one", "text", "again", "clip")
+    given = {"data": data, "teacher": str(tiny_llava), "fidelity_samples": 0, "signals": ("visual_columns",)}
+    found = extend(BuildConfig(cache=str(tmp_path / "part"), **given, max_unknown_share=1.0), given=tuple(given))
+    assert (found.samples, found.signals) == (0, ("visual_columns",))
+    plan = open_cache(tmp_path / "part").plan
+    assert plan.format_version == 1
+    assert "frames" not in plan.extra

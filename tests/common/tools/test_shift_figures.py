@@ -220,3 +220,14 @@ def test_what_cannot_be_measured_is_refused_with_a_remedy(home, tmp_path):
     assert "leave SAMPLE_ID" in run(home / "cache", "one", "--shift", code=2)
     assert "go with --shift" in run(home / "cache", "--data", "shapes", code=2)
     assert "--images needs --data" in run(home / "cache", "--shift", "--images", tmp_path, code=2)
+
+
+def test_an_answer_is_followed_over_the_pictures_in_front_of_it():
+    """A later picture, which no row of the answer looks at, has no part in what is kept."""
+    look = np.random.default_rng(0).random((4, 6))
+    alone, behind = Gaze("a", [1, 2, 3, 4], look), Gaze("a", [1, 2, 3, 4], np.hstack([look, 0 * look]), (6, 6))
+    one, other = (gaze.shift(range(1, 4)) for gaze in (alone, behind))
+    assert len(other.kept) == len(one.kept) == 2
+    for name in ("first", "best", "common", "event"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert len(Gaze("a", [1], np.ones((1, 12)), (6, 6)).shift(range(1)).kept) == 4

@@ -157,7 +157,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --dura
 test: $(STAMP) ## Run all fast CPU tests
 	$(PYTEST)
 
-test-all: $(STAMP) ## Run the slow ones, too, and print branch coverage (an hour or two on 2 cores)
+test-all: $(STAMP) ## Run the slow ones, too, and print branch coverage (an hour or more on 2 cores)
 	RUN_SLOW=1 $(PYTEST) --cov --cov-report=term --cov-fail-under=85
 
 checks: $(STAMP) ## Lint, format check, strict types

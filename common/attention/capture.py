@@ -107,7 +107,7 @@ class AttentionRequest:
                 f"but `keys` for {self.keys.shape[0]}; build both from one batch"
             )
         weights = self.row_weights
-        if weights is not None and (weights.shape if weights.ndim == 2 else weights.shape[::2]) != self.rows.shape:
+        if weights is not None and (weights.shape[::2] if weights.ndim == 3 else weights.shape) != self.rows.shape:
             raise ModelError(
                 f"attention request: `row_weights` {list(weights.shape)} must have the shape of `rows`, "
                 f"{list(self.rows.shape)}"

@@ -266,9 +266,8 @@ def extend_plan(work: Build, config: ExtendConfig) -> Build:
         NothingToAddError: If there is nothing to do.
     """
     cache = open_trusted(config.base)
-    old = lift_plan(
-        cache.plan, work.plan
-    )  # samples with several pictures, or videos, may come to a cache that had none
+    # Samples with several pictures, or videos, may come to a cache that had none.
+    old = lift_plan(cache.plan, work.plan)
     missing = {
         name
         for name, codec in work.codecs.items()

@@ -9,7 +9,6 @@ import pytest
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.sample import VideoSource
-from vlm_distill_cache.data.sources.messages import MessagesDataset
 from vlm_distill_cache.data.sources.webdataset import WebDataset
 
 AB = ["a.png", "b.png"]
@@ -32,15 +31,6 @@ def written(sample):
 def called(medium):
     kind = "v:" if isinstance(medium, VideoSource) else ""
     return kind + medium.name.split(" from ")[0].rpartition("tar:")[2]
-
-
-@pytest.fixture
-def read(tmp_path):
-    def of(entry):
-        (tmp_path / "data.jsonl").write_text(json.dumps(entry))
-        return MessagesDataset(tmp_path / "data.jsonl")[0]
-
-    return of
 
 
 @pytest.mark.parametrize(

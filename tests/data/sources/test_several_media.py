@@ -33,15 +33,6 @@ PNGS = [png((4, 4 + number)) for number in range(3)]
 B64 = [base64.b64encode(data).decode() for data in PNGS]
 
 
-@pytest.fixture
-def read(tmp_path):
-    def of(entry):
-        (tmp_path / "data.jsonl").write_text(json.dumps(entry))
-        return MessagesDataset(tmp_path / "data.jsonl")[0]
-
-    return of
-
-
 def written(sample):
     """The questions with what they show in brackets: the slow reference of places."""
     names = iter(sample.images)

@@ -1,4 +1,4 @@
-"""A student whose model stacks videos is trained on videos of different lengths, with the gradients of one pass."""
+"""A student whose model stacks videos is trained on videos of different lengths: samples are passed one by one."""
 
 import json
 from pathlib import Path

@@ -5,8 +5,10 @@ import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.benchmarks import experiment_several as experiment
 from tests.benchmarks.bench_docs import ROOT, TABLE_PAGE, table_in
@@ -26,7 +28,7 @@ from tests.benchmarks.experiment_several_tables import (
     tables,
     verdict,
 )
-from tests.benchmarks.experiment_several_teacher import KINDS, Drilled, as_sample, make_teacher, score
+from tests.benchmarks.experiment_several_teacher import KINDS, Drilled, as_sample, make_teacher, orthogonalised, score
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import FrameSampling
@@ -130,6 +132,43 @@ def test_the_teacher_is_trained_once_and_encodes_pairs_and_clips(tmp_path: Path)
     encoder = replace(encoder, most_pictures=None, sampling=FrameSampling())
     items = open_evaluation("shapes:kinds=comparison+motion", "test", 1).questions
     assert score(teacher.model, encoder, [items[0], items[5]]).keys() == {items[0].kind, items[5].kind}
+
+
+def test_a_killed_training_of_the_teacher_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from vlm_distill_cache.stage1_teacher.demo import language
+
+    monkeypatch.setattr(language, "SAVED_EVERY", 2)
+    make_teacher(tmp_path / "whole", steps=3, images_per_step=2)
+    collate, calls = language.collate, []
+
+    def killed(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return collate(*args)
+
+    monkeypatch.setattr(language, "collate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_teacher(tmp_path / "killed", steps=3, images_per_step=2)
+    monkeypatch.setattr(language, "collate", collate)
+    kept = tmp_path / "killed-unfinished.pt"
+    assert torch.load(kept, weights_only=True)["steps"] == 2
+    make_teacher(tmp_path / "killed", steps=3, images_per_step=2)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_matrices_are_made_orthogonal_as_by_the_library_to_its_precision(shape: tuple[int, int]):
+    from torch.optim import _muon
+
+    how = ((_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C), _muon.DEFAULT_NS_STEPS, _muon.EPS)
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ours, library = orthogonalised(matrix, *how), _muon._zeropower_via_newtonschulz(matrix, *how)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, library.float(), atol=0.03, rtol=0)
+    assert torch.linalg.svdvals(ours).sub(1).abs().max() < 0.4
 
 
 def test_what_is_done_is_not_run_again_and_seeds_come_outermost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
+from vlm_distill_cache.common.files.atomic import publish_file, temporary_for
 from vlm_distill_cache.data.sample import Dataset, Sample, Turn
 from vlm_distill_cache.data.shapes.dataset import ShapesDataset
 from vlm_distill_cache.data.shapes.text import (
@@ -36,6 +38,7 @@ from vlm_distill_cache.stage1_teacher.demo.model import WarmCosine
 logger = logging.getLogger(__name__)
 
 
+SAVED_EVERY = 100  # steps
 OTHERS_SCALE = 0.25  # learning rate of embeddings, norms and biases as a share of the matrices' rate
 DRILLS = ("locations", "relations")
 
@@ -83,25 +86,38 @@ def train_language(
     images_per_step: int,
     rate: float,
     seed: int,
+    unfinished: Path | None = None,
 ) -> None:
     """Train all parameters that require a gradient on a data set's answers.
 
     Args:
         dataset: Passed over in a new order as often as the steps need.
         images_per_step: Pictures, with all their conversations.
+        unfinished: File that holds the state every `SAVED_EVERY` steps, and that training goes on from; None: nowhere.
     """
     optimizer = WarmCosine(model, rate=rate, steps=steps, warmup=50, others_scale=OTHERS_SCALE)
+    done = 0
+    if unfinished is not None and unfinished.is_file():
+        state = torch.load(unfinished, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["steps"]
     started = time.monotonic()
-    for step, batch in enumerate(_batches(encoder, dataset, steps, images_per_step, seed)):
+    for step, batch in enumerate(_batches(encoder, dataset, steps, images_per_step, seed, first=done), start=done):
         hidden = model.model(**batch.model_inputs(), use_cache=False).last_hidden_state  # [B, T, D]
         loss = answer_loss(model.lm_head(hidden[batch.labels != IGNORE_INDEX]), batch.labels)
         optimizer.step(loss)
         if step % 50 == 49:
-            left = (time.monotonic() - started) / (step + 1) * (steps - step - 1)
+            left = (time.monotonic() - started) / (step + 1 - done) * (steps - step - 1)
             logger.info(
                 "language %d/%d: loss %.3f nats a token, %.0f s left",
                 step + 1, steps, loss.item(), left,
             )  # fmt: skip
+        if unfinished is not None and step % SAVED_EVERY == SAVED_EVERY - 1:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "steps": step + 1}
+            with temporary_for(unfinished) as temporary:
+                torch.save(state, temporary)
+                publish_file(temporary, unfinished)
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -126,8 +142,10 @@ def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return (losses * weight).sum() / weight.sum()
 
 
-def _batches(encoder: SampleEncoder, dataset: Dataset, steps: int, count: int, seed: int) -> Iterator[Batch]:
-    """Yield ``steps`` batches of ``count`` samples; the next is encoded while the model runs."""
+def _batches(
+    encoder: SampleEncoder, dataset: Dataset, steps: int, count: int, seed: int, *, first: int
+) -> Iterator[Batch]:
+    """Yield the batches of ``count`` samples from number ``first`` to ``steps``; the next is encoded while the model runs."""
     generator = np.random.default_rng(seed)
     order: list[int] = []
     while len(order) < steps * count:
@@ -138,8 +156,8 @@ def _batches(encoder: SampleEncoder, dataset: Dataset, steps: int, count: int, s
         return collate([encoder(dataset[index]) for index in chosen], encoder.tokenizer.pad_token_id)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        ahead = pool.submit(encode, 0)
-        for step in range(steps):
+        ahead = pool.submit(encode, first)
+        for step in range(first, steps):
             batch = ahead.result()
             if step + 1 < steps:
                 ahead = pool.submit(encode, step + 1)

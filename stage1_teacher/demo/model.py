@@ -5,6 +5,8 @@ width 96, 4 heads). Small enough for two CPU cores, and a real `LlavaForConditio
 that stage one treats it as it treats LLaVA-1.5.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import (
@@ -136,6 +138,15 @@ class WarmCosine:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What `load_state_dict` goes on from: the state of each optimizer and schedule."""
+        return [part.state_dict() for part in (*self._optimizers, *self._scale)]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Go on from where another one with the same parameters was."""
+        for part, state in zip((*self._optimizers, *self._scale), states, strict=True):
+            part.load_state_dict(state)
 
 
 def warm_cosine(step: int, steps: int, warmup: int) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from vlm_distill_cache.data.sample import Dataset, FrameSampling, Question, Sample, Turn
 
@@ -46,8 +47,36 @@ class Drilled(Dataset):
         return replace(sample, turns=(*turns, *sample.turns))
 
 
+def orthogonalised(grad: Any, coefficients: tuple[float, float, float], steps: int, eps: float) -> Any:
+    """`torch.optim.Muon`'s Newton-Schulz iteration in the gradient's own precision.
+
+    The library's works in bfloat16, which a CPU without such instructions emulates: 14 to 31 ms for a matrix of this
+    teacher in place of 1 to 2, half of a step.
+
+    Args:
+        grad: Float ``[rows, columns]``.
+        coefficients: Of the polynomial, linear term first.
+        steps: Of the iteration.
+        eps: Least norm that is divided by.
+
+    Returns:
+        ``[rows, columns]`` with singular values near 1.
+    """
+    linear, cubic, quintic = coefficients
+    tall = grad.size(0) > grad.size(1)
+    found = grad.T if tall else grad
+    found = found / found.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = found @ found.T
+        found = linear * found + (cubic * gram + quintic * gram @ gram) @ found
+    return found.T if tall else found
+
+
 def make_teacher(folder: Path, *, steps: int, images_per_step: int = 8) -> None:
-    """Train the teacher and save it as a checkpoint folder, once; it appears when it is complete."""
+    """Train the teacher and save it as a checkpoint folder, once; it appears when it is complete.
+
+    A killed training goes on where it was saved last.
+    """
     if (folder / "training.json").is_file():
         return
     import torch
@@ -61,7 +90,12 @@ def make_teacher(folder: Path, *, steps: int, images_per_step: int = 8) -> None:
     model.model.vision_tower.requires_grad_(requires_grad=False)
     encoder = replace(build_demo_encoder(), max_length=2048, most_pictures=None, sampling=FrameSampling())
     dataset = Drilled(ShapesOfKinds("train", steps * images_per_step, SEED, KINDS))
-    train_language(model, encoder, dataset, steps=steps, images_per_step=images_per_step, rate=1.5e-3, seed=SEED)
+    unfinished = folder.with_name(f"{folder.name}-unfinished.pt")
+    with patch("torch.optim._muon._zeropower_via_newtonschulz", orthogonalised):
+        train_language(
+            model, encoder, dataset, steps=steps, images_per_step=images_per_step, rate=1.5e-3, seed=SEED,
+            unfinished=unfinished,
+        )  # fmt: skip
     scratch = folder.with_name(f"{folder.name}-unfinished")
     shutil.rmtree(scratch, ignore_errors=True)
     model.half().save_pretrained(scratch)
@@ -69,6 +103,7 @@ def make_teacher(folder: Path, *, steps: int, images_per_step: int = 8) -> None:
     encoder.image_encoder.processor.save_pretrained(scratch)
     (scratch / "training.json").write_text(json.dumps({"template": TEMPLATE, "steps": steps, "seed": SEED}))
     scratch.rename(folder)
+    unfinished.unlink(missing_ok=True)
 
 
 def as_sample(item: Question) -> Sample:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NoReturn
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import ImageSource, resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
-from vlm_distill_cache.data.sources.entries import EntryDataset
+from vlm_distill_cache.data.sources.entries import ID_KEYS, EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, is_plain
 from vlm_distill_cache.data.sources.pictures import image_folder
 from vlm_distill_cache.data.sources.printed import printed
@@ -24,7 +24,7 @@ from vlm_distill_cache.data.sources.rows import repeated_columns
 SUFFIXES = (".csv", ".tsv")
 _LONGEST_CELL = 2**31 - 1  # bytes; a picture in base64 is beyond the csv module's own limit
 _FILE = re.compile(r"\.[A-Za-z]\w{2,4}$")
-_IDS = ("id", "sample_id", "question_id", "index")
+_IDS = (*ID_KEYS, "index")
 _HELD = (
     "messages conversations conversation texts images image image_paths answers choices options file_names video videos "
     "video_paths"

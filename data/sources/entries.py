@@ -38,8 +38,15 @@ from vlm_distill_cache.data.sources.videos import (
 logger = logging.getLogger(__name__)
 
 PROBED = 256  # samples
+ID_KEYS = ("id", "sample_id", "question_id")  # the first that is given
 SOURCE_KEYS = ("source", "data_source", "dataset")  # of an entry: which data set it was taken from
 _LONGEST_KEY = 1024  # of a picture's name; a longer one is base64
+
+
+def id_and_content(entry: Any) -> tuple[object, object]:
+    """What `resolve_ids` asks for: the id that an entry has, and what makes one where there is none."""
+    found = [entry[key] for key in ID_KEYS if entry.get(key) is not None] if isinstance(entry, dict) else []
+    return (found[0] if found else None), entry
 
 
 class EntryDataset(Dataset):

@@ -15,7 +15,7 @@ from vlm_distill_cache.data.images.recognise import names_video
 from vlm_distill_cache.data.sample import resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, is_entry
 from vlm_distill_cache.data.sources.csv_rows import CsvRows
-from vlm_distill_cache.data.sources.entries import EntryDataset
+from vlm_distill_cache.data.sources.entries import EntryDataset, id_and_content
 from vlm_distill_cache.data.sources.json_text import decode, parse
 from vlm_distill_cache.data.sources.parquet import LocalParquet, ParquetTable
 from vlm_distill_cache.data.sources.pictures import brief
@@ -57,8 +57,7 @@ class ImageFolderDataset(EntryDataset):
         if not any(isinstance(entry, dict) and is_entry(entry) for entry in self._entries):
             said = brief_keys(first) if isinstance(first, dict) else brief(first)
             raise DataError(f"{where}: no row has {FORMS}, or 'text' for a caption; the first has {said}")
-        ids = ((entry.get("id") if isinstance(entry, dict) else None, entry) for entry in self._entries)
-        self.sample_ids, self.odd_ids = resolve_ids(ids, where=where)
+        self.sample_ids, self.odd_ids = resolve_ids(map(id_and_content, self._entries), where=where)
         self.tell_unread()
 
     def read(self, index: int) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, is_entry
-from vlm_distill_cache.data.sources.entries import EntryDataset
+from vlm_distill_cache.data.sources.entries import EntryDataset, id_and_content
 from vlm_distill_cache.data.sources.json_text import parse_bytes
 from vlm_distill_cache.data.sources.pictures import brief, image_folder
 
@@ -34,11 +34,6 @@ class LlavaDataset(EntryDataset):
         if not isinstance(entry, dict):
             raise SampleError(f"entry {index} must be an object, got {brief(entry)}")
         return entry
-
-
-def id_and_content(entry: Any) -> tuple[object, object]:
-    """What `resolve_ids` asks for: the id that an entry has, and what makes one where there is none."""
-    return (entry.get("id") if isinstance(entry, dict) else None), entry
 
 
 def _read_entries(path: Path) -> list[Any]:

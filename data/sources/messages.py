@@ -12,9 +12,8 @@ from typing import Any, BinaryIO
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, is_entry
-from vlm_distill_cache.data.sources.entries import EntryDataset
+from vlm_distill_cache.data.sources.entries import EntryDataset, id_and_content
 from vlm_distill_cache.data.sources.json_text import decode, is_plain, parse_line
-from vlm_distill_cache.data.sources.llava import id_and_content
 from vlm_distill_cache.data.sources.pictures import brief, image_folder
 
 

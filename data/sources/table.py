@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import number_names, resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
-from vlm_distill_cache.data.sources.entries import SOURCE_KEYS, EntryDataset
+from vlm_distill_cache.data.sources.entries import ID_KEYS, SOURCE_KEYS, EntryDataset
 from vlm_distill_cache.data.sources.pictures import says_none
 
 NEEDED = "pip install 'vlm-distill-cache[hf]'"
-_ID_COLUMNS = ("id", "sample_id", "question_id")
 _UNREAD = {"Pdf", "Array3D", "Array4D"}  # types whose content shows something
 
 
@@ -62,7 +61,7 @@ class TableDataset(EntryDataset):
         self._labels = {column: table.features[column] for column in columns if "ClassLabel" in kinds[column]}
         if not are_columns(columns, pictures=bool(self.picture_keys)):
             raise DataError(f"{where}: expected columns {FORMS}; it has {columns}")
-        named = next((column for column in _ID_COLUMNS if column in columns), None)
+        named = next((column for column in ID_KEYS if column in columns), None)
         # Rows without an id are numbered: their content would have to be read in full to hash it.
         rows: Sequence[Any] = (
             [f"row-{index:08d}" for index in range(len(table))] if named is None else table.column(named)

@@ -12,6 +12,7 @@ from vlm_distill_cache.data.sample import Turn, iterate_readable
 from vlm_distill_cache.data.sources.conversations import read_conversation
 from vlm_distill_cache.data.sources.llava import LlavaDataset
 from vlm_distill_cache.data.sources.markers import Shown
+from vlm_distill_cache.data.sources.messages import MessagesDataset
 
 
 def human(value):
@@ -117,6 +118,15 @@ def test_missing_ids_follow_the_content_not_the_place(tmp_path):
     assert all(name.startswith("auto-") for name in backward)
     twice = LlavaDataset(write(tmp_path, [first, first])).sample_ids
     assert twice[1] == f"{twice[0]}#2"
+
+
+def test_an_entry_is_called_by_the_first_id_that_it_has(tmp_path):
+    ids = [{"id": "a", "sample_id": "b"}, {"sample_id": "b", "question_id": 7}, {"id": None, "question_id": 7}]
+    entries = [one | {"conversations": PAIR} for one in ids]
+    assert list(LlavaDataset(write(tmp_path, entries)).sample_ids) == ["a", "b", "7"]
+    lines = tmp_path / "data.jsonl"
+    lines.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert list(MessagesDataset(lines).sample_ids) == ["a", "b", "7"]
 
 
 @pytest.mark.parametrize("bad", [1.5, True, ["a"], {"a": 1}, "x" * 4097, "\ud83d"])

@@ -16,6 +16,7 @@ from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.cache.shared_images import prefix_key
 from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.data.images.byte_pixels import Held, held_of, joined
 from vlm_distill_cache.data.text.encoding import EncodedSample
 
 VIDEO_INPUTS = frozenset(("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"))
@@ -220,7 +221,7 @@ def join_image_inputs(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
     Pictures of any-resolution layouts differ in tiles, those of dynamic ones in patches: both join. So do pictures and
     videos, which have arguments of their own; some models take only videos of equally many frames in one batch.
     """
-    joined: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for videos in (False, True):
         parts = [part for sample in samples if (part := _inputs_of(sample, videos=videos))]
         names = {tuple(sorted(part)) for part in parts}
@@ -238,13 +239,13 @@ def join_image_inputs(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
                 raise ConfigError(
                     f"pictures of one batch differ in size ({name}: {sorted(shapes)}); use one image encoder"
                 )
-            joined[name] = torch.from_numpy(np.concatenate(arrays))
-    return joined
+            found[name] = torch.from_numpy(joined(arrays))
+    return found
 
 
-def _inputs_of(sample: EncodedSample, *, videos: bool) -> dict[str, np.ndarray]:
+def _inputs_of(sample: EncodedSample, *, videos: bool) -> dict[str, Held]:
     """The image arrays of a sample that are of videos, or those that are not."""
-    return {name: array for name, array in sample.image_inputs.items() if (name in VIDEO_INPUTS) == videos}
+    return {name: array for name, array in held_of(sample.image_inputs).items() if (name in VIDEO_INPUTS) == videos}
 
 
 def _positions(mask: Tensor) -> Tensor:

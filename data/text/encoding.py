@@ -32,9 +32,11 @@ from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import ConfigError, SampleError, TooLongError
 from vlm_distill_cache.common.pixels import HASH_BYTES
+from vlm_distill_cache.data.images.byte_pixels import pixel_tables
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, EncodedImage, ImageEncoder, VideoEncoder
 from vlm_distill_cache.data.sample import FrameSampling, Medium, Sample, Turn
 from vlm_distill_cache.data.text.chat import Marker, Rendered
+from vlm_distill_cache.data.text.labels import Tokens, inside_spans, shared_length, shift_labels
 from vlm_distill_cache.data.text.media import (
     EncodedMedium,
     PicturesBeyond,
@@ -51,63 +53,10 @@ from vlm_distill_cache.data.text.special_tokens import check_end_token, find_spe
 from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate
 
 MAX_TEXT = 2_000_000  # characters of a sample: a tokenizer takes some 170 bytes and 3 microseconds for each
-TOKEN_TEXT, MAX_TOKEN_TEXT = (
-    64,
-    1024,
-)  # characters: what a token may stand for at least, whatever the vocabulary, and at most
+# Characters: what a token may stand for at least, whatever the vocabulary, and at most.
+TOKEN_TEXT, MAX_TOKEN_TEXT = 64, 1024
 MAX_TURNS = 10_000  # that are cut, not refused; a template's time grows faster than their number
 LongSamples = Literal["refuse", "truncate"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Tokens:
-    """One conversation: ids i8 ``[T]``, and which of them belong to an answer, bool ``[T]``."""
-
-    ids: np.ndarray
-    is_answer: np.ndarray
-
-
-def inside_spans(offsets: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Which tokens, by their character ranges i8 ``[T, 2]``, share a character with an answer's span, bool ``[T]``.
-
-    A token that straddles the span's start (a blank glued to the answer's first word) belongs to it.
-    Tokens without characters (a lone blank, trimmed away) belong to the span they lie in.
-    """
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    is_answer = np.zeros(len(offsets), dtype=bool)
-    for start, end in spans:
-        inside = (starts < end) & ((ends > start) | ((starts == ends) & (starts >= start)))
-        if not inside.any():
-            raise SampleError(f"an answer ({end - start} characters) has no tokens; the tokenizer drops its text")
-        is_answer |= inside
-    return is_answer
-
-
-def shift_labels(tokens: Tokens) -> np.ndarray:
-    """Labels of one conversation: row p gets token p + 1 if that is an answer's, i8 ``[T]``."""
-    if not len(tokens.ids):
-        raise SampleError("its text has no tokens; there is nothing to begin with")
-    if tokens.is_answer[0]:
-        raise SampleError("the answer begins with the first token, which no row predicts; add a question")
-    labels = np.full(len(tokens.ids), IGNORE_INDEX, dtype=np.int64)
-    labels[:-1] = np.where(tokens.is_answer[1:], tokens.ids[1:], IGNORE_INDEX)
-    return labels
-
-
-def shared_length(conversations: list[Tokens]) -> int:
-    """Length of the prefix all conversations can share.
-
-    It ends before the first supervised row of any of them: that row's label differs between
-    conversations, so it cannot be shared even where its token is.
-    """
-    first = conversations[0].ids
-    shared = len(first)
-    for conversation in conversations:
-        first_row = int(np.argmax(conversation.is_answer)) - 1
-        length = max(min(shared, len(conversation.ids), first_row), 0)
-        differs = np.flatnonzero(first[:length] != conversation.ids[:length])
-        shared = int(differs[0]) if len(differs) else length
-    return shared
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,7 +70,8 @@ class EncodedSample:
         visual_mask: bool ``[T]``, True at visual tokens.
         position_ids: i8 ``[T]``; each packed conversation counts on from the shared prefix.
         segment_ids: i8 ``[T]``; 0 = shared prefix, k = k-th independent conversation; all 0 if not packed.
-        image_inputs: Arrays by the model's argument name, as `EncodedImage.inputs`; empty for a text-only sample.
+        image_inputs: Arrays by the model's argument name, as `EncodedImage.inputs`; empty for a text-only sample. Pixels are
+            held as bytes where they can be (`data.images.byte_pixels`).
         tiles: The boxes of the visual tokens, each with the pictures it shows; empty for a text-only sample.
         image_hashes: Of each picture 16 bytes, P in order.
         frame_times: Of each picture the number of the video that it is a frame of, and its seconds; of a still picture -1
@@ -309,6 +259,11 @@ class SampleEncoder:
         except (SampleError, ConfigError) as error:  # other texts and pictures went through when the encoder was built
             kind = type(error) if isinstance(error, SampleError) else SampleError
             raise kind(f"sample {sample.sample_id!r}: {error}") from error
+
+    @cached_property
+    def pixel_tables(self) -> tuple[np.ndarray, ...]:
+        """What numbers the image encoder makes of bytes, float32 ``[3, 256]`` each."""
+        return pixel_tables(self.image_encoder)
 
     @cached_property
     def image_token(self) -> str:

@@ -13,6 +13,7 @@ import PIL.Image
 from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.common.pixels import image_hash
+from vlm_distill_cache.data.images.byte_pixels import Held, ImageInputs, as_bytes, held_of, joined_as_held
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder, CountingEncoder, EncodedImage, VideoEncoder
 from vlm_distill_cache.data.sample import Frame, FrameSampling, ImageSource, Medium, Sample, Turn, VideoSource
 from vlm_distill_cache.data.text.chat import Marker, Rendered
@@ -43,6 +44,10 @@ class MediaSettings(Protocol):
     @property
     def image_encoder(self) -> AnyImageEncoder:
         """Pixels and boxes."""
+
+    @property
+    def pixel_tables(self) -> Sequence[np.ndarray]:
+        """What numbers the encoder makes of bytes (`byte_pixels.pixel_tables`)."""
 
     @property
     def image_token(self) -> str:
@@ -126,11 +131,21 @@ def encode_media(settings: MediaSettings, media: Sequence[Medium]) -> list[Encod
         ]
         total = visual_tokens(encoded)
         if budget is None or total <= budget or all(len(found) == 1 for found in kept.values()):
-            return _within_budget(settings, encoded)
+            return [_as_bytes(medium, settings.pixel_tables) for medium in _within_budget(settings, encoded)]
         # Frames have about as many tokens each; where that leaves all of them, one frame less.
         of_stills = visual_tokens([found for n, found in enumerate(encoded) if n not in kept])
         fits = (budget - of_stills) / max(1, total - of_stills)
         share *= max(0.0, min(fits, 1 - 1 / max(map(len, kept.values()))))
+
+
+def _as_bytes(medium: EncodedMedium, tables: Sequence[np.ndarray]) -> EncodedMedium:
+    """A picture or video whose pixels are held as bytes, where they can be."""
+
+    def held(image: EncodedImage) -> ImageInputs:
+        tried = {name: as_bytes(array, tables) for name, array in image.inputs.items()}
+        return ImageInputs({name: image.inputs[name] if found is None else found for name, found in tried.items()})
+
+    return replace(medium, encoded=tuple(replace(image, inputs=held(image)) for image in medium.encoded))
 
 
 def _within_budget(settings: MediaSettings, media: list[EncodedMedium]) -> list[EncodedMedium]:
@@ -275,12 +290,12 @@ def joined_media(media: Sequence[EncodedMedium]) -> dict[str, Any]:
     """The fields of an `EncodedSample` that say what its pictures are."""
     hashes = tuple(digest for medium in media for digest in medium.hashes)
     times = [time for medium in media for time in medium.times or [(-1, float("nan"))] * len(medium.hashes)]
-    inputs: dict[str, list[np.ndarray]] = {}
+    inputs: dict[str, list[Held]] = {}
     tiles: list[Tile] = []
     for image in (image for medium in media for image in medium.encoded):
         behind = max((tile.span[1] for tile in tiles), default=0.0)
         tiles += [replace(tile, span=(tile.span[0] + behind, tile.span[1] + behind)) for tile in image.tiles]
-        for name, array in image.inputs.items():
+        for name, array in held_of(image.inputs).items():
             inputs.setdefault(name, []).append(array)
     for name, arrays in inputs.items():
         if len({array.shape[1:] for array in arrays}) > 1:
@@ -289,7 +304,7 @@ def joined_media(media: Sequence[EncodedMedium]) -> dict[str, Any]:
                 "take in one sample; leave the sample out"
             )
     return {
-        "image_inputs": {n: a[0] if len(a) == 1 else np.concatenate(a) for n, a in inputs.items()},
+        "image_inputs": ImageInputs({name: joined_as_held(arrays) for name, arrays in inputs.items()}),
         "tiles": tuple(tiles),
         "image_hashes": hashes,
         "frame_times": tuple(times) if any(medium.times for medium in media) else (),

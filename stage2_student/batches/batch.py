@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlm_distill_cache.data.images.byte_pixels import ImageInputs
 from vlm_distill_cache.data.text.collate import Batch
 from vlm_distill_cache.data.text.encoding import EncodedSample
 
@@ -70,9 +71,11 @@ def _map_tensors(value: Any, function: Any) -> Any:
 
 
 def arrays_of(value: Any) -> Iterable[Tensor | np.ndarray]:
-    """All tensors and arrays inside nested dataclasses and mappings."""
+    """All tensors and arrays inside nested dataclasses and mappings, as they are held in memory."""
     if isinstance(value, Tensor | np.ndarray):
         yield value
+    elif isinstance(value, ImageInputs):
+        yield from arrays_of(value.held)
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from arrays_of(item)

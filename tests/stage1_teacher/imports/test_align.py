@@ -9,7 +9,8 @@ from fake_server import FakeServer
 from tiny_families import byte_tokenizer, save_tiny
 
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.data.text.encoding import EncodedSample, Tokens, shift_labels
+from vlm_distill_cache.data.text.encoding import EncodedSample
+from vlm_distill_cache.data.text.labels import Tokens, shift_labels
 from vlm_distill_cache.stage1_teacher.imports.align import Aligner
 from vlm_distill_cache.stage1_teacher.imports.forms import Reader
 from vlm_distill_cache.stage1_teacher.imports.served import Served

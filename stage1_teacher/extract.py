@@ -216,7 +216,7 @@ def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path,
             plan = prepare_cache(cache_dir, replace(work.plan, batch_size=there.batch_size), overwrite=False)
         if anew:  # killed, this build leaves no options of another one
             save_replay(given, cache_dir, only_anew=True)
-        return cache_dir, replace(work, plan=plan)
+        return cache_dir, replace(work, plan=plan, scratch=cache_dir)
 
 
 def finish(work: Build, cache_dir: Path, *, samples: int, known: Collection[str], rewritten: bool) -> Manifest:
@@ -277,7 +277,7 @@ def _samples_of(plan: Plan, shards: Iterable[int]) -> int:
 def open_shards(work: Build, plan: Plan, todo: Sequence[int], *, batch_size: int) -> Iterator[EncodedShard]:
     """Encode shards for the teacher: with the data set's answers ahead of it, or with its own in its own time."""
     if ANSWERS not in work.codecs:
-        yield from encode_shards(work.dataset, work.encoder, plan, todo, workers=work.workers)
+        yield from encode_shards(work.dataset, work.encoder, plan, todo, workers=work.workers, scratch=work.scratch)
         return
     for index in todo:
         yield answer_shard(work, plan.shard_range(index), index=index, batch_size=batch_size)

@@ -49,17 +49,22 @@ class ImageInputs(Mapping[str, np.ndarray]):
 
     def __init__(self, held: Mapping[str, Held]) -> None:
         """Hold arrays as they are given."""
-        self.held = dict(held)
+        self._held = dict(held)
+
+    @property
+    def held(self) -> Mapping[str, Held]:
+        """The arrays as they are held."""
+        return self._held
 
     def __getitem__(self, name: str) -> np.ndarray:
         found = self.held[name]
         return found.numbers() if isinstance(found, BytePixels) else found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.held)
+        return iter(self._held)
 
     def __len__(self) -> int:
-        return len(self.held)
+        return len(self._held)
 
 
 def held_of(inputs: Mapping[str, np.ndarray]) -> Mapping[str, Held]:
@@ -89,7 +94,9 @@ def joined_as_held(arrays: Sequence[Held]) -> Held:
     if len(arrays) == 1:
         return first
     if isinstance(first, BytePixels):
-        parts = [array for array in arrays if isinstance(array, BytePixels) and np.array_equal(array.table, first.table)]
+        parts = [
+            array for array in arrays if isinstance(array, BytePixels) and np.array_equal(array.table, first.table)
+        ]
         if len(parts) == len(arrays):
             shape = (sum(array.shape[0] for array in arrays), *first.shape[1:])
             return BytePixels(data=np.concatenate([part.data for part in parts]), table=first.table, shape=shape)

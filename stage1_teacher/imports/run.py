@@ -197,7 +197,8 @@ def import_logprobs(
             targets = UnknownBudget.of_finished(cache_dir, plan, words=words, share=config.max_unknown_share)
             started, samples = time.monotonic(), 0
             workers = count_workers(config.num_workers, torch.device("cpu"), len(dataset))
-            shards = encode_shards(_WithRows(dataset, rows), encoder, plan, todo, workers=workers)
+            rows_of = _WithRows(dataset, rows)
+            shards = encode_shards(rows_of, encoder, plan, todo, workers=workers, scratch=cache_dir)
             total = sum(len(plan.shard_range(shard)) for shard in todo)
             with Writer(cache_dir, plan, codecs) as writer, progress("import", total=total, unit="sample") as bar:
                 for shard in shards:

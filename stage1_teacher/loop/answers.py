@@ -19,6 +19,7 @@ from vlm_distill_cache.data.text.collate import joinable, length_buckets
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.data.text.generation import Generated, Sampling, generate_answers
 from vlm_distill_cache.stage1_teacher.loop.forward import one_checkpoint
+from vlm_distill_cache.stage1_teacher.loop.spool import Spool
 from vlm_distill_cache.stage1_teacher.loop.work import Build, told
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
 
@@ -51,7 +52,7 @@ def answer_shard(work: Build, positions: Sequence[int], *, index: int, batch_siz
     Returns:
         The shard; a sample that the teacher did not answer (nothing, or no end in time) is a recorded failure.
     """
-    shard = EncodedShard(index=index)
+    shard, spool = EncodedShard(index=index), Spool(work.scratch)
     open_, order = {}, []
     for position in positions:
         sample_id = work.dataset.sample_ids[position]
@@ -68,7 +69,7 @@ def answer_shard(work: Build, positions: Sequence[int], *, index: int, batch_siz
         if sample_id in open_:
             talk = open_[sample_id]
             try:
-                shard.samples.append(work.encoder(with_answers(talk.sample, talk.answers)))
+                shard.samples.append(spool.put_away(work.encoder(with_answers(talk.sample, talk.answers))))
                 shard.answers[sample_id] = tuple(talk.answers)
             except SampleError as error:
                 shard.fail(sample_id, f"with the teacher's answer: {error}")
@@ -84,12 +85,12 @@ def _answer_turn(
         ModelError: If the teacher has read no sample at all.
     """
     codec: AnswersCodec = work.codecs[ANSWERS]
-    prompts: list[EncodedSample] = []
+    prompts, spool = list[EncodedSample](), Spool(work.scratch)
     for sample_id, talk in list(open_.items()):
         try:
             asked = talk.next_prompt()
             if asked is not None:
-                prompts.append(work.encoder(asked, prompt_only=True))
+                prompts.append(spool.put_away(work.encoder(asked, prompt_only=True)))
         except SampleError as error:
             shard.fail(sample_id, str(error))
             del open_[sample_id]

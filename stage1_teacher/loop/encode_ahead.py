@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ from vlm_distill_cache.common.errors import DistillError, ProcessFailedError, Sa
 from vlm_distill_cache.common.terminal.command_line import end_with_parent
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
+from vlm_distill_cache.stage1_teacher.loop.spool import Spool
 from vlm_distill_cache.stage1_teacher.loop.work import told
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, run_ahead
 
@@ -74,12 +76,19 @@ def count_workers(wanted: int, device: torch.device, samples: int) -> int:
 
 
 def encode_shards(
-    dataset: Dataset, encoder: SampleEncoder, plan: Plan, todo: Sequence[int], *, workers: int
+    dataset: Dataset,
+    encoder: SampleEncoder,
+    plan: Plan,
+    todo: Sequence[int],
+    *,
+    workers: int,
+    scratch: Path | None = None,
 ) -> Iterator[EncodedShard]:
     """Encode shards ahead of the consumer; what is being encoded is dropped when the consumer stops.
 
     Args:
         workers: Processes that encode; 0: a thread of this one.
+        scratch: Folder where pixels of large shards wait; None: they do in memory.
 
     Raises:
         DistillError: What the data set raised; or `ProcessFailedError`, if a process was killed.
@@ -103,11 +112,11 @@ def encode_shards(
     encoded = encode()
 
     def assemble(index: int) -> EncodedShard:
-        shard = EncodedShard(index=index)
+        shard, spool = EncodedShard(index=index), Spool(scratch)
         # The positions end first, so that nothing of the next shard is taken.
         for position, made in zip(plan.shard_range(index), encoded, strict=False):
             if isinstance(made, EncodedSample):
-                shard.samples.append(made)
+                shard.samples.append(spool.put_away(made))
             elif isinstance(made, SampleError):
                 shard.fail(dataset.sample_ids[position], str(made))
             else:

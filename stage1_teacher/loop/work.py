@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +46,7 @@ class Build:
         groups: Teacher layers of each attention group.
         plan: What the cache will hold.
         workers: Processes that read and encode ahead of the teacher; 0: a thread.
+        scratch: Folder where pixels of large shards wait; None: they do in memory.
         kept: What is there already, of a cache that is topped up; None: nothing is.
     """
 
@@ -55,6 +57,7 @@ class Build:
     groups: tuple[tuple[int, ...], ...]
     plan: Plan
     workers: int
+    scratch: Path | None = None
     kept: Kept | None = None
 
     def prepare(self, batch: Batch) -> TeacherInputs:

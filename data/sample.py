@@ -92,6 +92,24 @@ class VideoSource(Protocol):
 Medium = ImageSource | VideoSource
 
 
+@runtime_checkable
+class DigestedImage(ImageSource, Protocol):
+    """An image whose bytes can be told from others' without decoding them."""
+
+    def digest(self) -> str | None:
+        """Hash of all that is decoded, 32 hex digits; None: it cannot be told. `SampleError` or OSError: nor be read."""
+        ...
+
+
+@runtime_checkable
+class DigestedVideo(VideoSource, Protocol):
+    """A video whose bytes can be told from others' without decoding them."""
+
+    def digest_of(self, sampling: FrameSampling) -> str | None:
+        """Hash of all that is decoded of it; as of `DigestedImage.digest`."""
+        ...
+
+
 def load_picture(medium: Medium) -> PIL.Image.Image:
     """A picture, or one frame from the middle of a video, to look at; `SampleError` if it cannot be decoded."""
     return medium.load() if isinstance(medium, ImageSource) else medium.frames(FrameSampling(most=1))[0].image

@@ -33,7 +33,7 @@ MODELS = ("student", "student_weights", "teacher", "vision_tower", "language_mod
 # Options that change when a run ends and what it prints, not what it learns.
 MOST, MOST_SAMPLES = 2**40, 2**20  # larger ones are slips of the finger
 SPEED_OPTIONS = (
-    "device", "num_workers", "memory_gib", "checkpoint_every", "keep_checkpoints", "log_every",
+    "device", "num_workers", "memory_gib", "pixel_cache", "pixel_cache_gib", "checkpoint_every", "keep_checkpoints", "log_every",
     "gradient_checkpointing", "verify", "report_to",
 )  # fmt: skip
 # How many visual tokens there are, and how they are chosen.
@@ -280,6 +280,10 @@ class TrainConfig:
         clip: Gradients are clipped to this norm.
         num_workers: Loading threads; 0 loads on the training thread.
         memory_gib: Memory for encoded samples, GiB; for small data sets.
+        pixel_cache: Where pictures are kept as they were scaled for the student, so that each is decoded once: ``auto`` (in the
+            output folder until the end, where pictures are read more than once), ``none``, or a folder, which stays and which
+            any number of runs may share.
+        pixel_cache_gib: Room for them, GiB, and at most half of what is free there; other pictures are decoded each time.
         shuffle_window: Shards whose samples are mixed with each other.
         checkpoint_every: Optimizer steps between checkpoints.
         keep_checkpoints: Number of checkpoints to keep.
@@ -334,6 +338,8 @@ class TrainConfig:
     clip: float = 1.0
     num_workers: int = 1
     memory_gib: float = 1.0
+    pixel_cache: str = "auto"
+    pixel_cache_gib: float = 32.0
     shuffle_window: int = 8
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
@@ -370,6 +376,9 @@ class TrainConfig:
             _within(self, name, 1)
         _within(self, "num_workers", 0, None, "threads")
         _within(self, "memory_gib", 0, MOST, "GiB")
+        _within(self, "pixel_cache_gib", 0, MOST, "GiB")
+        place = self.pixel_cache != "" and not is_url(self.pixel_cache)
+        require(place, "pixel_cache", self.pixel_cache, "auto, none, or a folder of this machine")
         _within(self, "limit", 1, None, "samples")
         _within(self, "max_length", 1, None, "tokens")
         _within(self, "most_pictures", 1, None, "pictures")

@@ -73,7 +73,9 @@ from vlm_distill_cache.stage2_student.training.output_folder import (
     CONFIG,
     STAMP,
     claim_output,
+    drop_pixels,
     refuse_foreign_folder,
+    with_shared_pixels,
 )
 from vlm_distill_cache.stage2_student.training.recipe_caches import refuse_other_caches
 from vlm_distill_cache.stage2_student.training.resolve import given_options, open_caches, resolve_config, with_folders
@@ -214,13 +216,8 @@ def train_and_score(
     notes = probe_items(config, cache)
     for note in notes:  # before hours go into training
         say(f"note: {note}")
-    state = {
-        **stamp,
-        "config": config_to_dict(without_secrets(config)),
-        "notes": notes,
-        "left": {},
-        "finished": None,
-    }
+    told = config_to_dict(without_secrets(config))
+    state = {**stamp, "config": told, "notes": notes, "left": {}, "finished": None}
     write_signed(output / STAMP, state)
     save_config(without_secrets(config), output / CONFIG)
     trained = arms(with_pruned_student(config, caches, say=say))
@@ -235,6 +232,7 @@ def train_and_score(
         resumed = ", from its last checkpoint" if any(output.glob(f"{name}/checkpoints/step-*")) else ""
         say(f"{name}: training {describe_phases(arm)}{resumed}")
         train_arm(arm, processes=processes, extends=extends, caches=caches)
+    drop_pixels(config)
     scores = {name: evaluate_arm(output / name, config, cache, stamp["evaluation"], say=say) for name in trained}
     found = [unreadable_note(report.unreadable) for report in scores.values()]
     same_test = (config.evaluation.data, config.evaluation.split) == (None, EvaluationConfig().split)
@@ -301,6 +299,7 @@ def is_trained(arm: TrainConfig, hashes: Mapping[str, str], *, extends: bool, sa
 
 def arms(config: TrainConfig) -> dict[str, TrainConfig]:
     """The students of a run, by the name of their folder."""
+    config = with_shared_pixels(config)
     students = {BASELINE: without_teacher(config), DISTILLED: config}
     return {name: replace(student, output=str(Path(config.output) / name)) for name, student in students.items()}
 

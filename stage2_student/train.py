@@ -54,13 +54,10 @@ from vlm_distill_cache.stage2_student.training.checkpoint import (
 from vlm_distill_cache.stage2_student.training.checks import check_machine, refuse_device
 from vlm_distill_cache.stage2_student.training.extension import differing_options
 from vlm_distill_cache.stage2_student.training.log import TrainingLog
-from vlm_distill_cache.stage2_student.training.output_folder import CONFIG
+from vlm_distill_cache.stage2_student.training.output_folder import CONFIG, drop_pixels
 from vlm_distill_cache.stage2_student.training.parts import TrainedParts, checkpoint_layers, merged_for_a_while
-from vlm_distill_cache.stage2_student.training.preparation import (
-    Preparation,
-    PreparedPhase,
-    prepare,
-)
+from vlm_distill_cache.stage2_student.training.pixels import keep_pixels
+from vlm_distill_cache.stage2_student.training.preparation import Preparation, PreparedPhase, prepare
 from vlm_distill_cache.stage2_student.training.steps import (
     build_optimizer,
     clip_gradients,
@@ -126,6 +123,7 @@ def train(
     student = run.student.to(accelerator.device)
     scored = start_scoring(config, accelerator, run, position, extends=extends)
     log = start_log(config, accelerator, run, position)
+    keep_pixels(config, run.phases, run.pixels)
     parts = prepare_parts(config, student, saved)
 
     for index, phase in enumerate(run.phases[position.phase :], position.phase):
@@ -167,6 +165,9 @@ def train(
         position = replace(position, phase=index + 1, step=0, samples=0)
 
     final = export(config, run, position, accelerator, log.records)
+    run.pixels.close()
+    if accelerator.is_main_process:
+        drop_pixels(config)
     log.close()  # last: a service may wait long for what it could not send
     return TrainResult(log=log.records, model=student, preparation=run, final=final, scores=scored.lines)
 

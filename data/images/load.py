@@ -7,6 +7,7 @@ from pathlib import Path
 import PIL.Image
 
 from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.pixels import decode_image, reason_of
 
 
@@ -32,15 +33,21 @@ class ImageFile:
 
     def load(self) -> PIL.Image.Image:
         """Decode the file to RGB; `SampleError` if it is missing, empty, damaged, too large or not an image."""
+        return decode_image(self._read(), name=self.name)
+
+    def digest(self) -> str:
+        """Hash of the file's bytes; `SampleError` if it cannot be read."""
+        return checksum(self._read())
+
+    def _read(self) -> bytes:
         try:
             kind = self.path.stat().st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a pipe or a device could be read for ever
                 raise SampleError(f"image {self.name} is not a regular file")
-            data = self.path.read_bytes()
+            return self.path.read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a null byte in the path
             hint = f"; {self.hint}" if self.hint else ""
             raise SampleError(f"image {self.name} cannot be read: {reason_of(error)}{hint}") from error
-        return decode_image(data, name=self.name)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class ImageBytes:
     def load(self) -> PIL.Image.Image:
         """Decode the bytes to RGB; `SampleError` if they are no image."""
         return decode_image(self.data, name=self.name)
+
+    def digest(self) -> str:
+        """Hash of the bytes."""
+        return checksum(self.data)
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,10 @@ class FileSlice:
     def load(self) -> PIL.Image.Image:
         """Read the range and decode it to RGB; `SampleError` if it is no image."""
         return decode_image(self.read(), name=self.name)
+
+    def digest(self) -> str:
+        """Hash of the range; `SampleError` if it cannot be read."""
+        return checksum(self.read())
 
     def read(self, *, most: int | None = None) -> bytes:
         """Return the ``size`` bytes, or the first of them; `SampleError` if the file cannot be read or ends too early."""

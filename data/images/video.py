@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.files.hashing import checksum, file_checksum, fingerprint, stream_checksum
 from vlm_distill_cache.common.pixels import reason_of
 from vlm_distill_cache.data.images.animations import begins_as_animation, read_animation
 from vlm_distill_cache.data.images.containers import read_container
@@ -23,7 +24,7 @@ from vlm_distill_cache.data.images.frame_limits import check_held, same_size
 from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.images.recognise import extension_of, names_video, picture_extensions
 from vlm_distill_cache.data.images.sampling import choose_frames
-from vlm_distill_cache.data.sample import Frame, FrameSampling, ImageSource
+from vlm_distill_cache.data.sample import DigestedImage, Frame, FrameSampling, ImageSource
 
 HEAD_BYTES = 512  # what `is_video` wants to see of a file; less tells fewer formats
 _NUMBER = re.compile(r"(\d+)")
@@ -96,6 +97,10 @@ class VideoFile:
         with file:
             return _read(file, self.name, sampling)
 
+    def digest_of(self, sampling: FrameSampling) -> str | None:
+        """Hash of the file's bytes, which is the same for any sampling; None: it is no regular file."""
+        return file_checksum(self.path) if self.path.is_file() else None
+
 
 @dataclass(frozen=True)
 class VideoBytes:
@@ -107,6 +112,10 @@ class VideoBytes:
     def frames(self, sampling: FrameSampling) -> list[Frame]:
         """Decode the frames that are read; `SampleError` if the bytes are no video, damaged or too long."""
         return _read(io.BytesIO(self.data), self.name, sampling)
+
+    def digest_of(self, sampling: FrameSampling) -> str:
+        """Hash of the bytes, which is the same for any sampling."""
+        return checksum(self.data)
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,11 @@ class VideoSlice:
             raise SampleError(f"video {self.name} cannot be read: {reason_of(error)}") from error
         with file:
             return _read(io.BufferedReader(_Window(file, self.offset, self.size)), self.name, sampling)
+
+    def digest_of(self, sampling: FrameSampling) -> str:
+        """Hash of the range, which is the same for any sampling; OSError if it cannot be read."""
+        with self.path.open("rb") as file, io.BufferedReader(_Window(file, self.offset, self.size)) as part:
+            return stream_checksum(part)
 
 
 @dataclass(frozen=True)
@@ -179,6 +193,17 @@ class FrameFolder:
             check_held(len(chosen), *image.size, self.name)
             found.append(Frame(image=image, time=float(times[number])))
         return same_size(found, self.name)
+
+    def digest_of(self, sampling: FrameSampling) -> str | None:
+        """Hash of the frames that are read, and of their times; None: one of them cannot be told from others."""
+        sources = self._sources()
+        times = self._times(len(sources))
+        chosen = choose_frames(times, sampling)
+        found = [
+            source.digest() if isinstance(source, DigestedImage) else None
+            for source in map(sources.__getitem__, chosen)
+        ]
+        return None if None in found else fingerprint([found, [str(times[number]) for number in chosen]])
 
     def _sources(self) -> list[ImageSource]:
         if not isinstance(self.paths, Path):

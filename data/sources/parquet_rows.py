@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import PIL.Image
 
 from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.pixels import decode_image
 from vlm_distill_cache.data.sources.rows import repeated_columns
 
@@ -83,6 +84,10 @@ class StoredPicture:
     def load(self) -> PIL.Image.Image:
         """Read the bytes and decode them to RGB; `SampleError` if that cannot be done."""
         return decode_image(self.read(), name=self.name)
+
+    def digest(self) -> str:
+        """Hash of the bytes; `SampleError` if they cannot be read."""
+        return checksum(self.read())
 
     def read(self) -> bytes:
         """The encoded picture."""

@@ -49,6 +49,7 @@ from vlm_distill_cache.data.text.media import (
     with_frames,
     within_limits,
 )
+from vlm_distill_cache.data.text.pixel_cache import PixelCache, identity_of
 from vlm_distill_cache.data.text.special_tokens import check_end_token, find_special_tokens, pattern_of, read_texts
 from vlm_distill_cache.data.text.templates import IMAGE_MARKER, PromptTemplate
 
@@ -153,6 +154,7 @@ class SampleEncoder:
             of its frames as are left, at uniform times.
         pictures_beyond: ``drop``: the first ``most_pictures`` stay, the others are left out with their markers.
         visual_token_budget: Frames of videos are left out until a sample has so many; more are refused. None: any number.
+        pixels: Keeps encoded pictures and videos on disk; None: each is decoded whenever it is encoded.
 
     Raises:
         ConfigError: The tokenizer is not a fast one, ``max_length`` is too small for an image, or the template can mark
@@ -171,6 +173,7 @@ class SampleEncoder:
     most_pictures: int | None = 1
     pictures_beyond: PicturesBeyond = "refuse"
     visual_token_budget: int | None = None
+    pixels: PixelCache | None = None
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -266,6 +269,11 @@ class SampleEncoder:
         return pixel_tables(self.image_encoder)
 
     @cached_property
+    def media_identity(self) -> str | None:
+        """A name for all that decides what becomes of pictures, but their bytes; None: not all of it is known."""
+        return identity_of(self)
+
+    @cached_property
     def image_token(self) -> str:
         """What a template writes for the image: the encoder's marker, else the image token."""
         if self.image_encoder.marker is not None:
@@ -344,7 +352,7 @@ class SampleEncoder:
         sample = within_limits(self, sample)
         self._check(sample)
         self._refuse_far_too_long(sample.turns[:1] if packed and prompt_only else sample.turns, prompt_only, rows)
-        media = encode_media(self, sample.images)
+        media = encode_media(self, sample.images) if self.pixels is None else self.pixels.media(self, sample.images)
         turns = with_frames(sample.placed(), media)
         conversations = [(turn,) for turn in turns] if packed else [turns]
         if packed and media:

@@ -129,6 +129,11 @@ def words_of_a_run(phases: Sequence[str], phase_options: Sequence[str], trackers
         "images": Word(options=("images",), values={"": None}, others=True),
         "template": Word(options=("template",), values={"": None, "auto": None}, others=True),
         "max_length": Word(options=("max_length",), values={0: None}, others=True),
+        "pixel_cache": Word(
+            options=("pixel_cache",),
+            values={**dict.fromkeys((None, False, "no", "off"), "none"), True: "auto"},
+            others=True,
+        ),
         **dict.fromkeys(("max_seq_length", "model_max_length", "cutoff_len", "sequence_len"), _LENGTH),
         **dict.fromkeys(("temperature", "kd_temperature", "distill_temperature"), _TEMPERATURE),
         **dict.fromkeys(("alpha", "beta", "kd_weight", "kd_alpha", "kd_ratio"), _KD_WEIGHT),

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.config import read_yaml
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, hold_folder
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, hold_folder, remove
 from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
 from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.stage2_student.config import TrainConfig
 
-CONFIG, STAMP = "config.yaml", "run.json"
+CONFIG, STAMP, PIXELS = "config.yaml", "run.json", "pixels"
 _FILES = (CONFIG, "log.jsonl", STAMP, "table.txt", "report.html", "evaluation.json", "evaluation.jsonl")
 
 
@@ -57,13 +58,32 @@ def refuse_misplaced(output: Path) -> None:
         ConfigError: Naming the first one.
     """
     kinds = {
-        **dict.fromkeys(("checkpoints", "tensorboard", "sft", "distilled", "best", "best-before"), True),
+        **dict.fromkeys(("checkpoints", PIXELS, "tensorboard", "sft", "distilled", "best", "best-before"), True),
         **dict.fromkeys(_FILES, False),
     }
     for name, is_folder in kinds.items():
         path = output / name
         if os.path.lexists(path) and not (path.is_dir() if is_folder else path.is_file() or path.is_symlink()):
             raise ConfigError(f"{path}: expected a {'folder' if is_folder else 'file'}; move away what is there")
+
+
+def pixel_folder(config: TrainConfig) -> Path | None:
+    """Where a training keeps pictures as they were scaled; None: nowhere."""
+    if config.pixel_cache == "none":
+        return None
+    return Path(config.output) / PIXELS if config.pixel_cache == "auto" else Path(config.pixel_cache)
+
+
+def with_shared_pixels(config: TrainConfig) -> TrainConfig:
+    """A run's configuration for its students, which share a folder of pictures that the run removes (`drop_pixels`)."""
+    return replace(config, pixel_cache=str(pixel_folder(config) or "none"))
+
+
+def drop_pixels(config: TrainConfig) -> None:
+    """Remove the pictures that were kept for one training or run alone."""
+    if config.pixel_cache == "auto":
+        with suppress(OSError):  # some disks hold what is open; whoever deletes the output folder deletes them
+            remove(Path(config.output) / PIXELS)
 
 
 def holds_anything(folder: Path) -> bool:

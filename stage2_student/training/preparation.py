@@ -31,6 +31,7 @@ from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.data.sources.mixture import Part, is_mixture, own_caches, read_mixture
 from vlm_distill_cache.data.text.encoding import SampleEncoder
+from vlm_distill_cache.data.text.pixel_cache import PixelCache
 from vlm_distill_cache.data.text.templates import PromptTemplate, get_template
 from vlm_distill_cache.stage2_student.batches.dataset import (
     CachedDataset,
@@ -114,6 +115,7 @@ class Preparation:
         cache_hashes: Manifest hash of each cache, by path.
         caches: These caches, by path.
         source: The student's own folder, whose processor files it keeps; None: it is made from its preset.
+        pixels: What keeps the pictures of the phases' samples, once it is opened.
         gaze: The regression that expects the teacher's gaze, if that chooses visual tokens.
     """
 
@@ -126,6 +128,7 @@ class Preparation:
     fingerprint: str
     cache_hashes: Mapping[str, str]
     caches: Mapping[str, TeacherCache]
+    pixels: PixelCache
     source: Path | None = None
     gaze: Mapping[str, Any] | None = None
 
@@ -301,6 +304,7 @@ def prepare(
         fingerprint=fingerprint(describe(config, hashes)),
         cache_hashes=hashes,
         caches=caches,
+        pixels=found.pixels,
         source=source,
         gaze=gaze,
     )
@@ -312,6 +316,7 @@ class Found(NamedTuple):
     parts: StudentParts
     encoder: SampleEncoder
     phases: tuple[PreparedPhase, ...]
+    pixels: PixelCache
 
 
 def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: StudentParts | None = None) -> Found:
@@ -331,8 +336,12 @@ def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: 
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
     check_choice(config, caches.values(), parts.model, parts.image_encoder, where=f"student {config.student}")
-    encoder = encoder_for(config, parts, {str(config.phase(config.phases[0]).cache): first, **caches})
-    return Found(parts, encoder, _prepare_phases(config, caches, encoder, parts))
+    encoder, pixels = (
+        encoder_for(config, parts, {str(config.phase(config.phases[0]).cache): first, **caches}),
+        PixelCache(),
+    )
+    phases = _prepare_phases(config, caches, replace(encoder, pixels=pixels), parts)
+    return Found(parts, encoder, phases, pixels)
 
 
 def encoder_for(config: TrainConfig, parts: StudentParts, caches: Mapping[str, TeacherCache]) -> SampleEncoder:

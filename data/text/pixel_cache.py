@@ -136,7 +136,7 @@ def _key(settings: DescribedSettings, media: Sequence[Medium]) -> bytes | None:
     return bytes.fromhex(fingerprint([identity, digests])) if told else None
 
 
-def _pack(media: Sequence[EncodedMedium], tables: Sequence[np.ndarray]) -> list[bytes | memoryview]:
+def _pack(media: Sequence[EncodedMedium], tables: Sequence[np.ndarray]) -> list[bytes]:
     """Encoded pictures as a record's parts: what is said of them, as JSON with its length in front, and the arrays."""
     arrays: list[np.ndarray] = []
 
@@ -168,7 +168,7 @@ def _pack(media: Sequence[EncodedMedium], tables: Sequence[np.ndarray]) -> list[
         for medium in media
     ]
     head = json.dumps(said).encode()
-    return [_LENGTH.pack(len(head)), head, *(memoryview(np.ascontiguousarray(a).reshape(-1)).cast("B") for a in arrays)]
+    return [_LENGTH.pack(len(head)), head, *(array.tobytes() for array in arrays)]
 
 
 def _unpack(data: bytes, tables: Sequence[np.ndarray]) -> list[EncodedMedium] | None:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -21,6 +20,18 @@ from vlm_distill_cache.data.text.encoding import EncodedSample
 
 IN_MEMORY = 64  # samples of a shard whose pixels are not put away
 _log = logging.getLogger(__name__)
+
+
+class _File:
+    """A file without a name in a folder; gone with its last user."""
+
+    def __init__(self, folder: Path) -> None:
+        with tempfile.TemporaryFile(dir=folder, prefix=f"{TEMPORARY_PREFIX}pixels-") as file:
+            self.descriptor = os.dup(file.fileno())
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +44,11 @@ class _Away:
     table: np.ndarray | None = None
     numbers: tuple[int, ...] = ()  # shape of the array of numbers
 
-    def read(self, file: IO[bytes]) -> Held:
+    def read(self, file: _File) -> Held:
         size = int(np.prod(self.shape)) * self.dtype.itemsize
         pieces = bytearray()
         while len(pieces) < size:  # one call gives 2 GiB at most
-            piece = os.pread(file.fileno(), size - len(pieces), self.offset + len(pieces))
+            piece = os.pread(file.descriptor, size - len(pieces), self.offset + len(pieces))
             if not piece:
                 raise OSError(f"the file of pixels that were put away ends {size - len(pieces)} bytes early")
             pieces += piece
@@ -48,7 +59,7 @@ class _Away:
 class _InputsAway(ImageInputs):
     """Arrays that are read from a file whenever they are asked for."""
 
-    def __init__(self, file: IO[bytes], places: Mapping[str, _Away]) -> None:
+    def __init__(self, file: _File, places: Mapping[str, _Away]) -> None:
         self._file, self._places = file, dict(places)
 
     @property
@@ -68,7 +79,7 @@ class Spool:
     def __init__(self, folder: Path | None) -> None:
         """Put away into a file in a folder; None: everything stays in memory."""
         self._folder = folder
-        self._file: IO[bytes] | None = None
+        self._file: _File | None = None
         self._seen = self._end = 0
 
     def put_away(self, sample: EncodedSample) -> EncodedSample:
@@ -79,9 +90,7 @@ class Spool:
         if self._seen <= IN_MEMORY:
             return sample
         try:
-            if self._file is None:
-                prefix = f"{TEMPORARY_PREFIX}pixels-"
-                self._file = tempfile.TemporaryFile(dir=self._folder, prefix=prefix, buffering=0)  # noqa: SIM115 - stays open
+            self._file = self._file or _File(self._folder)
             places = {name: self._write(self._file, held) for name, held in held_of(sample.image_inputs).items()}
         except OSError as error:
             _log.info("pixels of a shard stay in memory: %s", error.strerror or error)
@@ -89,11 +98,10 @@ class Spool:
             return sample
         return replace(sample, image_inputs=_InputsAway(self._file, places))
 
-    def _write(self, file: IO[bytes], held: Held) -> _Away:
-        array = np.ascontiguousarray(held.data if isinstance(held, BytePixels) else held)
-        place = _Away(self._end, array.dtype, array.shape)
-        data = memoryview(array).cast("B")
+    def _write(self, file: _File, held: Held) -> _Away:
+        array = held.data if isinstance(held, BytePixels) else held
+        place, data = _Away(self._end, array.dtype, array.shape), memoryview(array.tobytes())
         while data:
-            written = os.pwrite(file.fileno(), data, self._end)
+            written = os.pwrite(file.descriptor, data, self._end)
             data, self._end = data[written:], self._end + written
         return replace(place, table=held.table, numbers=held.shape) if isinstance(held, BytePixels) else place

@@ -164,8 +164,8 @@ def train(
         end_phase(accelerator, model, parts)
         position = replace(position, phase=index + 1, step=0, samples=0)
 
-    final = export(config, run, position, accelerator, log.records)
     run.pixels.close()
+    final = export(config, run, position, accelerator, log.records)
     if accelerator.is_main_process:
         drop_pixels(config)
     log.close()  # last: a service may wait long for what it could not send

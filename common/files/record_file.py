@@ -84,7 +84,7 @@ class RecordFile:
         if not self._writes or length > MOST_BYTES:
             return
         head = _HEAD.pack(_MAGIC, key, length, checksum)
-        pieces = [head, _SUM.pack(zlib.crc32(head)), *parts]
+        pieces: list[bytes | memoryview] = [head, _SUM.pack(zlib.crc32(head)), *parts]
         with self._lock:
             try:
                 with self._alone() as file:

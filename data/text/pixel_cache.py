@@ -81,6 +81,12 @@ class PixelCache:
         return made
 
 
+def bytes_kept(folder: Path) -> int:
+    """Bytes of what a folder keeps of pictures; 0 if it is not there."""
+    file = folder / FILE
+    return file.stat().st_size if file.is_file() else 0
+
+
 def identity_of(settings: MediaSettings) -> str | None:
     """A name for all that decides what becomes of pictures and videos, but their bytes; None: not all of it is known."""
     encoder = settings.image_encoder

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.files.disk import disk_words, folder_bytes, free_bytes, refuse_overlap
+from vlm_distill_cache.common.files.disk import disk_words, free_bytes, refuse_overlap
 from vlm_distill_cache.common.locations import is_url
-from vlm_distill_cache.data.text.pixel_cache import PixelCache
+from vlm_distill_cache.data.text.pixel_cache import PixelCache, bytes_kept
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.training.output_folder import pixel_folder
 from vlm_distill_cache.stage2_student.training.preparation import PreparedPhase
@@ -28,8 +28,7 @@ def keep_pixels(config: TrainConfig, phases: Sequence[PreparedPhase], pixels: Pi
     refuse_overlap(folder, *(place for place in caches if not is_url(place)))
     refuse_inside(folder)
     try:
-        # Checkpoints need room, too.
-        most = (free_bytes(folder) + folder_bytes(folder)) // 2
+        most = (free_bytes(folder) + bytes_kept(folder)) // 2  # checkpoints need room, too
         pixels.open(folder, min(round(config.pixel_cache_gib * 2**30), most))
     except OSError as error:
         if not is_own:

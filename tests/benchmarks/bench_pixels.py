@@ -9,13 +9,13 @@ before``: pixels as float32, all of a shard in memory.
 
 import argparse
 import json
+import multiprocessing
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from vlm_distill_cache.stage1_teacher.extract import extract
 from vlm_distill_cache.stage1_teacher.loop import spool
 
 STORED = Path(__file__).parent / "results" / "bench_pixels.json"
-PICTURES, ROUNDS = 12, 6
+PICTURES, ROUNDS = 8, 3
 SIDE, SAMPLES, SHARDS = 336, 1024, (64, 1024)
 
 
@@ -160,21 +160,19 @@ def write_teacher(folder: Path) -> Path:
     return folder
 
 
-def build(folder: Path, shard_size: int, *, as_before: bool) -> None:
-    """Build a cache of the folder's data in this process, and print the peak of its memory, bytes."""
+def build(folder: Path, shard_size: int, as_before: bool, told: Connection) -> None:
+    """Build a cache of the folder's data in this process, and tell the peak of its memory, bytes."""
     if as_before:
         vars(media)["as_bytes"] = lambda *_: None
         vars(spool)["IN_MEMORY"] = SAMPLES
-    with tempfile.TemporaryDirectory(dir=folder) as cache:
-        options: dict[str, Any] = {"batch_size": 8, "threads": 1, "fidelity_samples": 0, "num_workers": 0, "limit": 0}
-        teacher, data = str(folder / "teacher"), str(folder / "data.json")
-        extract(
-            BuildConfig(
-                cache=f"{cache}/cache", teacher=teacher, data=data, template="short", signals=("logits",), device="cpu",
-                shard_size=shard_size, **options,
-            )
-        )  # fmt: skip
-    print(json.dumps(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    options: dict[str, Any] = {"batch_size": 8, "threads": 1, "fidelity_samples": 0, "num_workers": 0, "limit": 0}
+    extract(
+        BuildConfig(
+            cache=str(folder / f"{shard_size}{as_before}"), teacher=str(folder / "teacher"), data=str(folder / "data.json"),
+            template="short", signals=("logits",), device="cpu", shard_size=shard_size, **options,
+        )
+    )  # fmt: skip
+    told.send(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def bench_building(folder: Path) -> dict[str, Any]:
@@ -186,35 +184,36 @@ def bench_building(folder: Path) -> dict[str, Any]:
     talk = [{"from": "human", "value": "<image>\nwhat is it ?"}, {"from": "gpt", "value": "a red circle"}]
     entries = [{"id": str(n), "image": f"{n % 8}.png", "conversations": talk} for n in range(SAMPLES)]
     (folder / "data.json").write_text(json.dumps(entries))
-    found: dict[str, Any] = {}
+    fork = multiprocessing.get_context("fork")  # libraries are there, and no thread of theirs has run
+    started = {}
     for way in ("as before", "now"):
         for shard_size in SHARDS:
-            command = [sys.executable, "-m", "tests.benchmarks.bench_pixels", "--build", str(folder), str(shard_size)]
-            command += ["--as-before"] if way == "as before" else []
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found.setdefault(way, {})[str(shard_size)] = int(done.stdout.splitlines()[-1])
-            print(way, shard_size, found[way], flush=True)
+            here, there = fork.Pipe(duplex=False)
+            fork.Process(target=build, args=(folder, shard_size, way == "as before", there)).start()
+            there.close()
+            started[way, shard_size] = here
+    found: dict[str, Any] = {}
+    for (way, shard_size), here in started.items():
+        found.setdefault(way, {})[str(shard_size)] = here.recv()
+        print(way, shard_size, found[way], flush=True)
     return {"samples": SAMPLES, "peak_bytes_by_shard_size": found}
 
 
 def main() -> None:
     """Measure and store."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=("reading", "building"), help="print it alone, store nothing")
-    parser.add_argument("--build", nargs=2, metavar=("FOLDER", "SHARD_SIZE"), help=argparse.SUPPRESS)
-    parser.add_argument("--as-before", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--only", choices=("reading", "building"), help="measure one part; the other stays as it is stored"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.build:
-        build(Path(given.build[0]), int(given.build[1]), as_before=given.as_before)
-        return
     parts = {"reading": bench_reading, "building": bench_building}
-    found: dict[str, Any] = {"machine": describe_machine()}
     for name in [given.only] if given.only else parts:
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = parts[name](Path(folder))
-    if not given.only:
-        STORED.write_text(json.dumps(found, indent=1) + "\n")
+            measured = parts[name](Path(folder))
+        stored = json.loads(STORED.read_text()) if STORED.is_file() else {}
+        stored |= {"machine": describe_machine(), name: measured}
+        STORED.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 if __name__ == "__main__":

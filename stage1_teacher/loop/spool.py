@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class _Away:
     """An array in a file; of bytes, with what makes numbers of them."""
 
     offset: int
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
     table: np.ndarray | None = None
     numbers: tuple[int, ...] = ()  # shape of the array of numbers

@@ -91,6 +91,7 @@ class Leases:
 
     def __init__(self, cache_dir: Path) -> None:
         self.folder = cache_dir / LEASES
+        self._holders: dict[str, str] = {}
         self._seen: dict[str, tuple[object, float, float]] = {}  # what was seen, when last, seconds without a change
 
     def newest(self) -> dict[str, str]:
@@ -124,12 +125,19 @@ class Leases:
 
     def holder(self, lease: str) -> str:
         """The name of the worker that has a lease; empty if that is not written yet."""
-        name = self._read(lease).decode(errors="replace").strip()
-        return name if _NAME.fullmatch(name) else ""
+        if lease not in self._holders:
+            name, end, _ = self._read(lease).decode(errors="replace").partition("\n")
+            if not (end and _NAME.fullmatch(name)):
+                return ""
+            self._holders[lease] = name  # for good
+        return self._holders[lease]
 
     def sees_locks_of(self, worker: Worker) -> bool:
         """Whether `is_dead` knows at once."""
-        return worker.locked and worker.machine == _machine(self.folder)
+        try:
+            return worker.locked and worker.machine == _machine(self.folder)
+        except FileNotFoundError:  # the cache was sealed at this moment
+            return False
 
     def is_dead(self, worker: Worker) -> bool:
         """Whether a worker is known to have ended."""
@@ -187,7 +195,7 @@ class LeaseHolder(Leases):
         self._beats = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def take_first(self, wanted: Iterable[str]) -> str | None:
-        """Take the first lease that no living worker has; None if there is none.
+        """Take the first lease that nobody ever had, or else the first one of a dead worker; None if there is none.
 
         Args:
             wanted: Shards by their numbers in five digits, or `SEAL`; those that this one is making count as had.
@@ -198,18 +206,21 @@ class LeaseHolder(Leases):
         """
         me = self._enter()
         newest = self.newest()
+        had = []
         for of in wanted:
-            if of in self._making:
+            if of in newest:
+                had.append(of)
+            elif of not in self._making and self._create(f"{of}.0", me):
+                self._making.add(of)
+                return of
+        for of in had:  # only now, since each may be one more file to read, on a disk of many workers
+            former = self.holder(newest[of])
+            if of in self._making or (former != me and self.is_held(newest[of])):
                 continue
-            last = newest.get(of)
-            former = None if last is None else self.holder(last)
             if former != me:
-                if last is not None and self.is_held(last):
-                    continue
-                if not self._create(f"{of}.{0 if last is None else int(last.partition('.')[2]) + 1}", me):
+                if not self._create(f"{of}.{int(newest[of].partition('.')[2]) + 1}", me):
                     continue  # another one was faster
-                if last is not None:
-                    logger.info("%s: worker %s is gone, this one takes it over", of, former or "without a name")
+                logger.info("%s: worker %s is gone, this one takes it over", of, former or "without a name")
             self._making.add(of)
             return of
         return None
@@ -265,6 +276,7 @@ class LeaseHolder(Leases):
             if self._descriptor >= 0:
                 os.close(self._descriptor)
             self._me, self._descriptor = None, -1
+        self._holders.clear()  # of leases that may be gone
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
@@ -289,7 +301,7 @@ class LeaseHolder(Leases):
             self._leave()
             return False
         with os.fdopen(descriptor, "wb") as file:
-            file.write(name.encode())
+            file.write(f"{name}\n".encode())
         return True
 
 

@@ -19,7 +19,8 @@ from vlm_distill_cache.stage1_teacher.planning.parts import Part
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = (0.5, 5.0)  # between looks at what others still have: at first, and at most
+LOOK_S = (0.5, 5.0)  # between looks at what others still have: at first, and at most, but
+LOOK_EACH_S = 0.02  # more where they have much: each look reads a file of each
 
 
 class OwnShards:
@@ -142,7 +143,7 @@ class Queue:
         """Sleep for a while; returns how long this wait is now."""
         if not waited:
             logger.info("%s: this one waits, and takes over where one ends without having finished", why)
-        seconds = min(max(LOOK_S[0], waited / 10), LOOK_S[1])
+        seconds = min(max(LOOK_S[0], waited / 10), LOOK_S[1]) + LOOK_EACH_S * len(self._left)
         time.sleep(seconds)
         refuse_replaced(self._cache_dir, self._plan)
         return waited + seconds

@@ -154,8 +154,8 @@ def test_a_lease_without_a_worker_is_taken_after_a_while_and_names_of_others_are
     folder = tmp_path / LEASES
     folder.mkdir()
     for name, content in {
-        "00000.0": b"", "00001.0": b"../../plan.json", "00002.7": b"nobody", "00003.0": b"\xff" * 5000,
-        "00004.0": b"liar", "liar.worker": b'{"name": "liar", "host": 3}', "0": b"", "00005.x": b"", "notes.txt": b"mine",
+        "00000.0": b"", "00001.0": b"../../plan.json", "00002.7": b"nobody\n", "00003.0": b"\xff" * 5000,
+        "00004.0": b"liar\n", "liar.worker": b'{"name": "liar", "host": 3}', "0": b"", "00005.x": b"", "notes.txt": b"mine",
     }.items():  # fmt: skip
         (folder / name).write_bytes(content)
     holder = worker()
@@ -199,7 +199,7 @@ def make_hostile(place: Path, what: str) -> None:
 def test_what_is_in_the_place_of_leases_is_refused_in_words(worker, tmp_path: Path, where: str, what: str):
     make_hostile(tmp_path / where, what)
     if where.endswith(".worker"):
-        (tmp_path / LEASES / "00000.0").write_text("one")
+        (tmp_path / LEASES / "00000.0").write_text("one\n")
     with pytest.raises(ConfigError, match=rf"{LEASES}.*: .*remove .*{LEASES}, then start them again"):
         worker().take_first(SHARDS)
 

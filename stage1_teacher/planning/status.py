@@ -84,7 +84,7 @@ def cache_status(cache_dir: Path) -> CacheStatus:
     leases = Leases(cache_dir)
     states = _states(leases)
     sealed = (cache_dir / MANIFEST).is_file()  # before the shards: a build that goes on only adds some
-    missing = missing_shards(cache_dir, plan)
+    missing = dict.fromkeys(missing_shards(cache_dir, plan))
     had = {of: leases.holder(lease) for of, lease in leases.newest().items()}
     made = Counter(name for of, name in had.items() if of != SEAL and int(of) not in missing)
     workers = tuple(

@@ -17,7 +17,7 @@ from vlm_distill_cache.common.cache.sidecar import missing_shards
 from vlm_distill_cache.stage1_teacher import extract as extracting
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
-from vlm_distill_cache.stage1_teacher.planning.leases import Leases
+from vlm_distill_cache.stage1_teacher.planning.leases import SEAL, Leases
 from vlm_distill_cache.stage1_teacher.planning.parts import ANY
 
 SLOW_S = 0.3  # a shard, so that there is time to kill somebody
@@ -71,7 +71,7 @@ def main(folder: Path, teacher: str, store: str) -> None:
         if not (cache / "plan.json").exists():
             return [0]
         missing, leases = missing_shards(cache, read_plan(cache)), Leases(cache)
-        done = [leases.holder(name) for of, name in leases.newest().items() if int(of) not in missing]
+        done = [leases.holder(name) for of, name in leases.newest().items() if of != SEAL and int(of) not in missing]
         return [done.count(worker.name) for worker in leases.workers() if worker.pid == children[0]] or [0]
 
     os.waitpid(in_child(lambda: build(folder / "one"), folder / "said-one"), 0)

@@ -127,7 +127,8 @@ def _states(leases: Leases) -> list[tuple[Worker, State]]:
             if now != unknown[name]:
                 del unknown[name]
                 found[name] = now, "ended" if now.ended else "works"
-    found |= {name: (worker, "silent") for name, worker in unknown.items()}
+    for name, worker in unknown.items():
+        found[name] = worker, "silent"
     return [found[name] for name in sorted(found)]
 
 

@@ -125,7 +125,7 @@ def test_who_says_that_it_ends_is_dead_at_once_on_any_machine(worker):
     first, second = worker(), worker()
     first.take_first(SHARDS)
     first.close()
-    assert second.take_first(SHARDS) == SHARDS[0]
+    assert second.take_first(SHARDS[:1]) == SHARDS[0]
 
 
 @pytest.mark.usefixtures("apart")
@@ -201,7 +201,7 @@ def test_what_is_in_the_place_of_leases_is_refused_in_words(worker, tmp_path: Pa
     if where.endswith(".worker"):
         (tmp_path / LEASES / "00000.0").write_text("one\n")
     with pytest.raises(ConfigError, match=rf"{LEASES}.*: .*remove .*{LEASES}, then start them again"):
-        worker().take_first(SHARDS)
+        worker().take_first(SHARDS[:1])
 
 
 def wait_for(condition):

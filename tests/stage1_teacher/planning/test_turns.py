@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -40,22 +41,35 @@ class Workers:
         write_plan(self.cache, plan)
         self.children: list[int | None] = []
 
-    def start(self, seconds: float = 0.0, *, part: Part = ANY, prepare: Callable[[], object] = lambda: None) -> int:
-        """Start one that takes so long for a shard; returns which it is."""
+    def start(self, seconds: float = 0.0, *, part: Part = ANY, until: tuple[str, int] | None = None) -> int:
+        """Start one that takes so long for a shard; returns which it is.
+
+        With ``until``, once it has said such a thing so many times, it stands still; returns when it does.
+        """
         child, number = os.fork(), len(self.children)
         if child == 0:
+
+            def say(what: str) -> None:
+                with (self._said / f"said-{number}").open("a") as file:
+                    file.write(f"{what}\n")
+                if until is not None and what.startswith(until[0]) and self._count(number, until[0]) == until[1]:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+
             try:
-                prepare()
-                work(self.cache, self.plan, part, seconds, lambda what: self._say(number, what))
+                work(self.cache, self.plan, part, seconds, say)
                 os._exit(0)
             finally:
                 os._exit(1)
         self.children.append(child)
+        if until is not None:
+            assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
         return number
 
-    def _say(self, number: int, what: str) -> None:
-        with (self._said / f"said-{number}").open("a") as file:
-            file.write(f"{what}\n")
+    def go_on(self, number: int) -> None:
+        os.kill(self.children[number] or 0, signal.SIGCONT)
+
+    def _count(self, number: int, word: str) -> int:
+        return sum(said.startswith(word) for said in self.said(number))
 
     def said(self, number: int) -> list[str]:
         """What one has done: begun and finished shards, and the sealing."""
@@ -128,43 +142,38 @@ def check(workers: Workers, whole: dict[str, bytes]) -> None:
 
 
 def test_workers_of_unlike_speed_make_each_shard_once(workers, whole):
-    slow = workers.start(0.1)
-    assert wait_for(lambda: workers.said(slow))
-    os.kill(workers.children[slow], signal.SIGSTOP)
-    had = sum(word.startswith("begun") for word in workers.said(slow))
-    for _ in range(2):
-        workers.start(0.01)
-    assert wait_for(lambda: len(workers.made(1) + workers.made(2)) == COUNT - had)  # all that the slow one has not
-    os.kill(workers.children[slow], signal.SIGCONT)
+    slow = workers.start(until=("begun", 2))
+    fast = [workers.start(), workers.start()]
+    assert wait_for(lambda: len(missing_shards(workers.cache, workers.plan)) == 1)  # all but what the slow one has
+    workers.go_on(slow)
     workers.wait_for_all()
     check(workers, whole)
-    made = [workers.made(number) for number in range(3)]
-    assert sorted(chain.from_iterable(made)) == list(range(COUNT))
-    assert len(made[slow]) == had
+    assert workers.made(slow) == [0, 1]
+    assert sorted(workers.made(fast[0]) + workers.made(fast[1])) == list(range(2, COUNT))
 
 
 def test_what_a_killed_worker_had_is_free_and_one_that_joins_takes_part(workers, whole):
-    for _ in range(2):
-        workers.start(0.1)
-    assert wait_for(lambda: len(workers.made(0)) >= 2)
-    workers.kill(0)
-    joined = workers.start(0.1)
+    killed = workers.start(until=("begun", 3))
+    other = workers.start(until=("begun", 2))
+    workers.kill(killed)
+    joined = workers.start(until=("begun", 4))
+    workers.go_on(other)
+    assert wait_for(lambda: len(missing_shards(workers.cache, workers.plan)) == 1)
+    workers.go_on(joined)
     workers.wait_for_all()
     check(workers, whole)
-    assert workers.made(joined)
     begun = Counter(word for number in range(3) for word in workers.said(number) if word.startswith("begun"))
-    again = [word for word, count in begun.items() if count > 1]
-    assert again in ([], workers.said(0)[-1:])  # no more than what it had in hand
+    assert [word for word, count in begun.items() if count > 1] == ["begun 2"]  # what it had in hand
 
 
 def test_whoever_comes_after_all_were_killed_makes_what_is_missing(workers, whole):
     for _ in range(3):
-        workers.start(0.1)
-    assert wait_for(lambda: sum(len(workers.made(number)) for number in range(3)) >= 4)
+        workers.start(until=("begun", 2))
     for number in range(3):
         workers.kill(number)
     assert workers.wait(workers.start()) == 0
     check(workers, whole)
+    assert sorted(index for number in range(4) for index in workers.made(number)) == list(range(COUNT))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
@@ -174,24 +183,23 @@ def test_workers_of_other_machines_take_over_what_shows_no_life(workers, whole, 
     monkeypatch.setattr(leases, "SILENT_S", 0.5)
     if how == signal.SIGKILL:
         monkeypatch.setattr(leases, "_machine", lambda folder: str(os.getpid()))
-    for _ in range(2):
-        workers.start(0.1)
-    assert wait_for(lambda: len(workers.said(0)) >= 3)
-    os.kill(workers.children[0], how)
-    assert workers.wait(1) == 0
+    first = workers.start(until=("begun", 3))
+    if how == signal.SIGKILL:
+        workers.kill(first)
+    second = workers.start()
+    assert workers.wait(second) == 0
     check(workers, whole)
-    if how == signal.SIGSTOP:
-        workers.kill(0)
-    begun = [word for number in range(2) for word in workers.said(number) if word.startswith("begun")]
-    assert COUNT <= len(begun) <= COUNT + 1
+    assert workers.made(second) == [*range(3, COUNT), 2]
 
 
 def test_who_finds_nothing_free_waits_for_the_others_and_all_end_sealed(workers, whole, caplog):
-    slow = workers.start(0.5)
-    assert wait_for(lambda: workers.said(slow))
-    with caplog.at_level(logging.INFO):
-        work(workers.cache, workers.plan, ANY, 0.0)
-    assert "other workers have all that is left (shards 0): this one waits" in caplog.text
+    slow = workers.start(until=("begun", 1))
+    with caplog.at_level(logging.INFO), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(work, workers.cache, workers.plan, ANY, 0.0)
+        assert wait_for(lambda: "other workers have all that is left (shards 0): this one waits" in caplog.text)
+        assert not waiting.done()
+        workers.go_on(slow)
+        waiting.result()
     assert workers.wait(slow) == 0
     assert workers.made(slow) == [0]
     assert tree(workers.cache) == whole
@@ -199,10 +207,7 @@ def test_who_finds_nothing_free_waits_for_the_others_and_all_end_sealed(workers,
 
 
 def test_the_one_that_seals_is_waited_for_and_replaced_if_it_is_killed(workers, whole):
-    for index in range(COUNT):
-        build_shard(workers.cache, workers.plan, index)
-    first = workers.start(600)
-    assert wait_for(lambda: workers.said(first) == ["seals"])
+    first = workers.start(until=("seals", 1))
     second = workers.start()
     time.sleep(0.3)
     assert workers.said(second) == []
@@ -257,14 +262,11 @@ def status(cache: Path, *options: str) -> str:
     return done.stdout
 
 
-def test_the_status_counts_shards_and_names_those_who_make_them(workers, monkeypatch):
+def test_the_status_counts_shards_and_names_those_who_make_them(workers):
     cache = workers.cache
     assert "0 of 12 shards done, 0 leased, 12 left; not sealed\n  no worker of a queue is at work" in status(cache)
-    workers.start(0.2)
-    assert wait_for(lambda: len(workers.made(0)) == 2)
-    workers.start(600)
-    assert wait_for(lambda: workers.said(1))
-    os.kill(workers.children[0], signal.SIGSTOP)
+    workers.start(until=("begun", 3))
+    workers.start(until=("begun", 1))
     values = json.loads(status(cache, "--json"))
     done = COUNT - len(missing_shards(cache, workers.plan))
     assert not values["sealed"]
@@ -281,7 +283,7 @@ def test_the_status_counts_shards_and_names_those_who_make_them(workers, monkeyp
     workers.kill(1)
     assert f"was killed; {had} will be taken over" in status(cache)
     assert json.loads(status(cache, "--json"))["shards"]["leased"] == 1
-    os.kill(workers.children[0], signal.SIGCONT)
+    workers.go_on(0)
     assert workers.wait(0) == 0
     assert status(cache) == f"{cache}: sealed, {COUNT} shards, {COUNT} samples\n"
     assert json.loads(status(cache, "--json"))["workers"] == []

@@ -186,8 +186,8 @@ class LeaseHolder(Leases):
     def __init__(self, cache_dir: Path) -> None:
         super().__init__(cache_dir)
         self._me: Worker | None = None
-        self._descriptor = -1
-        self._writing = threading.Lock()  # the two above, and the file
+        self._descriptor = self._in_folder = -1
+        self._writing = threading.Lock()  # the three above, and the file
         self._making: set[str] = set()
         self._began = 0.0
         self._samples, self._seconds = 0, 0.0
@@ -254,6 +254,9 @@ class LeaseHolder(Leases):
             temporary = self.folder / f"{TEMPORARY_PREFIX}{name}"
             try:
                 self.folder.mkdir(exist_ok=True)
+                self._in_folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                with contextlib.suppress(OSError):  # no locks here, nor does anybody take it for a leftover then
+                    fcntl.flock(self._in_folder, fcntl.LOCK_SH)
                 self._descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
                 self._me = Worker(
                     name=name, host=platform.node()[:300], pid=os.getpid(), machine=_machine(self.folder),
@@ -273,9 +276,10 @@ class LeaseHolder(Leases):
 
     def _leave(self) -> None:
         with self._writing:
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-            self._me, self._descriptor = None, -1
+            for descriptor in (self._descriptor, self._in_folder):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self._me, self._descriptor, self._in_folder = None, -1, -1
         self._holders.clear()  # of leases that may be gone
 
     def _beat(self) -> None:

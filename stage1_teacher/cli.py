@@ -154,9 +154,10 @@ def _given(options: dict[str, Any]) -> set[str]:
 @_NPROC
 @click.option(
     "--part",
-    metavar="R/N",
+    metavar="R/N|any",
     help="Build shards R of N (counted from 0), on any machine: all parts in one shared folder (the last one seals "
-    "it), or each in its own, joined by `cachectl merge`; default: as torchrun, srun or mpirun say.",
+    "it), or each in its own, joined by `cachectl merge`. With `any`: the next free shard, again and again, beside any "
+    "number of such workers on one shared folder; so do the processes of torchrun, srun or mpirun by default.",
 )
 @click.option("--overwrite", is_flag=True, help="Start again, whatever cache the folder holds.")
 @DRY_RUN
@@ -199,10 +200,10 @@ def build(
 
     own, local = choose_part(part, enter_launch())
     asked = settings
-    if overwrite and own.of > 1:
+    if overwrite and not own.is_whole:
         raise click.UsageError(
-            f"--overwrite with part {own}: the parts would delete each other's shards. Run "
-            "`teacher-cache build --overwrite` without --part, or delete the folder, then start the parts."
+            f"--overwrite with part {own}: several processes would delete each other's shards. Run "
+            "`teacher-cache build --overwrite` without --part, in one process, or delete the folder, then start the parts."
         )
     if nproc is not None and nproc > 1 and settings.device_map:
         raise click.UsageError(
@@ -516,6 +517,18 @@ def seal(cache: Path) -> None:
         manifest = seal_cache(cache)
     answer(cache=cache, totals=manifest.totals, shards=len(manifest.shards))
     say(f"Sealed {cache}: {manifest.totals['samples']} samples in {len(manifest.shards)} shards")
+
+
+@main.command()
+@click.argument("cache", type=CacheFolder())
+@JSON
+def status(cache: Path) -> None:
+    """Say how far a build is: shards done, leased and left, who makes them, their rates, the time that is left."""
+    from vlm_distill_cache.stage1_teacher.planning.status import cache_status, status_text, status_values
+
+    found = cache_status(cache)
+    answer(**status_values(found))
+    say(status_text(found))
 
 
 @main.command()

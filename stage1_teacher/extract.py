@@ -40,7 +40,8 @@ from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
     stored_plan,
 )
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
-from vlm_distill_cache.stage1_teacher.planning.parts import WHOLE, Part, fix_batch_size, fix_threads, run_parts
+from vlm_distill_cache.stage1_teacher.planning.parts import ANY, WHOLE, Part, fix_batch_size, fix_threads, run_parts
+from vlm_distill_cache.stage1_teacher.planning.turns import take_turns
 from vlm_distill_cache.stage1_teacher.quality.card import write_card
 from vlm_distill_cache.stage1_teacher.quality.fidelity import measure_fidelity
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
@@ -79,7 +80,8 @@ class BuildSummary:
 def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE, seals: bool = True) -> BuildSummary:
     """Run the teacher once over a data set and write a sealed cache.
 
-    Of several processes (``part``), the one that may seal (``seals``) and finds no shard missing seals the cache.
+    Of several processes (``part``), the one that may seal (``seals``) and finds no shard missing seals the cache; those that
+    take shards from a queue wait for it.
     ``overwrite`` starts again in a folder that holds a cache with other options.
 
     Returns:
@@ -89,11 +91,10 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
         DistillError: With the remedy, if teacher, data or folder cannot be used.
         OSError: If the folder cannot be written.
     """
-    cache_dir, work = begin(config, overwrite=overwrite, several=part.of > 1 or not seals)
-    with in_use(cache_dir):
-        plan = work.plan
-        part = part.for_resume(missing_shards(cache_dir, plan))
-        todo = part.share(missing_shards(cache_dir, plan))
+    cache_dir, work = begin(config, overwrite=overwrite, several=not (part.is_whole and seals))
+    plan = work.plan
+    with in_use(cache_dir), take_turns(cache_dir, plan, part) as turns:
+        part, todo = turns.part, turns.todo
         if not todo and seals and (manifest := intact_manifest(cache_dir)) is not None:
             refuse_nothing_usable(cache_dir, plan)
             return BuildSummary(cache=cache_dir, manifest=manifest)
@@ -111,8 +112,8 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
             _progress(plan, part, todo, shown=seals and bool(todo)) as bar,
         ):
             # Another process may build the same cache: what it finished is skipped, what it left is done here.
-            while todo := part.share(missing_shards(cache_dir, plan)):
-                for shard in open_shards(work, plan, todo, batch_size=plan.batch_size):
+            for some in turns.rounds(lambda index: bar.update(len(plan.shard_range(index)))):
+                for shard in open_shards(work, plan, some, batch_size=plan.batch_size):
                     if sidecar_path(cache_dir, shard.index).exists():
                         continue
                     targets.spend(shard.samples, failed=len(shard.failed))
@@ -120,12 +121,14 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
                     for batch, signals in run_shard(work, shard, plan.batch_size):
                         writer.add(batch, signals)
                         samples += len(batch)
+                        turns.count(len(batch))
                         bar.update(len(batch))
                     refuse_replaced(cache_dir, plan)
                     budget.spend(shard.failed)
                     writer.finish(shard, unknown=words.count(shard.samples))
                     left = len(plan.shard_range(shard.index)) - (samples - before)
-                    bar.update(left)  # failed, or nothing is missing of them
+                    turns.count(left)  # failed, or nothing is missing of them
+                    bar.update(left)
                     built.append(shard.index)
                 writer.wait()
         trust_built(cache_dir, plan, built)
@@ -135,7 +138,9 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
 
         missing, manifest = tuple(missing_shards(cache_dir, plan)), None
         if seals and not missing:
-            manifest = finish(work, cache_dir, samples=config.fidelity_samples, known=known, rewritten=True)
+            manifest = turns.sealed_by_others() or finish(
+                work, cache_dir, samples=config.fidelity_samples, known=known, rewritten=True
+            )
         return BuildSummary(
             cache=cache_dir, built=len(built), samples=samples, seconds=seconds, manifest=manifest, part=part, missing=missing
         )  # fmt: skip
@@ -146,10 +151,10 @@ def extract_with_processes(
 ) -> BuildSummary:
     """As ``extract()``, with several processes on this machine, each on a GPU of its own where there are several.
 
-    This process writes the plan, watches the others, and seals when they are done.
+    This process writes the plan, watches the others, which take shards from a queue, and seals when they are done.
 
     One process builds here, with as many threads as each of several would use. Of several machines (``part``), the
-    share of this one is divided once more.
+    share of this one is divided once more; ``any`` of them, they take from one queue.
 
     Raises:
         ProcessFailedError: With the first failure; finished shards are kept.
@@ -178,10 +183,14 @@ def extract_with_processes(
                     bar.update(done - shown)
                     shown = done
 
-                run_parts(_extract_part, config, part.split(min(processes, len(todo))), show)
+                count = min(processes, len(todo))
+                run_parts(_extract_part, config, part.split(count) if part.of > 1 else [ANY] * count, show)
         seconds = time.monotonic() - started
         missing = tuple(missing_shards(cache_dir, plan))
-        summary = BuildSummary(cache=cache_dir, part=part, missing=missing) if missing else extract(config)
+        if missing:
+            summary = BuildSummary(cache=cache_dir, part=part, missing=missing)
+        else:
+            summary = extract(config, part=WHOLE if part.of > 1 else ANY)
         if not todo:
             return summary
         built = set(todo) - set(missing)
@@ -274,7 +283,7 @@ def _samples_of(plan: Plan, shards: Iterable[int]) -> int:
     return sum(len(plan.shard_range(index)) for index in shards)
 
 
-def open_shards(work: Build, plan: Plan, todo: Sequence[int], *, batch_size: int) -> Iterator[EncodedShard]:
+def open_shards(work: Build, plan: Plan, todo: Iterable[int], *, batch_size: int) -> Iterator[EncodedShard]:
     """Encode shards for the teacher: with the data set's answers ahead of it, or with its own in its own time."""
     if ANSWERS not in work.codecs:
         yield from encode_shards(work.dataset, work.encoder, plan, todo, workers=work.workers, scratch=work.scratch)

@@ -58,6 +58,7 @@ SURFACE = {
     "--set --signals --store --teacher",
     "teacher-cache report": "--json CACHE",
     "teacher-cache seal": "--json CACHE",
+    "teacher-cache status": "--json CACHE",
 }
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "suite", "demo", "demo-teacher", "experiment",

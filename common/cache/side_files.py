@@ -78,6 +78,7 @@ def check_file(root: Path, name: str, entry: FileEntry, remedy: str) -> None:
 
 MANIFEST, CARD = "manifest.json", "README.md"
 SINKS = "sinks.json"  # of what the records say; written anew whenever a cache is sealed
+LEASES = f"{TEMPORARY_PREFIX}leases"  # of the workers that build a cache together; gone once it is sealed
 MAX_CARD_BYTES = 4 << 20
 
 _REMEDY = "run `teacher-cache build` again with the same options to write it anew, or copy it from an intact cache"

@@ -22,7 +22,7 @@ from vlm_distill_cache.common.cache.other_folders import is_part_of_cache
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import check_record
 from vlm_distill_cache.common.cache.shared_images import SharedImages, SourceCheck
-from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, SINKS, open_plain
+from vlm_distill_cache.common.cache.side_files import CARD, LEASES, MANIFEST, SINKS, open_plain
 from vlm_distill_cache.common.cache.sidecar import (
     FileEntry,
     ShardSidecar,
@@ -321,6 +321,8 @@ def _unexpected(cache_dir: Path, known: set[str], unlisted: list[str]) -> list[D
             continue
         for path, is_folder in entries.items():
             name = path.relative_to(cache_dir).as_posix()
+            if name == LEASES and name in unlisted:  # of a cache that is being built
+                continue
             leftover = path.name.startswith(TEMPORARY_PREFIX)
             unopened = name not in known and (leftover or not is_folder)
             if unopened and (refusal := _refusal(path)) is not None:

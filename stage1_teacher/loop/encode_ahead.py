@@ -8,11 +8,12 @@ Each process writes to a pipe of its own, which breaks when either side dies. A 
 DataLoader, Python's executors) waits for ever for the rest of what a killed process was writing.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
@@ -79,7 +80,7 @@ def encode_shards(
     dataset: Dataset,
     encoder: SampleEncoder,
     plan: Plan,
-    todo: Sequence[int],
+    todo: Iterable[int],
     *,
     workers: int,
     scratch: Path | None = None,
@@ -87,6 +88,7 @@ def encode_shards(
     """Encode shards ahead of the consumer; what is being encoded is dropped when the consumer stops.
 
     Args:
+        todo: Their numbers; the next one is asked for when the consumer begins with the one before it.
         workers: Processes that encode; 0: a thread of this one.
         scratch: Folder where pixels of large shards wait; None: they do in memory.
 
@@ -94,27 +96,27 @@ def encode_shards(
         DistillError: What the data set raised; or `ProcessFailedError`, if a process was killed.
     """
     samples = _Samples(dataset=dataset, encoder=encoder)
-    chunks = [
-        positions[start : start + CHUNK]
-        for positions in map(plan.shard_range, todo)
-        for start in range(0, len(positions), CHUNK)
-    ]
-    processes = _Processes(samples, chunks, min(workers, len(chunks)))
+    processes = _Processes(samples, workers)
     stopped = threading.Event()
 
-    def encode() -> Iterator[Made]:
-        for number, positions in enumerate(chunks):
+    def numbered() -> Iterator[tuple[int, int]]:
+        """Shards, and the number of the first chunk of each; processes learn of one as soon as it is known."""
+        first = 0
+        for index in todo:
+            processes.ask(first, plan.shard_range(index))
+            yield index, first
+            first += len(_chunks(plan.shard_range(index)))
+
+    def encode(index: int, first: int) -> Iterator[Made]:
+        for number, positions in enumerate(_chunks(plan.shard_range(index)), first):
             for made in processes.receive(number) if workers else map(samples.__getitem__, positions):
                 if stopped.is_set():
                     raise ProcessFailedError("encoding was stopped")
                 yield made
 
-    encoded = encode()
-
-    def assemble(index: int) -> EncodedShard:
-        shard, spool = EncodedShard(index=index), Spool(scratch)
-        # The positions end first, so that nothing of the next shard is taken.
-        for position, made in zip(plan.shard_range(index), encoded, strict=False):
+    def assemble(numbers: tuple[int, int]) -> EncodedShard:
+        shard, spool = EncodedShard(index=numbers[0]), Spool(scratch)
+        for position, made in zip(plan.shard_range(shard.index), encode(*numbers), strict=True):
             if isinstance(made, EncodedSample):
                 shard.samples.append(spool.put_away(made))
             elif isinstance(made, SampleError):
@@ -130,30 +132,40 @@ def encode_shards(
 
     try:
         processes.start()
-        yield from run_ahead(assemble, todo, count=SHARDS_AHEAD, name="encode", stop=stop)
+        yield from run_ahead(assemble, numbered(), count=SHARDS_AHEAD, name="encode", stop=stop)
     finally:
         processes.kill()
         processes.close()
 
 
+def _chunks(positions: range) -> list[range]:
+    return [positions[start : start + CHUNK] for start in range(0, len(positions), CHUNK)]
+
+
 class _Processes:
     """Processes that take chunks in turn, and hand them over by a pipe each."""
 
-    def __init__(self, samples: _Samples, chunks: Sequence[range], count: int) -> None:
-        self._samples, self._chunks, self._count = samples, chunks, count
+    def __init__(self, samples: _Samples, count: int) -> None:
+        self._samples, self._count = samples, count
         self._running: list[tuple[ForkProcess, Connection]] = []
 
     def start(self) -> None:
         """Start them; those that did start before an error are running."""
         fork = multiprocessing.get_context("fork")  # at once, and nothing is pickled; no process touches a GPU
-        for first in range(self._count):
+        for rank in range(self._count):
             with _forking:
-                here, there = fork.Pipe(duplex=False)
+                here, there = fork.Pipe()
                 with there:
-                    arguments = (self._samples, self._chunks[first :: self._count], there)
+                    arguments = (self._samples, rank, self._count, there)
                     process = fork.Process(target=_send_chunks, args=arguments, daemon=True)
                     process.start()
             self._running.append((process, here))
+
+    def ask(self, first: int, positions: range) -> None:
+        """Tell all of them of a shard, whose chunks are numbered from ``first``."""
+        for _, connection in self._running:
+            with contextlib.suppress(OSError):  # it has ended, which who waits for its chunk is told
+                connection.send((first, positions))
 
     def receive(self, number: int) -> list[Made]:
         """Wait for a chunk; they are to be asked for in order.
@@ -190,12 +202,15 @@ class _Processes:
             connection.close()
 
 
-def _send_chunks(samples: _Samples, chunks: Sequence[range], there: Connection) -> None:
-    """Encode chunks and hand them over; a full pipe holds this process up."""
+def _send_chunks(samples: _Samples, rank: int, count: int, there: Connection) -> None:
+    """Encode this process's chunks of each shard and hand them over; a full pipe holds it up."""
     end_with_parent()
     # The parent stops this process, also when it is told to stop itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    for positions in chunks:
-        there.send([samples[position] for position in positions])
+    while True:
+        first, positions = there.recv()
+        for number, chunk in enumerate(_chunks(positions), first):
+            if number % count == rank:
+                there.send([samples[position] for position in chunk])

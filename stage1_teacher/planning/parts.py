@@ -1,8 +1,8 @@
 """Several processes on one cache: which shards each takes, and how ``--nproc`` starts and watches them.
 
-Shards are striped: part R of N takes shard i if ``i % N == R``. No process waits for another or talks to it:
-the plan says what there is to do, the sidecars say what is done, and publishing is create-only, so that two
-processes on one shard by mistake cost time and nothing else.
+Part R of N takes shard i if ``i % N == R``, and waits for nobody. Part ``any`` takes the next free shard (``leases``), and
+so do the processes of ``--nproc`` and of a launcher. Either way the plan says what there is to do, the sidecars say what
+is done, and publishing is create-only, so that two processes on one shard by mistake cost time and nothing else.
 
 The arithmetic of a CPU depends on its number of threads, and all arithmetic on how many samples are in a batch. A
 cache's plan keeps both numbers, every process that builds or resumes it takes them from there, and so the bytes do not
@@ -40,11 +40,13 @@ class Part:
         rank: Which, from 0.
         of: How many there are.
         takes_all: Works on every missing shard, from the last one on, instead of on its own.
+        queued: Takes whichever shard is free, beside any number of others that do.
     """
 
     rank: int = 0
     of: int = 1
     takes_all: bool = False
+    queued: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.of <= MAX_PROCESSES:
@@ -53,7 +55,12 @@ class Part:
             )
 
     def __str__(self) -> str:
-        return f"{self.rank}/{self.of}"
+        return "any" if self.queued else f"{self.rank}/{self.of}"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no other process is to be expected."""
+        return self.of == 1 and not self.queued
 
     def share(self, missing: Sequence[int]) -> list[int]:
         """The missing shards that this process builds, in its order."""
@@ -72,18 +79,23 @@ class Part:
 
 
 WHOLE = Part()
+ANY = Part(queued=True)
 
 
 def parse_part(text: str) -> Part:
-    """Read ``R/N``."""
+    """Read ``R/N`` or ``any``."""
+    if text == str(ANY):
+        return ANY
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if match is None:
-        raise ConfigError(f"part {text!r}: expected R/N, for example 0/4 for the first of four processes")
+        raise ConfigError(
+            f"part {text!r}: expected R/N, for example 0/4 for the first of four processes, or any, for whichever shard is free"
+        )
     return Part(rank=int(match[1]), of=int(match[2]))
 
 
 def choose_part(text: str | None, launch: Launch) -> tuple[Part, int]:
-    """Find out which part this process is: as ``--part`` says, else as its launcher says, else the whole.
+    """Find out which part this process is: as ``--part`` says; else of a queue if a launcher says that there are several.
 
     Returns:
         The part, and its rank among the processes of this machine.
@@ -92,8 +104,14 @@ def choose_part(text: str | None, launch: Launch) -> tuple[Part, int]:
         return parse_part(text), launch.local
     if launch.size == 1:
         return WHOLE, 0
-    logger.info("part %d/%d, as %s says (%s)", launch.rank, launch.size, launch.launcher, ", ".join(launch.names))
-    return Part(rank=launch.rank, of=launch.size), launch.local
+    logger.info(
+        "one of %d processes, as %s says (%s): each takes the next free shard of a folder that all share; where they do not "
+        "share it, give each its --part R/N",
+        launch.size,
+        launch.launcher,
+        ", ".join(launch.names),
+    )
+    return ANY, launch.local
 
 
 def local_device(device: str, local: int) -> str:
@@ -165,7 +183,8 @@ def run_parts(
     jobs = []
     for local, part in enumerate(parts):
         own = replace(config, device=local_device(config.device, local))
-        jobs.append((f"part {part}", (target.__module__, target.__name__, own, part)))
+        name = f"process {local + 1} of {len(parts)}" if part.queued else f"part {part}"
+        jobs.append((name, (target.__module__, target.__name__, own, part)))
     run_processes(_run_part, jobs, on_wait=on_wait, kept="finished shards are kept")
 
 

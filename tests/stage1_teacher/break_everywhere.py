@@ -26,7 +26,7 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extend import extend
 from vlm_distill_cache.stage1_teacher.extract import extract, recompute_fidelity
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
-from vlm_distill_cache.stage1_teacher.planning.parts import Part
+from vlm_distill_cache.stage1_teacher.planning.parts import ANY, Part
 
 KILLED, FULL = 9, 7
 _NEEDS_SPACE = {"open", "os.mkdir", "os.rename", "os.link", "os.fsync"}
@@ -84,7 +84,7 @@ def scenario(name, folder, teacher, store):
         config = config_for(cache_dir, teacher, store, **options)
         {
             "build": extract, "several": extract, "lift": partial(lift, before, data=folder / "data"),
-            "refill": extract, "rederive": extract, "parts": two_parts,
+            "refill": extract, "rederive": extract, "parts": two_parts, "queue": partial(extract, part=ANY),
             "overwrite": partial(extract, overwrite=True),
             "extend": partial(extend_by_all, before),
             "fidelity": partial(recompute_fidelity, samples=2),
@@ -92,7 +92,7 @@ def scenario(name, folder, teacher, store):
         }[name](config)  # fmt: skip
 
     before = folder / f"before-{name}"
-    if name in ("build", "parts", "several"):
+    if name in ("build", "parts", "queue", "several"):
         return None, command
     options = {"overwrite": {"shard_size": 2}, "extend": {"limit": 4}}.get(name, {})
     if name == "lift":

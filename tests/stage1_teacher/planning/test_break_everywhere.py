@@ -7,12 +7,25 @@ from pathlib import Path
 
 import pytest
 
-SCENARIOS = ("build", "refill", "rederive", "parts", "overwrite", "extend", "fidelity", "seal", "several", "lift")
+SCENARIOS = (
+    "build",
+    "refill",
+    "rederive",
+    "parts",
+    "queue",
+    "overwrite",
+    "extend",
+    "fidelity",
+    "seal",
+    "several",
+    "lift",
+)
 PLACES = {
     "build": 80,
     "refill": 60,
     "rederive": 50,
     "parts": 120,
+    "queue": 100,
     "overwrite": 90,
     "extend": 80,
     "fidelity": 12,

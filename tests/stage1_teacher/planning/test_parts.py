@@ -24,6 +24,7 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import _progress, extract, extract_with_processes
 from vlm_distill_cache.stage1_teacher.planning import open as opening
 from vlm_distill_cache.stage1_teacher.planning.parts import (
+    ANY,
     WHOLE,
     Part,
     choose_part,
@@ -77,20 +78,21 @@ def test_a_part_whose_own_shards_are_finished_builds_what_others_left():
     assert WHOLE.for_resume([]).share([]) == []
 
 
-@pytest.mark.parametrize("text", ["", "1", "1/1", "2/2", "-1/2", "0/0", "1/2/3", "a/b", "0/9999999"])
+@pytest.mark.parametrize("text", ["", "1", "1/1", "2/2", "-1/2", "0/0", "1/2/3", "a/b", "0/9999999", "all", "Any"])
 def test_a_part_that_is_none_is_refused(text: str):
     with pytest.raises(ConfigError, match="part"):
         parse_part(text)
 
 
-def test_a_part_is_what_is_asked_for_else_what_the_launcher_says(caplog):
+def test_a_part_is_what_is_asked_for_else_of_a_queue_where_a_launcher_started_several(caplog):
     third = Launch(launcher="srun", rank=2, size=4, local=1, names=("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
     with caplog.at_level(logging.INFO):
-        assert choose_part(None, third) == (Part(rank=2, of=4), 1)
-    assert "part 2/4, as srun says (SLURM_PROCID, SLURM_STEP_NUM_TASKS)" in caplog.text
+        assert choose_part(None, third) == (ANY, 1)
+    assert "one of 4 processes, as srun says (SLURM_PROCID, SLURM_STEP_NUM_TASKS)" in caplog.text
     assert choose_part("0/2", third) == (Part(rank=0, of=2), 1)
     assert choose_part(None, ALONE) == (WHOLE, 0)
     assert choose_part("0/2", ALONE) == (Part(rank=0, of=2), 0)
+    assert choose_part("any", ALONE) == (ANY, 0)
 
 
 def test_each_process_gets_a_gpu_of_its_own(monkeypatch):
@@ -238,7 +240,8 @@ def test_a_process_that_died_without_a_word_is_described_by_its_end(code: int, t
     here.close()
 
 
-def test_overwriting_is_not_for_one_of_several_parts(tmp_path: Path):
-    result = CliRunner().invoke(main, ["build", "--cache", str(tmp_path), "--part", "0/2", "--overwrite"])
+@pytest.mark.parametrize("part", ["0/2", "any"])
+def test_overwriting_is_not_for_one_of_several_parts(tmp_path: Path, part: str):
+    result = CliRunner().invoke(main, ["build", "--cache", str(tmp_path), "--part", part, "--overwrite"])
     assert result.exit_code == 2
     assert "without --part" in result.output

@@ -262,13 +262,13 @@ def ignored_options(environment: Mapping[str, str]) -> list[str]:
     Those that are refused, or ask for FSDP2, `find_sharding` finds.
     """
     found = find_sharding(environment)
-    fsdp2 = AS_FSDP2_DOES if FSDP2 in found.values() else {}
+    usual = {name: (word,) for name, word in AS_FSDP2_DOES.items()} if FSDP2 in found.values() else {}
     return sorted(
         f"{name}={one_line(value)}" + (f" (here: {_OURS[name]})" if name in _OURS else "")
         for name, value in environment.items()
         if name.startswith(_OPTIONS)
         and name != _CPU
-        and value.strip().lower() not in (*OFF, fsdp2.get(name))
+        and value.strip().lower() not in usual.get(name, OFF)
         and f"{name}={one_line(value)}" not in found
     )
 

@@ -30,7 +30,7 @@ OFF = (
 _KINDS = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 FSDP2 = "FSDP2"
 _OFFLOAD = "FSDP_OFFLOAD_PARAMS"
-# Options of accelerate's that say what FSDP2 does here in any case.
+# Values of accelerate's options that say what FSDP2 does here in any case.
 AS_FSDP2_DOES = {
     "FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "full_shard", "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_AUTO_WRAP_POLICY": "transformer_based_wrap", "FSDP_USE_ORIG_PARAMS": "true", "FSDP_SYNC_MODULE_STATES": "true",

@@ -8,7 +8,7 @@ loading threads and attention is recomputed for the wanted rows of the wanted la
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import config_to_dict, save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
-from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove
+from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove, temporary_for
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.common.locations import public_location
@@ -117,7 +117,7 @@ def train(
     refuse_apart(position, accelerator)
     if accelerator.is_main_process:  # if killed before it did
         drop_old_checkpoints(output, keep=config.keep_checkpoints, newest=checkpoint)
-    student, sharded = place_student(run.student, accelerator, divides=divides)
+    student, sharded = place_student(run.student, accelerator, output, divides=divides)
     scored = start_scoring(config, accelerator, run, position, extends=extends)
     log = start_log(config, accelerator, run, position)
     parts = prepare_parts(config, student, saved)
@@ -371,14 +371,16 @@ def as_finished(student: StudentModel, device: torch.device) -> Iterator[None]:
             vars(student)["forward"] = autocast
 
 
-def place_student(student: StudentModel, accelerator: Accelerator, *, divides: bool) -> tuple[StudentModel, bool]:
+def place_student(
+    student: StudentModel, accelerator: Accelerator, output: Path, *, divides: bool
+) -> tuple[StudentModel, bool]:
     """A student where it is trained: on the accelerator's device, or, if it is to be divided, on the CPU.
 
     Returns:
         The student, and whether it is divided: not by a process that is alone.
 
     Raises:
-        ConfigError: If it cannot be divided.
+        ConfigError: If it cannot be divided, or not all processes see the folder that they would write their shares to.
     """
     if not divides:
         return student.to(accelerator.device), False
@@ -386,6 +388,14 @@ def place_student(student: StudentModel, accelerator: Accelerator, *, divides: b
     if accelerator.num_processes == 1:
         _log.info("sharding=fsdp2: there is one process, which trains the whole student")
         return student.to(accelerator.device), False
+    output.mkdir(parents=True, exist_ok=True)
+    with temporary_for(output / FINAL, directory=True) if accelerator.is_main_process else nullcontext() as mine:
+        seen = gather_object([Path(broadcast_object_list([mine])[0]).is_dir()])
+    if not all(seen):
+        raise ConfigError(
+            f"sharding=fsdp2: process {seen.index(False)} does not see what process 0 writes to {output}, where each writes its "
+            "share of a checkpoint; give an --output on a disk that all machines of this run share"
+        )
     _log.info("the student is divided among %d processes by FSDP2", accelerator.num_processes)
     return student, True
 

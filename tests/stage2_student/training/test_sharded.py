@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sharded_runs
@@ -13,6 +14,7 @@ from tiny_students import library_student, mobilevlm_student
 from torch import nn
 
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
+from vlm_distill_cache.stage2_student import train as training
 from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.scores.on_the_way import read_evaluations
 from vlm_distill_cache.stage2_student.students.shards import check_shardable
@@ -145,6 +147,21 @@ def test_what_cannot_be_divided_is_refused_in_words():
     del student.language_model.layers
     with pytest.raises(ConfigError, match=r"keeps its decoder layers is not known .* leave sharding out"):
         check_shardable(student)
+
+
+def test_a_folder_that_some_process_does_not_see_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    """Each process would write its share to a disk of its own machine."""
+    student, _ = mobilevlm_student()
+    monkeypatch.setattr(training, "broadcast_object_list", lambda sent: sent)
+    monkeypatch.setattr(training, "gather_object", lambda sent: [*sent, False])
+    two = SimpleNamespace(num_processes=2, is_main_process=True)
+    with pytest.raises(
+        ConfigError, match=r"process 1 does not see what process 0 writes to .* all machines of this run share"
+    ):
+        training.place_student(student, two, tmp_path, divides=True)
+    monkeypatch.setattr(training, "gather_object", lambda sent: [*sent, True])
+    assert training.place_student(student, two, tmp_path, divides=True) == (student, True)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_process_that_is_alone_trains_the_whole_student_and_writes_its_checkpoint(tiny_cache, tmp_path, caplog):

@@ -173,10 +173,9 @@ def write_checkpoint(
     final = folder / _name(position.total_steps)
     clean_stale(folder)  # from a run that was killed while writing
     said = {"fingerprint": fingerprint, "position": asdict(position)}
-    averages = optimizer.state_dict()
-    if shares is not None:
-        student, averages = {**student, "values": {}}, plain_state(optimizer)
-    tensors = {"student": dict(student), "optimizer": averages, "random": _random_state(), **said}
+    averages = optimizer.state_dict() if shares is None else plain_state(optimizer)
+    student = dict(student) if shares is None else {**student, "values": {}}
+    tensors = {"student": student, "optimizer": averages, "random": _random_state(), **said}
     with new_directory(final) as temporary:
         if shares is not None:
             shares(temporary)

@@ -389,7 +389,8 @@ def place_student(
         _log.info("sharding=fsdp2: there is one process, which trains the whole student")
         return student.to(accelerator.device), False
     output.mkdir(parents=True, exist_ok=True)
-    with temporary_for(output / FINAL, directory=True) if accelerator.is_main_process else nullcontext() as mine:
+    made = temporary_for(output / FINAL, directory=True) if accelerator.is_main_process else None
+    with made or nullcontext() as mine:
         seen = gather_object([Path(broadcast_object_list([mine])[0]).is_dir()])
     if not all(seen):
         raise ConfigError(

@@ -205,7 +205,7 @@ def _refuse_sketch(sketch: Path | None) -> None:
 @JSON
 def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -> None:
     """Train one student through its phases, or resume it."""
-    refuse_sharding(enter_launch().sharding, model="student")
+    refuse_sharding(enter_launch().sharding, model="student", divides=True)
     if dry_run:
         looking = partial(runs.look_at_training, extends=extend)
         _preview(options, looking, sketch, trainings=("",), processes=enter_launch().size).show()

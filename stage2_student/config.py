@@ -34,7 +34,7 @@ MODELS = ("student", "student_weights", "teacher", "vision_tower", "language_mod
 MOST, MOST_SAMPLES = 2**40, 2**20  # larger ones are slips of the finger
 SPEED_OPTIONS = (
     "device", "num_workers", "memory_gib", "pixel_cache", "pixel_cache_gib", "checkpoint_every", "keep_checkpoints", "log_every",
-    "gradient_checkpointing", "verify", "report_to",
+    "gradient_checkpointing", "sharding", "verify", "report_to",
 )  # fmt: skip
 # How many visual tokens there are, and how they are chosen.
 TOKEN_OPTIONS: Mapping[str, tuple[str, ...]] = {
@@ -274,6 +274,8 @@ class TrainConfig:
         pruning: How a student ``pruned:KEEP`` is cut out of its teacher.
         gradient_checkpointing: Compute each decoder layer again in the backward pass: less memory, a third more time, the
             same result.
+        sharding: ``fsdp2`` divides the student, its gradients and the optimizer's averages among the processes of ``distill
+            train`` (torch's FSDP2): a student that is too large to be trained on one device; the same result up to rounding.
         seed: Seed of the student's fresh weights, of the order of samples, and of which samples are a ``data_share``.
         dtype: ``float32``, or ``bfloat16`` for mixed precision: the arithmetic; weights stay in float32.
         device: ``auto`` (an accelerator if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -332,6 +334,7 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     gradient_checkpointing: bool = False
+    sharding: Literal["none", "fsdp2"] = "none"
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"

@@ -8,7 +8,7 @@ loading threads and attention is recomputed for the wanted rows of the wanted la
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from torch.optim import Optimizer
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.config import config_to_dict, save_config
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError
-from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove
+from vlm_distill_cache.common.files.atomic import clean_stale, new_directory, remove, temporary_for
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.signed import list_files, write_signed
 from vlm_distill_cache.common.locations import public_location
@@ -42,14 +41,13 @@ from vlm_distill_cache.stage2_student.scores.milestones import Milestones, Score
 from vlm_distill_cache.stage2_student.scores.on_the_way import Kept
 from vlm_distill_cache.stage2_student.scores.origin import describe_origin
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
+from vlm_distill_cache.stage2_student.students.shards import check_shardable
 from vlm_distill_cache.stage2_student.trained_student import Student, open_scoring
 from vlm_distill_cache.stage2_student.training.checkpoint import (
     Checkpoint,
     Position,
     drop_old_checkpoints,
     find_resume_point,
-    restore_training,
-    write_checkpoint,
 )
 from vlm_distill_cache.stage2_student.training.checks import check_machine, refuse_device
 from vlm_distill_cache.stage2_student.training.extension import differing_options
@@ -57,9 +55,8 @@ from vlm_distill_cache.stage2_student.training.log import TrainingLog
 from vlm_distill_cache.stage2_student.training.output_folder import CONFIG, drop_pixels
 from vlm_distill_cache.stage2_student.training.parts import TrainedParts, checkpoint_layers, merged_for_a_while
 from vlm_distill_cache.stage2_student.training.pixels import keep_pixels
-from vlm_distill_cache.stage2_student.training.preparation import Preparation, PreparedPhase, prepare
+from vlm_distill_cache.stage2_student.training.preparation import Preparation, prepare
 from vlm_distill_cache.stage2_student.training.steps import (
-    build_optimizer,
     clip_gradients,
     extended_training,
     gradient_sync,
@@ -70,6 +67,7 @@ from vlm_distill_cache.stage2_student.training.steps import (
     sum_terms,
 )
 from vlm_distill_cache.stage2_student.training.token_choice import save_gaze
+from vlm_distill_cache.stage2_student.training.working import Working
 
 _log = logging.getLogger(__name__)
 AfterStep = Callable[[Position, StudentModel], None]
@@ -107,7 +105,7 @@ def train(
     meanwhile.
     """
     hide_library_bars()
-    refuse_sharding(enter_launch().sharding, model="student")
+    divides = refuse_sharding(enter_launch().sharding, model="student", divides=True) or config.sharding != "none"
     refuse_callers_modes()
     check_machine(config, processes=enter_launch().size)
     meet(enter_launch())
@@ -120,7 +118,7 @@ def train(
     refuse_apart(position, accelerator)
     if accelerator.is_main_process:  # if killed before it did
         drop_old_checkpoints(output, keep=config.keep_checkpoints, newest=checkpoint)
-    student = run.student.to(accelerator.device)
+    student, sharded = place_student(run.student, accelerator, output, divides=divides)
     scored = start_scoring(config, accelerator, run, position, extends=extends)
     log = start_log(config, accelerator, run, position)
     keep_pixels(config, run.phases, run.pixels)
@@ -128,11 +126,9 @@ def train(
 
     for index, phase in enumerate(run.phases[position.phase :], position.phase):
         # Once a phase: what is trained, and an optimizer that starts afresh or where the checkpoint left it.
-        parameters, optimizer = begin_phase(phase, parts, saved, seed=config.seed + index)
+        work = Working(phase, student, parts, saved, accelerator, seed=config.seed + index, sharded=sharded)
         saved = None
-        model, optimizer = accelerator.prepare(student, optimizer)
-        capture = AttentionCapture(student.language_model) if phase.objective.groups else None
-        model.train()
+        capture = AttentionCapture(work.core.language_model) if phase.objective.groups else None
 
         for micro_batches, timing in load_steps(phase, accelerator, position.step, config.num_workers):
             # Once a step: forward and backward over this process's part of the step's samples.
@@ -140,28 +136,29 @@ def train(
             totals, entries = step_totals(micro_batches, accelerator, vocabulary=vocabulary)
             shares = step_shares(micro_batches, totals)
             for batch, share in zip(micro_batches, shares, strict=True):
-                with gradient_sync(accelerator, model, last=len(terms) + 1 == len(micro_batches)):
-                    terms.append(phase.objective(model, capture, batch.to(accelerator.device), share))
-                    # The shares of all processes add up to one, and DDP divides by their number.
+                with gradient_sync(accelerator, work.model, last=len(terms) + 1 == len(micro_batches)):
+                    terms.append(phase.objective(work.model, capture, batch.to(accelerator.device), share))
+                    # The shares of all processes add up to one, and DDP and FSDP divide by their number.
                     accelerator.backward(terms[-1].total * accelerator.num_processes)
-            clip_gradients(accelerator, parameters, config.clip, terms, where=(phase.name, position.step + 1))
+            clip_gradients(accelerator, work.parameters, config.clip, terms, where=(phase.name, position.step + 1))
             rates = scheduled_rates(phase, position.step)
-            set_learning_rates(optimizer, rates)
+            set_learning_rates(work.optimizer, rates)
             accelerator.sync_gradients = True  # shared with a caller's accelerators, and False would skip the step
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            work.optimizer.step()
+            work.optimizer.zero_grad(set_to_none=True)
 
             # Once a step: count, log; now and then: score, checkpoint.
             position = position.advance(phase.config.batch_size, entries)
             log.add(sum_terms(terms), step=position.total_steps, phase=phase.name, **rates, **timing(scored.seconds()))
-            scored.reach(position, phase.name, log)
+            scored.reach(position, phase.name, log, work.bring_back)
             if position.step % config.checkpoint_every == 0 or position.step == phase.steps:
                 log.flush(durably=True)
-                save(config, run.fingerprint, position, accelerator, parts, optimizer)
+                work.save(output, position, fingerprint=run.fingerprint, keep=config.keep_checkpoints)
                 scored.saved(position)
             if after_step is not None:
+                work.bring_back()
                 after_step(position, student)
-        end_phase(accelerator, model, parts)
+        work.end()
         position = replace(position, phase=index + 1, step=0, samples=0)
 
     run.pixels.close()
@@ -314,14 +311,14 @@ def start_scoring(
     output, how, last = Path(config.output), config.evaluation, sum(phase.steps for phase in run.phases)
     scorer = None
     if how.every is not None and accelerator.is_main_process:
-        scorer = open_scorer(config, run)
+        scorer = open_scorer(config, run, accelerator.device)
     scored = Milestones(output, accelerator, scorer, every=how.every, last=last, run=run.fingerprint)
     scored.resume(position, earlier=extended_training(config, run.phases, run.cache_hashes) if extends else None)
     return scored
 
 
-def open_scorer(config: TrainConfig, run: Preparation) -> Scorer:
-    """How the student of a run is scored on the way; errors as of `start_scoring`."""
+def open_scorer(config: TrainConfig, run: Preparation, device: torch.device) -> Scorer:
+    """How the student of a run is scored on the way, on a device; errors as of `start_scoring`."""
     cache = run.caches.get(config.cache) or open_trusted(config.cache, verify=config.verify)
     split = split_on_the_way(config, cache)
     how = config.evaluation.while_training(split)
@@ -350,7 +347,7 @@ def open_scorer(config: TrainConfig, run: Preparation) -> Scorer:
 
     items = scoring.opened.items
     return Scorer(
-        as_finished=partial(as_finished, run.student),
+        as_finished=partial(as_finished, run.student, device),
         score=scoring.report,
         keep=keep,
         by=by,
@@ -365,15 +362,48 @@ def open_scorer(config: TrainConfig, run: Preparation) -> Scorer:
 
 
 @contextmanager
-def as_finished(student: StudentModel) -> Iterator[None]:
-    """In the block a student is as it would be saved: adapters merged, in float32, whatever it is trained in."""
+def as_finished(student: StudentModel, device: torch.device) -> Iterator[None]:
+    """In the block a student is on a device and as it would be saved: adapters merged, in float32, whatever it is trained in."""
     autocast = vars(student).pop("forward", None)  # accelerate's, around the student's own
+    home = next(student.parameters()).device  # of a divided one the CPU
+    student.to(device)
     try:
         with merged_for_a_while(student):
             yield
     finally:
+        student.to(home)
         if autocast is not None:
             vars(student)["forward"] = autocast
+
+
+def place_student(
+    student: StudentModel, accelerator: Accelerator, output: Path, *, divides: bool
+) -> tuple[StudentModel, bool]:
+    """A student where it is trained: on the accelerator's device, or, if it is to be divided, on the CPU.
+
+    Returns:
+        The student, and whether it is divided: not by a process that is alone.
+
+    Raises:
+        ConfigError: If it cannot be divided, or not all processes see the folder that they would write their shares to.
+    """
+    if not divides:
+        return student.to(accelerator.device), False
+    check_shardable(student)
+    if accelerator.num_processes == 1:
+        _log.info("sharding=fsdp2: there is one process, which trains the whole student")
+        return student.to(accelerator.device), False
+    output.mkdir(parents=True, exist_ok=True)
+    made = temporary_for(output / FINAL, directory=True) if accelerator.is_main_process else None
+    with made or nullcontext() as mine:
+        seen = gather_object([Path(broadcast_object_list([mine])[0]).is_dir()])
+    if not all(seen):
+        raise ConfigError(
+            f"sharding=fsdp2: process {seen.index(False)} does not see what process 0 writes to {output}, where each writes its "
+            "share of a checkpoint; give an --output on a disk that all machines of this run share"
+        )
+    _log.info("the student is divided among %d processes by FSDP2", accelerator.num_processes)
+    return student, True
 
 
 def switch_dropout_off(student: StudentModel) -> None:
@@ -395,49 +425,6 @@ def prepare_parts(config: TrainConfig, student: StudentModel, saved: Mapping[str
     if saved is not None:
         parts.replay(saved["student"])
     return parts
-
-
-def begin_phase(
-    phase: PreparedPhase, parts: TrainedParts, saved: Mapping[str, Any] | None, *, seed: int
-) -> tuple[list[nn.Parameter], Optimizer]:
-    """What a phase trains and its optimizer, afresh or as a checkpoint of this phase left them."""
-    config = phase.config
-    by_rate = parts.begin(
-        trainable=config.trainable, freeze=config.freeze, seed=seed, tower=phase.tower, apart=config.rates
-    )
-    optimizer = build_optimizer(by_rate, config.rates, weight_decay=config.weight_decay)
-    if saved is not None:
-        parts.load(saved["student"])
-        restore_training(saved, optimizer)
-    return [parameter for parameters in by_rate.values() for parameter in parameters], optimizer
-
-
-def end_phase(accelerator: Accelerator, model: nn.Module, parts: TrainedParts) -> None:
-    """Take the student out of its wrappers, and merge what adapters it has."""
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    accelerator.free_memory()
-    parts.finish()
-
-
-def save(
-    config: TrainConfig,
-    fingerprint: str,
-    position: Position,
-    accelerator: Accelerator,
-    parts: TrainedParts,
-    optimizer: Optimizer,
-) -> None:
-    """Write a checkpoint from the main process; the others wait for it."""
-    if accelerator.is_main_process:
-        write_checkpoint(
-            Path(config.output),
-            position,
-            student=parts.state(),
-            optimizer=optimizer,
-            fingerprint=fingerprint,
-            keep=config.keep_checkpoints,
-        )
-    accelerator.wait_for_everyone()
 
 
 def export(

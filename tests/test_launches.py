@@ -166,25 +166,34 @@ def test_of_a_command_for_one_process_the_first_does_the_work(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["flags", "configuration"])
-def test_a_launch_that_would_shard_ends_with_one_message(how: str, command, tmp_path: Path):
-    """`accelerate launch` itself, asked by its flags or by its default configuration file."""
+def test_of_a_launch_that_would_shard_only_a_student_by_fsdp2_is_trained(
+    how: str, command, undisturbed, tmp_path: Path
+):
+    """`accelerate launch` itself: FSDP 1 by its flags, FSDP 2 by its default configuration file."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     if how == "flags":
-        launch += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "NO_WRAP"]
+        launch += ["--use_fsdp", "--fsdp_version", "1", "--fsdp_auto_wrap_policy", "NO_WRAP"]
     else:
         settings = tmp_path / "accelerate" / "default_config.yaml"
         settings.parent.mkdir()
         settings.write_text(
             "{compute_environment: LOCAL_MACHINE, distributed_type: FSDP, num_machines: 1, machine_rank: 0, use_cpu: false,\n"
-            "mixed_precision: 'no', fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: NO_WRAP}}\n"
+            "mixed_precision: 'no', fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}}\n"
         )
     for stage in STAGES:
         ran = subprocess.run(
             [*launch, "-m", STAGES[stage], *command[stage](tmp_path / "made")],
-            env=os.environ | {"HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
+            env=os.environ | {"HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
         )  # fmt: skip
+        if stage == "two" and how == "configuration":
+            assert ran.returncode == 0, ran.stderr
+            assert ran.stderr.count("the student is divided among 2 processes by FSDP2") == 1
+            assert content(tmp_path / "made").keys() == undisturbed["two"].keys()
+            assert list((tmp_path / "made").rglob("shard-00002-*.safetensors"))
+            continue
+        kind = "FSDP" if how == "flags" else "FSDP2"
         assert ran.returncode == 1
-        assert ran.stderr.count("error: not supported: FSDP (ACCELERATE_USE_FSDP=true)") == 1, ran.stderr
+        assert ran.stderr.count(f"error: not supported: {kind} (ACCELERATE_USE_FSDP=true)") == 1, ran.stderr
         assert str(tmp_path / "accelerate" / "default_config.yaml") in ran.stderr
         assert not (tmp_path / "made").exists()

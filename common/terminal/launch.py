@@ -28,7 +28,7 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import ConfigError, ProcessFailedError
 from vlm_distill_cache.common.printing import first_line, one_line
-from vlm_distill_cache.common.terminal.sharding import OFF, find_sharding
+from vlm_distill_cache.common.terminal.sharding import AS_FSDP2_DOES, FSDP2, OFF, find_sharding
 
 logger = logging.getLogger(__name__)
 # What gloo and NCCL say of a process that is gone.
@@ -187,7 +187,8 @@ _READ_PREFIXES = (
 )  # fmt: skip
 _KEPT_OF_TORCHRUN = ("GROUP_", "ROLE_", "TORCHELASTIC_")
 _OURS = {"ACCELERATE_MIXED_PRECISION": "dtype", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "micro_batch_size",
-         "ACCELERATE_GRADIENT_CLIPPING": "clip", "ACCELERATE_TORCH_DEVICE": "device"}  # fmt: skip
+         "ACCELERATE_GRADIENT_CLIPPING": "clip", "ACCELERATE_TORCH_DEVICE": "device",
+         "FSDP_ACTIVATION_CHECKPOINTING": "gradient_checkpointing"}  # fmt: skip
 _CPU = "ACCELERATE_USE_CPU"
 
 
@@ -258,15 +259,17 @@ def told_of_several(environment: Mapping[str, str]) -> list[str]:
 def ignored_options(environment: Mapping[str, str]) -> list[str]:
     """The options of ``accelerate launch`` that are on, with values: a command's own options say what is done.
 
-    Those that are refused, `find_sharding` finds.
+    Those that are refused, or ask for FSDP2, `find_sharding` finds.
     """
+    found = find_sharding(environment)
+    usual = {name: (word,) for name, word in AS_FSDP2_DOES.items()} if FSDP2 in found.values() else {}
     return sorted(
         f"{name}={one_line(value)}" + (f" (here: {_OURS[name]})" if name in _OURS else "")
         for name, value in environment.items()
         if name.startswith(_OPTIONS)
         and name != _CPU
-        and value.strip().lower() not in OFF
-        and not find_sharding({name: value})
+        and value.strip().lower() not in usual.get(name, OFF)
+        and f"{name}={one_line(value)}" not in found
     )
 
 

@@ -1,6 +1,7 @@
 """What would divide one model among processes: FSDP, DeepSpeed and their like, found however they are asked for.
 
-No part of this project clips, saves or resumes a share of a student, so they are refused before anything is read.
+`distill train` divides a student by FSDP2, in a way of its own (``sharding=fsdp2``), which `accelerate launch` may ask for,
+too. No part of this project clips, saves or resumes a share that anything else makes: it is refused before anything is read.
 """
 
 from __future__ import annotations
@@ -27,6 +28,14 @@ OFF = (
     "default",
 )  # values of accelerate's options that ask for nothing
 _KINDS = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+FSDP2 = "FSDP2"
+_OFFLOAD = "FSDP_OFFLOAD_PARAMS"
+# Values of accelerate's options that say what FSDP2 does here in any case.
+AS_FSDP2_DOES = {
+    "FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "full_shard", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "transformer_based_wrap", "FSDP_USE_ORIG_PARAMS": "true", "FSDP_SYNC_MODULE_STATES": "true",
+    "FSDP_STATE_DICT_TYPE": "sharded_state_dict",
+}  # fmt: skip
 _SIZES = {
     "dp_shard_size": "FSDP",
     "tp_size": "tensor parallelism",
@@ -37,7 +46,8 @@ _SIZES = {
 }
 _INSTEAD = {
     "student": "What works is data parallelism, where every process trains the whole student: `distill run --nproc N`, or "
-    "`torchrun --nproc-per-node N --no-python distill train ...` with the options as they are",
+    "`torchrun --nproc-per-node N --no-python distill train ...` with the options as they are; and FSDP2 for a student that "
+    "is too large for that: `--set sharding=fsdp2` beside either",
     "teacher": "What works is the whole teacher in every process, each with its share of the data: `teacher-cache build --nproc "
     "N`; or, for a teacher that is larger than a GPU, one process and `--set device_map=auto`",
 }  # fmt: skip
@@ -46,9 +56,11 @@ _INSTEAD = {
 def find_sharding(environment: Mapping[str, str]) -> dict[str, str]:
     """What accelerate would be asked for by these variables: the mode's name by ``VARIABLE=value``."""
     found = {}
+    second = environment.get("FSDP_VERSION", "").strip() == "2"
     for name, value in environment.items():
         word = value.strip().lower()
         if name.startswith("ACCELERATE_USE_") and (kind := _KINDS.get(name[len("ACCELERATE_USE_") :])):
+            kind = FSDP2 if kind == "FSDP" and second else kind
             asked = word == "1" or word not in OFF
         elif name.startswith("PARALLELISM_CONFIG_"):
             kind = _SIZES.get(name[len("PARALLELISM_CONFIG_") :].lower(), "")
@@ -57,6 +69,8 @@ def find_sharding(environment: Mapping[str, str]) -> dict[str, str]:
             kind, asked = "fp8", name == "ACCELERATE_MIXED_PRECISION" and word == "fp8"
         if asked:
             found[f"{name}={one_line(value)}"] = kind
+    if FSDP2 in found.values() and environment.get(_OFFLOAD, "").strip().lower() not in OFF:
+        found[f"{_OFFLOAD}={one_line(environment[_OFFLOAD])}"] = "parameters in main memory"
     return dict(sorted(found.items()))
 
 
@@ -80,20 +94,25 @@ def _of_this_process() -> dict[str, str]:
     return found
 
 
-def refuse_sharding(launched: Mapping[str, str], *, model: str) -> None:
+def refuse_sharding(launched: Mapping[str, str], *, model: str, divides: bool = False) -> bool:
     """Refuse what would divide a model among processes, or compute it in ways that no cache or checkpoint knows.
 
     Args:
         launched: What was found when this process joined its launch, as from `find_sharding`.
         model: ``student`` or ``teacher``: what is to run.
+        divides: Whether it can be divided by FSDP2.
+
+    Returns:
+        Whether FSDP2 was asked for, where the model can be divided by it.
 
     Raises:
         LaunchError: Names what was asked for, where, and what works instead.
     """
-    variables = dict(launched) | find_sharding(os.environ)
+    asked_for = dict(launched) | find_sharding(os.environ)
+    variables = {where: kind for where, kind in asked_for.items() if not (divides and kind == FSDP2)}
     within = _of_this_process() if model == "student" else {}
     if not variables and not within:
-        return
+        return bool(asked_for)
     asked = [f"{kind} ({where})" for where, kind in {**variables, **within}.items()]
     remedies = []
     if variables:

@@ -40,6 +40,7 @@ from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.students.library import core_of
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
+from vlm_distill_cache.stage2_student.students.shards import all_reached, is_sharded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +109,11 @@ class Objective:
         supervised = batch.inputs.labels != IGNORE_INDEX
         rows = supervised | batch.inputs.visual_mask if whole else supervised  # [B, T]
         in_pass = next((name for name, term in present.items() if term.in_pass), None)
+        # Nothing reaches the projector: backward needs a path to it, and DDP and FSDP a gradient of every parameter.
+        unreached, sharded = torch.is_grad_enabled() and not batch.inputs.image_inputs, is_sharded(model)
         with (
             given_gaze(model, batch),
+            all_reached(model) if unreached and sharded else nullcontext(),
             rows_needed(model, supervised),
             record(model, capture, requests) as (maps, states),
         ):
@@ -133,8 +137,7 @@ class Objective:
         for name, term in terms.items():
             if not term.in_pass:
                 total = total + weights[name] * values[name]
-        if torch.is_grad_enabled() and not batch.inputs.image_inputs:
-            # Nothing reached the projector: backward needs a path to it, and DDP a gradient of every parameter.
+        if unreached and not sharded:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     total = total + parameter.sum() * 0.0

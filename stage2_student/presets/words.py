@@ -199,7 +199,7 @@ def words_of_a_run(phases: Sequence[str], phase_options: Sequence[str], trackers
             ("fsdp", "deepspeed"),
             Word(
                 values=dict.fromkeys(("", None, False), SAYS_NOTHING),
-                note="each process holds the whole student; leave it out",
+                note="write sharding=fsdp2 to divide the student among processes",
             ),
         ),
         "resume_from_checkpoint": Word(

@@ -133,13 +133,17 @@ class Milestones:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
-    def reach(self, position: Position, phase: str, log: TrainingLog) -> None:
-        """Score the student, if it is time; every process calls this after every step."""
+    def reach(self, position: Position, phase: str, log: TrainingLog, bring_back: Callable[[], None]) -> None:
+        """Score the student, if it is time; every process calls this after every step.
+
+        ``bring_back`` lets it be what is trained of it; it is called by every process, too.
+        """
         step = position.total_steps
         if self._every is None or (step % self._every and step != self._last):
             return
         log.flush()  # of all processes, and so that trackers are told of steps in their order
         began = time.perf_counter()
+        bring_back()
         if self._scorer is not None:
             with kept_random_numbers(), self._scorer.as_finished():
                 self._score(self._scorer, position, phase, log)

@@ -1,9 +1,10 @@
 """Checkpoints that are whole or absent, and resume a run bit for bit.
 
-``checkpoints/step-00000120/`` holds ``tensors.pt`` (trained parts, optimizer, random state) and ``state.json``. The
-folder is written under a temporary name, flushed and renamed, so that a killed run leaves either a complete
-checkpoint or one that is not looked at. The learning rate and the order of samples are pure functions of the
-position: a phase, a step and a count of samples are all the state there is.
+``checkpoints/step-00000120/`` holds ``tensors.pt`` (trained parts, optimizer, random state) and ``state.json``; of a divided
+student (``sharding``) parts and averages lie beside them, in a file of each process (`shard_files`). The folder is written
+under a temporary name, flushed and renamed, so that a killed run leaves either a complete checkpoint or one that is not
+looked at. The learning rate and the order of samples are pure functions of the position: a phase, a step and a count of
+samples are all the state there is.
 
 A position is believed if the state's own checksum fits, if the run has such a position, and if the folder's name and
 the tensors say the same. A checkpoint of which anything is damaged is named in the log, and the one before is taken.
@@ -31,6 +32,8 @@ from vlm_distill_cache.common.files.disk import AGAIN
 from vlm_distill_cache.common.files.hashing import file_checksum
 from vlm_distill_cache.common.files.rules import ANYTHING, OBJECT, Rule, check, entries, items, record, text
 from vlm_distill_cache.common.files.signed import document_bytes, list_files, read_signed, refuse_out_of_reach
+from vlm_distill_cache.stage2_student.students.shards import as_share
+from vlm_distill_cache.stage2_student.training.shard_files import SUFFIX, plain_state, read_averages, read_values
 
 CHECKPOINTS = "checkpoints"
 STATE = "state.json"
@@ -110,12 +113,12 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk; ``files`` are what it holds, as from `list_files`."""
 
     path: Path
     position: Position
     fingerprint: str
-    checksum: str
+    files: Mapping[str, list[Any]]
 
 
 def _random_state() -> dict[str, Any]:
@@ -152,19 +155,30 @@ def kept_random_numbers() -> Iterator[None]:
 
 
 def write_checkpoint(
-    output: Path, position: Position, *, student: Mapping[str, Any], optimizer: Optimizer, fingerprint: str, keep: int
+    output: Path,
+    position: Position,
+    *,
+    student: Mapping[str, Any],
+    optimizer: Optimizer,
+    fingerprint: str,
+    keep: int,
+    shares: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write one checkpoint atomically, then drop all but the newest ``keep``.
 
     ``student`` is what brings the student back (``TrainedParts.state``); ``fingerprint`` is what the run is, and is
-    compared when it is resumed.
+    compared when it is resumed. ``shares`` writes the values and averages of a divided student into a folder.
     """
     folder = output / CHECKPOINTS
     final = folder / _name(position.total_steps)
     clean_stale(folder)  # from a run that was killed while writing
     said = {"fingerprint": fingerprint, "position": asdict(position)}
-    tensors = {"student": dict(student), "optimizer": optimizer.state_dict(), "random": _random_state(), **said}
+    averages = optimizer.state_dict() if shares is None else plain_state(optimizer)
+    student = dict(student) if shares is None else {**student, "values": {}}
+    tensors = {"student": student, "optimizer": averages, "random": _random_state(), **said}
     with new_directory(final) as temporary:
+        if shares is not None:
+            shares(temporary)
         with (temporary / TENSORS).open("xb") as file:
             try:
                 torch.save(tensors, file)
@@ -175,7 +189,7 @@ def write_checkpoint(
                 ) from error
             file.flush()
             os.fsync(file.fileno())
-        state = document_bytes({**said, "files": list_files(temporary, [TENSORS])})
+        state = document_bytes({**said, "files": list_files(temporary)})
         write_durably(temporary / STATE, state)
         remove(final)  # the same position, from an earlier attempt that was found unusable
     for later in step_folders(output):  # so were these
@@ -239,12 +253,13 @@ def _read_state(path: Path) -> Checkpoint:
             f"{path}: written by an older version of this program, and nothing guards its position; delete "
             f"{path.parent} to begin again, or finish this run with that version"
         )
-    position, (expected, checksum) = Position(**state["position"]), state["files"][TENSORS]
-    if (size := (path / TENSORS).stat().st_size) != expected:
-        raise CacheFormatError(f"{TENSORS} has {size} bytes, expected {expected}")
+    position, files = Position(**state["position"]), state["files"]
+    for name, (expected, _) in {TENSORS: files[TENSORS], **files}.items():
+        if (size := (path / name).stat().st_size) != expected:
+            raise CacheFormatError(f"{name} has {size} bytes, expected {expected}")
     if path.name != _name(position.total_steps):
         raise CacheFormatError(f"{STATE} is of step {position.total_steps}")
-    return Checkpoint(path=path, position=position, fingerprint=state["fingerprint"], checksum=checksum)
+    return Checkpoint(path=path, position=position, fingerprint=state["fingerprint"], files=files)
 
 
 def _name(total_steps: int) -> str:
@@ -291,18 +306,31 @@ def find_resume_point(
 def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Read ``student``, ``optimizer`` and ``random``; nothing but tensors and plain values is unpickled.
 
+    Of a divided student all values are read whole; its optimizer's averages are read by `restore_training`, from the folder
+    under ``shares``.
+
     Raises:
-        CacheFormatError: If the file is damaged, or of another position or run than the state.
+        CacheFormatError: If a file is damaged, or of another position or run than the state.
     """
+    shares = {name for name in checkpoint.files if name.endswith(SUFFIX)}
+    if other := {path.name for path in checkpoint.path.glob(f"*{SUFFIX}")} ^ shares:
+        raise CacheFormatError(f"{checkpoint.path / min(other)}: is not what {STATE} names, or is not there")
+    for name in sorted(checkpoint.files):
+        path = checkpoint.path / name
+        try:
+            whole = file_checksum(path) == checkpoint.files[name][1]
+        except _MISFITS as error:
+            refuse_out_of_reach(path, error)
+            raise CacheFormatError(f"{path}: cannot be read: {error}") from error
+        if not whole:
+            raise CacheFormatError(f"{path}: the checksum is not the one in {STATE}, the file is damaged")
     path = checkpoint.path / TENSORS
     try:
-        whole = file_checksum(path) == checkpoint.checksum
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True) if whole else {}
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        values = read_values(checkpoint.path) if shares else {}
     except _MISFITS as error:
         refuse_out_of_reach(path, error)
         raise CacheFormatError(f"{path}: cannot be read: {error}") from error
-    if not whole:
-        raise CacheFormatError(f"{path}: the checksum is not the one in {STATE}, the file is damaged")
     check(state, _RULE, str(path), remedy="it is left out")
     if (state["fingerprint"], state["position"]) != (checkpoint.fingerprint, asdict(checkpoint.position)):
         raise CacheFormatError(f"{path}: of another position or run than {STATE}")
@@ -314,11 +342,15 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         raise CacheFormatError(f"{path}: optimizer or random numbers are not as they were written: {error}") from error
     if taken != checkpoint.position.step:
         raise CacheFormatError(f"{path}: the optimizer has taken {taken} steps, not {checkpoint.position.step}")
+    if shares:
+        state["student"]["values"], state["shares"] = values, checkpoint.path
     return state
 
 
 def restore_training(state: Mapping[str, Any], optimizer: Optimizer) -> None:
-    """Bring back the optimizer's averages and the random numbers; its settings are the run's.
+    """Bring back the optimizer's averages, of divided parameters this process's share, and the random numbers.
+
+    The optimizer's settings are the run's.
 
     Raises:
         ConfigError: If the averages are of other parameters.
@@ -327,13 +359,20 @@ def restore_training(state: Mapping[str, Any], optimizer: Optimizer) -> None:
     members = [group["params"] for group in own]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
+        found = saved["state"]
         fits = [group["params"] for group in saved["param_groups"]] == members and all(
             value.shape in ((), parameters[number].shape)
-            for number, averages in saved["state"].items()
+            for number, averages in found.items()
             for value in averages.values()
         )
         if fits:
-            optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+            if "shares" in state:
+                found = read_averages(state["shares"], found, optimizer)
+            found = {
+                number: {key: as_share(value, parameters[number]) for key, value in averages.items()}
+                for number, averages in found.items()
+            }
+            optimizer.load_state_dict({"state": found, "param_groups": own})
     except _MISFITS:
         fits = False
     if not fits:

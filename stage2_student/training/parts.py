@@ -229,11 +229,11 @@ class TrainedParts:
             self._merged.append({name: value.detach().cpu().clone() for name, value in adapters.items()})
             merge_adapters(self._student)
 
-    def state(self) -> dict[str, Any]:
-        """What brings this student back: tensors and plain values."""
+    def state(self, student: Any = None) -> dict[str, Any]:
+        """What brings this student back, tensors and plain values; of a divided ``student`` that is trained in its place."""
         values = {
             name: value.detach()
-            for name, value in self._student.named_parameters()
+            for name, value in (student or self._student).named_parameters()
             if plain_name(name) in self._changed or _MARK in name
         }
         # Those into weights that were trained as such later are in the values.

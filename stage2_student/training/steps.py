@@ -22,6 +22,7 @@ from vlm_distill_cache.stage2_student.batches.prefetch import Prefetcher
 from vlm_distill_cache.stage2_student.batches.sampler import micro_batch_count, split_step
 from vlm_distill_cache.stage2_student.config import PhaseConfig, RateName, Schedule, TrainConfig
 from vlm_distill_cache.stage2_student.losses.objective import Losses, units_of
+from vlm_distill_cache.stage2_student.students.shards import whole_number
 from vlm_distill_cache.stage2_student.training.extension import earlier_training
 from vlm_distill_cache.stage2_student.training.preparation import PreparedPhase
 
@@ -161,7 +162,10 @@ def _count_entries(batch: TrainingBatch, vocabulary: int) -> tuple[int, int]:
 
 
 def gradient_sync(accelerator: Accelerator, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-    """Exchange gradients between processes on a step's last micro-batch only."""
+    """Exchange gradients between processes on a step's last micro-batch only; of a divided student after each.
+
+    Its gradients would be whole on every process until then.
+    """
     return nullcontext() if last else accelerator.no_sync(model)
 
 
@@ -177,7 +181,7 @@ def clip_gradients(
 
     The losses are this process's, the norm is the same on all; ``where`` is phase and step, counted from 1.
     """
-    norm = accelerator.clip_grad_norm_(parameters, clip)
+    norm = whole_number(accelerator.clip_grad_norm_(parameters, clip))
     losses = sum_terms(terms)
     # One wait for the device a step; without it the next checkpoint would hold the ruined student.
     if not bool(torch.stack([norm, *losses.values()]).isfinite().all()):

@@ -3,10 +3,12 @@
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lora_runs
 import pytest
+import sharded_runs
 import tower_runs
 import train_runs
 from accelerate.state import AcceleratorState
@@ -16,6 +18,7 @@ from finished_runs import make_config
 from tiny_cache import build_tiny_cache
 
 from vlm_distill_cache.stage2_student.run import run
+from vlm_distill_cache.stage2_student.train import train
 
 # Tiny checkpoints of every family, which the tests of stage one make.
 sys.path.append(str(Path(__file__).parents[1] / "stage1_teacher"))
@@ -30,8 +33,9 @@ def tiny_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def in_two_processes(tiny_cache, tmp_path_factory):
-    """The folders of the runs of `train_runs`, `lora_runs` and `tower_runs`, and of `fused_models`, in two processes.
+    """The folders of the runs of `train_runs`, `lora_runs`, `tower_runs` and `sharded_runs`, and of `fused_models`.
 
+    All in two processes, but those that are called ``-one``; ``sharded-on`` goes on where one process stopped.
     Whoever of the workers comes first trains them for all: starting torch twice takes longer than the runs.
     """
     home = tmp_path_factory.getbasetemp()
@@ -43,9 +47,17 @@ def in_two_processes(tiny_cache, tmp_path_factory):
             scored = {"evaluation": train_runs.ON_THE_WAY}
             configs = [make(tiny_cache[0], folder / name, **scored) for name, make in made.items()]
             configs.append(tower_runs.make_config(tower_runs.mixed_cache(folder / "mixed"), folder / "tower"))
+            one = {name: folder / f"{name}-one" for name in ("sharded", "tower")}
+            train(sharded_runs.make_config(tiny_cache[0], one["sharded"]))
+            train(tower_runs.make_config(folder / "mixed", one["tower"]))
+            sharded_runs.stopped_behind(2, one["sharded"], folder / "sharded-on")
+            sharded = [folder / name for name in ("sharded", "sharded-on")]
+            configs += [sharded_runs.make_config(tiny_cache[0], output, sharding="fsdp2") for output in sharded]
+            configs.append(replace(configs[2], output=str(folder / "sharded-tower"), sharding="fsdp2"))
             train_in_two_processes(folder, *configs)
             (folder / "done").touch()
-    return {name: folder / name for name in ("plain", "lora", "tower", "mixed")} | {"fused": folder}
+    made = ("plain", "lora", "tower", "mixed", "sharded", "sharded-on", "sharded-tower", "sharded-one", "tower-one")
+    return {name: folder / name for name in made} | {"fused": folder}
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Whatever would divide a model is refused, whoever asks and however; what asks for nothing is not."""
+"""Whatever would divide a model is refused, whoever asks and however, but FSDP2 of a student; what asks for nothing is not."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from vlm_distill_cache.common.errors import LaunchError
 from vlm_distill_cache.common.terminal import command_line, sharding
-from vlm_distill_cache.common.terminal.launch import enter_launch
+from vlm_distill_cache.common.terminal.launch import enter_launch, ignored_options
 from vlm_distill_cache.common.terminal.sharding import find_sharding, refuse_sharding
 
 # As `accelerate launch` sets them, by its flags.
@@ -33,7 +33,7 @@ HARMLESS = {
     "ACCELERATE_USE_FSDP": "off", "ACCELERATE_USE_DEEPSPEED": "n", "ACCELERATE_USE_MEGATRON_LM": "F",
     "ACCELERATE_MIXED_PRECISION": "bf16",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "1", "PARALLELISM_CONFIG_CP_BACKEND": "torch",
-    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "8", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "FSDP_VERSION": "2",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "8", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "FSDP_OFFLOAD_PARAMS": "true",
 }  # fmt: skip
 
 
@@ -55,6 +55,58 @@ def test_variables_that_ask_for_it_are_found_among_those_that_do_not(asked: str)
     name, _, value = asked.partition("=")
     assert find_sharding(HARMLESS) == {}
     assert find_sharding(HARMLESS | {name: value}) == {asked: ASKED[asked]}
+
+
+# As `accelerate launch --use_fsdp --fsdp_version 2` sets them.
+SECOND = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_SHARDING_STRATEGY": "FULL_SHARD", "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_USE_ORIG_PARAMS": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_SYNC_MODULE_STATES": "true", "FSDP_FORWARD_PREFETCH": "false",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", [None, "1", "2"])
+def test_the_second_version_of_fsdp_divides_a_student_in_training_and_nothing_else(version: str | None, monkeypatch):
+    asked = {name: value for name, value in SECOND.items() if name != "FSDP_VERSION"}
+    asked |= {} if version is None else {"FSDP_VERSION": version}
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    kind = "FSDP2" if version == "2" else "FSDP"
+    for model, divides in (("student", False), ("teacher", False), ("student", version != "2")):
+        with pytest.raises(LaunchError, match=rf"not supported: {kind} \(ACCELERATE_USE_FSDP=true\)\."):
+            refuse_sharding({}, model=model, divides=divides)
+    if version == "2":
+        assert refuse_sharding({}, model="student", divides=True)
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(LaunchError, match=r"not supported: DeepSpeed .*`unset ACCELERATE_USE_DEEPSPEED`"):
+            refuse_sharding({}, model="student", divides=True)
+
+
+def test_a_student_is_not_divided_where_nobody_asks():
+    assert not refuse_sharding({}, model="student", divides=True)
+
+
+def test_parameters_of_fsdp_in_main_memory_are_refused(monkeypatch):
+    for name, value in (SECOND | {"FSDP_OFFLOAD_PARAMS": "True"}).items():
+        monkeypatch.setenv(name, value)
+    said = r"not supported: parameters in main memory \(FSDP_OFFLOAD_PARAMS=True\)\. .*`unset FSDP_OFFLOAD_PARAMS`"
+    with pytest.raises(LaunchError, match=said):
+        refuse_sharding({}, model="student", divides=True)
+
+
+def test_of_the_options_beside_fsdp2_those_are_named_that_are_not_done_here():
+    """Of accelerate's defaults only that each process reads the whole student."""
+    assert ignored_options(SECOND) == ["FSDP_CPU_RAM_EFFICIENT_LOADING=true"]
+    own = SECOND | {
+        "FSDP_RESHARD_AFTER_FORWARD": "false",
+        "FSDP_ACTIVATION_CHECKPOINTING": "true",
+        "FSDP_OFFLOAD_PARAMS": "1",
+    }
+    assert ignored_options(own) == [
+        "FSDP_ACTIVATION_CHECKPOINTING=true (here: gradient_checkpointing)",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING=true",
+        "FSDP_RESHARD_AFTER_FORWARD=false",
+    ]
 
 
 @pytest.mark.parametrize("command", [("distill", "train"), ("distill", "run"), ("teacher-cache", "build")])

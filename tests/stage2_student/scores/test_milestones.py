@@ -60,7 +60,7 @@ def reach_all(output, values, *, by="likelihood", every=2):
     for step, value in enumerate(values, 1):
         current["value"] = value
         log.add({"total": torch.tensor(1.0)}, step=step, phase="dft")
-        scored.reach(Position(total_steps=step), "dft", log)
+        scored.reach(Position(total_steps=step), "dft", log, lambda: None)
     after = torch.get_rng_state(), np.random.get_state()[1], random.getstate()  # noqa: NPY002
     assert torch.equal(before[0], after[0])
     assert (before[1] == after[1]).all()
@@ -96,7 +96,7 @@ def test_a_step_that_cannot_be_scored_is_said_and_passed_over(tmp_path, caplog):
 def test_without_scorer_nothing_is_written(tmp_path):
     scored = Milestones(tmp_path, Accelerator(cpu=True), None, every=None, last=2, run="run")
     scored.resume(Position(), earlier=None)
-    scored.reach(Position(total_steps=2), "dft", None)
+    scored.reach(Position(total_steps=2), "dft", None, lambda: None)
     assert not list(tmp_path.iterdir())
 
 
@@ -135,7 +135,7 @@ def live(output, values, *, begin=0, kill=(0, "")):
     with contextlib.suppress(KilledError):
         for step, value in enumerate(values[begin:], begin + 1):
             current.update(step=step, value=value)
-            scored.reach(Position(total_steps=step), "dft", log)
+            scored.reach(Position(total_steps=step), "dft", log, lambda: None)
             die("scored")
             if step % 3 == 0 or step == len(values):
                 begin = step

@@ -70,7 +70,7 @@ export TOKENIZERS_PARALLELISM := false
 # Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
 .SILENT:
 
-.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-several experiment-smollm test test-all checks format docs bench bench-compare bench-codec full-size battery matrix harness lock sbom audit clean
+.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-several experiment-smollm test test-all checks format docs bench bench-compare bench-codec full-size gpu-check battery matrix harness lock sbom audit clean
 
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -184,6 +184,9 @@ bench-codec: $(STAMP) ## Bytes and fidelity of every codec preset, on synthetic 
 
 full-size: $(STAMP) ## Published models at full size with random weights, on the CPU (about an hour; 24 GiB, 45 GB of disk)
 	$(BIN)/python -m tests.benchmarks.full_size
+
+gpu-check: $(STAMP) ## What no CPU can show, in under 8 minutes of one GPU: tests, both stages at 7B and 1.7B, memory, FSDP2
+	$(BIN)/python -m tests.benchmarks.gpu_check
 
 battery: $(STAMP) ## Kills, damages, hostile values, faulty transfers, full disks, a long run (half an hour on 2 cores)
 	$(BIN)/python -m tests.battery.battery

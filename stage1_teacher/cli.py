@@ -195,7 +195,7 @@ def build(
     from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
     from vlm_distill_cache.stage1_teacher.planning.extension import stated
-    from vlm_distill_cache.stage1_teacher.planning.parts import choose_part, local_device
+    from vlm_distill_cache.stage1_teacher.planning.parts import choose_part, local_device, refuse_shared_gpus
     from vlm_distill_cache.stage1_teacher.report import next_command, summary_text, summary_values
 
     own, local = choose_part(part, enter_launch())
@@ -210,6 +210,7 @@ def build(
             f"--nproc {nproc} with device_map={settings.device_map}: each process would spread the teacher over the "
             "same devices. Leave one of the two out."
         )
+    refuse_shared_gpus(settings, nproc or 1)
     quiet_libraries()
     if dry_run:
         from vlm_distill_cache.stage1_teacher.planning.preview import preview_build

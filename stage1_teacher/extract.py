@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
-import torch
-
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest, refuse_nothing_usable, seal
 from vlm_distill_cache.common.cache.plan import PLAN, Plan, read_plan, refuse_changed_plan
 from vlm_distill_cache.common.cache.sidecar import missing_shards, sidecar_path
 from vlm_distill_cache.common.config import save_replay
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
+from vlm_distill_cache.common.terminal.processes import run_apart
 from vlm_distill_cache.common.terminal.progress import ProgressLines, hide_library_bars, progress
 from vlm_distill_cache.common.tools.sinks import write_sinks
 from vlm_distill_cache.common.tools.trust import trust_built
@@ -40,7 +39,16 @@ from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
     stored_plan,
 )
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
-from vlm_distill_cache.stage1_teacher.planning.parts import ANY, WHOLE, Part, fix_batch_size, fix_threads, run_parts
+from vlm_distill_cache.stage1_teacher.planning.parts import (
+    ANY,
+    WHOLE,
+    Part,
+    fix_batch_size,
+    fix_threads,
+    refuse_shared_gpus,
+    run_parts,
+    uses_gpu,
+)
 from vlm_distill_cache.stage1_teacher.planning.turns import take_turns
 from vlm_distill_cache.stage1_teacher.quality.card import write_card
 from vlm_distill_cache.stage1_teacher.quality.fidelity import measure_fidelity
@@ -159,17 +167,20 @@ def extract_with_processes(
     Raises:
         ProcessFailedError: With the first failure; finished shards are kept.
     """
+    refuse_shared_gpus(config, processes)
     config = fix_threads(config, several=True, overwrite=overwrite)
     if processes == 1:
         return extract(config, overwrite=overwrite, part=part)
-    cache_dir, work = begin(config, overwrite=overwrite, several=True)
-    plan = work.plan
+    if uses_gpu(config):  # a context on a GPU takes half a gigabyte of it as long as its process lives
+        teacher = run_apart(_begin_several, config, overwrite, name="plans the cache")
+    else:
+        teacher = _begin_several(config, overwrite)
+    cache_dir = Path(config.cache)
+    plan = read_plan(cache_dir)
     before = missing_shards(cache_dir, plan)
     if config.teacher:  # a name on the hub is asked for once
-        config = replace(config, teacher=str(work.teacher.directory))
-    del work  # the others need the memory of the GPU
+        config = replace(config, teacher=str(teacher))
     gc.collect()
-    torch.cuda.empty_cache()
     with in_use(cache_dir):
         started = time.monotonic()
         part = part.for_resume(before)
@@ -195,6 +206,11 @@ def extract_with_processes(
             return summary
         built = set(todo) - set(missing)
         return replace(summary, built=len(built), samples=_samples_of(plan, built), seconds=seconds)
+
+
+def _begin_several(config: BuildConfig, overwrite: bool) -> Path:
+    """Write the plan for several processes; returns the teacher's folder. The teacher itself is gone then."""
+    return begin(config, overwrite=overwrite, several=True)[1].teacher.directory
 
 
 def _extract_part(config: BuildConfig, part: Part) -> None:

@@ -49,6 +49,16 @@ def unknown_words(unknown: int | None, rows: int) -> str:
     return f"{unknown:,} of {rows:,} targets ({share:.3g} %) are words that the tokenizer lacks" if unknown else ""
 
 
+def divided_words(divided: int) -> str:
+    """How many batches ran in parts; empty if none did."""
+    batches = "1 batch" if divided == 1 else f"{divided:,} batches"
+    return (
+        f"{batches} ran in parts, for lack of memory: last bits may differ from those of another build"
+        if divided
+        else ""
+    )
+
+
 def kept_reason(reason: str) -> str:
     """A reason as a cache keeps it: at most 300 characters that print, on one line; long quotations are cut inside."""
     return brief(reason)
@@ -123,6 +133,7 @@ class SampleCounts:
         pictures: Records with a picture; None: one of the shards does not say.
         shown: Their pictures and frames of videos, where samples may have several; else 0.
         unknown: Rows whose target is a word that the tokenizer lacks; None: one of the shards does not say.
+        divided: Batches that ran in parts, for lack of memory.
     """
 
     shards: int = 0
@@ -131,6 +142,7 @@ class SampleCounts:
     pictures: int | None = 0
     shown: int = 0
     unknown: int | None = 0
+    divided: int = 0
     failures: FailureCounts = field(default_factory=FailureCounts)
 
     def add(self, sidecar: ShardSidecar) -> None:
@@ -141,6 +153,7 @@ class SampleCounts:
         self.pictures = _sum(self.pictures, sidecar.pictures)
         self.shown += shown_in(sidecar)
         self.unknown = _sum(self.unknown, None if sidecar.unknown is None else sidecar.unknown.rows)
+        self.divided += sidecar.divided
         self.failures.add(sidecar.failed)
 
     def card_lines(self) -> str:
@@ -150,6 +163,7 @@ class SampleCounts:
             f"- Size: {self.samples} records, {self.rows} supervised rows; {self.failures.total} samples could not be used\n"
             f"- Pictures: {picture_words(self.pictures, self.samples, self.shown)}\n"
             + (f"- Unknown words: {words}\n" if words else "")
+            + (f"- Memory: {divided}\n" if (divided := divided_words(self.divided)) else "")
         )
 
 

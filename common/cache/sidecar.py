@@ -85,6 +85,8 @@ class ShardSidecar:
         failed: ``(sample_id, reason)`` of each sample that could not be read.
         pictures: Records of samples with a picture; None: written before this was counted.
         unknown: Rows that teach an unknown word; None: not counted.
+        divided: Batches for which memory did not suffice, and that ran in parts: the last bits of their records may not be
+            those of a build with more memory.
     """
 
     index: int
@@ -95,6 +97,7 @@ class ShardSidecar:
     failed: tuple[tuple[str, str], ...] = ()
     pictures: int | None = None
     unknown: UnknownWords | None = None
+    divided: int = 0
     format_version: int = ONE_PICTURE
 
     @property
@@ -107,6 +110,8 @@ class ShardSidecar:
         counted: dict[str, Any] = {} if self.pictures is None else {"pictures": self.pictures}
         if self.unknown is not None:
             counted["unknown"] = self.unknown.to_dict()
+        if self.divided:
+            counted["divided_batches"] = self.divided
         return {
             "format_version": self.format_version,
             "index": self.index,
@@ -141,6 +146,7 @@ class ShardSidecar:
             failed=tuple((f["sample_id"], f["reason"]) for f in values["failed"]),
             pictures=values.get("pictures"),
             unknown=unknown,
+            divided=values.get("divided_batches", 0),
             format_version=values["format_version"],
         )
 

@@ -23,6 +23,9 @@ from vlm_distill_cache.common.codecs.visual_map import FilteredMaps, VisualMapCo
 from vlm_distill_cache.common.errors import CacheMismatchError, SampleError, TemperatureNotCachedError
 
 _CHUNK_ELEMENTS = 2**24  # logits worked on at once: 64 MiB per float32 copy
+# Logits on a GPU beyond which it is waited for to see which rows are tied. About 40 bytes a logit are read and written for
+# the exact pass on all rows: for fewer logits that is 3 ms at 2 TB/s, no more than a GPU idles that was waited for.
+_WORTH_LOOKING = 2**27
 
 
 @overload
@@ -133,7 +136,8 @@ def select_entries(
         labels: int64 `[A]`, the target token of each row.
         chunk_rows: Rows worked on at once; by default as many as hold 2^24 logits.
         checked: False: a row that is no distribution is not refused but comes back with a NaN as its first
-            log-probability, and labels are checked only if they lie on the CPU. A GPU is then not waited for.
+            log-probability, and labels are checked only if they lie on the CPU. A GPU is then not waited for, but with
+            more than 2^27 logits.
 
     Returns:
         Rows on the device of `logits`; on a GPU `max_k` wide, because a narrower width would have to be waited for.
@@ -153,9 +157,10 @@ def select_entries(
         )
     labels = labels.to(device=logits.device, dtype=torch.int64, non_blocking=True)
     step = chunk_rows or max(1, _CHUNK_ELEMENTS // vocabulary)
+    find_ties = logits.device.type == "cpu" or logits.numel() > _WORTH_LOOKING
     parts = [
-        _select_chunk(codec, logits[start : start + step], labels[start : start + step], start, checked=checked)
-        for start in range(0, rows, step)
+        _select_chunk(codec, logits[start:end], labels[start:end], start, checked=checked, find_ties=find_ties)
+        for start, end in ((start, start + step) for start in range(0, rows, step))
     ]
     if parts:
         return SparseLogits.cat(parts)
@@ -164,14 +169,16 @@ def select_entries(
     return SparseLogits(empty.long(), empty, empty.bool(), tails, codec.temperatures)
 
 
-def _select_chunk(codec: LogitCodec, logits: Tensor, labels: Tensor, first_row: int, *, checked: bool) -> SparseLogits:
+def _select_chunk(
+    codec: LogitCodec, logits: Tensor, labels: Tensor, first_row: int, *, checked: bool, find_ties: bool
+) -> SparseLogits:
     dense = logits.to(torch.float32, copy=True)  # [A, V]; masked in place below
     largest = dense.amax(dim=1, keepdim=True)  # [A, 1]
     if checked:
         _check_largest(largest[:, 0], dense, first_row)
     limit = min(codec.max_k, dense.shape[1])
     on_cpu = dense.device.type == "cpu"  # nothing is waited for there
-    values, ids = _top_by_lowest_id(dense, limit, find_ties=on_cpu)  # [A, limit]
+    values, ids = _top_by_lowest_id(dense, limit, find_ties=find_ties)  # [A, limit]
     # Ranks are those of the logits as given; sums of large ones would lose their last digits.
     dense, values = dense.sub_(largest), values - largest
     normaliser = torch.logsumexp(dense, dim=1)  # [A], 0 to log V
@@ -225,8 +232,8 @@ def _top_by_lowest_id(dense: Tensor, count: int, *, find_ties: bool) -> tuple[Te
 
     `topk` breaks ties as it likes; with bfloat16 logits ties at the last rank are the rule. So one more
     value is looked at: only rows where it equals the last kept one need a second, exact pass, and only rows with any
-    equal values are sorted anew. Without `find_ties` all rows get both: on a GPU, which ones need it would have to be
-    waited for, and the passes cost little.
+    equal values are sorted anew. Without `find_ties` all rows get both: which ones need them a GPU would have to be
+    waited for, and of few rows the passes cost less.
     """
     vocabulary = dense.shape[1]
     values, ids = dense.topk(min(count + 1, vocabulary), dim=1)

@@ -201,6 +201,20 @@ class VisualDecoder(Around):
         return outputs
 
 
+def rows_of(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Hidden states ``[A, D]`` of some rows, bool ``[B, T]``; of rows on the CPU no GPU is waited for.
+
+    Raises:
+        ModelError: If the output projection is given other rows.
+    """
+    if hidden.shape[:2] != rows.shape:
+        raise ModelError(
+            f"the output projection was given {list(hidden.shape[:2])} rows, expected {list(rows.shape)}; this model cannot be used"
+        )
+    index = rows.flatten().nonzero()[:, 0]
+    return hidden.flatten(0, 1)[index.to(hidden.device, non_blocking=True)]
+
+
 class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     """A visual decoder with its output projection; subclasses name config and decoder.
 
@@ -300,7 +314,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         if supervised is not None:
-            hidden = hidden[supervised]  # [A, D]
+            hidden = rows_of(hidden, supervised)  # [A, D]
             if on_rows is not None:
                 return on_rows(hidden, self.lm_head)
         elif isinstance(logits_to_keep, Tensor):

@@ -70,20 +70,67 @@ def run_processes(
             connection.close()
 
 
-def _raise_failure(name: str, process: SpawnProcess, connection: Connection, *, kept: str) -> NoReturn:
+def run_apart(target: Callable[..., Any], *arguments: Any, name: str) -> Any:
+    """The result of ``target`` in a fresh process: whatever it held of a GPU, its context too, is free when this returns.
+
+    Args:
+        target: Function of a module; arguments and result are pickled.
+        name: What messages call it.
+
+    Raises:
+        DistillError: As ``target`` raised it; or OSError.
+        ProcessFailedError: If the process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    named = (target.__module__, target.__name__)
+    process = context.Process(target=_apart, args=(*named, arguments, there))
+    with without_interrupts():
+        process.start()
+    there.close()
+    try:
+        failed, outcome = here.recv()
+    except EOFError as error:
+        process.join()
+        raise ProcessFailedError(f"the process that {name} failed: {_ended(process)}") from error
+    except BaseException:  # this one is stopped
+        process.terminate()
+        raise
+    finally:
+        process.join()
+        here.close()
+    if failed:
+        raise outcome
+    return outcome
+
+
+def _apart(module: str, target: str, arguments: tuple[Any, ...], connection: Connection) -> None:
+    end_with_parent()
+    start_logging()
+    quiet_libraries()
+    try:
+        outcome = False, getattr(importlib.import_module(module), target)(*arguments)
+    except (DistillError, OSError) as error:
+        outcome = True, error
+    connection.send(outcome)
+
+
+def _ended(process: SpawnProcess) -> str:
     code = process.exitcode or 0
+    if code < 0:
+        return f"it was killed by {signal.Signals(-code).name}; if nobody did that, memory ran out"
+    return f"it ended with exit code {code}; what it printed is above"
+
+
+def _raise_failure(name: str, process: SpawnProcess, connection: Connection, *, kept: str) -> NoReturn:
     told = ""
     if connection.poll():
         try:
             told = connection.recv()
         except EOFError:  # it died before it could say anything
             told = ""
-    if not told:
-        told = f"it ended with exit code {code}; what it printed is above"
-        if code < 0:
-            told = f"it was killed by {signal.Signals(-code).name}; if nobody did that, memory ran out"
     raise ProcessFailedError(
-        f"the process of {name} failed: {told}\n"
+        f"the process of {name} failed: {told or _ended(process)}\n"
         f"The others were stopped; {kept}. Fix that, then run the same command again "
         "(another number of processes is fine)."
     )

@@ -60,7 +60,7 @@ def convert(
             unknown = replace(unknown, rows=0)  # they are counted again
         write_records(
             target, plan, index, records, sidecar.failed,
-            unknown=unknown, tells_pictures=sidecar.pictures is not None,
+            unknown=unknown, divided=sidecar.divided, tells_pictures=sidecar.pictures is not None,
         )  # fmt: skip
 
     files = [(open_remote(source), side_files_of(cache.manifest, copied=True))]

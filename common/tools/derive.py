@@ -147,19 +147,21 @@ def write_records(
     failed: Iterable[tuple[str, str]],
     *,
     unknown: UnknownWords | None = None,
+    divided: int = 0,
     tells_pictures: bool = True,
 ) -> None:
     """Write a shard of these records, by sample id, and of the samples that failed; one that is there stays.
 
     Args:
         unknown: How rows that teach an unknown word are counted, and with how many it begins; None: not.
+        divided: Batches of the records that ran in parts, where they are all of a shard.
         tells_pictures: Whether records with a picture are counted.
     """
     if sidecar_path(target, index).exists():
         return
     writer = open_writer(plan.store, target, index, plan.all_fields)
     try:
-        writer.unknown = unknown
+        writer.unknown, writer.divided = unknown, divided
         writer.pictures = 0 if tells_pictures else None
         for sample_id, record in records:
             writer.append(sample_id, record)

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.cache.counts import SampleCounts, picture_words, unknown_words
+from vlm_distill_cache.common.cache.counts import SampleCounts, divided_words, picture_words, unknown_words
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
 from vlm_distill_cache.common.cache.plan import BASE, Plan, built_with, read_plan
 from vlm_distill_cache.common.cache.schema import Field, base_fields
@@ -84,6 +84,7 @@ def describe_cache(cache_dir: Path, *, location: str | None = None) -> str:
         f"rows            {totals.rows:,} supervised, {totals.rows / max(1, totals.samples):.1f} a sample",
         f"pictures        {picture_words(totals.pictures, totals.samples, totals.shown)}",
         *([f"unknown words   {words}"] if (words := unknown_words(totals.unknown, totals.rows)) else []),
+        *([f"memory          {words}"] if (words := divided_words(totals.divided)) else []),
         "",
         *_size_lines(plan, totals),
         "",

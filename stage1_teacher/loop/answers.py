@@ -18,7 +18,7 @@ from vlm_distill_cache.data.sample import Sample, Turn, with_answers
 from vlm_distill_cache.data.text.collate import joinable, length_buckets
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.data.text.generation import Generated, Sampling, generate_answers
-from vlm_distill_cache.stage1_teacher.loop.forward import one_checkpoint
+from vlm_distill_cache.stage1_teacher.loop.forward import halves, one_checkpoint
 from vlm_distill_cache.stage1_teacher.loop.spool import Spool
 from vlm_distill_cache.stage1_teacher.loop.work import Build, told
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
@@ -98,7 +98,7 @@ def _answer_turn(
     for number, bucket in enumerate(length_buckets([len(prompt) for prompt in prompts], batch_size)):
         for part, chosen in enumerate(joinable([prompts[place] for place in bucket])):
             seed = _seed(codec.seed, shard.index, turn, number, *([part] if part else []))
-            for prompt, found in zip(chosen, _answers_of(work, codec, chosen, seed), strict=True):
+            for prompt, found in zip(chosen, _answers_of(work, shard, chosen, seed), strict=True):
                 if isinstance(found, ModelError):
                     unread.append((prompt.sample_id, found))
                 elif found.problem:
@@ -122,16 +122,25 @@ class _Answer:
 
 
 def _answers_of(
-    work: Build, codec: AnswersCodec, prompts: Sequence[EncodedSample], seed: int
+    work: Build, shard: EncodedShard, prompts: Sequence[EncodedSample], seed: int
 ) -> list[_Answer | ModelError]:
-    """The answer to each prompt; where the teacher cannot read a batch, each has another try alone."""
+    """The answer to each prompt; where the teacher cannot read a batch, each has another try alone.
+
+    A batch for which memory does not suffice is answered in halves.
+    """
+    codec: AnswersCodec = work.codecs[ANSWERS]
+    made: Generated | None
     try:
         with one_checkpoint(work, prompts):
             made = _generate(work, codec, prompts, seed)
     except ModelError as error:
         if len(prompts) == 1:
             return [error]
-        return [found for prompt in prompts for found in _answers_of(work, codec, [prompt], seed)]
+        return [found for prompt in prompts for found in _answers_of(work, shard, [prompt], seed)]
+    except torch.OutOfMemoryError:
+        made = None  # behind this block its tensors are gone
+    if made is None:
+        return [found for part in halves(shard, prompts) for found in _answers_of(work, shard, part, seed)]
     work.teacher.has_read = True
     answers: list[_Answer | ModelError] = []
     for answer, finished, finite in zip(made.texts, made.finished, made.finite, strict=True):

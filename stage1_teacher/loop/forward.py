@@ -3,8 +3,13 @@
 A background thread collates ahead. The thread that drives the teacher queues a batch, the reduction of its output and
 the copies to the CPU, and only then looks at the results of the batch before it. Whether those are finite is known
 one batch late. On a CPU the same code runs, and nothing is ever pending.
+
+A batch for which memory does not suffice runs again in two halves, and these if need be. Which samples run together decides
+the last bits of what is cached, so the shard keeps how many batches did (`EncodedShard.divided`); the plan's batch size stays,
+and is tried with every other batch.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +34,8 @@ from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard, run_ahead
 from vlm_distill_cache.stage1_teacher.teacher.inputs import TeacherInputs
 
+logger = logging.getLogger(__name__)
+
 BATCHES_AHEAD = 1
 _DEVICE = re.compile(r"CUDA|cuDNN|CUBLAS|NCCL|HIP")  # in errors that a GPU and its libraries raise
 
@@ -52,6 +59,7 @@ class _Queued:
     signals: TeacherSignals | None = None
     events: tuple[torch.cuda.Event, ...] = ()
     fault: ModelError | SampleError | None = None
+    too_large: bool = False
 
     def finish(self) -> tuple[Batch, TeacherSignals]:
         """Wait for the signals.
@@ -133,7 +141,7 @@ def _prepare(work: Build, samples: Sequence[EncodedSample]) -> _Ready:
 
 @torch.inference_mode()
 def _queue(work: Build, ready: _Ready) -> _Queued:
-    """Queue a batch, and the copies of what is kept of its output; waits for nothing."""
+    """Queue a batch, and the copies of what is kept of its output; waits for nothing, but of many rows (`select_entries`)."""
     samples, batch = ready.samples, ready.batch
     if batch is None:
         return _Queued(samples=samples, fault=ready.fault)
@@ -141,10 +149,12 @@ def _queue(work: Build, ready: _Ready) -> _Queued:
         with one_checkpoint(work, samples):
             output = work.run(batch, ready.inputs)
         signals = reduce_output(output, batch, work.codecs, checked=False)
+        copied = to_cpu(signals, non_blocking=True)
+        return _Queued(samples=samples, batch=batch, signals=copied, events=copies_done(signals))
     except (ModelError, SampleError) as error:
         return _Queued(samples=samples, fault=error)
-    copied = to_cpu(signals, non_blocking=True)
-    return _Queued(samples=samples, batch=batch, signals=copied, events=copies_done(signals))
+    except torch.OutOfMemoryError:
+        return _Queued(samples=samples, too_large=True)
 
 
 def _finish(
@@ -152,8 +162,12 @@ def _finish(
 ) -> Iterator[tuple[Batch, TeacherSignals]]:
     """Wait for a batch; where one of its samples cannot be used, each has another try alone.
 
-    Those that the teacher cannot read are added to ``unread``.
+    One that was too large runs again in halves. Those that the teacher cannot read are added to ``unread``.
     """
+    if queued.too_large:
+        for part in halves(shard, queued.samples):
+            yield from _finish(work, shard, _queue(work, _prepare(work, part)), unread)
+        return
     try:
         found = queued.finish()
     except (ModelError, SampleError):
@@ -172,26 +186,62 @@ def _finish(
         yield found
 
 
+def halves(shard: EncodedShard, samples: Sequence[EncodedSample]) -> tuple[Sequence[EncodedSample], ...]:
+    """Both halves of a batch for which memory did not suffice, which is said and kept; its tensors must be gone.
+
+    Raises:
+        ModelError: If it is a single sample.
+    """
+    torch.cuda.empty_cache()
+    count, longest = len(samples), max(map(len, samples))
+    if count == 1:
+        raise ModelError(
+            f"{named([samples[0].sample_id])}: memory does not suffice for its {longest} tokens beside the teacher; end what "
+            "else runs on the device, spread the teacher over several (device_map=auto), quantise it (quantisation=8bit), or "
+            "set a smaller max_length"
+        )
+    logger.warning(
+        "out of memory with %d samples of up to %d tokens: they run in halves, which takes longer; the cache says how many "
+        "batches did. A new cache with batch_size=%d does not try so many at once", count, longest, count // 2,
+    )  # fmt: skip
+    shard.divided.append(count)
+    return samples[: count // 2], samples[count // 2 :]
+
+
 def _fail(shard: EncodedShard, sample: EncodedSample, error: SampleError | ModelError) -> None:
     shard.samples.remove(sample)
     shard.fail(sample.sample_id, f"teacher: {error}")
 
 
-@torch.inference_mode()
 def run_alone(work: Build, sample: EncodedSample) -> tuple[Batch, dict[str, Tensor], TeacherSignals]:
     """Run one sample; its batch, what the teacher found, on its device, and what codecs get of that, on the CPU.
 
     Raises:
         SampleError: If it cannot be used; ModelError, if the teacher cannot read it.
     """
-    ready = _prepare(work, [sample])
+    batch, output, signals = run_once(work, [sample])
+    check_finite(signals)
+    return batch, output, signals
+
+
+@torch.inference_mode()
+def run_once(
+    work: Build, samples: Sequence[EncodedSample], *, checked: bool = True
+) -> tuple[Batch, dict[str, Tensor], TeacherSignals]:
+    """Run some samples in one pass, which is not divided; the results are as of `run_alone`.
+
+    Args:
+        checked: Refuse logits that are not finite.
+
+    Raises:
+        torch.OutOfMemoryError: If memory does not suffice; others as of `run_alone`.
+    """
+    ready = _prepare(work, samples)
     if ready.batch is None or ready.inputs is None:
         raise ready.fault or SampleError("it cannot be prepared")
-    with one_checkpoint(work, [sample]):
+    with one_checkpoint(work, samples):
         output = work.run(ready.batch, ready.inputs)
-    signals = to_cpu(reduce_output(output, ready.batch, work.codecs))
-    check_finite(signals)
-    return ready.batch, output, signals
+    return ready.batch, output, to_cpu(reduce_output(output, ready.batch, work.codecs, checked=checked))
 
 
 @contextmanager

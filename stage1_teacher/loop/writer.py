@@ -31,12 +31,17 @@ SHOWN_FAILURES = 5
 
 @dataclass
 class EncodedShard:
-    """One shard's samples, ready for the teacher; failures with their reasons; answers that the teacher wrote."""
+    """One shard's samples, ready for the teacher; failures with their reasons; answers that the teacher wrote.
+
+    Attributes:
+        divided: Samples of each batch that memory did not suffice for, and that ran in parts.
+    """
 
     index: int
     samples: list[EncodedSample] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     answers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    divided: list[int] = field(default_factory=list)
 
     def fail(self, sample_id: str, reason: str) -> None:
         """Record a failure; a reason may quote from the data whatever is there."""
@@ -159,7 +164,8 @@ class Writer:
     def finish(self, shard: EncodedShard, *, unknown: UnknownWords | None = None) -> None:
         """Queue the writing of a shard, after its batches; `unknown`: its rows that teach an unknown word."""
         order = [(sample.sample_id, image_key(sample)) for sample in shard.samples]
-        self._submit(self._write, shard.index, order, tuple(shard.failed), dict(shard.answers), unknown)
+        rest = tuple(shard.failed), dict(shard.answers), unknown, len(shard.divided)
+        self._submit(self._write, shard.index, order, *rest)
 
     def wait(self) -> None:
         """Wait until everything queued is written."""
@@ -184,6 +190,7 @@ class Writer:
         failed: tuple[tuple[str, str], ...],
         answers: Mapping[str, tuple[str, ...]],
         unknown: UnknownWords | None,
+        divided: int,
     ) -> None:
         records, self._records = self._records, {}
         try:
@@ -202,7 +209,7 @@ class Writer:
                 if self._kept is not None and self._kept.holds(sample_id):
                     record |= self._kept.record(sample_id)
                 writer.append(sample_id, sharer.share(record | of_images.get(key, {}), key))
-            writer.unknown = unknown
+            writer.unknown, writer.divided = unknown, divided
             finish_shard(writer, failed)
         finally:
             writer.abort()

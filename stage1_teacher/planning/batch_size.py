@@ -5,17 +5,17 @@ who builds or resumes the cache takes it from there.
 
 On a GPU the teacher's real pass is tried at growing powers of two, on the longest input that the encoder admits: how
 long a data set's longest sample is, is not known before all of it has been read, and a build that runs out of memory
-after a day is worse than one whose batches are half as large. Beyond a few thousand tokens a batch no GPU computes
-faster anyway. The input is made from a real sample, so that every family gets the picture inputs that it wants: the
-one with the most visual tokens of a few, that with the most pictures among them, its text repeated up to ``max_length``,
-every row behind the picture supervised. Pictures of more tokens than these cost the vision tower more; that is what the
-head room is for.
+after a day is worse than one whose batches are half as large. Beyond a few thousand tokens a batch no GPU computes faster
+anyway. Of a teacher on several GPUs (``device_map``) the memory of each counts. The input is made from a real sample, so
+that every family gets the picture inputs that it wants: the one with the most visual tokens of a few, that with the most
+pictures among them, its text repeated up to ``max_length``, every row behind the picture supervised. Pictures of more
+tokens than these cost the vision tower more; that is what the head room is for.
 
 On a CPU nothing is run: memory is rarely what limits it, and batches beyond 16 samples are no faster.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,10 +26,9 @@ from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import DataError, ModelError, SampleError
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.text.encoding import EncodedSample
-from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
+from vlm_distill_cache.stage1_teacher.loop.forward import run_once
 from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS
 from vlm_distill_cache.stage1_teacher.loop.work import Build
-from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
 
 LARGEST = 64  # samples
 CPU_LARGEST = 16
@@ -51,32 +50,47 @@ def automatic_batch_size(work: Build, fullest: str = "") -> int:
     """
     device = work.teacher.device
     if device.type != "cuda":
-        one = _activation_bytes(work, fullest)
-        return largest_batch(
-            lambda size: size * one, budget=int(free_memory(device) * CPU_MEMORY_SHARE), most=CPU_LARGEST
-        )
-    sample = longest_input(work, fullest)
+        one, room = _activation_bytes(work, fullest), int(free_memory(device) * CPU_MEMORY_SHARE)
+        return largest_batch(lambda size: [size * one], budget=[room], most=CPU_LARGEST)
+    devices, sample = gpus_of(work.teacher.model), longest_input(work, fullest)
+
+    def measure(batch_size: int) -> list[int]:
+        return pass_bytes(work, sample, batch_size, devices)
+
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device)
+    return largest_batch(measure, budget=[int(free_memory(gpu) * MEMORY_SHARE) for gpu in devices])
 
-    def measure(batch_size: int) -> int:
+
+def gpus_of(model: torch.nn.Module) -> list[torch.device]:
+    """The GPUs that hold a part of a model, in order."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sorted({tensor.device for tensor in tensors if tensor.device.type == "cuda"}, key=str)
+
+
+def pass_bytes(work: Build, sample: EncodedSample, batch_size: int, devices: Sequence[torch.device]) -> list[int]:
+    """What a pass over so many copies of a sample takes of each GPU at its peak, in bytes beyond what was there.
+
+    Raises:
+        torch.OutOfMemoryError: If they do not fit in one pass.
+    """
+    before = [torch.cuda.memory_allocated(device) for device in devices]
+    for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
-        try:
-            list(run_shard(work, EncodedShard(index=0, samples=[sample] * batch_size), batch_size))
-            return torch.cuda.max_memory_allocated(device) - before
-        finally:
-            torch.cuda.empty_cache()
+    try:
+        run_once(work, [sample] * batch_size, checked=False)
+        peaks = [torch.cuda.max_memory_allocated(device) for device in devices]
+        return [peak - held for peak, held in zip(peaks, before, strict=True)]
+    finally:
+        torch.cuda.empty_cache()
 
-    return largest_batch(measure, budget=int(free_memory(device) * MEMORY_SHARE))
 
-
-def largest_batch(measure: Callable[[int], int], *, budget: int, most: int = LARGEST) -> int:
+def largest_batch(measure: Callable[[int], Sequence[int]], *, budget: Sequence[int], most: int = LARGEST) -> int:
     """The largest power of two whose pass fits.
 
     Args:
-        measure: From a number of samples to the bytes that their pass takes at its peak; raises
+        measure: From a number of samples to the bytes that their pass takes at its peak, of each device; raises
             ``torch.OutOfMemoryError`` where there are not so many.
-        budget: Bytes that a pass may take.
+        budget: Bytes that a pass may take of each.
         most: Samples beyond which nothing is tried.
 
     Raises:
@@ -88,12 +102,13 @@ def largest_batch(measure: Callable[[int], int], *, budget: int, most: int = LAR
             used = measure(size)
         except torch.OutOfMemoryError:
             break
-        if used > budget:
+        if any(taken > room for taken, room in zip(used, budget, strict=True)):
             break
         best, size = size, size * 2
     if not best:
         raise ModelError(
-            f"one sample of the greatest length does not fit beside the teacher ({budget / 1e9:.1f} GB may be used): set "
+            "one sample of the greatest length does not fit beside the teacher "
+            f"({' and '.join(f'{room / 1e9:.1f}' for room in budget)} GB may be used): set "
             "a smaller max_length, spread the teacher over several devices (device_map=auto), or quantise it "
             "(quantisation=8bit or 4bit)"
         )
@@ -163,8 +178,8 @@ def _activation_bytes(work: Build, fullest: str = "") -> int:
     value = torch.finfo(getattr(torch, teacher.dtype)).bits // 8
     # A layer at work: the residual, its norm, queries, keys, values, output and sums; gate, up and their product.
     layer = length * (8 * width + 3 * inner) * value
-    # All rows supervised: dense logits in the model's dtype, top-k of them; float32 copies are chunked.
-    logits = length * int(text.vocab_size) * value
+    # All rows supervised: dense logits in float32, top-k of them; copies are chunked.
+    logits = length * int(text.vocab_size) * 4
     visual = _visual_tokens(work, fullest)
     held = (
         EXTRACTORS[name].held_bytes(codec, length=length, visual=visual, width=value)

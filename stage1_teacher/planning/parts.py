@@ -126,6 +126,33 @@ def local_device(device: str, local: int) -> str:
     return device
 
 
+def uses_gpu(config: BuildConfig) -> bool:
+    """Whether the teacher runs on a GPU."""
+    import torch
+
+    return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+
+
+def refuse_shared_gpus(config: BuildConfig, processes: int) -> None:
+    """Refuse more processes than GPUs: each finds its batch size as if the memory of its GPU were its own.
+
+    Raises:
+        ConfigError: With both numbers.
+    """
+    if processes == 1 or not uses_gpu(config):
+        return
+
+    import torch
+
+    here = 1 if ":" in config.device else torch.cuda.device_count()
+    if processes > here:
+        named = f"device={config.device} is one" if ":" in config.device else f"{here} are here"
+        raise ConfigError(
+            f"--nproc {processes}: each process has a GPU of its own, and {named}; start as many at most, or set device=cpu. "
+            "To share a GPU all the same, start the parts by hand (--part R/N), with a batch_size of which all fit"
+        )
+
+
 def fix_threads(config: BuildConfig, *, several: bool, overwrite: bool = False) -> BuildConfig:
     """Set torch's threads, and return the configuration with the number that the plan is to keep.
 
@@ -139,7 +166,6 @@ def fix_threads(config: BuildConfig, *, several: bool, overwrite: bool = False) 
     import torch
 
     stored = None if overwrite else stored_plan(Path(config.cache))
-    on_gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     kept = config.threads
     if not kept and stored is not None:
         kept = int(stored.extra.get(THREADS, 0))
@@ -152,7 +178,7 @@ def fix_threads(config: BuildConfig, *, several: bool, overwrite: bool = False) 
         torch.set_num_threads(1)
     else:
         leave_one_core()
-    if not kept and stored is None and not on_gpu:
+    if not kept and stored is None and not uses_gpu(config):
         kept = torch.get_num_threads()
     return replace(config, threads=kept)
 

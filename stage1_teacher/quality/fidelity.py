@@ -40,6 +40,7 @@ from vlm_distill_cache.common.codecs.visual_map import VisualColumnsCodec, Visua
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.sample import Sample, with_answers
 from vlm_distill_cache.data.text.collate import Batch, collate
+from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage1_teacher.loop.answers import ANSWERS
 from vlm_distill_cache.stage1_teacher.loop.signals import reduce_output, to_cpu, view_slices
 from vlm_distill_cache.stage1_teacher.loop.work import Build
@@ -238,13 +239,11 @@ def measure_fidelity(work: Build, cache_dir: Path, *, samples: int) -> dict[str,
         except SampleError:
             continue
         alone = collate([encoded], work.teacher.pad_token_id)
-        # Sums of a batch are formed in another order than those of one sample: the control carries that noise.
-        several = collate([encoded] * min(work.plan.batch_size, CONTROL_BATCH), work.teacher.pad_token_id)
         record = _read_record(cache_dir, work.plan, position, encoded.sample_id)
         if record is None:
             continue
         rows = len(encoded.supervised_rows)
-        seen = Seen(record, encoded.tiles, _run(work, alone, rows), _run(work, several, rows), totals)
+        seen = Seen(record, encoded.tiles, _run(work, alone, rows), _control(work, encoded, rows), totals)
         totals.samples += 1
         for codec in work.codecs.values():
             compare(codec, seen)
@@ -335,6 +334,18 @@ class Seen:
     first: Found
     second: Found
     totals: Totals
+
+
+def _control(work: Build, encoded: EncodedSample, rows: int) -> Found:
+    """A sample again, in a batch, whose sums are formed in another order: the control carries that noise."""
+    copies = min(work.plan.batch_size, CONTROL_BATCH)
+    while True:
+        try:
+            return _run(work, collate([encoded] * copies, work.teacher.pad_token_id), rows)
+        except torch.OutOfMemoryError:
+            if copies == 1:
+                raise
+        copies //= 2
 
 
 def _run(work: Build, batch: Batch, rows: int) -> Found:

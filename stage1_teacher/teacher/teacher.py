@@ -150,7 +150,7 @@ class Teacher:
         """Run one batch and keep what was requested; nothing here waits for a GPU, what the library does may.
 
         Returns:
-            By name, logits of the rows of all samples, ``[A, V]`` in the model's dtype; attention, float32 ``[B, G, R, M]``,
+            By name, logits of the rows of all samples, float32 ``[A, V]``; attention, float32 ``[B, G, R, M]``,
             zero where rows or keys are padding, R being 1 for a sum of rows; hidden states, ``[B, R, S, D]`` in the
             model's dtype, zero where rows are padding; or attention of the tower, float32 ``[N]`` of all samples' visual
             tokens in order.

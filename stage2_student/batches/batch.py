@@ -27,7 +27,7 @@ class TrainingBatch:
         rows: Positions of supervised rows, int64 ``[B, R]``, padding -1; on the CPU.
         text_rows: Positions of all text rows behind the visual tokens, int64 ``[B, X]``, padding -1; on the CPU.
         keys: Positions of visual tokens, int64 ``[B, M]``, padding -1; on the CPU.
-        has_image: Positions in the batch of samples with an image, int64 ``[I]``.
+        has_image: Positions in the batch of samples with an image, int64 ``[I]``; on the CPU.
         made_for: What a loss and a model must be to use it, of `DistillationDataset`.
     """
 
@@ -44,12 +44,19 @@ class TrainingBatch:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def supervised(self) -> Tensor:
+        """Which rows are supervised, bool ``[B, T]``; on the CPU, where they can be counted without waiting."""
+        samples, places = (self.rows >= 0).nonzero(as_tuple=True)
+        found = torch.zeros(self.inputs.labels.shape, dtype=torch.bool)
+        found[samples, self.rows[samples, places]] = True
+        return found
+
     def to(self, device: torch.device | str | int, *, non_blocking: bool = True) -> "TrainingBatch":
         """The batch on a device; positions stay on the CPU, where they are checked without waiting."""
         if torch.device(device).type == "cpu":
             return self
         moved: TrainingBatch = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return replace(moved, rows=self.rows, text_rows=self.text_rows, keys=self.keys)
+        return replace(moved, rows=self.rows, text_rows=self.text_rows, keys=self.keys, has_image=self.has_image)
 
     def pin_memory(self) -> "TrainingBatch":
         """The batch in page-locked memory, from which copies to an accelerator need not wait."""

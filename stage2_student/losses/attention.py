@@ -357,12 +357,13 @@ def _reduce(
     """
     if reduction not in get_args(LayerReduction):
         raise ValueError(f"reduction: expected one of {list(get_args(LayerReduction))}, got {reduction!r}")
-    if not bool(present.any()):
+    index = present.nonzero()[:, 0]  # the one wait for a GPU
+    if not len(index):
         # Still depends on the student, so that a batch without rows can be stepped as any other.
         return student.float().sum() * 0.0
-    chosen = losses[present]
+    chosen = losses[index]
     each = chosen.sum(dim=1) if reduction == "sum" else chosen.mean(dim=1)
-    return each.mean() if sample_index is None else _mean_of_samples(each, sample_index[present])
+    return each.mean() if sample_index is None else _mean_of_samples(each, sample_index[index])
 
 
 def _mean_of_samples(values: Tensor, sample_index: Tensor) -> Tensor:

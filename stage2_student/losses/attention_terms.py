@@ -181,7 +181,7 @@ class ColumnsTerm(AttentionTerm):
         if target.views is not None:
             return target.views.requests("columns", batch, groups, weights)
         if len(batch.has_image) != len(batch.keys):
-            weights = weights.new_zeros(batch.keys.shape).index_copy(0, batch.has_image, weights)
+            weights = weights.new_zeros(batch.keys.shape).index_copy(0, batch.has_image.to(weights.device), weights)
         return {"columns": AttentionRequest(batch.keys, batch.keys, groups, weights)}
 
     def value(self, seen: Seen, target: AttentionTarget, fit: Any) -> Value:
@@ -473,11 +473,13 @@ def _text_request(of: TextRows, batch: TrainingBatch, groups: Groups) -> Attenti
 def _student_rows(of: TextRows, seen: Seen, target: AttentionTarget) -> tuple[Tensor, Tensor]:
     """The student's rows on the common cells ``[A', G, C]``, and the sample with an image each belongs to."""
     batch = seen.batch
-    rows = (batch.rows if of == "answer" else batch.text_rows)[batch.has_image.cpu()]  # [I, R]
+    rows = (batch.rows if of == "answer" else batch.text_rows)[batch.has_image]  # [I, R]
     cells = student_cells(_of_images(seen.attention[of], batch), target, rows)
-    return cells, (rows >= 0).nonzero()[:, 0].to(cells.device)
+    return cells, (rows >= 0).nonzero()[:, 0].to(cells.device, non_blocking=True)
 
 
 def _of_images(attention: Tensor, batch: TrainingBatch) -> Tensor:
     """Attention of the samples with an image: ``[B, ...]`` to ``[I, ...]``, not copied where all have one."""
-    return attention if len(batch.has_image) == len(attention) else attention[batch.has_image]
+    if len(batch.has_image) == len(attention):
+        return attention
+    return attention[batch.has_image.to(attention.device, non_blocking=True)]

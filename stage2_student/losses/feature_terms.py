@@ -202,7 +202,8 @@ class HiddenTerm(RowsTerm):
         place = {layer: index for index, layer in enumerate(dict.fromkeys(fit))}
         states = seen.hidden[self.reads[0]][:, :, [place[layer] for layer in fit]]  # [B, R or M, S, D]
         if target.student_pool is None:
-            rows = states[(seen.batch.rows >= 0).to(states.device)]
+            places = (seen.batch.rows >= 0).nonzero(as_tuple=True)  # on the CPU: nothing waits
+            rows = states[tuple(place.to(states.device, non_blocking=True) for place in places)]
         else:
             rows = _pool_tokens(states, target.student_pool, target)
         return hidden_loss(rows, target.teacher, kind=seen.losses.hidden_kind, row_counts=target.row_counts), {}

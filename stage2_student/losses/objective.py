@@ -106,8 +106,8 @@ class Objective:
             # Which rows a mean is over is known when they are chosen.
             requests = {name: _of_all_rows(request) for name, request in requests.items()}
         whole = any(term.logits_at_images for term in present.values())
-        supervised = batch.inputs.labels != IGNORE_INDEX
-        rows = supervised | batch.inputs.visual_mask if whole else supervised  # [B, T]
+        supervised = batch.supervised()
+        rows = (batch.inputs.labels != IGNORE_INDEX) | batch.inputs.visual_mask if whole else supervised  # [B, T]
         in_pass = next((name for name, term in present.items() if term.in_pass), None)
         # Nothing reaches the projector: backward needs a path to it, and DDP and FSDP a gradient of every parameter.
         unreached, sharded = torch.is_grad_enabled() and not batch.inputs.image_inputs, is_sharded(model)

@@ -283,7 +283,7 @@ def score_agreement(model: Any, cached: CachedDataset, *, batch_size: int) -> di
             with by_gaze, record(model, capture, requests_of(terms, batch, groups)) as (maps, _):
                 logits = supervised_logits(model, model_inputs_of(model, batch.inputs), supervised)
             chosen = batch.has_image.to(logits.device)
-            image_rows = batch.rows[batch.has_image.cpu()]
+            image_rows = batch.rows[batch.has_image]
             fed = fed_shares(model, batch.keys)
             if fed is not None:
                 target = target.of_fed_rows(fed[batch.has_image.to(fed.device)], image_rows)

@@ -93,7 +93,9 @@ def _gazes(model: Any, cached: CachedDataset) -> Iterator[tuple[Gaze, Gaze]]:
             continue  # without a picture
         with record(model, capture, requests_of(terms, batch, groups)) as (maps, _):
             model(**model_inputs_of(model, batch.inputs))
-        own = student_cells(maps["answer"][batch.has_image], target, batch.rows[batch.has_image.cpu()])
+        own = student_cells(
+            maps["answer"][batch.has_image.to(maps["answer"].device)], target, batch.rows[batch.has_image]
+        )
         names = [cached.sample_ids[position] for position in positions]
         yield from _by_sample(names, batch, target, own)
     model.train(was_training)

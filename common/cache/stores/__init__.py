@@ -56,6 +56,7 @@ def finish_shard(writer: ShardWriter, failed: Iterable[tuple[str, str]] = ()) ->
             failed=tuple((name, reason) for name, reason in failed),
             pictures=writer.pictures,
             unknown=writer.unknown,
+            divided=writer.divided,
             format_version=writer.format_version,
         )
         write_sidecar(writer.cache_dir, sidecar)

@@ -55,6 +55,7 @@ class ShardWriter(ABC):
         field_bytes: Decoded bytes so far by field.
         pictures: Records so far of samples with a picture; None: not counted, and the sidecar does not say.
         unknown: Rows so far that teach an unknown word, which whoever knows the tokenizer sets; None: not counted.
+        divided: Batches that ran in parts, which whoever runs the teacher sets.
     """
 
     suffix: str
@@ -66,6 +67,7 @@ class ShardWriter(ABC):
         self.rows = 0
         self.pictures: int | None = 0
         self.unknown: UnknownWords | None = None
+        self.divided = 0
         self.field_bytes = {f.name: 0 for f in fields}
         self._seen: set[str] = set()
         self._final = shard_path(cache_dir, index, self.suffix)

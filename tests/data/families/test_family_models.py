@@ -1,5 +1,6 @@
 """Loading a checkpoint of any family: what is refused, and logits of chosen rows by the model's own forward pass."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel, LlavaForConditionalGeneration
 
+import vlm_distill_cache.data.families.models as models
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.data.families.models import (
     input_device,
@@ -40,6 +42,42 @@ def test_logits_of_chosen_rows_are_those_of_the_whole_pass_in_order(opened, inpu
     assert found.shape == (3, whole.shape[-1])
     torch.testing.assert_close(found, whole[rows], atol=1e-6, rtol=1e-5)
     assert torch.equal(whole, again)  # nothing stays behind on the model
+
+
+def test_a_model_in_half_precision_is_projected_in_float32_whatever_the_block(opened, inputs, monkeypatch):
+    rows = torch.zeros(2, 7, dtype=torch.bool)
+    rows[0, 5] = rows[1, 0] = rows[1, 3] = True
+    seen: list[torch.Tensor] = []
+    for dtype in (torch.bfloat16, torch.float16):
+        model = copy.deepcopy(opened.model).to(dtype)
+        with torch.no_grad(), model.lm_head.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0])):
+            rounded = model(**inputs).logits
+        exact = seen.pop()[rows].double() @ model.lm_head.weight.detach().double().t()
+        for elements in (1, 1000, 2**24):
+            monkeypatch.setattr(models, "_CAST_ELEMENTS", elements)
+            with torch.no_grad():
+                found = row_logits(model, inputs, rows)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-5)
+        # What this is for: the gradient of a student, softmax minus the teacher's probabilities.
+        noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        student, teacher = (exact + noise).softmax(dim=1), exact.softmax(dim=1)
+        of_rounded, of_found = (
+            float((some.double().softmax(dim=1) - teacher).norm() / (student - teacher).norm())
+            for some in (rounded[rows], found)
+        )
+        assert of_found < of_rounded / 100
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, rounded)  # nothing stays behind on the model
+
+
+def test_bias_and_what_follows_a_projection_in_half_precision_are_in_float32():
+    head = torch.nn.Linear(8, 5, bias=True, dtype=torch.bfloat16)
+    hidden = torch.randn(1, 3, 8, dtype=torch.bfloat16)
+    with models._float32_projection(head):
+        found = head(hidden) * 0.5
+    expected = 0.5 * (hidden.double() @ head.weight.double().t() + head.bias.double())
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_a_gradient_passes_through_chosen_rows(opened, inputs):

@@ -220,15 +220,32 @@ def test_unchecked_rows_that_are_no_distribution_come_back_as_nan_and_others_unc
         torch.testing.assert_close(found.tail_log_mass[row], expected.tail_log_mass[row], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("count", [1, 5, 39, 40])
-def test_the_exact_pass_on_all_rows_finds_what_it_finds_on_tied_ones(count: int):
-    dense = torch.randint(0, 9, (30, 40), generator=torch.Generator().manual_seed(0)).float()
-    dense[::3] = torch.randn(10, 40, generator=torch.Generator().manual_seed(1))
-    dense[4, 5:] = -torch.inf
-    some, every = (_top_by_lowest_id(dense, count, find_ties=find) for find in (True, False))
-    for row, ids in zip(dense.tolist(), every[1].tolist(), strict=True):
-        assert ids == sorted(range(40), key=lambda token: (-row[token], token))[:count]
-    assert all(torch.equal(*pair) for pair in zip(some, every, strict=True))
+def rows_with_ties(kind: str) -> torch.Tensor:
+    """2,000 rows of 40 logits; float32."""
+    random = torch.Generator().manual_seed(len(kind))
+    dense = torch.randn(2000, 40, generator=random)
+    if kind == "few values":
+        dense = torch.randint(0, 9, (2000, 40), generator=random).float()
+    elif kind == "rounded":
+        dense = (4 * dense).bfloat16().float()
+    elif kind == "degenerate":  # all equal, both zeros, all but some impossible, one value apart
+        dense[::4], dense[1::4], dense[2::4, 5:], dense[3::4] = 1.5, 0.0, -torch.inf, 0.0
+        dense[1::4, ::2], dense[3::4, 7] = -0.0, 2.0
+    elif kind == "huge":
+        dense = torch.where(dense > 0, 3e38, -3e38)
+    return dense
+
+
+@pytest.mark.parametrize("kind", ["random", "few values", "rounded", "degenerate", "huge"])
+def test_the_exact_pass_on_tied_rows_alone_finds_what_it_finds_on_all_and_what_sorting_finds(kind: str):
+    dense = rows_with_ties(kind)
+    rows = dense.tolist()
+    ranked = [sorted(range(40), key=lambda token, row=row: (-row[token], token)) for row in rows]
+    for count in (1, 5, 39, 40):
+        some, every = (_top_by_lowest_id(dense, count, find_ties=find) for find in (True, False))
+        assert some[1].tolist() == [ids[:count] for ids in ranked]
+        assert all(torch.equal(*pair) for pair in zip(some, every, strict=True))
+        assert torch.equal(some[0], dense.gather(1, some[1]))
 
 
 def test_rows_marked_on_the_cpu_give_the_logits_of_a_whole_pass(work: Build):

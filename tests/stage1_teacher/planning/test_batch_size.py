@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,17 +48,17 @@ def config(tiny_llava: Path):
 
 @pytest.mark.parametrize("most", [1, 16, 64])
 @pytest.mark.parametrize("room", [1, 2, 3, 7, 8, 63, 64, 100])
-@pytest.mark.parametrize("refusal", ["reported", "raised"])
+@pytest.mark.parametrize("refusal", ["reported", "by the second device", "raised"])
 def test_the_largest_power_of_two_that_fits_is_found_in_growing_steps(room: int, most: int, refusal: str):
     asked = []
 
-    def measure(batch_size: int) -> int:
+    def measure(batch_size: int) -> list[int]:
         asked.append(batch_size)
         if refusal == "raised" and batch_size > room:
             raise torch.OutOfMemoryError
-        return 100 * batch_size
+        return [100 * batch_size, 100 * batch_size]
 
-    budget = 10**9 if refusal == "raised" else 100 * room
+    budget = [10**9 if refusal != "reported" else 100 * room, 10**9 if refusal == "raised" else 100 * room]
     found = largest_batch(measure, budget=budget, most=most)
     powers = [2**power for power in range(12)]
     assert found == max(size for size in powers if size <= min(room, most))
@@ -66,13 +67,13 @@ def test_the_largest_power_of_two_that_fits_is_found_in_growing_steps(room: int,
 
 @pytest.mark.parametrize("refusal", ["reported", "raised"])
 def test_a_sample_that_does_not_fit_is_an_error_that_names_the_remedies(refusal: str):
-    def measure(_: int) -> int:
+    def measure(_: int) -> list[int]:
         if refusal == "raised":
             raise torch.OutOfMemoryError
-        return 101
+        return [99, 101]
 
     with pytest.raises(ModelError, match=r"smaller max_length.*device_map=auto.*quantisation=8bit"):
-        largest_batch(measure, budget=100)
+        largest_batch(measure, budget=[100, 100])
 
 
 def test_the_longest_input_fills_the_encoder_and_runs(tmp_path: Path, config):
@@ -98,6 +99,32 @@ def test_a_cpu_takes_sixteen_or_what_its_memory_allows(tmp_path: Path, config, m
     monkeypatch.setattr(batch_sizes, "free_memory", lambda _: one)
     with pytest.raises(ModelError, match="does not fit beside the teacher"):
         automatic_batch_size(work)
+
+
+def test_the_probe_of_a_teacher_on_several_gpus_looks_at_each_of_them(tmp_path: Path, config, monkeypatch):
+    """The second GPU has room for two samples, the first for all."""
+    work = open_build(config(tmp_path / "none", batch_size=1))
+    gpus = [torch.device("cuda:0"), torch.device("cuda:1")]
+    size, most = [0], 4
+    part = SimpleNamespace(device=gpus[1])
+    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(device=gpu) for gpu in gpus], buffers=lambda: [part])
+    monkeypatch.setattr(work.teacher, "model", model)
+    monkeypatch.setattr(work.teacher, "device", gpus[0])
+
+    def run(work, samples, *, checked):
+        size[0] = len(samples)
+        if len(samples) > most:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(batch_sizes, "run_once", run)
+    monkeypatch.setattr(batch_sizes, "free_memory", lambda gpu: 1000 if gpu == gpus[0] else 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: 50)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda gpu: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: 50 + 100 * size[0])
+    assert batch_sizes.gpus_of(model) == gpus
+    assert automatic_batch_size(work) == 2
+    monkeypatch.setattr(batch_sizes, "free_memory", lambda gpu: 10**6)
+    assert automatic_batch_size(work) == 4
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from part_targets import fail_or_wait
 
+import vlm_distill_cache.stage1_teacher.extract as extracting
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.errors import CacheMismatchError, ConfigError, ProcessFailedError
 from vlm_distill_cache.common.terminal.launch import ALONE, Launch
@@ -31,6 +32,7 @@ from vlm_distill_cache.stage1_teacher.planning.parts import (
     fix_threads,
     local_device,
     parse_part,
+    refuse_shared_gpus,
     run_parts,
 )
 from vlm_distill_cache.stage1_teacher.planning.plan import teacher_directory
@@ -245,3 +247,50 @@ def test_overwriting_is_not_for_one_of_several_parts(tmp_path: Path, part: str):
     result = CliRunner().invoke(main, ["build", "--cache", str(tmp_path), "--part", part, "--overwrite"])
     assert result.exit_code == 2
     assert "without --part" in result.output
+
+
+def test_more_processes_than_gpus_are_refused_before_anything_is_opened(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device, said in (("auto", "2 are here"), ("cuda", "2 are here"), ("cuda:1", "device=cuda:1 is one")):
+        config = BuildConfig(cache=str(tmp_path / "none"), device=device)
+        with pytest.raises(
+            ConfigError, match=rf"--nproc 3: each process has a GPU of its own, and {said}; start as many"
+        ):
+            extract_with_processes(config, 3)
+    found = CliRunner().invoke(main, ["build", "--cache", str(tmp_path / "none"), "--nproc", "3"])
+    assert "--nproc 3: each process has a GPU of its own" in found.output
+    assert not (tmp_path / "none").exists()
+    for config, processes in (
+        (BuildConfig(device="cpu"), 3),
+        (BuildConfig(device="cuda"), 2),
+        (BuildConfig(device="cuda:1"), 1),
+    ):
+        refuse_shared_gpus(config, processes)
+
+
+@pytest.mark.slow
+def test_the_plan_of_several_processes_on_gpus_is_made_in_a_process_that_ends_before_they_begin(
+    tmp_path: Path, config, monkeypatch
+):
+    """Else the parent would keep a context, and half a gigabyte, on the first GPU while they build."""
+    extract_with_processes(config(tmp_path / "whole"), 2)
+    here: list[str] = []
+    begin, run = extracting.begin, extracting.run_parts
+
+    def note_begin(*arguments, **named):
+        here.append("begin")
+        return begin(*arguments, **named)
+
+    def note_run(*arguments):
+        here.append("parts")
+        return run(*arguments)
+
+    monkeypatch.setattr(extracting, "begin", note_begin)
+    monkeypatch.setattr(extracting, "run_parts", note_run)
+    monkeypatch.setattr(extracting, "uses_gpu", lambda _: True)
+    extract_with_processes(config(tmp_path / "cache"), 2)
+    assert here == ["parts", "begin"]  # to seal it
+    assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
+    with pytest.raises(CacheMismatchError, match="batch_size: the cache has 2, this run has 1"):
+        extract_with_processes(config(tmp_path / "cache", batch_size=1), 2)

@@ -63,7 +63,7 @@ ITEMS_OF_KINDS = 100  # as many of each of the 18 kinds of questions about sever
 FILE_ITEMS = 2000  # questions taken from a user's file where no limit is given
 SHORT_ANSWER_WORDS = 5
 FORMS = (
-    "shapes, easy-vqa, photo-scenes, FILE.json, FILE.jsonl, FILE.csv, FILE.parquet, a folder of parquet files, of pictures "
+    "shapes, photo-scenes, easy-vqa, FILE.json, FILE.jsonl, FILE.csv, FILE.parquet, a folder of parquet files, of pictures "
     "with metadata or of datasets.save_to_disk, uncompressed tars, a data set of the hub (ORG/NAME) or a file in one "
     "(ORG/NAME/FILE), or a mixture (FILE.yaml)"
 )

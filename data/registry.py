@@ -5,6 +5,7 @@
 | ``shapes``, ``shapes:images=1500,seed=0`` | `data.shapes.dataset`, drawn in code |
 | ``shapes:kinds=comparison+motion``, ``shapes:kinds=mixed`` | `data.shapes.kinds`: pairs of pictures, clips, texts |
 | ``easy-vqa`` | `data.sources.easy_vqa` |
+| ``photo-scenes``, ``photo-scenes:images=4000,seed=0,ground=natural`` | `data.photos.dataset`, of installed photographs |
 | ``FILE.json``, ``FILE.jsonl``: a list | `data.sources.llava` |
 | ``FILE.json``, ``FILE.jsonl``: an entry a line | `data.sources.messages` |
 | a folder of ``datasets.save_to_disk``, or one holding exactly one such folder | `data.sources.hf` |
@@ -62,9 +63,9 @@ ITEMS_OF_KINDS = 100  # as many of each of the 18 kinds of questions about sever
 FILE_ITEMS = 2000  # questions taken from a user's file where no limit is given
 SHORT_ANSWER_WORDS = 5
 FORMS = (
-    "shapes, easy-vqa, FILE.json, FILE.jsonl, FILE.csv, FILE.parquet, a folder of parquet files, of pictures with metadata or "
-    "of datasets.save_to_disk, uncompressed tars, a data set of the hub (ORG/NAME) or a file in one (ORG/NAME/FILE), or a "
-    "mixture (FILE.yaml)"
+    "shapes, photo-scenes, easy-vqa, FILE.json, FILE.jsonl, FILE.csv, FILE.parquet, a folder of parquet files, of pictures "
+    "with metadata or of datasets.save_to_disk, uncompressed tars, a data set of the hub (ORG/NAME) or a file in one "
+    "(ORG/NAME/FILE), or a mixture (FILE.yaml)"
 )
 _SLICED = re.compile(r":(?:[^/]*,)?split=[^,/\[+]*(\[[^\]/]*\]|\+[^,/]*)")
 _WEB = re.compile(
@@ -73,7 +74,7 @@ _WEB = re.compile(
     r"|@(?P<at>[^/]+)(?:/(?P<inner>.+?))?|/(?P<rest>.+?))?/?",
     re.ASCII,
 )
-_OPTIONS = {"shapes": ("images", "seed", "kinds"), "easy-vqa": ()}
+_OPTIONS = {"shapes": ("images", "seed", "kinds"), "easy-vqa": (), "photo-scenes": ("images", "seed", "ground")}
 _OF_FOLDERS = ("name", "split", "streaming")
 
 
@@ -118,6 +119,11 @@ def open_dataset(
         )
     elif name == "easy-vqa":
         dataset = EasyVqaDataset(split)
+    elif name == "photo-scenes":
+        from vlm_distill_cache.data.photos.dataset import IMAGES, PhotoScenes  # drawing code, only needed here
+
+        numbers = _number(options, "images", IMAGES), _number(options, "seed", 0)
+        dataset = PhotoScenes(split, *numbers, options.get("ground", "smooth"))
     else:
         dataset = _open_path(name, options, split, images, commits, strict=strict)
         if strict and split != "train" and not isinstance(dataset, MixtureDataset):
@@ -142,7 +148,7 @@ def open_evaluation(
 
     Args:
         spec: As for `open_dataset`, like ``split`` and ``images``.
-        limit: Most items (of each sort for ``shapes``); of a file at most `FILE_ITEMS` where none is given.
+        limit: Most items (of each sort for ``shapes`` and ``photo-scenes``); of a file at most `FILE_ITEMS` where none is given.
         on_failed: Told the id of each sample that is passed over, and why.
 
     Returns:
@@ -153,6 +159,11 @@ def open_evaluation(
     name, options = _split_spec(spec)
     if name == "easy-vqa":
         return easy_vqa_evaluation(split, limit)
+    if name == "photo-scenes":
+        from vlm_distill_cache.data.photos.dataset import ITEMS, photo_evaluation  # drawing code, only needed here
+
+        seed = _number(options, "seed", 0)
+        return photo_evaluation(split, limit or ITEMS, seed, options.get("ground", "smooth"))
     if name == "shapes":
         from vlm_distill_cache.data.shapes.dataset import shapes_evaluation  # drawing code, only needed here
         from vlm_distill_cache.data.shapes.kinds import evaluation_of_kinds, parse_kinds
@@ -314,8 +325,8 @@ def _split_spec(spec: str) -> tuple[str, dict[str, str]]:
         raise DataError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(allowed) or 'none'}")
     if empty := sorted(key for key, value in options.items() if not value):
         raise DataError(f"{name}: option {', '.join(empty)} has no value; write {empty[0]}=VALUE")
-    if name == "shapes":
-        for key in set(options) - {"kinds"}:
+    if name in ("shapes", "photo-scenes"):
+        for key in set(options) & {"images", "seed"}:
             _number(options, key, 0)
     return name, options
 

@@ -65,8 +65,9 @@ _inputs = shared_options(
     CONFIG,
     click.option(
         "--data",
-        shell_complete=completes(lambda: ["shapes", "easy-vqa"]),
-        help="shapes, easy-vqa, a path (JSON, CSV, parquet, a folder, tars), a data set of the hub, or a mixture (.yaml).",
+        shell_complete=completes(lambda: ["shapes", "easy-vqa", "photo-scenes"]),
+        help="shapes, easy-vqa, photo-scenes, a path (JSON, CSV, parquet, a folder, tars), a data set of the hub, or a mixture "
+        "(.yaml).",
     ),
     click.option(
         "--images",

@@ -50,8 +50,9 @@ class BuildConfig:
     """Options of ``teacher-cache build``; only the command line and ``extract()`` see this object.
 
     Attributes:
-        data: Data set: ``shapes``, ``easy-vqa``, a path, ``ORG/NAME`` of the hub, or a mixture (``FILE.yaml``); docs/families.md
-            lists the forms. Of a mixture whose entries have a cache each, the entry whose ``cache`` this is.
+        data: Data set: ``shapes``, ``easy-vqa``, ``photo-scenes``, a path, ``ORG/NAME`` of the hub, or a mixture
+            (``FILE.yaml``); docs/families.md lists the forms. Of a mixture whose entries have a cache each, the entry whose
+            ``cache`` this is.
         images: Folder that image paths start from; default: the folder of the data.
         split: Split of a built-in data set, of a folder with splits, or of the hub.
         limit: Use only the first samples; 0 means all.

@@ -108,7 +108,7 @@ _training_options = shared_options(
     ),
     click.option(
         "--data",
-        shell_complete=completes(lambda: ["shapes", "easy-vqa"]),
+        shell_complete=completes(lambda: ["shapes", "easy-vqa", "photo-scenes"]),
         help="The data the cache was built from; may be left out if it is built in.",
     ),
     _IMAGES,

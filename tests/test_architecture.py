@@ -20,7 +20,7 @@ ORDER = {  # inside a package, each level imports only what stands before it
         "terminal remotes",
         "opening", "tools", "cli",
     ),
-    "data": ("sample", "images", "text", "sources shapes families", "builtin", "benchmarks", "registry", "questions"),
+    "data": ("sample", "images", "text", "sources shapes photos families", "builtin", "benchmarks", "registry", "questions"),
     "stage1_teacher": (
         "config teacher demo builtin", "loop", "planning", "quality", "extract live", "extend", "estimate report", "imports",
         "cli",

@@ -17,7 +17,6 @@ from tests.benchmarks.experiment_seeds_arms import (
     ORACLE,
     SEEDS,
     UNPRUNED,
-    Arm,
     decoded,
     recovered,
     selected,
@@ -126,8 +125,14 @@ def test_a_job_of_each_part_is_run(place: Place):
         if arm in trained:
             assert found["samples"] == (1 if "5 % of the data" in arm else 20)
     assert found["scores"].keys() == {"likelihood", "questions", "nats", "agreement", "events"}
-    found = experiment.quantised(place, Job(BASE, 101), Arm("quantised", {"quantise": "8bit"}))
-    assert found["megabytes"] < 2
+    found = experiment.run_job(place, Job(f"{BASE}, 8bit", 101))
+    assert found["scores"]["megabytes"] < 2
+    assert not any((place.root / "runs").iterdir())
+
+
+def test_no_two_jobs_write_to_one_folder(tmp_path: Path):
+    jobs = [Job(arm, seed) for arm in ARMS for seed in SEEDS]
+    assert len({Place(tmp_path, TINY).run(job) for job in jobs}) == len(jobs)
 
 
 def test_the_options_of_all_arms_are_options_of_a_run():

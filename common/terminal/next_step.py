@@ -20,7 +20,7 @@ DEFAULT_SIGNALS = (LogitCodec.signal, RowAttentionCodec.signal)
 _DISTILLING = ("dpt", "dft")
 DEFAULT_SHAPES = "shapes:images=1500,seed=0"
 """What a plan calls the data set that ``make`` takes where no other is named."""
-_SHAPES = re.compile(r"shapes(:[a-z]+=[\d+a-z]+(,[a-z]+=[\d+a-z]+)*)?")
+_DRAWN = re.compile(r"(shapes|photo-scenes)(:[a-z]+=[\d+a-z]+(,[a-z]+=[\d+a-z]+)*)?")
 
 
 def distill_command(
@@ -72,6 +72,6 @@ def _data_words(name: str) -> tuple[str, str]:
     base = bases.pop() if len(bases) == 1 else ""
     if base == DEFAULT_SHAPES:
         return "", ""
-    if base == "easy-vqa" or _SHAPES.fullmatch(base):
+    if base == "easy-vqa" or _DRAWN.fullmatch(base):
         return base, ""
     return "FILE", "FOLDER"

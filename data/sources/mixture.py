@@ -25,7 +25,7 @@ from vlm_distill_cache.data.sources.grouping import JoinedSamples
 from vlm_distill_cache.data.sources.patterns import FILE_ENDINGS, file_of_repository
 
 MIXTURES = (".yaml", ".yml")
-NAMED = ("shapes", "easy-vqa")  # data sets that are no files
+NAMED = ("shapes", "easy-vqa", "photo-scenes")  # data sets that are no files
 _KEYS = {
     "data": (str,),
     "images": (str,),

@@ -128,6 +128,7 @@ class WarmCosine:
             torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps, warmup))
             for optimizer in self._optimizers
         ]
+        self._parts: list[Any] = [*self._optimizers, *self._scale]
         self._parameters = [*matrices, *others]
 
     def step(self, loss: torch.Tensor) -> None:
@@ -141,11 +142,11 @@ class WarmCosine:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What `load_state_dict` goes on from: the state of each optimizer and schedule."""
-        return [part.state_dict() for part in (*self._optimizers, *self._scale)]
+        return [part.state_dict() for part in self._parts]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """Go on from where another one with the same parameters was."""
-        for part, state in zip((*self._optimizers, *self._scale), states, strict=True):
+        for part, state in zip(self._parts, states, strict=True):
             part.load_state_dict(state)
 
 

@@ -77,11 +77,12 @@ from vlm_distill_cache.stage2_student.training.resolve import open_caches
 from vlm_distill_cache.stage2_student.training.token_choice import check_choice, choose_tokens
 
 FEW_PICTURES = 0.5  # of a cache's samples: fewer are worth a line
-BUILT_IN_DATA = ("shapes", "easy-vqa")
+BUILT_IN_DATA = ("shapes", "easy-vqa", "photo-scenes")
 MOST_NAMED = 1_000_000  # drawn pictures: a list of their names takes a second and 100 MB
 MOST_DRAWN = 20_000  # whatever a cache holds: their texts take 10 s
 _BUILT_IN = re.compile(
-    r"(?P<spec>easy-vqa|shapes(?::images=(?P<images>[0-9]{1,18})(?:,seed=[0-9]{1,18}(?:,kinds=[a-z+]{1,40})?)?)?)(?:[\[/].*)?",
+    r"(?P<spec>easy-vqa|(?:shapes|photo-scenes)(?::images=(?P<images>[0-9]{1,18})(?:,seed=[0-9]{1,18}"
+    r"(?:,(?:kinds|ground)=[a-z+]{1,40})?)?)?)(?:[\[/].*)?",
     re.ASCII,
 )
 _log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.experiment_seeds_arms import ARMS, BASE, KEEP, SEEDS, Arm, cuts
+from tests.benchmarks.experiment_seeds_arms import ARMS, BASE, KEEP, SEEDS, cuts
 from tests.benchmarks.experiment_seeds_tables import in_order, tables, write_page
 from vlm_distill_cache.common.files.atomic import try_lock
 from vlm_distill_cache.common.terminal.command_line import end_with_parent
@@ -84,6 +84,10 @@ class Place:
         """The folder of a pruned student before it recovers."""
         return self.root / "cuts" / re.sub("[^0-9a-z.]+", "-", name)
 
+    def run(self, job: Job) -> Path:
+        """A job's own folder while it runs: others run beside it."""
+        return self.root / "runs" / f"{list(ARMS).index(job.arm)}-{job.seed}"
+
     def trained(self, job: Job) -> Path:
         """The folder of a trained student that others are made of."""
         return self.root / "trained" / f"{list(ARMS).index(job.arm)}-{job.seed}"
@@ -142,7 +146,7 @@ def train_job(place: Place, job: Job) -> tuple[Any, Any, dict[str, Any]]:
     from tests.benchmarks.train_student import train_student
 
     arm, budget = ARMS[job.arm], place.budget
-    output = place.root / "runs" / f"{list(ARMS).index(job.arm)}-{job.seed}"
+    output = place.run(job)
     shutil.rmtree(output, ignore_errors=True)
     pruned = arm.part == "pruning"
     steps, rate = (budget.pruned_steps, 5e-4) if pruned else (budget.steps, 2e-3)
@@ -184,7 +188,7 @@ def score_cuts(place: Place) -> dict[str, dict[str, float]]:
     return found
 
 
-def training_free(place: Place, base: Job, arm: Arm) -> dict[str, float]:
+def training_free(place: Place, job: Job, base: Job) -> dict[str, float]:
     """Scores of a trained student that feeds fewer visual tokens than it was trained with, or those that an oracle names."""
     from vlm_distill_cache.common.config import config_from_dict
     from vlm_distill_cache.common.opening import open_cache
@@ -193,11 +197,8 @@ def training_free(place: Place, base: Job, arm: Arm) -> dict[str, float]:
     from vlm_distill_cache.stage2_student.scores.oracle import followed, read_oracle
     from vlm_distill_cache.stage2_student.trained_student import open_student
 
-    options, folder = dict(arm.options), place.trained(base)
+    options, folder, target = dict(ARMS[job.arm].options), place.trained(base), place.run(job)
     oracle = read_oracle(open_cache(str(place.held_out))) if options.pop("oracle", False) else None
-    target = (
-        place.root / "runs" / f"{base.seed}-{options['visual_tokens']}-{options['token_selection']}-{oracle is None}"
-    )
     if base.arm == BASE:
         shutil.rmtree(target, ignore_errors=True)
         options |= {"cache": str(place.cache), "output": str(target), "seed": base.seed}
@@ -210,7 +211,7 @@ def training_free(place: Place, base: Job, arm: Arm) -> dict[str, float]:
     return scores
 
 
-def decoding(place: Place, base: Job, arm: Arm) -> dict[str, float]:
+def decoding(place: Place, job: Job, base: Job) -> dict[str, float]:
     """How a student decodes that looks at few visual tokens a step: given captions token by token, and own answers.
 
     Returns:
@@ -248,7 +249,7 @@ def decoding(place: Place, base: Job, arm: Arm) -> dict[str, float]:
 
     whole = dictate("right")
     core = core_of(model)
-    how = {"keep": arm.options["keep"], "by": arm.options["by"], "shift_threshold": 0.75, "layers": None}
+    how = {**ARMS[job.arm].options, "shift_threshold": 0.75, "layers": None}
     change_model(core, family_of(core.config.model_type).parts, decoding_tokens=how)
     right, wrong = dictate("right"), dictate("wrong")
     sums = [np.concatenate([part.log_probs.sum(dim=1).numpy() for part in side]) for side in (right, wrong)]
@@ -263,13 +264,13 @@ def decoding(place: Place, base: Job, arm: Arm) -> dict[str, float]:
     }  # fmt: skip
 
 
-def quantised(place: Place, base: Job, arm: Arm) -> dict[str, float]:
+def quantised(place: Place, job: Job, base: Job) -> dict[str, float]:
     """Scores with fewer bits, and the weights' size."""
     from vlm_distill_cache.stage2_student.trained_student import export_student, open_student
 
-    target = place.root / "runs" / f"{arm.options['quantise']}-{base.seed}"
+    target = place.run(job)
     shutil.rmtree(target, ignore_errors=True)
-    export_student(place.trained(base), target, **arm.options)
+    export_student(place.trained(base), target, **ARMS[job.arm].options)
     student = open_student(target, device="cpu")
     scores = score(place, student.model, student.encoder) | {"megabytes": megabytes(target)}
     shutil.rmtree(target)
@@ -281,7 +282,7 @@ def megabytes(folder: Path) -> float:
     return round(sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6, 3)
 
 
-WAYS: dict[str, Callable[[Place, Job, Arm], dict[str, float]]] = {
+WAYS: dict[str, Callable[[Place, Job, Job], dict[str, float]]] = {
     "training-free": training_free, "decoding": decoding, "quantised": quantised,
 }  # fmt: skip
 
@@ -300,7 +301,7 @@ def run_job(place: Place, job: Job) -> dict[str, Any]:
     set_up_libraries()
     started, arm, told = time.monotonic(), ARMS[job.arm], {}
     if arm.of:
-        scores = WAYS[arm.part](place, replace(job, arm=arm.of), arm)
+        scores = WAYS[arm.part](place, job, replace(job, arm=arm.of))
     else:
         model, encoder, told = train_job(place, job)
         scores = score(place, model, encoder)

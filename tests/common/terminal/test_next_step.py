@@ -29,6 +29,7 @@ def plan_of(name: str, *, signals=tuple(BOTH)):
         ("shapes:images=20,seed=5", " DATA=shapes:images=20,seed=5"),
         ("shapes:images=9,seed=0,kinds=scene+motion[:4]", " DATA=shapes:images=9,seed=0,kinds=scene+motion"),
         ("easy-vqa/train[:9]", " DATA=easy-vqa"),
+        ("photo-scenes:images=9,seed=0,ground=natural[:4]", " DATA=photo-scenes:images=9,seed=0,ground=natural"),
         ("easy-vqa/train + easy-vqa/test", " DATA=easy-vqa"),
         (f"{DEFAULT_SHAPES} + easy-vqa/train", " DATA=FILE IMAGES=FOLDER"),
         ("llava.json", " DATA=FILE IMAGES=FOLDER"),

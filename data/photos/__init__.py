@@ -1,0 +1,1 @@
+"""Photographs of things, put together to pictures: ``photo-scenes``."""

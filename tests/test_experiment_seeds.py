@@ -21,7 +21,7 @@ from tests.benchmarks.experiment_seeds_arms import (
     recovered,
     selected,
 )
-from tests.benchmarks.experiment_seeds_tables import BEGIN, END, in_order, tables
+from tests.benchmarks.experiment_seeds_tables import BEGIN, END, Results, in_order, tables
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.stage2_student.config import TrainConfig
 
@@ -105,6 +105,21 @@ def test_results_of_another_budget_and_the_half_line_of_a_killed_run_do_not_coun
     assert in_order([again, *lines, result("no more", 101, 1.0), result(BASE, 101, 3.0), again]) == [
         result(BASE, 101, 3.0), again, lines[1]
     ]  # fmt: skip
+
+
+def test_readme_quotes_the_stored_results():
+    found, readme = Results(json.loads(STORED.read_text())), (ROOT / "README.md").read_text()
+    quarter = [selected(25, how, trained=True) for how in ("gaze", "random")]
+    shifts = [found.mean(decoded(33, how), "agreement", "{:.1f}") for how in ("fixed", "shift")]
+    pruned = found.retained(recovered("pruned:depth:0.75", 5, "logits + answer attention"), None, "likelihood")
+    for quoted in (
+        f"gains {found.gain('+ answer_attention, sink_suppressed', BASE)} points",
+        f"{found.mean(quarter[0], 'likelihood')}; all, {found.mean(BASE, 'likelihood')}; a random quarter, "
+        f"{found.mean(quarter[1], 'likelihood', '{:.1f}')};",
+        f"agrees with all in {shifts[0]} %; where it follows shifts, in {shifts[1]} %",
+        f"`STUDENT=pruned:depth:0.75` keeps {pruned.partition(' ')[0]} % of the teacher's captions",
+    ):
+        assert quoted in " ".join(readme.split())
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ number of them or with one. In the files, ``values/NAME`` is a parameter and ``a
 of the one of that index in its groups. Nothing is unpickled: torch's usual format would be.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def _table(folder: Path, prefix: str) -> dict[str, Any]:
 
 def _read(folder: Path, wanted: dict[str, Any]) -> None:
     try:
-        load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each process reads for itself
+            load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except CheckpointException as error:
         raise CacheFormatError(f"{folder}: {next(iter(error.failures.values()))[0]}") from error

@@ -1,5 +1,6 @@
 """Counts and token ids equal those of the library's own processor, in the prompt that its chat template writes."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -223,7 +224,8 @@ def test_pictures_of_two_families_do_not_join():
     with pytest.raises(ConfigError, match="different inputs"):
         collate(samples, pad_token_id=0)
     samples = [build_prompt(make_encoder(name), picture(40, 40), "?") for name in ("internvl", "framed", "smolvlm")]
-    samples[1].image_inputs["pixel_values"] = np.zeros((1, 3, 16, 16), np.float32)
+    other = {**samples[1].image_inputs, "pixel_values": np.zeros((1, 3, 16, 16), np.float32)}
+    samples[1] = replace(samples[1], image_inputs=other)
     with pytest.raises(ConfigError, match="differ in size"):
         collate(samples, pad_token_id=0)
 

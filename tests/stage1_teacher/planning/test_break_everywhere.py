@@ -25,7 +25,7 @@ PLACES = {
     "refill": 60,
     "rederive": 50,
     "parts": 120,
-    "queue": 100,
+    "queue": 90,
     "overwrite": 90,
     "extend": 80,
     "fidelity": 12,

@@ -30,9 +30,7 @@ PLAN, SHARDS = other_folders.PLAN, other_folders.SHARDS
 STORE_NAMES = ("zarr", "webdataset")
 DESCRIPTIVE = ("name", "revision", "license", "cache_license", "source")  # in `teacher` and `data`: for people only
 LONG_SAMPLES = "long_samples"  # in `extra`: "truncate" where long samples were cut; absent where they were refused
-PROJECTION = (
-    "output_projection"  # in `extra`: "float32" where only the rest of a teacher ran in half precision; else absent
-)
+PROJECTION = "output_projection"  # in `extra`: "float32" where but for it a teacher ran in half precision; else absent
 THREADS = "threads"  # in `extra`: CPU threads of the arithmetic, on which the last bits depend
 _MOST_LINES = 12  # of differences
 _FOLLOWS = ("  fingerprints.", "  geometry.")  # from settings, which are named first

@@ -1,7 +1,8 @@
 """Records by a key in one file that several processes add to and read: for what can always be made again.
 
 A record is read only if its checksum fits, so neither a process that is killed while it writes nor a machine that stops
-makes a wrong one: what was cut off is overwritten by the next that writes. Reading and writing never fail and never wait:
+makes a wrong one: what was cut off is overwritten by the next that writes; a file that begins otherwise is somebody else's,
+and left alone. Reading and writing never fail and never wait:
 a record that cannot be read is not there, one that cannot be written is left out, as is one for which there is no room.
 
 A record: ``VDR1``, key (16 bytes), <u8 length, <u4 CRC-32 of the data, <u4 CRC-32 of these 32 bytes, the data. The file is
@@ -98,6 +99,9 @@ class RecordFile:
             self._stop(f"it may have {self._limit} bytes")
             return
         if os.fstat(file).st_size > self._end:  # a killed process left a record half written
+            if not self._end and not _MAGIC.startswith(os.pread(file, len(_MAGIC), 0)):
+                self._stop("it is another kind of file")
+                return
             os.ftruncate(file, self._end)
         written = 0
         try:

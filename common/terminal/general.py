@@ -15,7 +15,6 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from typing import Any
 
 import click
@@ -24,6 +23,7 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 
 from vlm_distill_cache import __version__
 from vlm_distill_cache.common.config import canonical_overrides, known_names, last_given, option_names, words_of
+from vlm_distill_cache.common.files.versions import installed_versions
 from vlm_distill_cache.common.locations import slips
 from vlm_distill_cache.common.printing import hide_secrets
 from vlm_distill_cache.common.recipes import recipe_names
@@ -121,12 +121,9 @@ JSON = click.option(
 
 def version_text(program: str) -> str:
     """Our version, Python's and those of the two libraries that decide most; nothing is imported for it."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for library in ("torch", "transformers"):
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            found[library] = "not installed"
+    libraries = ("torch", "transformers")
+    found = {"python": ".".join(map(str, sys.version_info[:3])), **dict.fromkeys(libraries, "not installed")}
+    found |= installed_versions(libraries)
     return f"{program} {__version__} ({', '.join(f'{name} {version}' for name, version in found.items())})"
 
 

@@ -29,15 +29,7 @@ _CELL = IMAGE_SIZE / GRID
 _SPAN = {"small": (38.0, 46.0), "large": (68.0, 80.0)}  # square root of a cut-out's area in pixels, uniform between
 _LONGEST = 1.3  # times that, at most: long things are smaller
 _COUNTS = (2, 3, 3)  # things in a scene, drawn uniformly from here
-_OCTAVES = (
-    2,
-    4,
-    8,
-    16,
-    32,
-    64,
-    128,
-)  # cells a side of a natural ground's fields, each half as strong as the one before
+_OCTAVES = tuple(2**octave for octave in range(1, 8))  # cells a side of a natural ground's fields
 _KEY = 23  # in front of all generators' keys, so that no stream is that of another data set
 
 

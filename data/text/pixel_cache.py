@@ -9,7 +9,6 @@ import json
 import struct
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from vlm_distill_cache.common.attention.tiles import Tile
 from vlm_distill_cache.common.errors import DistillError
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.files.record_file import RecordFile
+from vlm_distill_cache.common.files.versions import installed_versions
 from vlm_distill_cache.data.images.byte_pixels import BytePixels, Held, ImageInputs, held_of
 from vlm_distill_cache.data.images.encoder import EncodedImage
 from vlm_distill_cache.data.images.layouts import geometry_of
@@ -113,14 +113,8 @@ def identity_of(settings: MediaSettings) -> str | None:
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = ""
     codecs = ("jpg", "libjpeg_turbo", "webp", "zlib", "jpg_2000", "libtiff", "avif")
-    return found | {name: str(features.version(name)) for name in codecs}
+    return installed_versions(_LIBRARIES) | {name: str(features.version(name)) for name in codecs}
 
 
 def _key(settings: DescribedSettings, media: Sequence[Medium]) -> bytes | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import read_bounded
+from vlm_distill_cache.common.files.versions import installed_versions
 from vlm_distill_cache.common.files.yaml_text import YamlError, parse_yaml
 from vlm_distill_cache.common.hub import CARD, public_name
 from vlm_distill_cache.common.locations import public_location
@@ -59,7 +59,11 @@ def describe_origin(
             {"name": name, "steps": steps, "batch_size": size, "rates": dict(rates), "losses": _losses(name, log)}
             for name, steps, size, rates in phases
         ],
-        "versions": {"vlm-distill-cache": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {
+            "vlm-distill-cache": __version__,
+            "python": platform.python_version(),
+            **installed_versions(_LIBRARIES),
+        },
     }
 
 
@@ -169,13 +173,3 @@ def _losses(phase: str, log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The losses of a phase's last step, to four digits: the last bits depend on the number of processes."""
     last: Mapping[str, Any] = next((record for record in reversed(log) if record.get("phase") == phase), {})
     return {name: float(f"{value:.4g}") for name, value in last.items() if name not in NOT_LOSSES}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

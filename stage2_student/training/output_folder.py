@@ -11,7 +11,7 @@ from pathlib import Path
 from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.config import read_yaml
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, hold_folder, remove
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, hold_folder
 from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
 from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.stage2_student.config import TrainConfig
@@ -82,8 +82,12 @@ def with_shared_pixels(config: TrainConfig) -> TrainConfig:
 def drop_pixels(config: TrainConfig) -> None:
     """Remove the pictures that were kept for one training or run alone."""
     if config.pixel_cache == "auto":
-        with suppress(OSError):  # some disks hold what is open; whoever deletes the output folder deletes them
-            remove(Path(config.output) / PIXELS)
+        from vlm_distill_cache.data.text.pixel_cache import FILE  # what has trained has imported it
+
+        folder = Path(config.output) / PIXELS
+        with suppress(OSError):  # some disks hold what is open; and a folder with other files stays
+            (folder / FILE).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def holds_anything(folder: Path) -> bool:

@@ -337,10 +337,8 @@ def find_all(config: TrainConfig, caches: Mapping[str, TeacherCache], *, parts: 
         cache.check_shard_files()
         check_labels_fit(cache, vocabulary_rows(parts.model), parts.tokenizer, where=parts.where)
     check_choice(config, caches.values(), parts.model, parts.image_encoder, where=f"student {config.student}")
-    encoder, pixels = (
-        encoder_for(config, parts, {str(config.phase(config.phases[0]).cache): first, **caches}),
-        PixelCache(),
-    )
+    encoder = encoder_for(config, parts, {str(config.phase(config.phases[0]).cache): first, **caches})
+    pixels = PixelCache()
     phases = _prepare_phases(config, caches, replace(encoder, pixels=pixels), parts)
     return Found(parts, encoder, phases, pixels)
 

@@ -176,3 +176,15 @@ def test_processes_share_it_and_one_that_is_killed_makes_no_wrong_record(tmp_pat
         assert there
     file.put(key(5000), [data(5000)])
     assert RecordFile(path, BIG).get(key(5000)) == data(5000)
+
+
+@pytest.mark.parametrize("theirs", [b"V", b"somebody's picture", b"\0" * 100])
+def test_a_file_that_somebody_else_wrote_is_neither_read_nor_written(tmp_path, theirs):
+    path = tmp_path / "records"
+    path.write_bytes(theirs)
+    file = RecordFile(path, BIG)
+    assert file.get(key(0)) is None
+    file.put(key(0), [data(0)])
+    begins_as_ours = theirs == b"V"
+    assert (path.read_bytes() == theirs) != begins_as_ours
+    assert (file.get(key(0)) is None) != begins_as_ours

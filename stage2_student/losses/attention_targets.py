@@ -279,11 +279,12 @@ def student_cells(attention: Tensor, target: AttentionTarget, rows: Tensor) -> T
 
     Args:
         attention: float32 ``[I, G, R, M]``, absolute mass.
-        rows: Row positions of these samples, int64 ``[I, R]``, padding -1.
+        rows: Row positions of these samples, int64 ``[I, R]``, padding -1; on the CPU, where they are counted without waiting.
     """
     pooled = attention @ target.student_pool[:, None]  # [I, G, R, C]
     by_row = pooled.transpose(1, 2)  # [I, R, G, C]
-    return by_row[(rows >= 0).to(by_row.device)]
+    places = (rows >= 0).nonzero(as_tuple=True)
+    return by_row[tuple(place.to(by_row.device, non_blocking=True) for place in places)]
 
 
 def pool_map(attention: Tensor, target: AttentionTarget) -> Tensor:

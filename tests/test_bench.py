@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from tests.benchmarks import bench
+from tests.benchmarks import bench, bench_pixels
 from tests.benchmarks.bench_compare import OtherMachineError, change_table, compare, main
 from tests.benchmarks.bench_docs import (
     BEGIN,
@@ -222,6 +222,14 @@ def test_the_tables_of_the_codecs_in_the_documentation_are_those_of_the_stored_r
     page = (ROOT / TABLE_PAGE).read_text()
     assert set(codec_rows(figures)) <= set(page.splitlines())
     assert map_table(figures) in page
+
+
+def test_the_tables_of_pictures_in_the_documentation_are_those_of_the_stored_results():
+    stored = json.loads(bench_pixels.STORED.read_text())
+    shown = bench_pixels.tables(stored)
+    assert table_in((ROOT / TABLE_PAGE).read_text(), bench_pixels.BEGIN, bench_pixels.END) == shown
+    peaks = stored["building"]["peak_bytes_by_shard_size"]["now"]
+    assert peaks["1024"] <= 1.2 * peaks["64"]  # what docs/scale.md says
 
 
 @pytest.mark.parametrize("quote", QUOTES, ids=lambda quote: quote.text)

@@ -1,6 +1,6 @@
 """What a picture costs to read, decoded or kept, and what a build's memory has to do with the size of its shards.
 
-    .venv/bin/python -m tests.benchmarks.bench_pixels    # writes results/bench_pixels.json; some minutes
+    .venv/bin/python -m tests.benchmarks.bench_pixels    # writes results/bench_pixels.json and docs/results.md; some minutes
 
 Milliseconds are of the processor, not of the clock, of one sample from its picture's file to the batch; the ways of reading
 take turns. A build's peak of memory is that of a process of its own, for as many samples in small shards and in one. ``As
@@ -24,6 +24,7 @@ import PIL.Image
 import torch
 import transformers
 
+from tests.benchmarks.bench_docs import ROOT, TABLE_PAGE, table_in
 from tests.benchmarks.bench_measure import Spread
 from tests.benchmarks.bench_results import describe_machine, rounded
 from vlm_distill_cache.data.builtin import load_image_processor, load_tokenizer
@@ -42,6 +43,7 @@ from vlm_distill_cache.stage1_teacher.extract import extract
 from vlm_distill_cache.stage1_teacher.loop import spool
 
 STORED = Path(__file__).parent / "results" / "bench_pixels.json"
+BEGIN, END = "<!-- bench-pixels -->\n", "<!-- /bench-pixels -->\n"
 PICTURES, ROUNDS = 8, 3
 SIDE, SAMPLES, SHARDS = 336, 1024, (64, 1024)
 
@@ -199,8 +201,34 @@ def bench_building(folder: Path) -> dict[str, Any]:
     return {"samples": SAMPLES, "peak_bytes_by_shard_size": found}
 
 
+def tables(stored: dict[str, Any]) -> str:
+    """What was measured as the page shows it: reading, and peaks of memory."""
+    machine, reading, building = stored["machine"], stored["reading"], stored["building"]
+    ways = list(next(iter(reading.values()))["ms"])
+    lines = [
+        f"| ms of one core a sample; {machine['processor']} | " + " | ".join(ways) + " | KB on disk |",
+        "|---" * (len(ways) + 2) + "|",
+        *(
+            f"| {name} | "
+            + " | ".join(f"{found['ms'][way]:.1f}" for way in ways)
+            + f" | {found['bytes_kept'] / 1e3:,.0f} |"
+            for name, found in reading.items()
+        ),
+        "",
+        f"| peak memory of a build of {building['samples']:,} samples, MB | "
+        + " | ".join(f"shards of {size:,}" for size in SHARDS)
+        + " |",
+        "|---" * (len(SHARDS) + 1) + "|",
+        *(
+            f"| {way} | " + " | ".join(f"{peaks[str(size)] / 1e6:,.0f}" for size in SHARDS) + " |"
+            for way, peaks in building["peak_bytes_by_shard_size"].items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Measure and store."""
+    """Measure, store, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--only", choices=("reading", "building"), help="measure one part; the other stays as it is stored"
@@ -214,6 +242,9 @@ def main() -> None:
         stored = json.loads(STORED.read_text()) if STORED.is_file() else {}
         stored |= {"machine": describe_machine(), name: measured}
         STORED.write_text(json.dumps(stored, indent=1) + "\n")
+    page = ROOT / TABLE_PAGE
+    text = page.read_text()
+    page.write_text(text.replace(BEGIN + table_in(text, BEGIN, END) + END, BEGIN + tables(stored) + END))
 
 
 if __name__ == "__main__":

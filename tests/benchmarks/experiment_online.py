@@ -50,6 +50,9 @@ class OnlineDataset:
         """Everything else is the cached join's."""
         return getattr(self._joined, name)
 
+    def __len__(self) -> int:
+        return len(self._joined)
+
     def batch(self, positions: Iterable[int]) -> TrainingBatch:
         """Run the teacher on a micro-batch and collate what it says with the student's inputs."""
         chosen = [int(position) for position in positions]
@@ -90,8 +93,8 @@ def run_eager(work: Build, batch: Batch) -> dict[str, torch.Tensor]:
 def prepare_online(work: Build) -> Any:
     """A `prepare` whose phases have the teacher in their loop."""
 
-    def prepared(config: Any) -> Preparation:
-        run = prepare(config)
+    def prepared(*arguments: Any) -> Preparation:
+        run = prepare(*arguments)
         for phase in run.phases:
             object.__setattr__(phase, "dataset", OnlineDataset(phase.dataset, work))
         return run

@@ -1,0 +1,330 @@
+"""Does the teacher's gaze help with real features, a real language model and photographs?
+
+    make experiment-photos     # teacher, caches, students of every arm and seed; writes docs/results.md
+
+1. Teacher: EfficientNet-Lite0 and SmolLM2-135M, taught drawn photographs (``experiment_photos_teacher``). Students are trained
+   from it once it has 85 % of order and relations right on pictures that nothing else is scored on.
+2. Caches: one of all signals, and one for each budget of logits and gaze.
+3. Students: the teacher's first layers, or cut out of it in width, with its tower and projector; by the arms of
+   ``experiment_photos_arms``, at equal steps, data and order. Scores are on pairs of things that were never seen together; an
+   interval is Student's t over seeds. The blind row sees the mean picture.
+
+What is done is kept in ``build/experiment-photos``: a job that was killed is run again, the others are not. Of each run
+its configuration and log stay in ``runs``, its answers item by item in the results.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.experiment_photos_arms import (
+    ARMS,
+    LAYERS,
+    PARTS,
+    SEEDS,
+    SFT,
+    WIDTH,
+    WIDTH_STUDENT,
+    cache_options,
+)
+from tests.benchmarks.experiment_photos_tables import expected_hours, in_order, tables, write_page
+from tests.benchmarks.experiment_seeds import Job, read_results, run, write_stored
+from vlm_distill_cache.common.files.atomic import try_lock
+
+STORED = Path(__file__).parent / "results" / "experiment_photos.json"
+TEACHER_SEED = 9  # of the teacher's own pictures
+MEASURED = 64  # samples that a pruned student's parts are ranked on
+BATCH, RATE = 16, 5e-4  # pictures a step of a student
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is done; results of different budgets are never mixed.
+
+    Attributes:
+        images: Pictures that students learn from: `STEPS` steps see each once.
+        items: Held-out items of each kind, twins in twos: an even number.
+        teacher_steps: Of the teacher, 16 pictures each.
+        stage: Which of the tower's features are seen, ``last`` or ``middle``.
+        steps: Of a student, where they are not the arm's own.
+    """
+
+    images: int = 4000
+    items: int = 100
+    teacher_steps: int = 400
+    stage: str = "last"
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the experiment keeps what it has made."""
+
+    root: Path
+    budget: Budget
+
+    @property
+    def data(self) -> str:
+        """What students learn from and are scored on."""
+        return f"photo-scenes:images={self.budget.images}"
+
+    @property
+    def teacher(self) -> Path:
+        """The teacher's folder; of other steps or features, another teacher."""
+        return self.root / f"teacher-{self.budget.stage}-{self.budget.teacher_steps}"
+
+    @property
+    def made_of(self) -> Path:
+        """What is made of the teacher as it is after so many steps."""
+        return self.root / f"of-{self.budget.stage}-{self.budget.teacher_steps}-{self.budget.images}"
+
+    @property
+    def features(self) -> Path:
+        """What the tower says of each picture."""
+        return self.root / "features"
+
+    @property
+    def results(self) -> Path:
+        """A line for each job."""
+        return self.root / "results.jsonl"
+
+    def cache(self, name: str) -> Path:
+        """The cache of some arms."""
+        return self.made_of / "caches" / re.sub("[^0-9a-z.]+", "-", name)
+
+    def student(self, kind: str) -> Path:
+        """The folder that students start from."""
+        return self.made_of / f"student-{kind}"
+
+    def run(self, job: Job) -> Path:
+        """Configuration and log of a job."""
+        return self.made_of / "runs" / f"{list(ARMS).index(job.arm)}-{job.seed}"
+
+
+def set_up(place: Place) -> None:
+    """What every process of this experiment does first: know the tower, and where its features are kept."""
+    import torch
+
+    from tests.benchmarks.photo_tower import keep_features
+    from vlm_distill_cache.stage2_student.run import set_up_libraries
+
+    torch.set_num_threads(1)
+    set_up_libraries()
+    keep_features(place.features)
+
+
+def items_of(place: Place, split: str = "test") -> Any:
+    """The held-out items."""
+    from vlm_distill_cache.data.registry import open_evaluation
+
+    return open_evaluation(place.data, split, place.budget.items)
+
+
+def train_teacher(place: Place) -> dict[str, Any]:
+    """Train the teacher or find it trained; how its training went."""
+    from tests.benchmarks.experiment_photos_scores import answer_items, scores_of
+    from tests.benchmarks.experiment_photos_teacher import BATCH as PICTURES
+    from tests.benchmarks.experiment_photos_teacher import make_teacher
+    from vlm_distill_cache.data.registry import open_dataset
+
+    budget = place.budget
+    dataset = open_dataset(f"photo-scenes:images={budget.teacher_steps * PICTURES},seed={TEACHER_SEED}")
+    return make_teacher(
+        place.teacher, root=place.root, steps=budget.teacher_steps, stage=budget.stage, dataset=dataset,
+        items=items_of(place, "validation"),
+        score=lambda model, encoder, items: scores_of(answer_items(model, encoder, items)),
+    )  # fmt: skip
+
+
+def build_cache(place: Place, name: str) -> float:
+    """Run stage one, or find it done; bytes of logits and answer attention a supervised row."""
+    from vlm_distill_cache.common.cache.manifest import read_manifest
+    from vlm_distill_cache.common.cache.plan import read_plan
+    from vlm_distill_cache.stage1_teacher.config import BuildConfig
+    from vlm_distill_cache.stage1_teacher.extract import extract
+    from vlm_distill_cache.stage1_teacher.report import summary_text
+
+    cache = place.cache(name)
+    options = {
+        "data": place.data,
+        "teacher": str(place.teacher),
+        "max_length": 512,
+        "batch_size": BATCH,
+        "num_workers": 0,
+    }
+    summary = extract(BuildConfig(**options, cache=str(cache), **cache_options(name)))  # type: ignore[arg-type]
+    sys.stdout.write(summary_text(summary) + "\n")
+    plan, manifest = read_plan(cache), read_manifest(cache)
+    of_signals = [field.name for signal in ("logits", "answer_attention") for field in plan.fields[signal]]
+    size: int = sum(manifest.field_bytes[name] for name in of_signals)
+    return round(size / manifest.totals["rows"], 2)
+
+
+def make_students(place: Place, kinds: set[str]) -> None:
+    """Cut what students start from out of the teacher, once."""
+    from tests.benchmarks.experiment_photos_teacher import make_student
+    from vlm_distill_cache.common.config import config_from_dict
+    from vlm_distill_cache.stage2_student.config import TrainConfig
+    from vlm_distill_cache.stage2_student.run import with_pruned_student
+    from vlm_distill_cache.stage2_student.training.resolve import open_caches
+
+    for kind in sorted(kinds):
+        if place.student(kind).exists():
+            continue
+        if kind != WIDTH_STUDENT:
+            make_student(place.teacher, place.student(kind), layers=LAYERS)
+            continue
+        output = place.made_of / "cut"
+        options = {
+            "student": f"pruned:width:{WIDTH}", "teacher": str(place.teacher), "data": place.data,
+            "cache": str(place.cache("cache")), "output": str(output), "phases": ["dft"], "pruning": {"samples": MEASURED},
+        }  # fmt: skip
+        config = config_from_dict(TrainConfig, options, where="experiment_photos")
+        cut = with_pruned_student(config, open_caches(config), say=lambda line: None)
+        Path(cut.student).rename(place.student(kind))
+        shutil.rmtree(output)
+
+
+def train_job(place: Place, job: Job) -> Any:
+    """Train one student from its cache, or with the teacher in the loop."""
+    arm, output = ARMS[job.arm], place.run(job)
+    shutil.rmtree(output, ignore_errors=True)
+    steps = place.budget.steps or arm.steps
+    phase = {"steps": steps, "batch_size": BATCH, "lr": RATE, "losses": arm.losses, **arm.phase}
+    options = {
+        "student": str(place.student(arm.student)), "data": place.data, "cache": str(place.cache(arm.cache)),
+        "output": str(output), "phases": ["dft"], "dft": phase, "seed": job.seed, "dtype": "bfloat16", "max_length": 512,
+        "checkpoint_every": 10**6, **arm.options,
+    }  # fmt: skip
+    if arm.online:
+        from tests.benchmarks.experiment_online import train_online
+        from vlm_distill_cache.stage1_teacher.config import BuildConfig
+        from vlm_distill_cache.stage1_teacher.planning.open import open_build
+
+        build = BuildConfig(
+            data=place.data, teacher=str(place.teacher), cache=options["cache"], max_length=512, batch_size=BATCH,
+            **cache_options(arm.cache),
+        )  # fmt: skip
+        return train_online(open_build(build), **options)
+    from tests.benchmarks.train_student import train_student
+
+    return train_student(**options)
+
+
+def run_job(place: Place, job: Job) -> dict[str, Any]:
+    """Train one student, and score it; its configuration and log stay.
+
+    Returns:
+        The job's fields, steps, seconds, ``scores`` in percent, ``answers`` by item; of `SFT` also ``blind``, its scores
+        where it sees the mean picture.
+    """
+    set_up(place)
+    from tests.benchmarks.experiment_photos_scores import answer_items, blinded, mean_picture, scores_of
+    from vlm_distill_cache.data.registry import open_dataset
+
+    started = time.monotonic()
+    result = train_job(place, job)
+    model, encoder, items = result.model, result.preparation.encoder, items_of(place)
+    answers = answer_items(model, encoder, items)
+    blind = {}
+    if job.arm == SFT:
+        picture = mean_picture(open_dataset(place.data), place.root / f"mean-{job.seed}.png")
+        blind = {"blind": scores_of(answer_items(model, encoder, blinded(items, picture)))}
+    for made in place.run(job).iterdir():  # weights and checkpoints
+        if made.is_dir():
+            shutil.rmtree(made)
+    return {
+        **asdict(job), "steps": len(result.log), "seconds": round(time.monotonic() - started, 1),
+        "scores": scores_of(answers), **blind, "answers": answers,
+    }  # fmt: skip
+
+
+def score_teacher(place: Place) -> dict[str, dict[str, float]]:
+    """The teacher's own scores on the same items, seeing and blind; kept beside what is made of it."""
+    file = place.made_of / f"teacher-{place.budget.items}.json"
+    if not file.is_file():
+        from tests.benchmarks.experiment_photos_scores import answer_items, blinded, mean_picture, scores_of
+        from vlm_distill_cache.data.registry import open_dataset
+        from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
+        from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+
+        teacher = Teacher(place.teacher)
+        encoder = build_encoder(teacher, template="short", max_length=512)
+        items = items_of(place)
+        picture = mean_picture(open_dataset(place.data), place.root / "mean.png")
+        scores = {
+            name: scores_of(answer_items(teacher.model, encoder, shown))
+            for name, shown in (("teacher", items), ("blind", blinded(items, picture)))
+        }
+        file.write_text(json.dumps(scores))
+    found: dict[str, dict[str, float]] = json.loads(file.read_text())
+    return found
+
+
+def jobs_of(parts: list[str], seeds: int) -> list[Job]:
+    """Jobs, seeds outermost, so that an interrupted run has whole comparisons."""
+    return [
+        Job(name, seed)
+        for seed in SEEDS[:seeds]
+        for name, arm in ARMS.items()
+        if arm.part in parts and seed in arm.seeds
+    ]
+
+
+def main() -> None:
+    """Run what is missing, store the results, write and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2)))
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="Only the first so many seeds.")
+    parser.add_argument("--part", choices=PARTS, action="append", help="Only these jobs (default: all).")
+    parser.add_argument("--teacher-steps", type=int, default=Budget().teacher_steps, help="Of the teacher, in all.")
+    parser.add_argument("--stage", choices=("last", "middle"), default="last", help="Which of the tower's features.")
+    parser.add_argument(
+        "--below-gate", action="store_true", help="Train students of a teacher that has not learnt enough."
+    )
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    logging.basicConfig(format="%(message)s")
+    place = Place(Path("build/experiment-photos"), Budget(teacher_steps=arguments.teacher_steps, stage=arguments.stage))
+    place.root.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(place.root)
+    if lock is None:
+        sys.exit(f"{place.root}: another experiment is running there; wait for it, or stop it")
+    set_up(place)
+    training = train_teacher(place)
+    if not arguments.below_gate:
+        from tests.benchmarks.experiment_photos_teacher import refuse_below_gate
+
+        refuse_below_gate(training)
+    done = {(found["arm"], found["seed"]) for found in read_results(place)}
+    wanted = jobs_of(arguments.part or list(PARTS), arguments.seeds)
+    jobs = [job for job in wanted if (job.arm, job.seed) not in done]
+    parts = Counter(ARMS[job.arm].part for job in jobs)
+    hours = expected_hours(parts, read_results(place), arguments.workers)
+    sys.stdout.write(f"{len(jobs)} of {len(wanted)} students are to be trained: about {hours:.1f} hours\n")
+    names = dict.fromkeys(["cache", *(ARMS[job.arm].cache for job in wanted)])
+    sizes = {name: build_cache(place, name) for name in names}
+    make_students(place, {ARMS[job.arm].student for job in jobs})
+    failed = run(place, [jobs], run_job, arguments.workers)
+    stored = {
+        "budget": asdict(place.budget), "training": training, **score_teacher(place), "bytes_a_row": sizes,
+        "results": in_order(read_results(place)),
+    }  # fmt: skip
+    write_stored(stored, STORED)
+    write_page(Path("docs/results.md"), stored)
+    sys.stdout.write(tables(stored) + "\n")
+    if failed:
+        sys.exit("\n".join([f"{len(failed)} jobs failed; the same command runs them again:", *failed]))
+
+
+if __name__ == "__main__":
+    main()

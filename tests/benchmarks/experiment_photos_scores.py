@@ -1,0 +1,93 @@
+"""Scores of `make experiment-photos`, item by item; twins, which stand next to each other, also give the right picture of two."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_distill_cache.data.images.load import ImageFile
+from vlm_distill_cache.data.photos.text import PAIR_KINDS, QUESTION_KINDS
+from vlm_distill_cache.data.sample import Dataset, EvaluationSet, ImageSource
+
+BATCH = 32  # items
+PICTURE = "picture: "  # in front of a kind of captions: which of two pictures is a caption's?
+ORDER = ("swap_obj", "replace_rel")
+GROUPS: dict[str, tuple[str, ...]] = {
+    "captions": tuple(PAIR_KINDS),
+    "order and relations": ORDER,
+    "right picture of two": tuple(PICTURE + kind for kind in PAIR_KINDS),
+    "questions": tuple(QUESTION_KINDS),
+}
+_SIGNS = {0.0: "0", 0.5: "=", 1.0: "1"}  # of an item: wrong, a tie, right
+_VALUES = {sign: value for value, sign in _SIGNS.items()}
+
+Answers = dict[str, str]  # by kind, a sign an item
+
+
+def answer_items(model: Any, encoder: Any, items: EvaluationSet) -> Answers:
+    """What a model has right.
+
+    Args:
+        model: A student, or a model of the library.
+        encoder: The one that fits it.
+        items: Of `photo_evaluation`, twins next to each other.
+    """
+    import torch
+
+    from vlm_distill_cache.stage2_student.scores.evaluate import score_questions, weigh_pairs
+    from vlm_distill_cache.stage2_student.scores.metrics import preference
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            weighed = weigh_pairs(model, encoder, items.pairs, batch_size=BATCH)["likelihood"]  # [I, 2], nats
+            asked = score_questions(model, encoder, items.questions, batch_size=BATCH)
+    finally:
+        model.train(was_training)
+    found: dict[str, list[str]] = defaultdict(list)
+    right, wrong = weighed.T
+    of_twins = np.arange(len(right)) ^ 1  # the place of each one's twin
+    columns = {
+        "": preference(right, wrong),
+        # A twin's wrong caption is the right one here.
+        PICTURE: preference(right, wrong[of_twins]),
+    }
+    for start, hits in columns.items():
+        for pair, hit in zip(items.pairs, hits.tolist(), strict=True):
+            found[start + pair.kind].append(_SIGNS[hit])
+    for question, hit in zip(items.questions, asked.tolist(), strict=True):
+        found[question.kind].append(_SIGNS[float(hit)])
+    return {kind: "".join(signs) for kind, signs in found.items()}
+
+
+def scores_of(answers: Mapping[str, str]) -> dict[str, float]:
+    """Percent by kind, and of each of `GROUPS` the unweighted mean of its kinds."""
+    kinds = {kind: 100 * statistics.mean(_VALUES[sign] for sign in signs) for kind, signs in answers.items()}
+    groups = {name: statistics.mean(kinds[kind] for kind in of) for name, of in GROUPS.items()}
+    return {name: round(value, 3) for name, value in (groups | kinds).items()}
+
+
+def blinded(items: EvaluationSet, picture: ImageSource) -> EvaluationSet:
+    """The same items with one picture for all of them."""
+    return EvaluationSet(
+        pairs=tuple(replace(pair, image=picture) for pair in items.pairs),
+        questions=tuple(replace(question, image=picture) for question in items.questions),
+    )
+
+
+def mean_picture(dataset: Dataset, file: Path, pictures: int = 256) -> ImageSource:
+    """The mean of the first pictures of a data set, kept in a file."""
+    if not file.is_file():
+        from PIL import Image
+
+        shown: Iterable[Any] = (dataset[number].images[0] for number in range(min(pictures, len(dataset))))
+        arrays: Sequence[np.ndarray] = [np.asarray(image.load(), np.float32) for image in shown]
+        scratch = file.with_suffix(".part.png")
+        Image.fromarray(np.mean(arrays, axis=0).round().astype(np.uint8)).save(scratch)
+        scratch.rename(file)
+    return ImageFile(file)

@@ -56,6 +56,7 @@ class Budget:
         teacher_steps: Of the teacher, 16 pictures each.
         stage: Which of the tower's features are seen, ``last`` or ``middle``.
         steps: Of a student, where they are not the arm's own.
+        dtype: Of the products in training, ``float32`` or ``bfloat16``: which is faster depends on the processor.
     """
 
     images: int = 4000
@@ -63,6 +64,7 @@ class Budget:
     teacher_steps: int = 400
     stage: str = "last"
     steps: int | None = None
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,13 @@ class Place:
 
     @property
     def teacher(self) -> Path:
-        """The teacher's folder; of other steps or features, another teacher."""
-        return self.root / f"teacher-{self.budget.stage}-{self.budget.teacher_steps}"
+        """The teacher's folder; of other steps, features or numbers, another teacher."""
+        return self.root / f"teacher-{self.budget.stage}-{self.budget.teacher_steps}-{self.budget.dtype}"
 
     @property
     def made_of(self) -> Path:
         """What is made of the teacher as it is after so many steps."""
-        return self.root / f"of-{self.budget.stage}-{self.budget.teacher_steps}-{self.budget.images}"
+        return self.root / f"of-{self.teacher.name}-{self.budget.images}"
 
     @property
     def features(self) -> Path:
@@ -139,7 +141,7 @@ def train_teacher(place: Place) -> dict[str, Any]:
     budget = place.budget
     dataset = open_dataset(f"photo-scenes:images={budget.teacher_steps * PICTURES},seed={TEACHER_SEED}")
     return make_teacher(
-        place.teacher, root=place.root, steps=budget.teacher_steps, stage=budget.stage, dataset=dataset,
+        place.teacher, root=place.root, steps=budget.teacher_steps, stage=budget.stage, dtype=budget.dtype, dataset=dataset,
         items=items_of(place, "validation"),
         score=lambda model, encoder, items: scores_of(answer_items(model, encoder, items)),
     )  # fmt: skip
@@ -202,7 +204,7 @@ def train_job(place: Place, job: Job) -> Any:
     phase = {"steps": steps, "batch_size": BATCH, "lr": RATE, "losses": arm.losses, **arm.phase}
     options = {
         "student": str(place.student(arm.student)), "data": place.data, "cache": str(place.cache(arm.cache)),
-        "output": str(output), "phases": ["dft"], "dft": phase, "seed": job.seed, "dtype": "bfloat16", "max_length": 512,
+        "output": str(output), "phases": ["dft"], "dft": phase, "seed": job.seed, "dtype": place.budget.dtype, "max_length": 512,
         "checkpoint_every": 10**6, **arm.options,
     }  # fmt: skip
     if arm.online:
@@ -270,6 +272,13 @@ def score_teacher(place: Place) -> dict[str, dict[str, float]]:
     return found
 
 
+def faster_dtype() -> str:
+    """``bfloat16`` where the processor has instructions for it; one that has none emulates them in many times the time."""
+    import torch
+
+    return "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
+
+
 def jobs_of(parts: list[str], seeds: int) -> list[Job]:
     """Jobs, seeds outermost, so that an interrupted run has whole comparisons."""
     return [
@@ -289,12 +298,19 @@ def main() -> None:
     parser.add_argument("--teacher-steps", type=int, default=Budget().teacher_steps, help="Of the teacher, in all.")
     parser.add_argument("--stage", choices=("last", "middle"), default="last", help="Which of the tower's features.")
     parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="Of products in training; default: what is faster here."
+    )
+    parser.add_argument(
         "--below-gate", action="store_true", help="Train students of a teacher that has not learnt enough."
     )
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     logging.basicConfig(format="%(message)s")
-    place = Place(Path("build/experiment-photos"), Budget(teacher_steps=arguments.teacher_steps, stage=arguments.stage))
+    dtype = arguments.dtype or faster_dtype()
+    place = Place(
+        Path("build/experiment-photos"),
+        Budget(teacher_steps=arguments.teacher_steps, stage=arguments.stage, dtype=dtype),
+    )
     place.root.mkdir(parents=True, exist_ok=True)
     lock = try_lock(place.root)
     if lock is None:

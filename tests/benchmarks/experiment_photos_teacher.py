@@ -146,8 +146,8 @@ class Trained:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
 
-    def step(self, dataset: Dataset, *, of: int) -> float:
-        """One step on the next `BATCH` pictures; its loss, nats a token."""
+    def step(self, dataset: Dataset, *, of: int, dtype: str = "float32") -> float:
+        """One step on the next `BATCH` pictures, with products in ``dtype``; its loss, nats a token."""
         first = self.steps * BATCH
         samples = [dataset[number % len(dataset)] for number in range(first, first + BATCH)]
         batch = collate([self.encoder(sample) for sample in samples], self.teacher.pad_token_id)
@@ -157,7 +157,7 @@ class Trained:
             spread_projector(self.teacher, inputs["pixel_values"])
         for group, peak in zip(self.optimizer.param_groups, RATES, strict=True):
             group["lr"] = peak * rate_at(self.steps, of)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             hidden = model.model(**inputs, use_cache=False).last_hidden_state
             rows = batch.labels != IGNORE_INDEX
             logits = model.lm_head(hidden[rows])  # [A, V]
@@ -186,6 +186,7 @@ def make_teacher(
     root: Path,
     steps: int,
     stage: str,
+    dtype: str = "float32",
     dataset: Dataset,
     items: EvaluationSet,
     score: Score,
@@ -195,7 +196,7 @@ def make_teacher(
 
     Args:
         folder: Of the trained teacher.
-        root: Where the untrained one and the training's state are kept, by stage.
+        root: Where the untrained one and the training's state are kept, by stage and ``dtype``.
         steps: In all; more than an earlier training had go on from it.
         dataset: Of drawn photographs, each seen once as far as they reach.
         items: That it is scored on while it is trained: none of those that students are scored on.
@@ -212,7 +213,7 @@ def make_teacher(
         return dict(json.loads(notes.read_text()))
     start = root / f"untrained-{stage}"
     untrained_teacher(start, stage)
-    training = Trained(start, root / f"training-{stage}.pt")
+    training = Trained(start, root / f"training-{stage}-{dtype}.pt")
     if training.steps > steps:
         raise SystemExit(
             f"{training.unfinished}: this teacher has {training.steps} steps behind it already, and {steps} are asked for; give "
@@ -221,7 +222,7 @@ def make_teacher(
     losses: list[float] = []
     began = time.monotonic()
     while training.steps < steps:
-        losses.append(training.step(dataset, of=steps))
+        losses.append(training.step(dataset, of=steps, dtype=dtype))
         if training.steps % scored_every == 0 or training.steps == steps:
             seconds = (time.monotonic() - began) / len(losses)
             scores = dict(score(training.teacher.model, training.encoder, items))

@@ -46,17 +46,18 @@ def in_two_processes(tiny_cache, tmp_path_factory):
             made = {"plain": train_runs.make_config, "lora": lora_runs.make_config}
             scored = {"evaluation": train_runs.ON_THE_WAY}
             configs = [make(tiny_cache[0], folder / name, **scored) for name, make in made.items()]
-            configs.append(tower_runs.make_config(tower_runs.mixed_cache(folder / "mixed"), folder / "tower"))
+            mixed, kept = tower_runs.mixed_cache(folder / "mixed"), str(folder / "pixels")
+            configs.append(tower_runs.make_config(mixed, folder / "tower", pixel_cache=kept, memory_gib=0.0))
             one = {name: folder / f"{name}-one" for name in ("sharded", "tower")}
             train(sharded_runs.make_config(tiny_cache[0], one["sharded"]))
-            train(tower_runs.make_config(folder / "mixed", one["tower"]))
+            train(tower_runs.make_config(mixed, one["tower"]))
             sharded_runs.stopped_behind(2, one["sharded"], folder / "sharded-on")
             sharded = [folder / name for name in ("sharded", "sharded-on")]
             configs += [sharded_runs.make_config(tiny_cache[0], output, sharding="fsdp2") for output in sharded]
             configs.append(replace(configs[2], output=str(folder / "sharded-tower"), sharding="fsdp2"))
             train_in_two_processes(folder, *configs)
             (folder / "done").touch()
-    made = ("plain", "lora", "tower", "mixed", "sharded", "sharded-on", "sharded-tower", "sharded-one", "tower-one")
+    made = ("plain", "lora", "tower", "mixed", "pixels", "sharded", "sharded-on", "sharded-tower", "sharded-one", "tower-one")
     return {name: folder / name for name in made} | {"fused": folder}
 
 

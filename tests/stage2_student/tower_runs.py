@@ -32,8 +32,8 @@ def mixed_cache(folder: Path) -> Path:
     return folder
 
 
-def make_config(mixed: Path, output: Path):
+def make_config(mixed: Path, output: Path, **changes):
     """Micro-batches of one sample: in each some process has text alone."""
     dft = TOWER["dft"] | {"batch_size": 4, "micro_batch_size": 1}
-    data = str(mixed / "data.json")
-    return train_runs.make_config(mixed / "cache", output, data=data, **TOWER | {"dft": dft})
+    options = TOWER | {"dft": dft, "data": str(mixed / "data.json")}
+    return train_runs.make_config(mixed / "cache", output, **options | changes)

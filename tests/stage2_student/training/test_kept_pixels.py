@@ -125,6 +125,22 @@ def test_students_of_a_run_share_a_folder_that_goes_with_the_run(tmp_path):
         assert {arm.pixel_cache for arm in arms(asked).values()} == {given}
 
 
+def test_processes_that_train_together_share_a_folder_and_keep_every_picture_once(
+    in_two_processes, mixed, tmp_path, monkeypatch
+):
+    """What they learn is held to one process that keeps nothing in `test_tower` and `test_sharded`."""
+    file = in_two_processes["pixels"] / FILE
+    before, end, keys = file.read_bytes(), 0, []
+    while end < len(before):
+        keys.append(before[end + 4 : end + 20])
+        end += 36 + int.from_bytes(before[end + 20 : end + 28], "little")
+    assert end == len(before)
+    assert len(keys) == len(set(keys)) == 5
+    _, _, decoded = trained(config_of(mixed, tmp_path, pixel_cache=str(file.parent)), monkeypatch)
+    assert decoded == 0
+    assert file.read_bytes() == before
+
+
 def test_a_place_where_nothing_can_be_kept_is_refused_or_left_out(tmp_path):
     (tmp_path / "file").touch()
     given = TrainConfig(cache="c", output=str(tmp_path / "run"), pixel_cache=str(tmp_path / "file"))

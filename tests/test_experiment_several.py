@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,10 +29,19 @@ from tests.benchmarks.experiment_several_tables import (
     tables,
     verdict,
 )
-from tests.benchmarks.experiment_several_teacher import KINDS, Drilled, as_sample, make_teacher, orthogonalised, score
+from tests.benchmarks.experiment_several_teacher import (
+    KINDS,
+    Drilled,
+    as_sample,
+    deepen,
+    make_teacher,
+    orthogonalised,
+    score,
+)
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
 from vlm_distill_cache.data.sample import FrameSampling
+from vlm_distill_cache.data.shapes.text import PLURALS
 from vlm_distill_cache.stage2_student.config import TrainConfig
 
 ALL = [kind for group in GROUPS.values() for kind in group]
@@ -105,7 +115,7 @@ def test_an_item_is_asked_with_all_that_it_shows():
 
 def test_the_teacher_sees_drills_of_where_things_are_before_the_samples_own_turns():
     plain = open_dataset("shapes:images=24,seed=7,kinds=" + "+".join(KINDS))
-    drilled = Drilled(plain)
+    drilled = Drilled(plain, "places")
     for index in range(24):
         own, more = plain[index], drilled[index]
         assert more.turns[len(more.turns) - len(own.turns) :] == own.turns
@@ -117,14 +127,69 @@ def test_the_teacher_sees_drills_of_where_things_are_before_the_samples_own_turn
             assert [thing.cell_name for thing in scene.objects if thing.noun == noun] == [turn.answer]
 
 
+def test_drills_of_comparisons_are_true_of_pairs_and_clips():
+    """Held to what the scenes hold, object by object."""
+
+    def named(scene, noun):
+        (thing,) = [thing for thing in scene.objects if thing.noun == noun]
+        return thing
+
+    plain = open_dataset("shapes:images=96,seed=7,kinds=comparison+motion")
+    drilled, seen = Drilled(plain, "comparisons"), Counter()
+    for index in range(96):
+        own, more = plain[index], drilled[index]
+        assert set(own.turns) <= set(more.turns)
+        if not own.independent_turns:
+            assert more == own
+            continue
+        scenes = own.images[0].scenes() if own.videos else [image.scene() for image in own.images]
+        for turn in more.turns:
+            words = turn.question.split()
+            if words[0] == "is" and words[1] == "there":
+                kind, true = "there", " ".join(words[3:5]) in scenes[int(words[-1]) - 1].nouns
+                expected = "yes" if true else "no"
+            elif words[0] == "is":
+                axis = "column" if "left" in words else "row"
+                first, last = (named(scene, " ".join(words[2:4])) for scene in (scenes[0], scenes[-1]))
+                rises = getattr(last, axis) > getattr(first, axis)
+                kind, expected = "moved", {"column": ("right", "left"), "row": ("below", "above")}[axis][rises]
+            elif words[:2] == ["which", "way"]:
+                first, last = (named(scene, " ".join(words[4:6])) for scene in (scenes[0], scenes[-1]))
+                ways = {(1, 0): "from left to right", (-1, 0): "from right to left"}
+                ways |= {(0, 1): "from above to below", (0, -1): "from below to above"}
+                moved = (np.sign(last.column - first.column), np.sign(last.row - first.row))
+                kind, expected = "way", ways[tuple(int(step) for step in moved)]
+            elif words[:2] == ["which", "image"]:
+                shape = {plural: shape for shape, plural in PLURALS.items()}[words[-1]]
+                counts = [sum(t.shape == shape for t in scene.objects) for scene in scenes]
+                expected = "no image" if counts[0] == counts[1] else f"image {1 + counts.index(max(counts))}"
+                kind = "more"
+            elif words[:2] == ["how", "many"] and words[2] in PLURALS.values() and "image" in words:
+                shape = {plural: shape for shape, plural in PLURALS.items()}[words[2]]
+                counts = [sum(t.shape == shape for t in scene.objects) for scene in scenes]
+                expected = str(sum(counts) if words[-1] == "together" else counts[int(words[-1]) - 1])
+                kind = "count"
+            elif words[:2] in (["what", "size"], ["what", "color"]):
+                scene = scenes[int(words[-1]) - 1]
+                kind, name = words[1], " ".join(words[4:-3])
+                things = [t for t in scene.objects if name in (t.noun, t.shape)]
+                assert len(things) == 1
+                expected = getattr(things[0], kind)
+            else:
+                continue
+            seen[kind] += 1
+            assert turn.answer == expected, turn
+    assert min(seen[kind] for kind in ("there", "moved", "way", "more", "count", "size", "color")) > 10
+
+
 def test_the_teacher_is_trained_once_and_encodes_pairs_and_clips(tmp_path: Path):
     from vlm_distill_cache.stage1_teacher.planning.plan import build_encoder
     from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
     folder = tmp_path / "teacher"
-    make_teacher(folder, steps=1, images_per_step=3)
+    make_teacher(folder, steps=(1, 1), images_per_step=3)
     written = (folder / "training.json").stat().st_mtime_ns
-    make_teacher(folder, steps=1, images_per_step=3)
+    make_teacher(folder, steps=(1, 1), images_per_step=3)
     assert (folder / "training.json").stat().st_mtime_ns == written
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
     teacher = Teacher(folder)
@@ -134,29 +199,45 @@ def test_the_teacher_is_trained_once_and_encodes_pairs_and_clips(tmp_path: Path)
     assert score(teacher.model, encoder, [items[0], items[5]]).keys() == {items[0].kind, items[5].kind}
 
 
-def test_a_killed_training_of_the_teacher_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("kill", "kept"), [(3, {"places-3.pt": 2}), (5, {"places-3.pt": 3, "comparisons-3.pt": 0})])
+def test_a_killed_training_of_the_teacher_goes_on_to_the_same_weights(kill, kept, tmp_path: Path, monkeypatch):
     from vlm_distill_cache.stage1_teacher.demo import language
 
     monkeypatch.setattr(language, "SAVED_EVERY", 2)
-    make_teacher(tmp_path / "whole", steps=3, images_per_step=2)
+    make_teacher(tmp_path / "whole", steps=(3, 3), images_per_step=2)
     collate, calls = language.collate, []
 
     def killed(*args: Any) -> Any:
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == kill:
             raise KeyboardInterrupt
         return collate(*args)
 
     monkeypatch.setattr(language, "collate", killed)
     with pytest.raises(KeyboardInterrupt):
-        make_teacher(tmp_path / "killed", steps=3, images_per_step=2)
+        make_teacher(tmp_path / "killed", steps=(3, 3), images_per_step=2)
     monkeypatch.setattr(language, "collate", collate)
-    kept = tmp_path / "killed-unfinished.pt"
-    assert torch.load(kept, weights_only=True)["steps"] == 2
-    make_teacher(tmp_path / "killed", steps=3, images_per_step=2)
+    for name, steps in kept.items():
+        if steps:
+            assert torch.load(tmp_path / name, weights_only=True)["steps"] == steps
+        else:
+            assert not (tmp_path / name).exists()
+    make_teacher(tmp_path / "killed", steps=(3, 3), images_per_step=2)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_layers_that_are_put_behind_change_nothing_at_first():
+    from vlm_distill_cache.stage1_teacher.demo.teacher import build_demo_encoder, builtin_teacher_directory
+    from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+
+    model, items = Teacher(builtin_teacher_directory()).model, open_evaluation("shapes", "test", 3).questions
+    before = score(model, build_demo_encoder(), items)
+    layers = len(model.model.language_model.layers)
+    deepen(model, 2)
+    assert len(model.model.language_model.layers) == model.config.text_config.num_hidden_layers == layers + 2
+    assert score(model, build_demo_encoder(), items) == before
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])

@@ -93,7 +93,8 @@ def train_language(
     Args:
         dataset: Passed over in a new order as often as the steps need.
         images_per_step: Pictures, with all their conversations.
-        unfinished: File that holds the state every `SAVED_EVERY` steps, and that training goes on from; None: nowhere.
+        unfinished: File that holds the state every `SAVED_EVERY` steps and at the end, and that training goes on from; None:
+            nowhere.
     """
     optimizer = WarmCosine(model, rate=rate, steps=steps, warmup=50, others_scale=OTHERS_SCALE)
     done = 0
@@ -113,7 +114,7 @@ def train_language(
                 "language %d/%d: loss %.3f nats a token, %.0f s left",
                 step + 1, steps, loss.item(), left,
             )  # fmt: skip
-        if unfinished is not None and step % SAVED_EVERY == SAVED_EVERY - 1:
+        if unfinished is not None and (step % SAVED_EVERY == SAVED_EVERY - 1 or step == steps - 1):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "steps": step + 1}
             with temporary_for(unfinished) as temporary:
                 torch.save(state, temporary)

@@ -39,13 +39,13 @@ class Budget:
     Attributes:
         data: What students learn from.
         items: Held-out items of each kind.
-        teacher_steps: Of the teacher, 8 samples each.
+        teacher_steps: Of the teacher's courses, 8 samples each.
         steps: Of a student, 16 samples each.
     """
 
     data: str = "shapes:images=1800,kinds=scene+comparison+motion"
     items: int = 100
-    teacher_steps: int = 3000
+    teacher_steps: str = "3000+2400"
     steps: int = 600
 
 
@@ -140,13 +140,13 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     logging.basicConfig(format="%(message)s")
     logging.getLogger("vlm_distill_cache.stage1_teacher.demo").setLevel(logging.INFO)  # how far the teacher is
-    tiny = Budget(data="shapes:images=24,kinds=scene+comparison+motion", items=2, teacher_steps=2, steps=2)
+    tiny = Budget(data="shapes:images=24,kinds=scene+comparison+motion", items=2, teacher_steps="2+2", steps=2)
     place = Place(Path("build/experiment-several"), tiny if arguments.tiny else Budget())
     place.root.mkdir(parents=True, exist_ok=True)
     lock = try_lock(place.root)
     if lock is None:
         sys.exit(f"{place.root}: another experiment is running there; wait for it, or stop it")
-    make_teacher(place.teacher, steps=place.budget.teacher_steps)
+    make_teacher(place.teacher, steps=[int(steps) for steps in place.budget.teacher_steps.split("+")])
     build_cache(place)
     done = {(found["arm"], found["seed"]) for found in read_results(place)}
     # Seeds outermost, so that an interrupted run has whole comparisons.

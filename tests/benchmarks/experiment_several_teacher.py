@@ -5,6 +5,7 @@ its own, single pictures among them, by the recipe that it was trained with. Wor
 lacks ("moves") are one token to it, and no two questions become one by that.
 """
 
+import copy
 import json
 import shutil
 from collections import defaultdict
@@ -14,37 +15,93 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+
 from vlm_distill_cache.data.sample import Dataset, FrameSampling, Question, Sample, Turn
+from vlm_distill_cache.data.shapes import pairs
+from vlm_distill_cache.data.shapes.scene import Scene
+from vlm_distill_cache.data.shapes.text import PLURALS, Pair
 
 SEED = 7_000_003  # of pictures and order: none of a student's
 BATCH = 16  # items of a forward pass
 KINDS = ("scene", "comparison", "motion")
+COURSES = ("places", "comparisons")  # of the teacher's training, one after the other
+RATES = (1.5e-3, 3e-3)  # peaks, of each
+MOST_SINGLE = 8  # drills about one picture of a pair in the second course: more would outweigh the comparisons
+MORE_LAYERS = 2  # from the second course on: what is compared has to be found first
 
 
 class Drilled(Dataset):
     """Pairs and clips with drills in front; only the teacher is trained on them.
 
-    Where a named object is in one of the pictures, or in the first or last frame, is what its questions are built from.
+    Args:
+        course: One of `COURSES`. ``places``: where every object is in each picture, or in the first and the last frame, which
+            is what its questions are built from. ``comparisons``: what the questions are one step away from, and the
+            questions themselves about every object; after the places alone, comparing stayed at chance.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-        self.name, self.sample_ids = f"{dataset.name}, drilled", dataset.sample_ids
+    def __init__(self, dataset: Dataset, course: str) -> None:
+        self._dataset, self._course = dataset, course
+        self.name, self.sample_ids = f"{dataset.name}, drilled in {course}", dataset.sample_ids
 
     def __getitem__(self, index: int) -> Sample:
         sample = self._dataset[index]
         if not sample.independent_turns or not sample.sample_id.rpartition("-")[0].endswith(("comparison", "motion")):
             return sample
-        drills = []
         if sample.videos:
-            scenes = sample.images[0].scenes()  # type: ignore[union-attr]
-            places = {"1": scenes[0], str(len(scenes)): scenes[-1]}
+            drills = _clip_drills(sample.images[0], self._course)
         else:
-            places = {str(number): image.scene() for number, image in enumerate(sample.images, start=1)}  # type: ignore[union-attr]
-        for number, scene in places.items():
-            drills += [(f"where is the {thing.noun} in image {number}", thing.cell_name) for thing in scene.objects]
+            scenes = [image.scene() for image in sample.images]  # type: ignore[union-attr]
+            drills = _pair_drills(scenes, self._course, np.random.default_rng([SEED, index]))
         turns = [Turn(question=question, answer=answer) for question, answer in drills]
-        return replace(sample, turns=(*turns, *sample.turns))
+        return replace(sample, turns=tuple(dict.fromkeys([*turns, *sample.turns])))
+
+
+def _places(scene: Scene, number: int) -> list[Pair]:
+    return [(f"where is the {thing.noun} in image {number}", thing.cell_name) for thing in scene.objects]
+
+
+def _clip_drills(drawn: Any, course: str) -> list[Pair]:
+    scenes = drawn.scenes()
+    last = len(scenes)
+    if course == "places":
+        return [*_places(scenes[0], 1), *_places(scenes[-1], last)]
+    clip = drawn.clip()
+    words = ("left", "right") if clip.axis == 0 else ("above", "below")
+    found: list[Pair] = []
+    for mover in (0, 1):
+        noun = clip.objects[mover].noun
+        first, later = (scene.objects[mover] for scene in (scenes[0], scenes[-1]))
+        rises = (later.column, later.row) > (first.column, first.row)
+        found.append((
+            f"is the {noun} in image 1 {words[0]} or {words[1]} {'of ' * (clip.axis == 0)}the {noun} in image {last}",
+            words[0 if rises else 1],
+        ))  # fmt: skip
+    for asked in ((0, 0), (1, 1)):
+        turns = replace(clip, asked=asked).turns(backwards=drawn.backwards)
+        found += [(turn.question, turn.answer) for turn in turns.values()]
+    return found
+
+
+def _pair_drills(scenes: list[Scene], course: str, generator: np.random.Generator) -> list[Pair]:
+    if course == "places":
+        return [drill for number, scene in enumerate(scenes, start=1) for drill in _places(scene, number)]
+    both = (scenes[0], scenes[1])
+    single: list[Pair] = []
+    for number, scene in enumerate(both, start=1):
+        of_both = sorted(both[0].nouns | both[1].nouns)
+        single += [(f"is there a {noun} in image {number}", "yes" if noun in scene.nouns else "no") for noun in of_both]
+        for thing in scene.objects:
+            single.append((f"what size is the {thing.noun} in image {number}", thing.size))
+            if sum(other.shape == thing.shape for other in scene.objects) == 1:
+                single.append((f"what color is the {thing.shape} in image {number}", thing.color))
+        for shape, plural in PLURALS.items():
+            alike = sum(thing.shape == shape for thing in scene.objects)
+            single.append((f"how many {plural} are there in image {number}", str(alike)))
+    found = [single[place] for place in generator.permutation(len(single))[:MOST_SINGLE]]
+    for shape in PLURALS:
+        found += [pairs.more(both, shape), pairs.count(both, shape)]
+    return [*found, *filter(None, (pairs.difference(both, first) for first in (0, 1)))]
 
 
 def orthogonalised(grad: Any, coefficients: tuple[float, float, float], steps: int, eps: float) -> Any:
@@ -72,10 +129,33 @@ def orthogonalised(grad: Any, coefficients: tuple[float, float, float], steps: i
     return found.T if tall else found
 
 
-def make_teacher(folder: Path, *, steps: int, images_per_step: int = 8) -> None:
+def deepen(model: Any, layers: int) -> None:
+    """Put decoder layers behind those of a language model, drawn as the built-in teacher's were: at first they change nothing."""
+    import torch
+
+    language = model.model.language_model
+    torch.manual_seed(SEED)
+    for _ in range(layers):
+        layer = copy.deepcopy(language.layers[-1])
+        layer.self_attn.layer_idx = len(language.layers)
+        for parameter in layer.parameters():
+            torch.nn.init.ones_(parameter) if parameter.ndim == 1 else torch.nn.init.normal_(
+                parameter, std=parameter[0].numel() ** -0.5
+            )
+        for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            torch.nn.init.zeros_(last.weight)
+        language.layers.append(layer)
+    language.config.num_hidden_layers = model.config.text_config.num_hidden_layers = len(language.layers)
+
+
+def make_teacher(folder: Path, *, steps: Sequence[int], images_per_step: int = 8) -> None:
     """Train the teacher and save it as a checkpoint folder, once; it appears when it is complete.
 
     A killed training goes on where it was saved last.
+
+    Args:
+        steps: Of each of `COURSES`.
+        images_per_step: Samples, with all their conversations.
     """
     if (folder / "training.json").is_file():
         return
@@ -89,21 +169,25 @@ def make_teacher(folder: Path, *, steps: int, images_per_step: int = 8) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(builtin_teacher_directory(), dtype=torch.float32).train()
     model.model.vision_tower.requires_grad_(requires_grad=False)
     encoder = replace(build_demo_encoder(), max_length=2048, most_pictures=None, sampling=FrameSampling())
-    dataset = Drilled(ShapesOfKinds("train", steps * images_per_step, SEED, KINDS))
-    unfinished = folder.with_name(f"{folder.name}-unfinished.pt")
-    with patch("torch.optim._muon._zeropower_via_newtonschulz", orthogonalised):
-        train_language(
-            model, encoder, dataset, steps=steps, images_per_step=images_per_step, rate=1.5e-3, seed=SEED,
-            unfinished=unfinished,
-        )  # fmt: skip
+    states = [folder.with_name(f"{course}-{count}.pt") for course, count in zip(COURSES, steps, strict=True)]
+    for number, (course, state) in enumerate(zip(COURSES, states, strict=True)):
+        if number:
+            deepen(model, MORE_LAYERS)
+        dataset = Drilled(ShapesOfKinds("train", steps[number] * images_per_step, SEED + number, KINDS), course)
+        with patch("torch.optim._muon._zeropower_via_newtonschulz", orthogonalised):
+            train_language(
+                model, encoder, dataset, steps=steps[number], images_per_step=images_per_step, rate=RATES[number],
+                seed=SEED + number, unfinished=state,
+            )  # fmt: skip
     scratch = folder.with_name(f"{folder.name}-unfinished")
     shutil.rmtree(scratch, ignore_errors=True)
     model.half().save_pretrained(scratch)
     encoder.tokenizer.save_pretrained(scratch)
     encoder.image_encoder.processor.save_pretrained(scratch)
-    (scratch / "training.json").write_text(json.dumps({"template": TEMPLATE, "steps": steps, "seed": SEED}))
+    (scratch / "training.json").write_text(json.dumps({"template": TEMPLATE, "steps": list(steps), "seed": SEED}))
     scratch.rename(folder)
-    unfinished.unlink(missing_ok=True)
+    for state in states:
+        state.unlink(missing_ok=True)
 
 
 def as_sample(item: Question) -> Sample:

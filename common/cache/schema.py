@@ -60,7 +60,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -227,17 +227,20 @@ def check_record(record: Record, fields: Sequence[Field], where: str = "record")
             raise CacheFormatError(
                 f"{where}: {field.name} has {len(array)} along its {field.axis} axis, {first} has {length}"
             )
-    _check_lengths(record, lengths, where)
+    check_lengths(record, lengths, where)
 
 
-def _check_lengths(record: Record, lengths: dict[str, tuple[int, str]], where: str) -> None:
+def check_lengths(record: Record, lengths: Mapping[str, tuple[int, str]], where: str) -> None:
+    """Refuse a record whose axes do not fit each other; ``lengths``: of each axis, and the field that has it."""
+    import numpy as np
+
     samples, name = lengths.get("sample", (1, ""))
     if samples != 1:
         raise CacheFormatError(f"{where}: {name} has {samples} along its sample axis; expected 1")
     for axis, counts in (("entry", "entry_count"), ("visual_entry", "visual_entry_count")):
         if axis in lengths and counts in record:
             found, name = lengths[axis]
-            expected = int(record[counts].sum(dtype="i8"))
+            expected = int(np.add.reduce(record[counts], dtype="i8"))
             if found != expected:
                 raise CacheFormatError(f"{where}: {name} has {found} entries, but {counts} sums to {expected}")
     if "pair" in lengths and not len(record.get("tile_pictures", ())):  # else each view has pairs of its own

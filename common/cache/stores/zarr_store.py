@@ -213,7 +213,8 @@ class ZarrReader(ShardReader):
         fit = len(bounds) == self._samples + 1 and bounds[0] == 0 and bounds[-1] == length
         if not fit or bool((np.diff(bounds) < 0).any()):
             raise CacheFormatError(f"{self._path}: {name}_offsets do not fit {name}; the shard is damaged")
-        return bounds.tolist()
+        listed: list[int] = bounds.tolist()
+        return listed
 
     def _array(self, name: str) -> np.ndarray:
         layout, dtype = self._layouts[name], self._kinds[name].numpy_dtype

@@ -31,7 +31,6 @@ from vlm_distill_cache.common.terminal.command_line import (
     tell,
 )
 from vlm_distill_cache.common.terminal.general import JSON, answer, has_document
-from vlm_distill_cache.common.terminal.next_step import distill_command
 from vlm_distill_cache.common.terminal.progress import ProgressLines, progress
 from vlm_distill_cache.common.terminal.result_files import PICTURE_MARK, ResultFile, marked
 
@@ -457,6 +456,8 @@ def pull(
 
 
 def _distill(cache: Path, manifest: Manifest) -> str:
+    from vlm_distill_cache.common.terminal.next_step import distill_command
+
     return distill_command(read_plan(cache), cache, pictures=manifest.totals.get("pictures"))
 
 

@@ -20,8 +20,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-import yaml
-
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.files.yaml_text import MAX_BYTES, YamlError, parse_yaml
@@ -392,6 +390,8 @@ def save_config(config: Any, path: Path) -> None:
 
 
 def _yaml(config: Any) -> str:
+    import yaml
+
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,7 +23,6 @@ from vlm_distill_cache.common.config import (
 )
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.recipes import Recipe, merge_options, recipe_summary, split_recipe
-from vlm_distill_cache.common.recipes.cache_fit import cache_differences, differences_text
 from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
     DRY_RUN,
@@ -43,14 +42,16 @@ from vlm_distill_cache.common.terminal.command_line import (
 )
 from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
 from vlm_distill_cache.common.terminal.launch import enter_launch
-from vlm_distill_cache.common.terminal.next_step import IN_RUN
 from vlm_distill_cache.common.terminal.result_files import IsOurs, ResultFile, json_of, marked, refuse_others_file
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
-from vlm_distill_cache.common.tools.outlook import Outlook, resolve_each
-from vlm_distill_cache.stage1_teacher.config import SIGNALS, BuildConfig
+from vlm_distill_cache.stage1_teacher.imports.cli import build_config
+
+if TYPE_CHECKING:
+    from vlm_distill_cache.common.tools.outlook import Outlook
+    from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
 logger = logging.getLogger(__name__)
-# Imports that pull torch in are inside the commands, so that --help and usage errors are instant.
+# Imports that pull torch or numpy in are inside the commands, so that --help and usage errors are instant.
 
 
 @click.group(cls=CommandGroup, context_settings=SETTINGS)
@@ -59,6 +60,21 @@ def main(ctx: click.Context) -> None:
     """Stage one: run the teacher once over a data set and keep what students need."""
     start_logging()
     join_launch(ctx, several=("build",))
+
+
+def _signals() -> list[str]:
+    from vlm_distill_cache.stage1_teacher.config import SIGNALS
+
+    return list(SIGNALS)
+
+
+class _Signals(click.Option):
+    """Names the signals in its help; they are the codecs', which are imported when it is shown."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The option and its help."""
+        self.help = f"Some of: {', '.join(_signals())}."
+        return super().get_help_record(ctx)
 
 
 _inputs = shared_options(
@@ -89,11 +105,11 @@ _settings_options = shared_options(
     ),
     click.option(
         "--signals",
-        shell_complete=completes(lambda: list(SIGNALS), several=True),
-        help=f"Some of: {', '.join(SIGNALS)}.",
+        cls=_Signals,
+        shell_complete=completes(_signals, several=True),
     ),
     click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples."),
-    overrides(BuildConfig),
+    overrides(build_config),
 )
 _NPROC = click.option(
     "--nproc",
@@ -122,10 +138,10 @@ def _file_and_options(options: dict[str, Any]) -> tuple[Path | None, list[str]]:
 def _resolve(config: Path | None, given: Sequence[str]) -> tuple[BuildConfig, Recipe | None]:
     recipe, values, settings = split_recipe(read_stage(config, "teacher_cache"), given)
     where = "options" if config is None else str(config)
-    values = canonical_values(BuildConfig, values, where=where)
+    values = canonical_values(build_config(), values, where=where)
     if recipe is not None:
         values = merge_options(recipe.stage_one, values)
-    return load_options(BuildConfig, values, settings, where=where), recipe
+    return load_options(build_config(), values, settings, where=where), recipe
 
 
 def _looked_at(outlook: Outlook, options: dict[str, Any]) -> BuildConfig:
@@ -134,6 +150,8 @@ def _looked_at(outlook: Outlook, options: dict[str, Any]) -> BuildConfig:
     Raises:
         click.exceptions.Exit: If nothing can be made of them, which is shown.
     """
+    from vlm_distill_cache.common.tools.outlook import resolve_each
+
     settings, _ = resolve_each(outlook, lambda *some: _resolve(*some)[0], *_file_and_options(options))
     if settings is None:
         outlook.show()
@@ -143,11 +161,12 @@ def _looked_at(outlook: Outlook, options: dict[str, Any]) -> BuildConfig:
 
 def _given(options: dict[str, Any]) -> set[str]:
     """Names of the options that were given, whatever the words, before `_settings` takes them."""
+    config = build_config()
     recipe, values, settings = split_recipe(read_stage(options["config"], "teacher_cache"), options["overrides"])
-    named = {text.partition("=")[0].strip() for text in canonical_overrides(BuildConfig, settings)}
+    named = {text.partition("=")[0].strip() for text in canonical_overrides(config, settings)}
     named |= {name for name, value in options.items() if value is not None}
-    named |= canonical_values(BuildConfig, values, where="options").keys()
-    return (named | (recipe.stage_one.keys() if recipe else set())) & BuildConfig.__dataclass_fields__.keys()
+    named |= canonical_values(config, values, where="options").keys()
+    return (named | (recipe.stage_one.keys() if recipe else set())) & config.__dataclass_fields__.keys()
 
 
 @main.command()
@@ -186,6 +205,11 @@ def build(
     if not dry_run and (sketch or estimate) is not None:
         raise click.UsageError("--sketch and --estimate go with --dry-run")
     refuse_sharding(enter_launch().sharding, model="teacher")
+
+    from vlm_distill_cache.common.recipes.cache_fit import cache_differences, differences_text
+    from vlm_distill_cache.common.terminal.next_step import IN_RUN
+    from vlm_distill_cache.common.tools.outlook import Outlook
+
     outlook, recipe = Outlook(), None
     if dry_run:  # before what takes seconds
         logger.info("looking at teacher, data and cache; nothing is built")
@@ -260,6 +284,8 @@ def extend(*, cache: Path, nproc: int | None, dry_run: bool, **options: Any) -> 
     of other options, the cache's own stay where none are given. The teacher runs for what is missing alone, and the cache is
     as it was until the new one is finished.
     """
+    from vlm_distill_cache.common.tools.outlook import Outlook
+
     given = _given(options)
     outlook = Outlook()
     settings = _looked_at(outlook, options) if dry_run else _settings(options)[0]
@@ -430,7 +456,7 @@ def advise(
 ) -> None:
     """Compare presets, top-k and bits by bytes and gradient error on a probe, and say which to build with."""
     given = {name: value for name, value in options.items() if name != "overrides"}
-    options_given, named = canonical_overrides(BuildConfig, options["overrides"]), _given(options)
+    options_given, named = canonical_overrides(build_config(), options["overrides"]), _given(options)
     settings, _ = _settings(options)
 
     import gc

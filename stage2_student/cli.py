@@ -130,7 +130,7 @@ _training_options = shared_options(
         f"{TRACKERS[0]}.",
     ),
     CONFIG,
-    overrides(TrainConfig),
+    overrides(lambda: TrainConfig),
     click.option(
         "--extend", is_flag=True, help="Go on from the end of a finished training, to more steps of its last phase."
     ),

@@ -141,6 +141,29 @@ def test_command_lines_and_cache_tools_start_without_torch(module: str):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+NOT_FOR_HELP = (
+    "numpy", "yaml", "PIL", "zarr", "numcodecs", "safetensors", "torch", "transformers", "tqdm", "huggingface_hub", "asyncio",
+    "concurrent", "email", "hashlib", "http", "importlib.metadata", "multiprocessing", "socket", "ssl", "subprocess", "tempfile",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [("common", "inspect --help"), ("common", "verify --help"), ("common", "--help"), ("stage1_teacher", "--help")],
+)
+def test_help_comes_at_once(package: str, words: str):
+    """Counted in modules, since seconds depend on the machine: half of the 380 that it once took, and none that are large."""
+    code = (
+        "import sys; from vlm_distill_cache.commands import group_of; "
+        f"group_of({package!r}).main({words.split()!r}, standalone_mode=False); print(*sys.modules, file=sys.stderr)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    modules = told.stderr.split()
+    assert "Usage: " in told.stdout
+    assert [name for name in modules if name in NOT_FOR_HELP] == []
+    assert len(modules) < 190
+
+
 def names_of_signals(path: Path) -> set[str]:
     """Signals named in a file: as a quoted word, as a loss's weight, as a key of a preset."""
     if path.suffix == ".yaml":

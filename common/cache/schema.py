@@ -57,16 +57,18 @@ says by which, and in the others these arrays are empty (``common.cache.shared_i
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.rules import check, items, one_of, record, text, whole
+
+if TYPE_CHECKING:  # command lines start without it
+    import numpy as np
 
 FORMAT_VERSION = 2
 """The newest that this code reads."""
@@ -82,7 +84,15 @@ MAP_AXES = ("visual", "visual_entry", "pair", "map", "cell", "square", "mask", "
 """Axes of signals that depend on the image alone; all are empty without one."""
 MAX_TRAILING_ELEMENTS = 1 << 24  # of one row of one field; a cache that declares more is not believed
 
-Record = dict[str, np.ndarray]
+Record = dict[str, "np.ndarray"]
+
+
+@functools.cache
+def _numpy_dtype(name: str) -> np.dtype:
+    import numpy as np
+
+    return np.dtype("<" + name)
+
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
@@ -126,10 +136,12 @@ class Field:
     @property
     def numpy_dtype(self) -> np.dtype:
         """The little-endian numpy dtype."""
-        return np.dtype("<" + self.dtype)
+        return _numpy_dtype(self.dtype)
 
     def empty(self) -> np.ndarray:
         """Return an array of this field with first axis 0."""
+        import numpy as np
+
         return np.zeros((0, *self.trailing), dtype=self.numpy_dtype)
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,6 +202,8 @@ def check_fields(fields: Sequence[Field]) -> None:
 
 def check_record(record: Record, fields: Sequence[Field], where: str = "record") -> None:
     """Refuse a record that does not have exactly these fields, dtypes and matching lengths."""
+    import numpy as np
+
     names = {field.name for field in fields}
     if record.keys() != names:
         missing, extra = sorted(names - record.keys()), sorted(record.keys() - names)
@@ -213,17 +227,20 @@ def check_record(record: Record, fields: Sequence[Field], where: str = "record")
             raise CacheFormatError(
                 f"{where}: {field.name} has {len(array)} along its {field.axis} axis, {first} has {length}"
             )
-    _check_lengths(record, lengths, where)
+    check_lengths(record, lengths, where)
 
 
-def _check_lengths(record: Record, lengths: dict[str, tuple[int, str]], where: str) -> None:
+def check_lengths(record: Record, lengths: Mapping[str, tuple[int, str]], where: str) -> None:
+    """Refuse a record whose axes do not fit each other; ``lengths``: of each axis, and the field that has it."""
+    import numpy as np
+
     samples, name = lengths.get("sample", (1, ""))
     if samples != 1:
         raise CacheFormatError(f"{where}: {name} has {samples} along its sample axis; expected 1")
     for axis, counts in (("entry", "entry_count"), ("visual_entry", "visual_entry_count")):
         if axis in lengths and counts in record:
             found, name = lengths[axis]
-            expected = int(record[counts].sum(dtype=np.int64))
+            expected = int(np.add.reduce(record[counts], dtype="i8"))
             if found != expected:
                 raise CacheFormatError(f"{where}: {name} has {found} entries, but {counts} sums to {expected}")
     if "pair" in lengths and not len(record.get("tile_pictures", ())):  # else each view has pairs of its own

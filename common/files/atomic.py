@@ -10,12 +10,10 @@ File systems without ``flock`` work too; there leftovers stay until somebody del
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -112,7 +110,7 @@ def create_temporary(final: Path, *, directory: bool = False) -> tuple[Path, Hel
         Its path and its lock; no lock on file systems without ``flock``.
     """
     while True:
-        name = f"{TEMPORARY_PREFIX}{final.name}-{os.getpid()}-{secrets.token_hex(4)}"
+        name = f"{TEMPORARY_PREFIX}{final.name}-{os.getpid()}-{os.urandom(4).hex()}"
         path = final.with_name(name)
         with name_written(final, path):
             if directory:
@@ -250,6 +248,8 @@ def exchange_folders(one: Path, other: Path) -> None:
     Raises:
         OSError: If the system cannot (network file systems, mount points); nothing has changed then.
     """
+    import ctypes
+
     names, libc = (os.fsencode(one), os.fsencode(other)), ctypes.CDLL(None, use_errno=True)
     try:
         if sys.platform == "darwin":

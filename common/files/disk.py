@@ -7,7 +7,6 @@ import errno
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +81,8 @@ def refuse_no_disk(place: Path) -> None:
     if os.statvfs(place).f_blocks:
         return
     try:
+        import tempfile
+
         with tempfile.TemporaryDirectory(dir=place):
             pass
     except OSError as error:

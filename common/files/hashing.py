@@ -7,7 +7,6 @@ fingerprint: xxh3_128 of canonical JSON, which ignores key order and white space
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -25,6 +24,8 @@ def checksum(data: bytes | bytearray | memoryview) -> str:
 
 def sha256_hex(data: bytes | bytearray | memoryview) -> str:
     """Return the sha256 of ``data`` as 64 hex digits."""
+    import hashlib  # which brings openssl; command lines start without it
+
     return hashlib.sha256(data).hexdigest()
 
 
@@ -50,6 +51,8 @@ def file_digests(path: Path) -> tuple[str, str, int]:
 
 def stream_digests(file: IO[bytes]) -> tuple[str, str, int]:
     """Return ``(xxh3_128, sha256, bytes)`` of the rest of an open file in one pass and constant memory."""
+    import hashlib
+
     fast, safe, size = xxhash.xxh3_128(), hashlib.sha256(), 0
     while block := file.read(_READ_BYTES):
         fast.update(block)

@@ -1,11 +1,12 @@
 """Versions of the libraries that are installed; nothing is imported for it."""
 
 from collections.abc import Iterable
-from importlib import metadata
 
 
 def installed_versions(libraries: Iterable[str]) -> dict[str, str]:
     """The versions of those that are installed, by name."""
+    from importlib import metadata
+
     found = {}
     for name in libraries:
         try:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import atexit
 import io
 import logging
-import multiprocessing
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -125,6 +123,8 @@ def run_command(
     Neither is a launcher killed outright, which would leave its own processes behind (`subprocess.run` does that), nor
     does one outlive this process, if it calls `end_with_parent`.
     """
+    import subprocess
+
     # Ctrl-C reaches all processes of a terminal: this one ends the others, which would each end in their own way.
     with without_interrupts():
         process = subprocess.Popen(command, env={**environment, PARENT: str(os.getpid())}, stdout=output)
@@ -146,6 +146,8 @@ def end_with_parent() -> None:
 
 
 def _end_with(parent: int) -> None:
+    import multiprocessing
+
     worker_of = multiprocessing.parent_process()
     if worker_of is not None:
         worker_of.join()

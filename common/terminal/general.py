@@ -200,9 +200,14 @@ _SWITCHED = {
 class Overrides(click.Option):
     """``--set``: any option of a configuration; the command takes them as flags of their own, too."""
 
-    def __init__(self, *names: Any, settings: type, **options: Any) -> None:
+    def __init__(self, *names: Any, settings: Callable[[], type], **options: Any) -> None:
         super().__init__(*names, **options)
-        self.settings = settings
+        self._settings = settings
+
+    @property
+    def settings(self) -> type:
+        """The configuration; with all that it needs it is imported when an option of it is looked for."""
+        return self._settings()
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """The names of options; behind one its values, where these are few."""
@@ -231,8 +236,8 @@ class Overrides(click.Option):
         return [f"--{word.replace('_', '-')}" for word in slips(name, known_names(self.settings))]
 
 
-def overrides(settings: type) -> Callable[[Any], Any]:
-    """The option ``--set`` of commands that are configured by ``settings``."""
+def overrides(settings: Callable[[], type]) -> Callable[[Any], Any]:
+    """The option ``--set`` of commands that are configured by what ``settings`` returns."""
     return click.option(
         "--set",
         "overrides",

@@ -15,7 +15,6 @@ import itertools
 import logging
 import os
 import re
-import socket
 import stat
 import threading
 import time
@@ -100,6 +99,8 @@ def _agent_answers(environment: Mapping[str, str]) -> bool:
     address = _address(environment)
     if address is None or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
+    import socket
+
     try:
         socket.create_connection(address, timeout=_CONNECT_S).close()
     except (ConnectionRefusedError, socket.gaierror):
@@ -422,6 +423,8 @@ def _open_store(launch: Launch, deadline: float, limit: float) -> Any:
 
 def _wait_for_listener(host: str, port: int, deadline: float, limit: float) -> str:
     """Wait until somebody listens; the reason if nobody does. torch's own client cannot be interrupted while it tries."""
+    import socket
+
     told = time.monotonic() + SAY_S
     while True:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -18,11 +18,20 @@ from vlm_distill_cache.common.terminal.command_line import (
     tell,
 )
 from vlm_distill_cache.common.terminal.general import JSON, Command, answer, overrides
-from vlm_distill_cache.stage1_teacher.config import BuildConfig
+
+if TYPE_CHECKING:
+    from vlm_distill_cache.stage1_teacher.config import BuildConfig
 
 FORMATS = ("auto", "vllm", "sglang", "openai", "distillkit", "nemo")
 KEPT = "fixed:255"
 """What is kept where no other preset is given: all that a response holds, as far as a row may hold it."""
+
+
+def build_config() -> type[BuildConfig]:
+    """The class of stage one's options; what it needs (codecs, numpy) is imported with it, and not for a help text."""
+    from vlm_distill_cache.stage1_teacher.config import BuildConfig
+
+    return BuildConfig
 
 
 @click.command("import-logprobs", cls=Command)
@@ -45,7 +54,7 @@ KEPT = "fixed:255"
 @click.option("--store", type=click.Choice(STORE_NAMES), help="Shard format.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first samples of the data.")
 @click.option("--overwrite", is_flag=True, help="Start again, whatever cache the folder holds.")
-@overrides(BuildConfig)
+@overrides(build_config)
 @JSON
 def import_logprobs(
     files: tuple[Path, ...],
@@ -71,7 +80,7 @@ def import_logprobs(
 
     given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
     first = ["signals=[logits]", "temperatures=[1.0]", f"logits={KEPT}"]
-    settings = load_config(BuildConfig, None, [*first, *overrides, *given])
+    settings = load_config(build_config(), None, [*first, *overrides, *given])
     start_logging()
     quiet_libraries()
     with explain_disk_errors(settings.cache), stopped_by_sigterm():

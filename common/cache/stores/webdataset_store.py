@@ -11,20 +11,30 @@ In format version 2 a member leaves out the arrays that are empty: what a record
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tarfile
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numcodecs import zstd
 from numcodecs.zstd import Zstd
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
 from vlm_distill_cache.common.cache.document_rules import MAX_SHARD_SAMPLES
-from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field, Record, check_record, version_of
+from vlm_distill_cache.common.cache.schema import (
+    ONE_PICTURE,
+    Field,
+    Record,
+    check_lengths,
+    check_record,
+    version_of,
+)
 from vlm_distill_cache.common.cache.stores.base import (
     DAMAGE_ERRORS,
     MAX_RECORD_BYTES,
@@ -40,7 +50,9 @@ EXTENSION = ".safetensors.zst"
 _ZSTD_LEVEL = 9
 _MAX_EXPANSION = 1 << 15  # of a zstd frame: 128 KiB of one byte take a block of 4
 _MAX_HEADER_BYTES = 1 << 20  # of safetensors: some hundred bytes a field, and the sample id
+_MAX_LAYOUTS = 8  # of one cache: with and without pictures, frames, several views
 _MAX_KEY = 80  # with the extension below the 100 bytes of a ustar name
+_NAMES = {"u1": "U8", "u2": "U16", "u4": "U32", "i8": "I64", "f2": "F16", "f4": "F32"}  # of dtypes, in safetensors
 _PLAIN = re.compile(rb"[A-Za-z0-9_-]")
 _KEY = re.compile(r"[A-Za-z0-9_~-]+")
 _ESCAPED = re.compile(rb"~([0-9a-f]{2})")
@@ -77,6 +89,68 @@ def decode_member(data: bytes, where: str) -> tuple[str, Record]:
     except (*DAMAGE_ERRORS, SafetensorError) as error:
         raise CacheFormatError(f"{where}: cannot be decoded ({error!r}); the shard is damaged") from error
     return sample_id, {name: array.copy() for name, array in record.items()}
+
+
+class _Layout:
+    """Members that hold certain arrays, laid out as the writer does: their header follows from sample id and axes' lengths.
+
+    For records of a few KB it takes a quarter of what `decode_member` and `check_record` take, which are the rule: what is laid
+    out in any other way is left to them, and so is the error that says what is wrong.
+    """
+
+    def __init__(self, names: Sequence[str], fields: tuple[Field, ...]) -> None:
+        """Describe them; ``names``: the arrays in the order in which they lie, the widest numbers first."""
+        known = {field.name: field for field in fields}
+        self._arrays: list[tuple[str, np.dtype, int, tuple[int, ...], str]] = []
+        self._marks: dict[str, tuple[bytes, bytes]] = {}  # by axis: what its length stands between
+        text = b'{"__metadata__":{"sample_id":"%b"}'
+        for field in (known[name] for name in names):
+            dtype, rest = field.numpy_dtype, b"".join(b",%d" % size for size in field.trailing)
+            mark = b'"%b":{"dtype":"%b","shape":[' % (field.name.encode(), _NAMES[field.dtype].encode())
+            text += b',%b%%d%b],"data_offsets":[%%d,%%d]}' % (mark, rest)
+            self._marks.setdefault(field.axis, (mark, rest[:1] or b"]"))
+            row_bytes = dtype.itemsize * math.prod(field.trailing)
+            self._arrays.append((field.name, dtype, row_bytes, field.trailing, field.axis))
+        self._text = text + b"}"
+        self._absent = [field for field in fields if field.name not in names]
+
+    @classmethod
+    def of(cls, data: bytes, sample_id: str, fields: tuple[Field, ...]) -> _Layout | None:
+        """The layout of a member that `decode_member` has read; None if it is no layout of the writer."""
+        plain = bytearray(zstd.decompress(data))
+        start = 8 + int.from_bytes(plain[:8], "little")
+        layout = cls([name for name in json.loads(plain[8:start]) if name != "__metadata__"], fields)
+        sizes = [dtype.itemsize for _, dtype, *_ in layout._arrays]
+        whole = not layout._absent or version_of(fields) != ONE_PICTURE  # else empty arrays are there, too
+        return layout if whole and sizes == sorted(sizes, reverse=True) and layout.read(plain, sample_id) else None
+
+    def read(self, plain: bytearray, sample_id: str) -> Record | None:
+        """Return the record of a member, whose arrays are views of its bytes; None: laid out otherwise."""
+        start = 8 + int.from_bytes(plain[:8], "little")
+        text = plain[8:start]
+        lengths, numbers, arrays, begin = dict[str, int](), list[Any](), Record(), 0
+        try:
+            for axis, (mark, behind) in self._marks.items():
+                place = text.index(mark) + len(mark)
+                lengths[axis] = int(text[place : text.index(behind, place)])
+            for name, dtype, row_bytes, trailing, axis in self._arrays:
+                length = lengths[axis]
+                arrays[name] = np.ndarray((length, *trailing), dtype, plain, start + begin)
+                end = begin + length * row_bytes
+                numbers += (length, begin, end)
+                begin = end
+            expected = self._text % (sample_id.encode(), *numbers)  # others than JSON would escape are met more often
+            if start % 8 or text != expected.ljust(len(text)) or start + begin != len(plain):
+                return None
+            named = {axis: (length, axis) for axis, length in lengths.items()}
+            for field in self._absent:
+                arrays[field.name] = field.empty()
+                if named.setdefault(field.axis, (0, field.axis))[0]:
+                    return None
+            check_lengths(arrays, named, "")
+        except (ValueError, TypeError, MemoryError):
+            return None
+        return arrays
 
 
 class WebDatasetWriter(ShardWriter):
@@ -121,6 +195,7 @@ class WebDatasetReader(ShardReader):
 
     def __init__(self, cache_dir: Path, index: int, fields: tuple[Field, ...]) -> None:
         super().__init__(cache_dir, index, fields)
+        self._layouts: list[_Layout] = []  # that were met
         self._descriptor: int | None = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             self._members = self._scan()
@@ -130,14 +205,39 @@ class WebDatasetReader(ShardReader):
             raise
 
     def _read(self, position: int, fields: Sequence[Field]) -> Record:
-        where = f"{self._path}, sample {self.sample_ids[position]!r}"
-        sample_id, record = self._decode(position)
-        if sample_id != self.sample_ids[position]:
-            raise CacheFormatError(f"{where}: the member says it is {sample_id!r}; the shard is damaged")
+        key, offset, size = self._members[position]
+        data, sample_id = self._pread(size, offset), self.sample_ids[position]
+        record = self._as_written(data, sample_id)
+        if record is None:
+            record = self._as_it_is(data, f"{self._path}, member {key}", sample_id)
+        if len(fields) == len(self._fields):
+            return {field.name: record[field.name] for field in fields}
+        return {
+            field.name: record[field.name].copy() for field in fields
+        }  # or all others would stay in memory with them
+
+    def _as_written(self, data: bytes, sample_id: str) -> Record | None:
+        size = frame_content_bytes(data)
+        if not self._layouts or size is None or size > min(MAX_RECORD_BYTES, _MAX_EXPANSION * len(data)):
+            return None
+        try:
+            # Given the memory to write to, numcodecs looks at it for longer than this copy of some KB takes.
+            plain = bytearray(zstd.decompress(data))
+        except DAMAGE_ERRORS:
+            return None
+        return next((found for layout in self._layouts if (found := layout.read(plain, sample_id)) is not None), None)
+
+    def _as_it_is(self, data: bytes, member: str, sample_id: str) -> Record:
+        found, record = decode_member(data, member)
+        where = f"{self._path}, sample {sample_id!r}"
+        if found != sample_id:
+            raise CacheFormatError(f"{where}: the member says it is {found!r}; the shard is damaged")
         if version_of(self._fields) != ONE_PICTURE:
             record = {field.name: field.empty() for field in self._fields} | record
         check_record(record, self._fields, where)
-        return {field.name: record[field.name] for field in fields}
+        if len(self._layouts) < _MAX_LAYOUTS and (layout := _Layout.of(data, sample_id, self._fields)) is not None:
+            self._layouts.append(layout)
+        return record
 
     def check(self) -> None:
         """Check the first record's fields, dtypes and shapes; the places were checked on opening."""
@@ -180,16 +280,15 @@ class WebDatasetReader(ShardReader):
 
     def _id_of(self, position: int) -> str:
         key = self._members[position][0]
+        if "~" not in key:
+            return key
         if "~h" in key:  # a long id, of which the key holds only the beginning and a hash
-            return self._decode(position)[0]
+            _, offset, size = self._members[position]
+            return decode_member(self._pread(size, offset), f"{self._path}, member {key}")[0]
         try:
             return _ESCAPED.sub(lambda escaped: bytes([int(escaped[1], 16)]), key.encode()).decode()
         except UnicodeDecodeError as error:
             raise CacheFormatError(f"{self._path}: member {key!r} is not a sample's key") from error
-
-    def _decode(self, position: int) -> tuple[str, Record]:
-        key, offset, size = self._members[position]
-        return decode_member(self._pread(size, offset), f"{self._path}, member {key}")
 
     def _pread(self, size: int, offset: int) -> bytes:
         if self._descriptor is None:
@@ -197,11 +296,23 @@ class WebDatasetReader(ShardReader):
         return os.pread(self._descriptor, size, offset)
 
 
-def _member_header(name: str, size: int) -> bytes:
-    """Return the one header that a member of this name and size has, 512 bytes."""
-    member = tarfile.TarInfo(name)  # mtime, uid, gid are 0, names empty
-    member.size, member.mode = size, 0o644
+def _empty_header() -> bytes:
+    member = tarfile.TarInfo()  # mtime, uid, gid are 0, names empty
+    member.mode = 0o644
     return member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+_HEADER = _empty_header()
+_HEADER_SUM = (
+    256 + sum(_HEADER[:148]) + sum(_HEADER[156:]) - sum(_HEADER[124:135])
+)  # the checksum's 8 digits count as blanks
+
+
+def _member_header(name: str, size: int) -> bytes:
+    """Return the one header that a member of this name and size has, 512 bytes: what tarfile makes, put together faster."""
+    letters, digits = name.encode("ascii"), b"%011o" % size
+    checked = b"%06o" % (_HEADER_SUM + sum(letters) + sum(digits))
+    return b"".join((letters.ljust(100, b"\0"), _HEADER[100:124], digits, _HEADER[135:148], checked, _HEADER[154:]))
 
 
 def _read_header(header: bytes) -> tuple[str, int]:

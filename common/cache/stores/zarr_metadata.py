@@ -1,6 +1,6 @@
-"""What a shard's Zarr metadata may say, checked before zarr acts on it.
+"""What a shard's Zarr metadata may say, checked before anything acts on it.
 
-zarr-python builds whatever codec the metadata names and allocates whatever shape it declares, and a decoder
+A reader of Zarr builds whatever codec the metadata names and allocates whatever shape it declares, and a decoder
 whatever size a chunk's first bytes declare. A cache that came from elsewhere gets none of that: one file an array,
 one level of sharding, the codecs that the writer uses, the field's own dtype, bounded sizes, and chunks whose own
 headers declare the size that the metadata says.
@@ -9,17 +9,13 @@ headers declare the size that the metadata says.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vlm_distill_cache.common.cache.document_rules import MAX_SHARD_SAMPLES
 from vlm_distill_cache.common.cache.schema import Field
-from vlm_distill_cache.common.cache.stores.base import frame_content_bytes
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import read_json
 
@@ -139,36 +135,6 @@ def _check_codecs(codecs: list[Any], where: str) -> tuple[tuple[int, ...], list[
     if set(orders) != {"little"}:
         raise CacheFormatError(f"{where}: byte orders {orders} are not those of a cache; refused")
     return tuple(settings["chunk_shape"]), named[1:]
-
-
-def check_chunks(path: Path, layout: ArrayLayout) -> None:
-    """Refuse a file whose chunks lie outside it, or would decode to another size than the metadata says."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        size, index_bytes = os.fstat(descriptor).st_size, 16 * layout.chunks + 4
-        index = os.pread(descriptor, index_bytes, max(0, size - index_bytes))
-        if len(index) != index_bytes:
-            raise CacheFormatError(f"{path}: too short for {layout.chunks} chunks; the shard is damaged")
-        for place, length in np.frombuffer(index[:-4], "<u8").reshape(-1, 2).tolist():
-            if place + length > size - index_bytes:  # so is the mark of a chunk that was never written
-                raise CacheFormatError(f"{path}: a chunk lies outside the file; the shard is damaged")
-            read = length if layout.compressor == "zstd" else min(16, length)
-            declared = _declared_bytes(os.pread(descriptor, read, place), length, layout)
-            if declared != layout.chunk_bytes:
-                raise CacheFormatError(
-                    f"{path}: a chunk declares {declared} bytes; expected {layout.chunk_bytes}; refused"
-                )
-    finally:
-        os.close(descriptor)
-
-
-def _declared_bytes(start: bytes, length: int, layout: ArrayLayout) -> int | None:
-    """Return the decoded size that a chunk's first bytes declare, None if they are no header."""
-    if layout.compressor == "zstd":
-        return frame_content_bytes(start[:-4] if layout.chunk_checksums else start)
-    if layout.compressor == "blosc":  # a header of 16 bytes; the decoded size is at 4
-        return int.from_bytes(start[4:8], "little") if len(start) >= 16 else None
-    return length - 4 if layout.chunk_checksums else length
 
 
 def _is_count(value: Any) -> bool:

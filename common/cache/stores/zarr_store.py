@@ -7,8 +7,8 @@ byte by byte, so that zstd's entropy coder sees the skewed high bytes apart: on 
 than bitshuffle. Bytes are left as they are. How hard zstd tries is a matter of the axis: see `_compressor`.
 
 Writing goes through memory, so that only whole, fsynced files reach the disk. Reading decodes a field of a
-shard at once: training reads all records of a shard in a shuffled order, and per-record reads through
-zarr-python cost a millisecond each.
+shard at once, without zarr-python: training reads all records of a shard in a shuffled order, and per-record reads
+through zarr-python cost a millisecond each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import MemoryStore
 
 from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field, Record, version_of
 from vlm_distill_cache.common.cache.side_files import walk_files
@@ -35,12 +35,8 @@ from vlm_distill_cache.common.cache.stores.base import (
     ShardReader,
     ShardWriter,
 )
-from vlm_distill_cache.common.cache.stores.zarr_metadata import (
-    CHUNK_BYTES,
-    check_chunks,
-    check_metadata,
-    read_group_metadata,
-)
+from vlm_distill_cache.common.cache.stores.zarr_chunks import read_chunks
+from vlm_distill_cache.common.cache.stores.zarr_metadata import CHUNK_BYTES, check_metadata, read_group_metadata
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import create_temporary, write_durably
 
@@ -161,7 +157,8 @@ class ZarrReader(ShardReader):
 
     def __init__(self, cache_dir: Path, index: int, fields: tuple[Field, ...]) -> None:
         super().__init__(cache_dir, index, fields)
-        self._columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._columns: dict[str, tuple[np.ndarray, list[int]]] = {}
+        self._several = version_of(fields) != ONE_PICTURE
         self._lock = threading.Lock()
         walk_files(self._path)  # refuses links
         self._samples, arrays = read_group_metadata(self._path)
@@ -169,25 +166,19 @@ class ZarrReader(ShardReader):
         expected = {_IDS: (_BYTES, MAX_SAMPLE_ID_BYTES * self._samples)}
         expected |= {field.name: (field, MAX_FIELD_BYTES) for field in fields}
         expected |= {f"{name}_offsets": (_OFFSETS, offsets_bytes) for name in list(expected)}
-        # All of it before zarr opens the group, which builds the codecs of every array it lists.
         self._layouts = check_metadata(arrays, expected, self._path)
         self._kinds = {name: kind for name, (kind, _) in expected.items()}
+        data, bounds = self._array(_IDS).tobytes(), self._bounds(_IDS)
         try:
-            store = LocalStore(self._path, read_only=True)
-            self._group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=True)
-        except DAMAGE_ERRORS as error:
-            raise CacheFormatError(f"{self._path}: not a zarr group ({error!r}); damaged") from error
-        data, bounds = self._array(_IDS), self._bounds(_IDS)
-        try:
-            ids = [bytes(data[a:b]).decode() for a, b in pairwise(bounds)]
+            ids = [data[a:b].decode() for a, b in pairwise(bounds)]
         except UnicodeDecodeError as error:
             raise CacheFormatError(f"{self._path}: sample_ids are not UTF-8; damaged") from error
         self.sample_ids = tuple(ids)
 
     def _read(self, position: int, fields: Sequence[Field]) -> Record:
-        record = {}
+        record, columns = {}, self._columns
         for field in fields:
-            data, bounds = self._column(field.name)
+            data, bounds = columns.get(field.name) or self._column(field.name)
             record[field.name] = data[bounds[position] : bounds[position + 1]].copy()
         return record
 
@@ -200,36 +191,35 @@ class ZarrReader(ShardReader):
         """Release the decoded fields."""
         self._columns = {}
 
-    def _column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def _column(self, name: str) -> tuple[np.ndarray, list[int]]:
         with self._lock:
             column = self._columns.get(name)
             if column is None:
                 column = self._columns[name] = (self._array(name), self._bounds(name))
             return column
 
-    def _bounds(self, name: str) -> np.ndarray:
-        """Return where each sample begins in an array, and the end: i8 ``[samples + 1]``."""
-        length, several = self._layouts[name].shape[0], version_of(self._fields) != ONE_PICTURE
-        if several and not length:
-            return np.zeros(self._samples + 1, np.int64)
+    def _bounds(self, name: str) -> list[int]:
+        """Return where each sample begins in an array, and the end: ``samples + 1`` numbers."""
+        length = self._layouts[name].shape[0]
+        if self._several and not length:
+            return [0] * (self._samples + 1)
         bounds = self._array(f"{name}_offsets")
         fit = len(bounds) == self._samples + 1 and bounds[0] == 0 and bounds[-1] == length
         if not fit or bool((np.diff(bounds) < 0).any()):
             raise CacheFormatError(f"{self._path}: {name}_offsets do not fit {name}; the shard is damaged")
-        return bounds
+        listed: list[int] = bounds.tolist()
+        return listed
 
     def _array(self, name: str) -> np.ndarray:
+        layout, dtype = self._layouts[name], self._kinds[name].numpy_dtype
+        if not layout.shape[0]:
+            return np.zeros(layout.shape, dtype)
         where = f"{self._path}/{name}"
-        shape, dtype = self._layouts[name].shape, self._kinds[name].numpy_dtype
-        if shape[0]:
-            file = self._path / name / "c" / "/".join("0" * len(shape))
-            if not file.is_file():  # zarr would take a missing file for zeros
-                raise CacheFormatError(f"{where}: its data is missing; the shard is damaged")
-            check_chunks(file, self._layouts[name])
         try:
-            data = np.asarray(self._group[name][...])
+            return read_chunks(Path(where, "c", *"0" * len(layout.shape)), layout, dtype)
+        except CacheFormatError:
+            raise
+        except FileNotFoundError:
+            raise CacheFormatError(f"{where}: its data is missing; the shard is damaged") from None
         except DAMAGE_ERRORS as error:
             raise CacheFormatError(f"{where}: cannot be decoded ({error!r}); the shard is damaged") from error
-        if data.shape != shape or data.dtype != dtype:
-            raise CacheFormatError(f"{where}: decodes to {data.dtype} {data.shape}; expected {dtype} {shape}")
-        return data

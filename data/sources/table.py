@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.sample import number_names, resolve_ids
+from vlm_distill_cache.data.sample import Same, number_names, resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
 from vlm_distill_cache.data.sources.entries import ID_KEYS, SOURCE_KEYS, EntryDataset
 from vlm_distill_cache.data.sources.pictures import says_none
@@ -96,7 +96,7 @@ class TableDataset(EntryDataset):
         """The path of each row's image or video, where a column of texts names it; None where they are stored."""
         if {"image", "images", "video", "videos"} & self._table.texts:
             return super().image_keys()
-        return [None] * len(self)
+        return Same(None, len(self))
 
     def sources(self) -> NDArray[np.int64]:
         """By a column of texts or labels that says so, else by the folders of pictures, where a column of texts names these."""

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol, TypeVar, overload, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -25,6 +25,7 @@ from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+SURVEYED = 64  # samples at a time
 MAX_ID_BYTES = 4096  # as the stores allow
 
 
@@ -433,9 +434,34 @@ def survey_samples(dataset: Dataset) -> Survey:
     purpose: moving an image folder must not invalidate a cache, and a changed picture is caught
     by its own hash.
     """
-    digest, most_pictures, videos = xxhash.xxh3_128(), 0, 0
+    return join_surveys(survey_some(dataset, places) for places in surveyed_together(len(dataset)))
+
+
+def surveyed_together(count: int) -> list[range]:
+    """The positions of samples that are looked at before their parts of the survey are joined."""
+    return [range(start, min(start + SURVEYED, count)) for start in range(0, count, SURVEYED)]
+
+
+class SurveyPart(NamedTuple):
+    """What a look at some samples beside each other says.
+
+    Attributes:
+        lines: What of them is hashed, a line of JSON each.
+        most: Videos and pictures of the sample that has the most, and its id.
+    """
+
+    lines: bytes
+    most_pictures: int
+    videos: int
+    most: tuple[tuple[int, int], str]
+
+
+def survey_some(dataset: Dataset, positions: range) -> SurveyPart:
+    """Look at some samples, in order."""
+    lines, most_pictures, videos = bytearray(), 0, 0
     fullest, most = "", (0, 0)
-    for index, sample_id in enumerate(dataset.sample_ids):
+    for index in positions:
+        sample_id = dataset.sample_ids[index]
         entry: list[object] = [sample_id]
         try:
             sample = dataset[index]
@@ -449,7 +475,18 @@ def survey_samples(dataset: Dataset) -> Survey:
             most_pictures, videos = max(most_pictures, len(sample.images)), videos + bool(sample.videos)
             shown = (len(sample.videos), len(sample.images))
             fullest, most = (sample_id, shown) if shown > most else (fullest, most)
-        digest.update(json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
+        lines += json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+    return SurveyPart(bytes(lines), most_pictures, videos, (most, fullest))
+
+
+def join_surveys(parts: Iterable[SurveyPart]) -> Survey:
+    """The survey of samples of which parts were looked at, in order."""
+    digest, most_pictures, videos = xxhash.xxh3_128(), 0, 0
+    fullest, most = "", (0, 0)
+    for part in parts:
+        digest.update(part.lines)
+        most_pictures, videos = max(most_pictures, part.most_pictures), videos + part.videos
+        most, fullest = part.most if part.most[0] > most else (most, fullest)
     return Survey(fingerprint=digest.hexdigest(), most_pictures=most_pictures, videos=videos, fullest=fullest)
 
 

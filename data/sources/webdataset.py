@@ -22,10 +22,12 @@ from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.images.load import FileSlice, ImageBytes
 from vlm_distill_cache.data.images.recognise import extension_of, is_picture
 from vlm_distill_cache.data.images.video import FrameFolder, VideoSlice
-from vlm_distill_cache.data.sample import ImageSource, Medium, Same, refuse_repeats
+from vlm_distill_cache.data.sample import ImageSource, Medium, Same, Survey, refuse_repeats
 from vlm_distill_cache.data.sources.conversations import has_text
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, parse
+from vlm_distill_cache.data.sources.kept.headers import Archive
+from vlm_distill_cache.data.sources.kept.surveys import kept_survey
 from vlm_distill_cache.data.sources.kept.tars import OddIds, TarIds, TarSample, TarSamples
 from vlm_distill_cache.data.sources.patterns import find_files
 from vlm_distill_cache.data.sources.pictures import brief, is_address, is_made, open_picture
@@ -37,15 +39,17 @@ _HEAD = 512  # bytes, by which what is no text is told
 class WebDataset(EntryDataset):
     """Samples of a tar, a folder of tars, a glob or a brace pattern; the id is the WebDataset key.
 
-    ``paths`` are the tars where they are known already; ``pattern`` is what they are called then.
+    ``paths`` are the tars where they are known already; ``pattern`` is what they are called then. ``by_files``: the data are
+    told from others by which samples their archives hold and where, and no text is read before its sample is asked for.
     """
 
     pictures_lie_beside = True
 
-    def __init__(self, pattern: str, *, paths: Sequence[Path] = ()) -> None:
+    def __init__(self, pattern: str, *, paths: Sequence[Archive] = (), by_files: bool = False) -> None:
         self.name = Path(pattern).name
         self.image_root = Path(pattern).parent
         paths = paths or find_files(pattern, ".tar")
+        self._by_files = by_files
         self._samples = TarSamples(paths)
         if not self._samples.has_texts:
             raise DataError(
@@ -179,6 +183,13 @@ class WebDataset(EntryDataset):
     def image_keys(self) -> Sequence[str | None]:
         """None: only the pictures tell."""
         return Same(None, len(self))
+
+    def survey(self) -> Survey:
+        """As of all data; of much of it what was found once is kept."""
+        if self._by_files:
+            return self._samples.survey()
+        of = [str(self.image_root.absolute()), self._samples.of]
+        return kept_survey(self, of) if self._samples.kept else super().survey()
 
     def sources(self) -> NDArray[np.int64]:
         """By their archives."""

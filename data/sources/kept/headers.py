@@ -12,12 +12,14 @@ import re
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 
-from vlm_distill_cache.common.errors import DataError
+from vlm_distill_cache.common.errors import DataError, TransferError
+from vlm_distill_cache.common.remotes.copies import RemoteFile
 
+Archive: TypeAlias = Path | RemoteFile
 BLOCK = 512
 COPY = "copy or download it again"
 _SUMMED_AT_A_TIME = 4096  # headers
@@ -36,7 +38,7 @@ class Member(NamedTuple):
     problem: str = ""
 
 
-def read_members(path: Path) -> list[Member]:
+def read_members(path: Archive) -> list[Member]:
     """The members of an uncompressed archive, folders left out, in order.
 
     Raises:
@@ -51,11 +53,13 @@ def read_members(path: Path) -> list[Member]:
             members, end = plain
             _refuse_cut(file, end, path)
             return members
+    except TransferError:
+        raise
     except OSError as error:
         raise DataError(f"{path} cannot be read as an uncompressed tar: {error}; {COPY}") from error
 
 
-def _read_file(file: BinaryIO, path: Path) -> list[Member]:
+def _read_file(file: BinaryIO, path: Archive) -> list[Member]:
     packed = file.read(6).startswith(_PACKED)
     file.seek(0)
     try:
@@ -126,7 +130,7 @@ def _sums_fit(headers: bytearray) -> bool:
     return bool((stated == summed).all())
 
 
-def _refuse_cut(file: BinaryIO, end: int, path: Path) -> None:
+def _refuse_cut(file: BinaryIO, end: int, path: Archive) -> None:
     """Refuse an archive whose members end at byte ``end`` without the blocks of zeros that close one.
 
     `tarfile` takes a header that is cut off or damaged for the end, and so does one behind which another archive

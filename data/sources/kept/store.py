@@ -34,6 +34,8 @@ from numpy.typing import NDArray
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
 from vlm_distill_cache.common.files.hashing import checksum, fingerprint
+from vlm_distill_cache.common.remotes.copies import RemoteFile
+from vlm_distill_cache.common.remotes.mirror import mirror_settings
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +63,6 @@ def kept_folder() -> Path:
     Raises:
         ConfigError: If a variable of the environment is no size.
     """
-    from vlm_distill_cache.common.remotes.mirror import mirror_settings  # all that reads caches, only needed here
-
     return mirror_settings()[0] / "data"
 
 
@@ -101,8 +101,10 @@ def write_kept(path: Path | None, of: Any, kept: Kept) -> bool:
     return True
 
 
-def stamp_of(path: Path) -> list[Any]:
+def stamp_of(path: Path | RemoteFile) -> list[Any]:
     """What tells a file from others, and from itself when it was changed: its path, size and time, JSON."""
+    if isinstance(path, RemoteFile):
+        return path.stamp()
     status = path.stat()
     return [str(path.absolute()), status.st_size, status.st_mtime_ns]
 

@@ -16,17 +16,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.cache.index import hash_ids
+from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.remotes.copies import RemoteFile
 from vlm_distill_cache.data.images.load import FileSlice
 from vlm_distill_cache.data.images.recognise import VIDEO_EXTENSIONS, picture_extensions
-from vlm_distill_cache.data.sample import Values, usable_ids
-from vlm_distill_cache.data.sources.kept.headers import Member, read_members
+from vlm_distill_cache.data.sample import Survey, Values, usable_ids
+from vlm_distill_cache.data.sources.kept.headers import Archive, Member, read_members
 from vlm_distill_cache.data.sources.kept.store import KEPT_FROM, Kept, kept_path, read_kept, stamp_of, write_kept
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ _KEY = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)  # `webdataset.t
 # What systems leave, and WebDataset's own metadata, which it passes over where a name begins so.
 _HIDDEN = re.compile(r"(.*/)?(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)|__MACOSX/.*", re.DOTALL)
 _METADATA = re.compile(r"__[^/]*__(/.*)?", re.DOTALL)
-_MAPPED = 16  # indexes at a time
+_MAPPED = 256  # indexes at a time
 _SHARED_FROM = 256 << 20  # bytes of archives, from which on several processes index them
 _MOST_PROCESSES = 64
 _KEYS_AT_A_TIME = 1 << 14
@@ -62,13 +64,13 @@ class TarSamples:
     Attributes:
         counts: Samples of each archive, int64 ``[archives]``.
         of: What all of it was made of, JSON: names, sizes and times of the archives.
-        kept: Whether what is found out about so much data is worth keeping.
+        kept: Whether what is found out about the data is worth keeping: of much, and of what lies elsewhere.
         has_texts: Whether any sample has a text.
         first_problem: Why the first sample that cannot be used cannot be; empty: there is none.
         may_repeat: Whether two samples seem to have one key.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Archive]) -> None:
         """Open what is kept of these archives, and make the rest.
 
         Raises:
@@ -78,9 +80,10 @@ class TarSamples:
         self._stamps = [stamp_of(path) for path in self._paths]
         self.of: Any = ["tars", self._stamps]
         size = sum(stamp[1] for stamp in self._stamps)
-        self.kept = size >= KEPT_FROM
+        self.kept = size >= KEPT_FROM or any(isinstance(path, RemoteFile) for path in paths)
         self._held: dict[int, Kept] = {}  # indexes that are not kept
         self._mapped: OrderedDict[int, Kept] = OrderedDict()
+        self._last = (-1, TarSample(""))
         path = kept_path("sets", self.of) if self.kept else None
         found = read_kept(path, self.of)
         if found is None:
@@ -91,6 +94,7 @@ class TarSamples:
         self.counts: NDArray[np.int64] = np.array(found.arrays["counts"])
         self.has_texts, self.may_repeat = bool(found.notes["texts"]), bool(found.notes["repeats"])
         self.first_problem = str(found.notes["problem"])
+        self._digests, self._shown = list(found.notes["digests"]), list(found.notes["shown"])
         self._ends: list[int] = np.cumsum(self.counts).tolist()
 
     def __len__(self) -> int:
@@ -101,6 +105,9 @@ class TarSamples:
 
     def sample(self, index: int) -> TarSample:
         """The sample at ``index``."""
+        last_index, last_sample = self._last
+        if last_index == index:  # each is asked for several times while it is read
+            return last_sample
         number, at = self._find(index)
         kept, archive = self._index(number), self._paths[number]
         key = _keys(kept, at, at + 1)[0]
@@ -115,7 +122,22 @@ class TarSamples:
                 made.texts[role] = piece
             else:
                 getattr(made, role).append(piece)
+        self._last = (index, made)
         return made
+
+    def survey(self) -> Survey:
+        """What the archives say without a look at what the samples say: which there are, and how many pictures they have."""
+        files = [
+            [path.name, stamp[1], digest]
+            for path, stamp, digest in zip(self._paths, self._stamps, self._digests, strict=True)
+        ]
+        pictures, with_videos, fullest = self._shown
+        return Survey(
+            fingerprint=fingerprint(["by files", files]),
+            most_pictures=pictures,
+            videos=with_videos,
+            fullest="" if fullest < 0 else TarIds(self).at(fullest),
+        )
 
     def key(self, index: int) -> str:
         """The key of the sample at ``index``: its id, where that can be one."""
@@ -179,16 +201,27 @@ class TarSamples:
 
     def _describe(self) -> Kept:
         counts, texts, problem, upper = [], False, "", [np.zeros(0, np.uint64)]
+        digests: list[str] = []
+        most, most_pictures, with_videos, fullest, before = (0, 0), 0, 0, -1, 0
         for number in range(len(self._paths)):
             kept = self._index(number)
             counts.append(len(kept.arrays["first_part"]) - 1)
             texts = texts or bool(kept.notes["texts"])
             problem = problem or next(iter(kept.notes["problems"].values()), "")
             upper.append(kept.arrays["hash"][:, 0])
+            digests.append(_digest_of(kept))
+            videos, pictures = _shown_in(kept)
+            with_videos += int((videos > 0).sum())
+            if len(pictures):
+                at = int(np.lexsort((pictures, videos))[-1])
+                most, fullest = max((most, fullest), ((int(videos[at]), int(pictures[at])), before + at))
+                most_pictures = max(most_pictures, int(pictures.max()))
+            before += counts[-1]
         ordered = np.concatenate(upper)
         ordered.sort()
         repeats = bool((ordered[1:] == ordered[:-1]).any())
-        return Kept({"texts": texts, "problem": problem, "repeats": repeats}, {"counts": np.array(counts, np.int64)})
+        notes = {"texts": texts, "problem": problem, "repeats": repeats, "digests": digests}
+        return Kept(notes | {"shown": [most_pictures, with_videos, fullest]}, {"counts": np.array(counts, np.int64)})
 
 
 class TarIds(Values[str]):
@@ -232,7 +265,7 @@ class OddIds(Mapping[int, str]):
         return sum(1 for _ in self)
 
 
-def keep_index(path: Path, stamp: Any) -> tuple[Kept, bool]:
+def keep_index(path: Archive, stamp: Any) -> tuple[Kept, bool]:
     """The index of an archive, and whether it is kept; with no ``stamp`` it is not to be."""
     where = None if stamp is None else kept_path("tars", stamp)
     found = read_kept(where, stamp)
@@ -244,11 +277,11 @@ def keep_index(path: Path, stamp: Any) -> tuple[Kept, bool]:
     return (made, False) if found is None else (found, True)
 
 
-def _keep(path: Path, stamp: Any) -> None:
+def _keep(path: Archive, stamp: Any) -> None:
     keep_index(path, stamp)
 
 
-def make_index(path: Path) -> Kept:
+def make_index(path: Archive) -> Kept:
     """Index an archive: its samples, in the order of their first members, then what belongs to none.
 
     Raises:
@@ -334,9 +367,7 @@ class _Samples:
                 self._close(stem, reason)
             return
         if unclear and not problem:
-            problem = (
-                f"{archive} holds several texts of the key {key!r}: {', '.join(unclear[0][:3])}; keep one of them"
-            )
+            problem = f"{archive} holds several texts of the key {key!r}: {', '.join(unclear[0][:3])}; keep one of them"
         for role, found in texts.items():
             # A plain extension is the sample's own text where others stand beside it (KEY.json, KEY.meta.json).
             chosen = [one for one in found if "." not in one[0]][-1:] or found[:1]
@@ -379,6 +410,22 @@ def _role(extension: str) -> int:
     if kind in _TEXTS:
         return _TEXTS[kind]
     return _VIDEOS if kind in VIDEO_EXTENSIONS else _IMAGES if kind in picture_extensions() else _OTHERS
+
+
+def _digest_of(kept: Kept) -> str:
+    """Hash of what an archive holds, and where."""
+    digest = xxhash.xxh3_128()
+    for name in ("keys", "key_at", "first_part", "role", "offset", "size"):
+        digest.update(np.ascontiguousarray(kept.arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _shown_in(kept: Kept) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of each sample the number of its videos, and of its pictures and videos."""
+    starts, roles = kept.arrays["first_part"].astype(np.int64), kept.arrays["role"]
+    ends = [np.concatenate([[0], np.cumsum(np.isin(roles, kinds))]) for kinds in ([_VIDEOS], [_IMAGES, _VIDEOS])]
+    videos, shown = (end[starts[1:]] - end[starts[:-1]] for end in ends)
+    return videos, shown
 
 
 def _keys(kept: Kept, start: int, stop: int) -> list[str]:

@@ -42,7 +42,7 @@ from vlm_distill_cache.data.sample import (
     Sample,
     questions_of,
 )
-from vlm_distill_cache.data.sources.addresses import open_addresses
+from vlm_distill_cache.data.sources.addresses import KINDS, open_addresses
 from vlm_distill_cache.data.sources.csv_rows import SUFFIXES
 from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
 from vlm_distill_cache.data.sources.grouping import ChosenSamples, JoinedSamples
@@ -235,7 +235,7 @@ def _open_path(
         revision, inner = web["tree"] or web["at"], web["file"] or web["inner"] or web["rest"]
         typed = f"{web['name']}{f'@{revision}' if revision else ''}{f'/{inner}' if inner else ''}"
         raise DataError(f"data {name!r} is an address; type {by_make(f'DATA={typed}', f'--data {typed}')}")
-    if is_url(name):
+    if is_url(name) and name.partition("?")[0].lower().endswith(KINDS):
         _refuse_options(public_location(name), {key: value for key, value in options.items() if key != "streaming"})
         return open_addresses(name, images=images)
     choice = Choice(

@@ -23,18 +23,13 @@ def open_addresses(pattern: str, *, images: Path | None = None) -> Dataset:
     """Open files at an address, or at all that a brace pattern means.
 
     Raises:
-        DataError: They are of another kind, or one is not there.
+        DataError: One is not there, or the address says more than where they are.
         TransferError: They cannot be reached.
     """
     from webdataset.shardlists import expand_urls  # imports a whole loader, only needed here
 
     plain, mark, _ = pattern.partition("?")
     shown = public_location(pattern)
-    if PurePosixPath(plain).suffix.lower() not in KINDS:
-        raise DataError(
-            f"data {shown!r}: of addresses only tars and parquet files are read (expected {' or '.join(KINDS)}): copy other data "
-            "here, or give the address of such files"
-        )
     if mark:
         raise DataError(
             f"data {shown!r}: an address with a query is written down with a cache's options, and the query may be a key; use a "

@@ -76,6 +76,8 @@ class TableDataset(EntryDataset):
         if not are_columns(columns, pictures=bool(self.picture_keys)):
             raise DataError(f"{where}: expected columns {FORMS}; it has {columns}")
         named = next((column for column in ID_KEYS if column in columns), None)
+        self.sample_ids: Sequence[str]
+        self.odd_ids: Mapping[int, str]
         if named is None:  # numbered: their content would have to be read in full to hash it
             self.sample_ids, self.odd_ids = RowIds(len(table)), {}
         else:

@@ -385,7 +385,7 @@ def _pack(made: _Samples) -> Kept:
     ids, odd = usable_ids(made.keys)
     encoded = [key.encode("utf-8", "surrogatepass") for key in made.keys]
     parts = np.array(made.parts, dtype=np.uint64).reshape(-1, 4)
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "keys": np.frombuffer(b"".join(encoded), dtype=np.uint8),
         "key_at": np.cumsum([0, *map(len, encoded)], dtype=np.uint64),
         "hash": np.stack(hash_ids(ids), axis=1),

@@ -63,9 +63,9 @@ SURFACE = {
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "suite", "demo", "demo-teacher", "experiment",
     "experiment-seeds", "experiment-several", "experiment-smollm",
-    "test", "test-all", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "bench-scale", "full-size", "gpu-check",
+    "test", "test-all", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "full-size", "gpu-check",
     "battery", "matrix",
-    "harness", "lock", "sbom", "audit", "clean",
+    "bench-scale", "harness", "lock", "sbom", "audit", "clean",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@
 | a folder of ``datasets.save_to_disk``, or one holding exactly one such folder | `data.sources.hf` |
 | ``FILE.tar``, ``{000..099}.tar``, ``*.tar``, a folder of tars | `data.sources.webdataset` |
 | ``FILE.parquet``, ``{000..099}.parquet``, ``*.parquet`` | `data.sources.parquet` |
+| either at ``s3://``, ``https://``; ``FILES:streaming=true`` here | `data.sources.addresses`; told by the files alone |
 | ``FILE.csv``, ``FILE.tsv`` | `data.sources.csv_rows` |
 | a folder as the hub lays data sets out: parquet, metadata beside pictures, tars, JSON | `data.sources.hub_data` |
 | ``ORG/NAME``, ``ORG/NAME@REVISION:name=CONFIG,split=SPLIT,streaming=true`` | `data.sources.hub_data` |
@@ -32,7 +33,7 @@ from types import MappingProxyType
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.common.hub import HubName, hub_name
-from vlm_distill_cache.common.locations import by_make, nearest, nearest_path
+from vlm_distill_cache.common.locations import by_make, is_url, nearest, nearest_path, public_location
 from vlm_distill_cache.common.printing import brief
 from vlm_distill_cache.data.sample import (
     Dataset,
@@ -41,6 +42,7 @@ from vlm_distill_cache.data.sample import (
     Sample,
     questions_of,
 )
+from vlm_distill_cache.data.sources.addresses import KINDS, open_addresses
 from vlm_distill_cache.data.sources.csv_rows import SUFFIXES
 from vlm_distill_cache.data.sources.easy_vqa import EasyVqaDataset, easy_vqa_evaluation
 from vlm_distill_cache.data.sources.grouping import ChosenSamples, JoinedSamples
@@ -233,6 +235,9 @@ def _open_path(
         revision, inner = web["tree"] or web["at"], web["file"] or web["inner"] or web["rest"]
         typed = f"{web['name']}{f'@{revision}' if revision else ''}{f'/{inner}' if inner else ''}"
         raise DataError(f"data {name!r} is an address; type {by_make(f'DATA={typed}', f'--data {typed}')}")
+    if is_url(name) and name.partition("?")[0].lower().endswith(KINDS):
+        _refuse_options(public_location(name), {key: value for key, value in options.items() if key != "streaming"})
+        return open_addresses(name, images=images)
     choice = Choice(
         config=options.get("name"), split=options.get("split", split), strict="split" in options, images=images
     )
@@ -241,13 +246,13 @@ def _open_path(
             raise DataError(f"{name} is a folder here: there is nothing to stream, leave out streaming=")
         return _open_folder(path, choice, options)
     if kind == ".tar" and (path.exists() or _in_repository(name) is None):
-        _refuse_options(name, options)
-        return WebDataset(name)
+        _refuse_options(name, {key: value for key, value in options.items() if key != "streaming"})
+        return WebDataset(name, by_files=_flag(options, "streaming"))
     if kind == ".parquet" and (path.exists() or _in_repository(name) is None):
-        _refuse_options(name, options)
-        paths = find_files(name, kind)
-        root = image_folder(images, paths[0])
-        return ParquetDataset([LocalParquet(p) for p in paths], name=path.name, where=name, image_root=root)
+        _refuse_options(name, {key: value for key, value in options.items() if key != "streaming"})
+        paths, by_files = find_files(name, kind), _flag(options, "streaming")
+        root, sources = image_folder(images, paths[0]), [LocalParquet(p) for p in paths]
+        return ParquetDataset(sources, name=path.name, where=name, image_root=root, by_files=by_files)
     if not path.exists() and (found := _in_repository(name)) is not None:
         hub, file = found
         if file is not None and (more := [key for key in ("name", "split") if key in options]):

@@ -8,11 +8,12 @@ until they are encoded: a list of 665k samples costs text, not pixels.
 import json
 import logging
 import math
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -23,7 +24,60 @@ from vlm_distill_cache.common.errors import ConfigError, DataError, SampleError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+SURVEYED = 64  # samples at a time
 MAX_ID_BYTES = 4096  # as the stores allow
+
+
+class Values(Sequence[T]):
+    """A sequence whose values are made when they are asked for; equal to any other, a list too, that holds the same."""
+
+    @abstractmethod
+    def at(self, index: int) -> T:
+        """The value at ``index``, 0 or more and below the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        places = range(len(self))[index]
+        return self.at(places) if isinstance(places, int) else [self.at(place) for place in places]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Same(Values[T]):
+    """One value many times, which takes no memory."""
+
+    def __init__(self, value: T, count: int) -> None:
+        self.value, self._count = value, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def at(self, index: int) -> T:
+        """The value."""
+        return self.value
+
+
+class Picked(Values[T]):
+    """Some values of a sequence, by their positions in it; none is copied."""
+
+    def __init__(self, values: Sequence[T], positions: Sequence[int] | NDArray[np.int64]) -> None:
+        self._values, self._positions = values, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def at(self, index: int) -> T:
+        """That value."""
+        return self._values[int(self._positions[index])]
 
 
 @runtime_checkable
@@ -230,7 +284,7 @@ class Dataset(Protocol):
 
     def image_keys(self) -> Sequence[str | None]:
         """A name of each sample's image, told without opening it; None without one, or where only the picture tells."""
-        return [None] * len(self)
+        return Same(None, len(self))
 
     def sources(self) -> NDArray[np.int64]:
         """Which source each sample is from, numbers in any order, int64 ``[n]``: a random share takes of each alike."""
@@ -380,9 +434,34 @@ def survey_samples(dataset: Dataset) -> Survey:
     purpose: moving an image folder must not invalidate a cache, and a changed picture is caught
     by its own hash.
     """
-    digest, most_pictures, videos = xxhash.xxh3_128(), 0, 0
+    return join_surveys(survey_some(dataset, places) for places in surveyed_together(len(dataset)))
+
+
+def surveyed_together(count: int) -> list[range]:
+    """The positions of samples that are looked at before their parts of the survey are joined."""
+    return [range(start, min(start + SURVEYED, count)) for start in range(0, count, SURVEYED)]
+
+
+class SurveyPart(NamedTuple):
+    """What a look at some samples beside each other says.
+
+    Attributes:
+        lines: What of them is hashed, a line of JSON each.
+        most: Videos and pictures of the sample that has the most, and its id.
+    """
+
+    lines: bytes
+    most_pictures: int
+    videos: int
+    most: tuple[tuple[int, int], str]
+
+
+def survey_some(dataset: Dataset, positions: range) -> SurveyPart:
+    """Look at some samples, in order."""
+    lines, most_pictures, videos = bytearray(), 0, 0
     fullest, most = "", (0, 0)
-    for index, sample_id in enumerate(dataset.sample_ids):
+    for index in positions:
+        sample_id = dataset.sample_ids[index]
         entry: list[object] = [sample_id]
         try:
             sample = dataset[index]
@@ -396,7 +475,18 @@ def survey_samples(dataset: Dataset) -> Survey:
             most_pictures, videos = max(most_pictures, len(sample.images)), videos + bool(sample.videos)
             shown = (len(sample.videos), len(sample.images))
             fullest, most = (sample_id, shown) if shown > most else (fullest, most)
-        digest.update(json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
+        lines += json.dumps(entry, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+    return SurveyPart(bytes(lines), most_pictures, videos, (most, fullest))
+
+
+def join_surveys(parts: Iterable[SurveyPart]) -> Survey:
+    """The survey of samples of which parts were looked at, in order."""
+    digest, most_pictures, videos = xxhash.xxh3_128(), 0, 0
+    fullest, most = "", (0, 0)
+    for part in parts:
+        digest.update(part.lines)
+        most_pictures, videos = max(most_pictures, part.most_pictures), videos + part.videos
+        most, fullest = part.most if part.most[0] > most else (most, fullest)
     return Survey(fingerprint=digest.hexdigest(), most_pictures=most_pictures, videos=videos, fullest=fullest)
 
 

@@ -65,7 +65,7 @@ TARGETS = {
     "experiment-seeds", "experiment-several", "experiment-smollm", "experiment-photos",
     "test", "test-all", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "full-size", "gpu-check",
     "battery", "matrix",
-    "harness", "lock", "sbom", "audit", "clean",
+    "bench-scale", "harness", "lock", "sbom", "audit", "clean",
 }  # fmt: skip
 
 

@@ -126,6 +126,44 @@ class Remote(ABC):
         except FileNotFoundError:
             return None
 
+    def describe(self, name: str) -> tuple[int, str] | None:
+        """Return the bytes of a file and what the server calls this version of it; None if it is absent."""
+        where = self._where(name)
+
+        def attempt() -> tuple[int, str]:
+            body = self._open(name, stop=1)
+            body.close()
+            if body.total is None:
+                raise TransferError(f"{where}: the server does not say how large the file is; use another server")
+            return body.total, body.version
+
+        try:
+            return self._retries.run(where, attempt)
+        except FileNotFoundError:
+            return None
+
+    def read_range(self, name: str, start: int, stop: int) -> tuple[bytes, str]:
+        """Return the bytes of a file from ``start`` up to ``stop``, and its version, as ``describe`` says it.
+
+        Raises:
+            TransferError: Also if the server sends whole files only.
+        """
+        where = self._where(name)
+
+        def attempt() -> tuple[bytes, str]:
+            with contextlib.closing(self._open(name, start, stop)) as body:
+                if body.start != start:
+                    raise TransferError(
+                        f"{where}: the server sends whole files only, and this one is read by ranges; use a server that knows "
+                        "them (nginx, S3), or copy the files here"
+                    )
+                data = self._take(where, body, stop - start)
+                if len(data) < stop - start:
+                    raise PassingError(f"ended after {len(data)} of {stop - start} bytes")
+                return data, body.version
+
+        return self._retries.run(where, attempt)
+
     def download(self, name: str, target: Path, *, size: int, on_bytes: Callable[[int], object] | None = None) -> None:
         """Append to ``target`` what is still missing of a file, until ``target`` has ``size`` bytes.
 

@@ -75,7 +75,8 @@ class WebRemote(Remote):
             unless_handed_on.callback(response.close)
             start, total = _position(response, start)
             unless_handed_on.pop_all()
-        return Body(start, total, read, response.close)
+        version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        return Body(start, total, read, response.close, version[:200])
 
     @contextmanager
     def _failures(self, where: str) -> Iterator[None]:

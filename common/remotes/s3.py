@@ -64,8 +64,9 @@ class S3Remote(Remote):
         return self.__dict__ | {"_clients": {}}
 
     def _open(self, name: str, start: int = 0, stop: int | None = None) -> Body:
-        response = self._once(name, "get_object", **({"Range": f"bytes={start}-"} if start else {}))
-        stream = response["Body"]
+        wanted = f"bytes={start}-{stop - 1 if stop is not None else ''}"
+        response = self._once(name, "get_object", **({"Range": wanted} if start or stop is not None else {}))
+        stream, version = response["Body"], str(response.get("ETag", ""))[:200]
         limited = getattr(stream._raw_stream, "_original_response", None)
 
         def read(limit: int) -> bytes:
@@ -75,8 +76,8 @@ class S3Remote(Remote):
                 return bytes(stream.read(min(limit, _PIECE)))
 
         if (found := CONTENT_RANGE.fullmatch(response.get("ContentRange", ""))) is None:
-            return Body(0, response.get("ContentLength"), read, stream.close)
-        return Body(int(found[1]), None if found[3] == "*" else int(found[3]), read, stream.close)
+            return Body(0, response.get("ContentLength"), read, stream.close, version)
+        return Body(int(found[1]), None if found[3] == "*" else int(found[3]), read, stream.close, version)
 
     def size(self, name: str, *, expected: bool = False) -> int | None:
         """Return the bytes of a file, or None; see ``Remote``."""

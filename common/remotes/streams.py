@@ -49,12 +49,14 @@ class Body(NamedTuple):
         total: Bytes of the whole file, if the server says so.
         read: Returns the next bytes, at most so many, none at the end; raises ``PassingError`` if the connection breaks.
         close: Gives the connection back; may be called before the end.
+        version: What the server calls these bytes of the file: an ETag, or when it was changed; empty: it does not say.
     """
 
     start: int
     total: int | None
     read: Callable[[int], bytes]
     close: Callable[[], object]
+    version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

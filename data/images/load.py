@@ -3,12 +3,21 @@
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Literal, Protocol
 
 import PIL.Image
 
-from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.errors import SampleError, TransferError
 from vlm_distill_cache.common.files.hashing import checksum
 from vlm_distill_cache.common.pixels import decode_image, reason_of
+
+
+class Opened(Protocol):
+    """A file that can be read: a path, or what lies elsewhere and is fetched."""
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+        """Open it to read bytes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class ImageBytes:
 class FileSlice:
     """An encoded image that is a range of bytes of a file (a member of a tar)."""
 
-    path: Path
+    path: Opened
     offset: int
     size: int
     name: str
@@ -90,6 +99,8 @@ class FileSlice:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 data = file.read(size)
+        except TransferError:  # no sample is to blame
+            raise
         except OSError as error:
             raise SampleError(f"{self.name} cannot be read: {reason_of(error)}") from error
         if len(data) != size:

@@ -15,13 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
-from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.errors import SampleError, TransferError
 from vlm_distill_cache.common.files.hashing import checksum, file_checksum, fingerprint, stream_checksum
 from vlm_distill_cache.common.pixels import reason_of
 from vlm_distill_cache.data.images.animations import begins_as_animation, read_animation
 from vlm_distill_cache.data.images.containers import read_container
 from vlm_distill_cache.data.images.frame_limits import check_held, same_size
-from vlm_distill_cache.data.images.load import ImageFile
+from vlm_distill_cache.data.images.load import ImageFile, Opened
 from vlm_distill_cache.data.images.recognise import extension_of, names_video, picture_extensions
 from vlm_distill_cache.data.images.sampling import choose_frames
 from vlm_distill_cache.data.sample import DigestedImage, Frame, FrameSampling, ImageSource
@@ -122,7 +122,7 @@ class VideoBytes:
 class VideoSlice:
     """An encoded video that is a range of bytes of a file (a member of a tar); read in pieces, never whole."""
 
-    path: Path
+    path: Opened
     offset: int
     size: int
     name: str
@@ -130,13 +130,15 @@ class VideoSlice:
     def frames(self, sampling: FrameSampling) -> list[Frame]:
         """Decode the frames that are read; `SampleError` if the range is no video, damaged, too long or not there."""
         try:
-            there = self.path.stat().st_size - self.offset
-            if there < self.size:
-                raise SampleError(f"video {self.name} is cut off: expected {self.size} bytes, got {max(there, 0)}")
             file = self.path.open("rb")
+        except TransferError:  # no sample is to blame
+            raise
         except OSError as error:
             raise SampleError(f"video {self.name} cannot be read: {reason_of(error)}") from error
         with file:
+            there = os.fstat(file.fileno()).st_size - self.offset
+            if there < self.size:
+                raise SampleError(f"video {self.name} is cut off: expected {self.size} bytes, got {max(there, 0)}")
             return _read(io.BufferedReader(_Window(file, self.offset, self.size)), self.name, sampling)
 
     def digest_of(self, sampling: FrameSampling) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.data.sample import Dataset, Sample, Survey, Weighting, number_names, number_repeats
+from vlm_distill_cache.data.sample import Dataset, Picked, Same, Sample, Survey, Weighting, number_names, number_repeats
 
 
 class ChosenSamples(Dataset):
@@ -24,8 +24,7 @@ class ChosenSamples(Dataset):
         self.name = name
         self.origin = dataset.origin
         self._dataset, self._positions = dataset, positions
-        ids = dataset.sample_ids
-        self.sample_ids: Sequence[str] = [ids[position] for position in positions]
+        self.sample_ids: Sequence[str] = Picked(dataset.sample_ids, positions)
 
     def __getitem__(self, index: int) -> Sample:
         return self._dataset[self._positions[index]]
@@ -33,6 +32,8 @@ class ChosenSamples(Dataset):
     def image_keys(self) -> Sequence[str | None]:
         """Names of these samples' images."""
         keys = self._dataset.image_keys()
+        if isinstance(keys, Same):
+            return Same(keys.value, len(self))
         return [keys[position] for position in self._positions]
 
     def sources(self) -> NDArray[np.int64]:
@@ -116,7 +117,7 @@ class GroupedByImage(ChosenSamples):
 
         The images' names decide the order and are not part of the data's fingerprint.
         """
-        return {"by": "image", "fingerprint": fingerprint(self.sample_ids)}
+        return {"by": "image", "fingerprint": fingerprint(list(self.sample_ids))}
 
 
 def group_by_image(dataset: Dataset) -> Dataset:
@@ -126,8 +127,11 @@ def group_by_image(dataset: Dataset) -> Dataset:
         A `GroupedByImage`, or the data set itself if that changes nothing: it cannot name its images, or their
         samples are beside each other already.
     """
+    keys = dataset.image_keys()
+    if isinstance(keys, Same):  # of many millions, none is to be looked at
+        return dataset
     groups: dict[str | int, list[int]] = {}
-    for position, key in enumerate(dataset.image_keys()):
+    for position, key in enumerate(keys):
         groups.setdefault(position if key is None else key, []).append(position)
     order = [position for group in groups.values() for position in group]
     return dataset if order == list(range(len(order))) else GroupedByImage(dataset, order, name=dataset.name)

@@ -19,10 +19,12 @@ from typing import Any
 from vlm_distill_cache.common.errors import DataError, ModelError, SampleError, TransferError
 from vlm_distill_cache.common.hub import HubName, downloading, explained_hub_errors, snapshot_name, snapshots_of
 from vlm_distill_cache.common.locations import by_make
+from vlm_distill_cache.common.remotes.copies import describe_files
 from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.images.recognise import VIDEO_EXTENSIONS, picture_extensions
 from vlm_distill_cache.data.images.video import VideoFile
 from vlm_distill_cache.data.sample import Dataset
+from vlm_distill_cache.data.sources.addresses import open_remote_files
 from vlm_distill_cache.data.sources.csv_rows import SUFFIXES, CsvDataset
 from vlm_distill_cache.data.sources.folders import DataFiles, choose_files, metadata_files
 from vlm_distill_cache.data.sources.grouping import JoinedSamples
@@ -100,10 +102,16 @@ def open_name(name: HubName, choice: Choice, *, file: str | None = None, streami
         if choice.images is None:
             _refuse_pictures_left(name, dataset, files, listed)
         return _with_origin(dataset, origin)
+    if files.kind == "webdataset":
+        where = f"hf://datasets/{name.repository}@{commit}"
+        archives = describe_files(f"{where}/{path}" for path in files.paths)
+        streamed = open_remote_files(archives, name=called, where=where, images=choice.images)
+        streamed.split = files.split
+        return _with_origin(streamed, origin)
     if files.kind != "parquet":
         raise DataError(
-            f"{name} holds files of the kind {files.kind!r}; only parquet files are streamed: leave out streaming=true, or "
-            f"try the hub's own copy, {by_make('DATA=', '--data ')}{name.repository}@refs/convert/parquet"
+            f"{name} holds files of the kind {files.kind!r}; only parquet files and tars are streamed: leave out "
+            f"streaming=true, or try the hub's own copy, {by_make('DATA=', '--data ')}{name.repository}@refs/convert/parquet"
         )
     sources = [HubParquet(name.repository, commit, path) for path in files.paths]
     dataset = ParquetDataset(sources, name=called, where=str(name), image_root=choice.images)

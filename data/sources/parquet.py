@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.errors import DataError, SampleError
+from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.locations import by_make
-from vlm_distill_cache.data.sample import ImageSource, number_names
+from vlm_distill_cache.common.remotes.copies import RemoteFile
+from vlm_distill_cache.data.sample import ImageSource, Survey, number_names
 from vlm_distill_cache.data.sources.parquet_rows import ParquetRows, ParquetSource, StoredPicture
 from vlm_distill_cache.data.sources.table import NEEDED, TableDataset
 
@@ -103,6 +105,40 @@ class HubParquet:
         return (pa.ArrowException, OSError, ValueError, RuntimeError, HTTPError)
 
 
+@dataclass(frozen=True)
+class RemoteParquet:
+    """A parquet file at an address, read by ranges: nothing is kept on disk."""
+
+    file: RemoteFile
+    remote = True
+    remedy = "run the same command again; what is done is kept"
+
+    @property
+    def shown(self) -> str:
+        """Its address."""
+        return str(self.file)
+
+    def open(
+        self, metadata: "pq.FileMetaData | None", *, whole: bool, repeating: Sequence[str] = ()
+    ) -> "pq.ParquetFile":
+        """Open it; of whole row groups all ranges are asked for together, of others a few MB at a time."""
+        import pyarrow.parquet as pq
+
+        return pq.ParquetFile(
+            self.file.ranges(),
+            metadata=metadata,
+            pre_buffer=whole,
+            buffer_size=0 if whole else BUFFER,
+            read_dictionary=list(repeating),
+        )
+
+    def errors(self) -> tuple[type[Exception], ...]:
+        """What reading it may raise."""
+        import pyarrow as pa
+
+        return (pa.ArrowException, OSError, ValueError, OverflowError)
+
+
 class ParquetTable:
     """Parquet files as a table; attributes as of `data.sources.table.Table`."""
 
@@ -133,17 +169,41 @@ class ParquetTable:
 
 
 class ParquetDataset(TableDataset):
-    """The rows of parquet files; relative image paths start from ``image_root``, which a streamed set has not."""
+    """The rows of parquet files; relative image paths start from ``image_root``, which a streamed set has not.
 
-    def __init__(self, sources: Sequence[ParquetSource], *, name: str, where: str, image_root: Path | None) -> None:
-        self._has_folder = image_root is not None
+    ``by_files``: the data are told from others by what the files' footers say, and no row is read before it is asked for.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ParquetSource],
+        *,
+        name: str,
+        where: str,
+        image_root: Path | None,
+        by_files: bool = False,
+    ) -> None:
+        self._has_folder, self._by_files = image_root is not None, by_files
         table = ParquetTable(sources)
-        self._files = [number for number, count in enumerate(table.rows.counts) for _ in range(count)]
+        self._rows = table.rows
         super().__init__(table, name=name, where=where, image_root=image_root or Path())
 
     def sources(self) -> NDArray[np.int64]:
         """Those of each file, told from those of the others."""
-        return number_names(zip(self._files, super().sources().tolist(), strict=True))
+        files = np.repeat(np.arange(len(self._rows.counts)), self._rows.counts)
+        return number_names(zip(files.tolist(), super().sources().tolist(), strict=True))
+
+    def survey(self) -> Survey:
+        """As of all data; by the files alone where these tell the data from others."""
+        if not self._by_files:
+            return super().survey()
+        lists = [
+            self._rows.schema.field(name).type for name in self.picture_keys | {*_PICTURES} & {*self._rows.columns}
+        ]
+        several = any(str(kind).startswith(("list", "large_list")) for kind in lists)
+        videos = len(self) if self.video_keys else 0
+        return Survey(fingerprint=fingerprint(["by files", self._rows.describe()]),
+                      most_pictures=2 if several else bool(lists or videos), videos=videos)  # fmt: skip
 
     def find(self, value: Any, index: int, kind: str = "image") -> ImageSource:
         """A picture of the table, whose bytes are read when it is decoded, or a file that the row names."""

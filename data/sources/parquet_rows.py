@@ -8,6 +8,7 @@ them, and a picture's bytes only when it is decoded. A row group too large to be
 Nothing is shared with a forked process: each has files, blocks and lock of its own.
 """
 
+import json
 import os
 import threading
 from bisect import bisect_right
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 import PIL.Image
@@ -222,6 +224,17 @@ class ParquetRows:
                     places = chunk.indices.to_pylist() if hasattr(chunk, "indices") else range(len(values))
                     found += [None if place is None else values[place] for place in places]
         return found
+
+    def describe(self) -> list[list[Any]]:
+        """Of each file its name, rows, and a hash of what its footer says of them, JSON."""
+        return [
+            [
+                PurePosixPath(source.shown).name,
+                metadata.num_rows,
+                checksum(json.dumps(metadata.to_dict(), default=str).encode()),
+            ]
+            for source, metadata in zip(self._sources, self._metadata, strict=True)
+        ]
 
     def _groups_of(self, number: int) -> Iterator[_Group]:
         metadata, leaves, pictures = self._metadata[number], self._leaves[number], self._pictures[number]

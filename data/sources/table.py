@@ -13,13 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.sample import number_names, resolve_ids
+from vlm_distill_cache.data.sample import Same, Values, number_names, resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
 from vlm_distill_cache.data.sources.entries import ID_KEYS, SOURCE_KEYS, EntryDataset
 from vlm_distill_cache.data.sources.pictures import says_none
 
 NEEDED = "pip install 'vlm-distill-cache[hf]'"
 _UNREAD = {"Pdf", "Array3D", "Array4D"}  # types whose content shows something
+
+
+class RowIds(Values[str]):
+    """The ids of rows without one: their numbers."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def at(self, index: int) -> str:
+        """One id."""
+        return f"row-{index:08d}"
 
 
 class Table(Protocol):
@@ -62,11 +76,13 @@ class TableDataset(EntryDataset):
         if not are_columns(columns, pictures=bool(self.picture_keys)):
             raise DataError(f"{where}: expected columns {FORMS}; it has {columns}")
         named = next((column for column in ID_KEYS if column in columns), None)
-        # Rows without an id are numbered: their content would have to be read in full to hash it.
-        rows: Sequence[Any] = (
-            [f"row-{index:08d}" for index in range(len(table))] if named is None else table.column(named)
-        )
-        self.sample_ids, self.odd_ids = resolve_ids(((row, index) for index, row in enumerate(rows)), where=where)
+        self.sample_ids: Sequence[str]
+        self.odd_ids: Mapping[int, str]
+        if named is None:  # numbered: their content would have to be read in full to hash it
+            self.sample_ids, self.odd_ids = RowIds(len(table)), {}
+        else:
+            rows = ((row, index) for index, row in enumerate(table.column(named)))
+            self.sample_ids, self.odd_ids = resolve_ids(rows, where=where)
         self.tell_unread()
 
     def read(self, index: int) -> Mapping[str, Any]:
@@ -96,7 +112,7 @@ class TableDataset(EntryDataset):
         """The path of each row's image or video, where a column of texts names it; None where they are stored."""
         if {"image", "images", "video", "videos"} & self._table.texts:
             return super().image_keys()
-        return [None] * len(self)
+        return Same(None, len(self))
 
     def sources(self) -> NDArray[np.int64]:
         """By a column of texts or labels that says so, else by the folders of pictures, where a column of texts names these."""

@@ -35,7 +35,7 @@ from vlm_distill_cache.common.errors import (
 )
 from vlm_distill_cache.common.pixels import HASH_BYTES
 from vlm_distill_cache.common.printing import brief
-from vlm_distill_cache.data.sample import Dataset, Sample, with_answers
+from vlm_distill_cache.data.sample import Dataset, Picked, Sample, with_answers
 from vlm_distill_cache.data.text.encoding import EncodedSample, SampleEncoder
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch, TrainingSample, arrays_of
 from vlm_distill_cache.stage2_student.batches.frames import (
@@ -61,12 +61,12 @@ class Join:
     """The samples that a data set and a cache share, in the cache's order.
 
     Attributes:
-        sample_ids: n ids; the data set's own strings.
+        sample_ids: n ids; the data set's own, asked for one by one.
         places: Of each in the data set, int64 ``[n]``.
         shards: Positions in ``places`` of each shard's samples, int64 ``[n_i]``.
     """
 
-    sample_ids: list[str]
+    sample_ids: Sequence[str]
     places: NDArray[np.int64]
     shards: list[NDArray[np.int64]]
 
@@ -90,11 +90,12 @@ def join_cache(cache: TeacherCache, dataset: Dataset, *, limit: int | None = Non
                 f"cache was built from (--data, --images), or build a cache for these ({built_with(cache.plan)} --data ...)"
             )
     ends = np.searchsorted(kept, np.cumsum([shard.samples for shard in cache.manifest.shards])).tolist()
-    places = places[kept]
+    places = places[kept] if len(kept) < len(places) else places
+    numbers = np.arange(len(places), dtype=np.int64)
     return Join(
-        sample_ids=[ids[place] for place in places.tolist()],
+        sample_ids=Picked(ids, places),
         places=places,
-        shards=[np.arange(a, b, dtype=np.int64) for a, b in zip([0, *ends], ends, strict=False)],
+        shards=[numbers[a:b] for a, b in zip([0, *ends], ends, strict=False)],
     )
 
 
@@ -104,7 +105,7 @@ def choose(join: Join, positions: Iterable[int]) -> Join:
     kept[np.fromiter(positions, dtype=np.int64)] = True
     renumbered = np.cumsum(kept) - 1
     return Join(
-        sample_ids=[name for name, stays in zip(join.sample_ids, kept, strict=True) if stays],
+        sample_ids=Picked(join.sample_ids, np.flatnonzero(kept)),
         places=join.places[kept],
         shards=[renumbered[shard[kept[shard]]] for shard in join.shards],
     )
@@ -138,10 +139,12 @@ def splits_and_limits(cache: TeacherCache) -> list[tuple[str, int | None]]:
 
 def _places(cache: TeacherCache, sample_ids: Sequence[str]) -> NDArray[np.int64]:
     """Where each of the cache's samples is in a data set, int64 ``[len(cache)]``; -1 if it is not."""
-    found = cache.positions(sample_ids)
     places = np.full(len(cache), -1, dtype=np.int64)
-    held = np.flatnonzero(found >= 0)
-    places[found[held]] = held
+    start = 0
+    for found in cache.positions_of_some(sample_ids):
+        held = np.flatnonzero(found >= 0)
+        places[found[held]] = start + held
+        start += len(found)
     return places
 
 

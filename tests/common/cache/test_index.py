@@ -82,7 +82,7 @@ def test_an_index_finds_what_a_dictionary_finds(ids, sizes, others):
     assert index.failed_count == sum(place.failed for place in reference.values())
     asked = [*ids, *others]
     assert {name: index.find(name) for name in asked} == {name: reference.get(name) for name in asked}
-    shard, position = index.find_many(asked)
+    shard, position = index.find_many(*hash_ids(asked))
     for name, found in zip(asked, zip(shard.tolist(), position.tolist(), strict=True), strict=True):
         place = reference.get(name)
         assert found == ((-1, -1) if place is None or place.failed else place[:2])
@@ -109,7 +109,7 @@ def test_ids_with_one_upper_half_are_told_apart(near):
     index = SampleIndex(data, "here")
     at = lows.index(low)
     assert index.find("a") == Place(5 + at, 7 + at, failed=False)
-    assert [column.tolist() for column in index.find_many(["b", "a"])] == [[-1, 5 + at], [-1, 7 + at]]
+    assert [column.tolist() for column in index.find_many(*hash_ids(["b", "a"]))] == [[-1, 5 + at], [-1, 7 + at]]
 
 
 def test_every_flipped_byte_and_every_cut_is_noticed_on_opening(cache):

@@ -99,11 +99,12 @@ def work(job: Job, index: int, *, rank: int = 0, environment: Mapping[str, str],
             )
     log, failed = job.folder / f"{name}{_LOG}", job.folder / f"{name}{_FAILED}"
     failed.unlink(missing_ok=True)
-    with log.open("ab") as file:
-        began = file.tell()
-    starts = 1 + (sum(line.startswith(_BEGINS) for line in log.open("rb")) if limited else 0)
-    if starts > job.restarts + 1 and limited:
-        _fail(failed, f"{name} was killed {starts - 1} times (--restarts {job.restarts}). {_last_words(log, 0)}", log)
+    with log.open("a+b") as file:
+        began = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        starts = sum(line.startswith(_BEGINS) for line in file) if limited else 0
+    if starts > job.restarts:
+        _fail(failed, f"{name} was killed {starts} times (--restarts {job.restarts}). {_last_words(log, 0)}", log)
     with log.open("ab") as file:
         file.write(_BEGINS + f"on {one_line(host)}, process {os.getpid()}, {_utc()}\n".encode())
         file.flush()

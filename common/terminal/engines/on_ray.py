@@ -41,6 +41,7 @@ def connect_to_ray(address: str | None) -> str:
             raise ConfigError(
                 f"no Ray cluster answers at {address or os.environ['RAY_ADDRESS']}: {first_line(error)}"
             ) from error
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else 15: workers are all that this cluster is for
         ray.init(address="local", include_dashboard=False, object_store_memory=_STORE_BYTES, **quiet)
         return NEW
     except (RuntimeError, ValueError) as error:  # another version of Ray or of Python, no address
@@ -74,20 +75,19 @@ def run_on_ray(job: Job, *, new: bool, say: Callable[[str], None]) -> None:
         say(f"{lacks}. The workers wait until such a machine joins the cluster; Ctrl-C ends this")
     # Ray's own number of threads is for one process.
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, job.cpus // job.processes)))}
+    wanted = {
+        "num_cpus": job.cpus,
+        "num_gpus": job.gpus,
+        "max_retries": -1,  # `work` counts: Ray does not where memory ran out
+        "retry_exceptions": [WorkerLostError],
+        **job.settings,
+    }
+    task = ray.remote(work)
     try:
-        task = ray.remote(work).options(
-            num_cpus=job.cpus,
-            num_gpus=job.gpus,
-            max_retries=-1,  # `work` counts: Ray does not where memory ran out
-            retry_exceptions=[WorkerLostError],
-            **job.settings,
-        )
+        tasks = [task.options(**{"name": f"{job.name} {index}", **wanted}) for index in range(job.workers)]
     except (ValueError, TypeError) as error:
         raise ConfigError(f"--engine-set: Ray says: {message(str(error))}") from error
-    started = {
-        task.options(name=f"{job.name} {index}").remote(job, index, environment=threads, limited=True): index
-        for index in range(job.workers)
-    }
+    started = {one.remote(job, index, environment=threads, limited=True): index for index, one in enumerate(tasks)}
     left, failed, done = [*started], list[str](), 0
     try:
         while left:

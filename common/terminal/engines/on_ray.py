@@ -35,18 +35,18 @@ def connect_to_ray(address: str | None) -> str:
 
     quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        found = ray.init(address=address or "auto", **quiet)
+        return str(ray.init(address=address or "auto", **quiet).address_info["address"])
     except ConnectionError as error:
-        if address or os.environ.get("RAY_ADDRESS"):
-            raise ConfigError(
-                f"no Ray cluster answers at {address or os.environ['RAY_ADDRESS']}: {first_line(error)}"
-            ) from error
-        os.environ.setdefault("RAY_worker_niceness", "0")  # else 15: workers are all that this cluster is for
-        ray.init(address="local", include_dashboard=False, object_store_memory=_STORE_BYTES, **quiet)
-        return NEW
-    except (RuntimeError, ValueError) as error:  # another version of Ray or of Python, no address
+        if named := address or os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(f"no Ray cluster answers at {named}: {first_line(error)}") from error
+    except Exception as error:  # nothing narrower is raised for another version of Ray or of Python
         raise ConfigError(f"the Ray cluster cannot be joined: {message(str(error))}") from error
-    return str(found.address_info["address"])
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else 15: workers are all that this cluster is for
+    try:
+        ray.init(address="local", include_dashboard=False, object_store_memory=_STORE_BYTES, **quiet)
+    except Exception as error:
+        raise ConfigError(f"Ray does not start on this machine: {message(str(error))}") from error
+    return NEW
 
 
 def run_on_ray(job: Job, *, new: bool, say: Callable[[str], None]) -> None:

@@ -50,7 +50,7 @@ ENGINE_OPTIONS = shared_options(
         type=click.IntRange(min=0),
         default=10,
         show_default=True,
-        help="How often a worker that was killed (with slurm: that used up its time) is started again. One that fails is not.",
+        help="How often a worker is started again that was killed (ray) or used up its time (slurm). One that fails is not.",
     ),
     click.option(
         "--address", help="With ray: the cluster's address; default: RAY_ADDRESS, or the one of this machine."

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from vlm_distill_cache.common.errors import CacheFormatError, ProcessFailedError
 from vlm_distill_cache.common.files.atomic import read_json, write_json_atomic
@@ -51,7 +51,7 @@ class Job:
         processes: Of the command, on each of these machines.
         gpus: Of each of these machines.
         cpus: Of each of these machines.
-        restarts: How often a worker that was killed, or ran out of time, is started again.
+        restarts: How often a worker is started again that was killed (Ray), or used up its time (SLURM).
         alone: No process stands between the worker and its command, which may therefore watch the worker.
         settings: Options of the engine's own.
     """
@@ -75,7 +75,7 @@ class WorkerLostError(ProcessFailedError):
     """A worker's command was killed; started again, it may go on."""
 
 
-def work(job: Job, index: int, *, rank: int = 0, environment: Mapping[str, str], limited: bool) -> None:
+def work(job: Job, index: int, *, rank: int = 0, environment: Mapping[str, str], again: bool) -> None:
     """Run a worker's command to its end, on whichever machine the engine chose.
 
     What stops this one stops the command too, by SIGTERM; what kills it does, if the job is ``alone``.
@@ -84,11 +84,11 @@ def work(job: Job, index: int, *, rank: int = 0, environment: Mapping[str, str],
         index: Of the worker, from 0.
         rank: Of its machine, from 0, where it has several.
         environment: Variables beside those of this process.
-        limited: Count the starts, and let no more than the job's ``restarts`` be; else the engine counts.
+        again: The engine starts it again where it was killed; here the starts are counted.
 
     Raises:
-        WorkerLostError: If the command was killed, and may be started again.
-        ProcessFailedError: If it failed, with what it said; or was started too often.
+        WorkerLostError: If the command was killed, and is to be started again.
+        ProcessFailedError: If it failed, with what it said; or was killed more often than ``restarts``.
     """
     host, name = socket.gethostname(), f"worker-{index}" + (f".{rank}" if rank else "")
     for place in (job.folder, job.directory):
@@ -102,7 +102,7 @@ def work(job: Job, index: int, *, rank: int = 0, environment: Mapping[str, str],
     with log.open("a+b") as file:
         began = file.seek(0, os.SEEK_END)
         file.seek(0)
-        starts = sum(line.startswith(_BEGINS) for line in file) if limited else 0
+        starts = sum(line.startswith(_BEGINS) for line in file) if again else 0
     if starts > job.restarts:
         _fail(failed, f"{name} was killed {starts} times (--restarts {job.restarts}). {_last_words(log, 0)}", log)
     with log.open("ab") as file:
@@ -113,16 +113,17 @@ def work(job: Job, index: int, *, rank: int = 0, environment: Mapping[str, str],
         return
     said = _last_words(log, began)
     # Of several processes on a machine, the one that watches them says so of another one, and fails.
-    if (
-        code in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGTERM)
-        or "was killed by" in said
-    ):
-        raise WorkerLostError(f"{name} on {host} was killed. {said}")
+    killed = code in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGTERM)
+    if killed or "was killed by" in said:
+        why = f"{name} on {host} was killed. {said}"
+        if again:
+            raise WorkerLostError(why)
+        _fail(failed, why, log)
     ended = f"exit code {code}" if code > 0 else signal.Signals(-code).name
     _fail(failed, f"{name} on {host} ended with {ended}. {said}", log)
 
 
-def _fail(failed: Path, why: str, log: Path) -> None:
+def _fail(failed: Path, why: str, log: Path) -> NoReturn:
     text = f"{message(why)}\nIts log: {log}"
     failed.write_text(text)
     raise ProcessFailedError(text)

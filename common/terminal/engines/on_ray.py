@@ -87,7 +87,7 @@ def run_on_ray(job: Job, *, new: bool, say: Callable[[str], None]) -> None:
         tasks = [task.options(**{"name": f"{job.name} {index}", **wanted}) for index in range(job.workers)]
     except (ValueError, TypeError) as error:
         raise ConfigError(f"--engine-set: Ray says: {message(str(error))}") from error
-    started = {one.remote(job, index, environment=threads, limited=True): index for index, one in enumerate(tasks)}
+    started = {one.remote(job, index, environment=threads, again=True): index for index, one in enumerate(tasks)}
     left, failed, done = [*started], list[str](), 0
     try:
         while left:

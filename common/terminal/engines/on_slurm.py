@@ -33,7 +33,7 @@ class SlurmWorker:
                 "PET_RDZV_ENDPOINT": f"{seen.hostnames[0]}:{port}",
                 "PET_RDZV_ID": seen.job_id,
             }
-        work(self.job, self.index, rank=seen.global_rank, environment=environment, limited=False)
+        work(self.job, self.index, rank=seen.global_rank, environment=environment, again=False)
 
     def checkpoint(self) -> Any:
         """The same again: a build and a training go on from what is there."""
@@ -73,8 +73,8 @@ def submit_to_slurm(job: Job, *, hours: float, cluster: str = "slurm") -> str:
         **({"gpus_per_node": job.gpus} if job.gpus else {}),
         cpus_per_task=job.cpus,
         slurm_array_parallelism=job.workers,
-        # srun does not take it from sbatch since SLURM 22.05
-        slurm_srun_args=[f"--cpus-per-task={job.cpus}"],
+        # srun does not take the cores from sbatch since SLURM 22.05; of several machines, none waits for one that failed
+        slurm_srun_args=[f"--cpus-per-task={job.cpus}", "--kill-on-bad-exit=1"],
         # after a machine failed, or others needed it
         slurm_additional_parameters={"requeue": True, **job.settings},
     )

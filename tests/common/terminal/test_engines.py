@@ -45,7 +45,7 @@ def failed(job: Job) -> Path:
 def test_a_worker_runs_its_command_where_and_with_what_it_was_submitted_and_logs_all_it_says(job):
     mine = job('echo "$PWD $ONE $TWO"; echo more >&2; exec sleep 0', environment={"TWO": "2"})
     failed(mine).write_text("of an earlier start")
-    work(mine, 3, environment={"ONE": "1", "TWO": "0"}, limited=True)
+    work(mine, 3, environment={"ONE": "1", "TWO": "0"}, again=True)
     said = (mine.folder / "worker-3.log").read_text().splitlines()
     assert said[0].startswith("--- start on ")
     assert said[1:] == [f"{mine.directory} 1 2", "more"]
@@ -55,7 +55,7 @@ def test_a_worker_runs_its_command_where_and_with_what_it_was_submitted_and_logs
 def test_a_command_that_fails_is_not_to_be_started_again_and_its_error_is_kept(job):
     mine = job("echo before; echo 'error: no such teacher'; echo '  write another'; exit 1")
     with pytest.raises(ProcessFailedError, match=r"exit code 1\. error: no such teacher\n  write another") as found:
-        work(mine, 3, environment={}, limited=True)
+        work(mine, 3, environment={}, again=True)
     assert not isinstance(found.value, WorkerLostError)
     assert failed(mine).read_text() == str(found.value)
     assert "before" not in str(found.value)
@@ -70,27 +70,30 @@ def test_a_command_that_is_killed_may_be_started_again_as_often_as_asked(job, sc
     mine = job(script, restarts=1)
     for _ in range(2):
         with pytest.raises(WorkerLostError, match="was killed"):
-            work(mine, 3, environment={}, limited=True)
+            work(mine, 3, environment={}, again=True)
         assert not failed(mine).exists()
     with pytest.raises(ProcessFailedError, match=r"worker-3 was killed 2 times \(--restarts 1\)") as found:
-        work(mine, 3, environment={}, limited=True)
+        work(mine, 3, environment={}, again=True)
     assert not isinstance(found.value, WorkerLostError)
     assert failed(mine).exists()
-    with pytest.raises(WorkerLostError):  # another engine counts itself
-        work(mine, 3, environment={}, limited=False)
+    failed(mine).unlink()
+    with pytest.raises(ProcessFailedError, match=r"worker-3 on .* was killed") as found:  # by an engine that does not
+        work(mine, 3, environment={}, again=False)
+    assert not isinstance(found.value, WorkerLostError)
+    assert failed(mine).exists()
 
 
 def test_a_command_that_is_not_there_and_a_folder_that_is_not_shared_are_named(job, tmp_path):
     with pytest.raises(ProcessFailedError, match="nothing-here: No such file"):
-        work(Job(**{**vars(job("")), "command": ("nothing-here",)}), 3, environment={}, limited=True)
+        work(Job(**{**vars(job("")), "command": ("nothing-here",)}), 3, environment={}, again=True)
     with pytest.raises(ProcessFailedError, match=rf"{tmp_path}/gone is not there on .*disk that all machines share"):
-        work(job("", directory=tmp_path / "gone"), 3, environment={}, limited=True)
+        work(job("", directory=tmp_path / "gone"), 3, environment={}, again=True)
 
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_command_may_watch_its_worker_only_where_nothing_stands_between(job, alone):
     mine = job("echo parent=$VLM_DISTILL_PARENT", alone=alone)
-    work(mine, 0, environment={"VLM_DISTILL_PARENT": "1"}, limited=False)
+    work(mine, 0, environment={"VLM_DISTILL_PARENT": "1"}, again=False)
     assert f"parent={os.getpid() if alone else ''}\n" in (mine.folder / "worker-0.log").read_text()
 
 
@@ -104,7 +107,7 @@ def test_what_stops_a_worker_stops_its_command_in_good_order_which_engines_signa
         from vlm_distill_cache.common.terminal.engines.jobs import Job, work
         signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))
         work(Job(name="mine", command={command!r}, folder=Path({str(mine.folder)!r}), directory=Path("/")), 0,
-             environment={{}}, limited=False)
+             environment={{}}, again=False)
     """
     worker = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], start_new_session=True)
     log = mine.folder / "worker-0.log"
@@ -163,7 +166,9 @@ def test_slurm_is_asked_for_an_array_that_it_may_requeue(job, slurm, tmp_path):
         "array=0-2%3", "gpus-per-node=4", "cpus-per-task=16", "time=90", "nodes=1", "ntasks-per-node=1", "requeue",
         "open-mode=append", "signal=USR2@90", "job-name=mine", "partition=gpu", "mem=64G", "exclusive",
     } <= {*lines}  # fmt: skip
-    assert re.search(r"^srun .*--cpus-per-task=16 .*python.* -m submitit.core._submit ", script, re.MULTILINE)
+    assert re.search(
+        r"^srun .*--cpus-per-task=16 --kill-on-bad-exit=1 .*python.* -m submitit.core._submit ", script, re.MULTILINE
+    )
     assert (mine.folder / "77_submission.sh").read_text() == script
     assert submit_to_slurm(job("", workers=1), hours=1) == "77"
     assert "array" not in (tmp_path / "script").read_text()

@@ -99,8 +99,10 @@ def test_a_command_may_watch_its_worker_only_where_nothing_stands_between(job, a
 
 def test_what_stops_a_worker_stops_its_command_in_good_order_which_engines_signals_do_not_reach(job):
     """As submitit stops one: by a signal to all of its processes."""
-    mine = job("trap 'echo stopped; exit 143' TERM; echo ready; while :; do sleep 0.05; done")
-    command = ("bash", *mine.command[1:])  # which leaves blocked signals blocked
+    mine = job("")
+    stops = "lambda *_: (print('stopped', flush=True), sys.exit(143))"
+    waits = f"import signal, sys, time; signal.signal(15, {stops}); print('ready', flush=True); time.sleep(60)"
+    command = (sys.executable, "-I", "-S", "-c", waits)
     code = f"""
         import os, signal, sys
         from pathlib import Path

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -134,7 +135,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_ray_starts_killed_workers_again_and_more_may_join(tmp_path: Path, tiny_llava: Path):
+def test_ray_starts_killed_workers_again_and_more_may_join(tmp_path: Path, tiny_llava: Path, monkeypatch):
     """The bytes are those of one process; a worker that fails by itself ends with its error, and is not started again."""
     ray = pytest.importorskip("ray", reason="needs ray: pip install 'vlm-distill-cache[ray]'")
     from ray.cluster_utils import Cluster
@@ -145,22 +146,20 @@ def test_ray_starts_killed_workers_again_and_more_may_join(tmp_path: Path, tiny_
         tiny_llava,
         "--data",
         "shapes",
+        "--limit",
+        240,
         "--set",
         "template=short",
         "--set",
         "batch_size=2",
-        "--limit",
-        400,
     ]
     options += ["--set", "shard_size=4", "--set", "fidelity_samples=1", "--signals", "logits", "--set", "device=cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     program = [sys.executable, "-m", "vlm_distill_cache.stage1_teacher.cli"]
 
-    def start(*words, **more):
+    def start(*words):
         words = [*program, *map(str, words)]
-        return subprocess.Popen(
-            words, env=environment, text=True, stdout=-1, stderr=subprocess.STDOUT, cwd=tmp_path, **more
-        )
+        return subprocess.Popen(words, env=environment, text=True, stdout=-1, stderr=subprocess.STDOUT, cwd=tmp_path)
 
     def submitted(workers: int, *words):
         engine = ["--engine", "ray", "--gpus", 0, "--cpus", 1, "--workers", workers, "--address", cluster.address]
@@ -172,17 +171,21 @@ def test_ray_starts_killed_workers_again_and_more_may_join(tmp_path: Path, tiny_
         return path.read_text() if path is not None and path.exists() else ""
 
     def until(is_so):
-        end = time.monotonic() + 600
+        end = time.monotonic() + 900
         while not is_so():
             assert time.monotonic() < end
             time.sleep(0.2)
 
-    os.environ.update(RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
+    for name in ("RAY_worker_niceness", "RAY_USAGE_STATS_ENABLED", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, environment[name])
+    # Ray gives a machine 30 s to begin, less than a busy one takes.
+    patient = SimpleNamespace(**{**vars(time), "monotonic": lambda: time.monotonic() / 20})
+    monkeypatch.setattr("ray._private.node.time", patient)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
     try:
         wrong = submitted(2, "--cache", tmp_path / "wrong", "--teacher", tmp_path)
         first = submitted(2, "--cache", cache, *options)  # of which one finds no room
-        said, _ = wrong.communicate(timeout=600)
+        said, _ = wrong.communicate(timeout=900)
         assert wrong.returncode == 1
         assert "no worker came to its end. The first one's error: worker-" in said
         assert (submissions(tmp_path / "wrong")[0]["folder"] / "worker-0.log").read_text().count("--- start") == 1
@@ -192,17 +195,16 @@ def test_ray_starts_killed_workers_again_and_more_may_join(tmp_path: Path, tiny_
         assert not log(0, waiting)
         worker = int(re.findall(r"process (\d+),", log(0, running))[-1])
         os.kill(worker, signal.SIGKILL)  # Ray's own process, with which the build ends
-        until(lambda: log(0, running).count("--- start") == 2)
         cluster.add_node(num_cpus=2, object_store_memory=100 << 20)  # a machine joins: room for the other
-        until(lambda: log(0, waiting))
         second = submitted(1, "--cache", cache, *options)  # and a worker is added
-        until(lambda: log(1, 0))
+        until(lambda: log(0, running).count("--- start") == 2 and log(0, waiting) and log(1, 0))
         worker = re.findall(r"process (\d+),", log(1, 0))[-1]
-        build = int(Path(f"/proc/{worker}/task/{worker}/children").read_text().split()[0])
-        os.kill(build, signal.SIGKILL)  # the build alone
+        children = Path(f"/proc/{worker}/task/{worker}/children")
+        until(children.read_text)
+        os.kill(int(children.read_text().split()[0]), signal.SIGKILL)  # the build alone
         until(lambda: log(1, 0).count("--- start") == 2)
         for running in (first, second):
-            said, _ = running.communicate(timeout=600)
+            said, _ = running.communicate(timeout=900)
             assert running.returncode == 0, said
     finally:
         cluster.shutdown()

@@ -35,20 +35,20 @@ from vlm_distill_cache.common.terminal.command_line import (
     end_with_parent,
     join_launch,
     quiet_libraries,
-    quoted,
     say,
     shared_options,
     start_logging,
     stopped_by_sigterm,
     tell,
 )
-from vlm_distill_cache.common.terminal.engines.command import ENGINE_OPTIONS, start_workers, take_engine
+from vlm_distill_cache.common.terminal.engines.options import ENGINE_OPTIONS
 from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
 from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.common.terminal.result_files import IsOurs, ResultFile, json_of, marked, refuse_others_file
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
+from vlm_distill_cache.stage1_teacher.demo.cli import demo_teacher
 from vlm_distill_cache.stage1_teacher.imports.cli import build_config
-from vlm_distill_cache.stage1_teacher.planning.status_cli import status
+from vlm_distill_cache.stage1_teacher.planning.folder_cli import seal, status
 
 if TYPE_CHECKING:
     from vlm_distill_cache.common.tools.outlook import Outlook
@@ -289,6 +289,8 @@ def submit(*, nproc: int | None, workers: int, dry_run: bool, **options: Any) ->
     The same command adds workers at any time. --nproc is of each worker; default: a process for each of its --gpus, or one
     with device_map.
     """
+    from vlm_distill_cache.common.terminal.engines.command import start_workers, take_engine
+
     engine, (settings, _) = take_engine(options), _settings(dict(options))
     count = nproc or (1 if settings.device_map else max(1, engine.gpus))
     started = start_workers(
@@ -560,30 +562,6 @@ def advise(
 @main.command()
 @click.argument("cache", type=CacheFolder())
 @JSON
-def seal(cache: Path) -> None:
-    """Write the manifest of a complete cache from its sidecars."""
-    from vlm_distill_cache.common.cache.manifest import seal as seal_cache
-    from vlm_distill_cache.common.cache.sidecar import missing_shards
-    from vlm_distill_cache.common.tools.sinks import write_sinks
-    from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
-        explain_disk_errors,
-        refuse_unlisted,
-        sealed_names,
-    )
-
-    read_plan(cache)  # of a folder that is no cache, it says what it is
-    with explain_disk_errors(cache):
-        refuse_unlisted(cache, sealed_names(cache))
-        if not missing_shards(cache, read_plan(cache)):  # else sealing names them
-            write_sinks(cache)
-        manifest = seal_cache(cache)
-    answer(cache=cache, totals=manifest.totals, shards=len(manifest.shards))
-    say(f"Sealed {cache}: {manifest.totals['samples']} samples in {len(manifest.shards)} shards")
-
-
-@main.command()
-@click.argument("cache", type=CacheFolder())
-@JSON
 def report(cache: Path) -> None:
     """Print what a sealed cache holds and what it cost."""
     from vlm_distill_cache.common.cache.manifest import read_manifest
@@ -596,28 +574,8 @@ def report(cache: Path) -> None:
     say(summary_text(summary))
 
 
-main.add_command(status)
-
-
-@main.command("demo-teacher")
-@click.option("--data", type=click.Choice(["shapes", "easy-vqa"]), default="shapes", show_default=True)
-@click.option("--output", type=NewFolder(), required=True, help="Directory to write.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@JSON
-def demo_teacher(data: str, output: Path, seed: int) -> None:
-    """Train a built-in teacher from scratch (minutes on 2 cores) and print its accuracy."""
-    from vlm_distill_cache.stage1_teacher.demo.teacher import train_demo_teacher
-
-    quiet_libraries()
-    trained = train_demo_teacher(data, output, seed=seed)
-    answer(output=output, **trained)
-    say(f"Teacher written to {output}")
-    place, cache = quoted(output), quoted(f"build/cache/{output.name}")
-    command = by_make(
-        f"make teacher-cache TEACHER={place} DATA={data} CACHE={cache}",
-        f"teacher-cache build --teacher {place} --data {data} --cache {cache}",
-    )
-    tell(f"Next: {command}")
+for command in (seal, status, demo_teacher):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     stopped_by_sigterm,
     tell,
 )
-from vlm_distill_cache.common.terminal.engines.command import ENGINE_OPTIONS
+from vlm_distill_cache.common.terminal.engines.options import ENGINE_OPTIONS
 from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
 from vlm_distill_cache.common.terminal.launch import enter_launch, explain_lost_processes
 from vlm_distill_cache.common.terminal.result_files import ResultFile, json_of

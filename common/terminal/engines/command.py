@@ -1,4 +1,4 @@
-"""The options of ``teacher-cache submit`` and ``distill submit`` that are the engine's, and what both do with them."""
+"""What ``teacher-cache submit`` and ``distill submit`` do with the options that are the engine's (`options`)."""
 
 from __future__ import annotations
 
@@ -17,59 +17,17 @@ import click
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.yaml_text import YamlError, parse_yaml
 from vlm_distill_cache.common.printing import hide_secrets
-from vlm_distill_cache.common.terminal.command_line import quoted, say, shared_options, tell
+from vlm_distill_cache.common.terminal.command_line import quoted, say, tell
 from vlm_distill_cache.common.terminal.engines.jobs import Job, new_folder, write_record
 from vlm_distill_cache.common.terminal.engines.on_ray import NEW, connect_to_ray, run_on_ray
 from vlm_distill_cache.common.terminal.engines.on_slurm import submit_to_slurm
+from vlm_distill_cache.common.terminal.engines.options import HOURS, PACKAGES
 
-_PACKAGES = {"ray": "ray", "slurm": "submitit"}
-_HOURS = 12.0
 # of sbatch, that options here are for
 _OURS = {
     "time": "--hours", "nodes": "--nodes", "gpus_per_node": "--gpus", "cpus_per_task": "--cpus",
     "array": "--workers", "num_cpus": "--cpus", "num_gpus": "--gpus", "max_retries": "--restarts",
 }  # fmt: skip
-
-ENGINE_OPTIONS = shared_options(
-    click.option(
-        "--engine",
-        type=click.Choice([*_PACKAGES]),
-        required=True,
-        help="ray: on a Ray cluster, or on this machine; this command stays until all is done. slurm: as jobs of SLURM, which "
-        "this command submits and leaves.",
-    ),
-    click.option("--gpus", type=click.IntRange(min=0), default=1, show_default=True, help="GPUs on each machine."),
-    click.option("--cpus", type=click.IntRange(min=1), default=8, show_default=True, help="CPU cores on each machine."),
-    click.option(
-        "--hours",
-        type=click.FloatRange(min=0, min_open=True),
-        help=f"With slurm: time limit, after which a worker goes back into the queue, and on from there; default: {_HOURS:g}.",
-    ),
-    click.option(
-        "--restarts",
-        type=click.IntRange(min=0),
-        default=10,
-        show_default=True,
-        help="How often a worker is started again that was killed (ray) or used up its time (slurm). One that fails is not.",
-    ),
-    click.option(
-        "--address", help="With ray: the cluster's address; default: RAY_ADDRESS, or the one of this machine."
-    ),
-    click.option("--env", multiple=True, metavar="NAME=VALUE", help="Environment variable of the workers; repeatable."),
-    click.option(
-        "--prefix",
-        default="",
-        help="What a worker's command stands behind, such as 'apptainer exec --nv IMAGE' or a script that loads modules and ends "
-        'with exec "$@"; its `python` has this project.',
-    ),
-    click.option(
-        "--engine-set",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Option of the engine itself; repeatable. With slurm, any of sbatch (partition=gpu, account=me, mem=64G); with ray, "
-        "of a Ray task (accelerator_type=A100).",
-    ),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +73,15 @@ def take_engine(options: dict[str, Any]) -> Engine:
         prefix = tuple(shlex.split(options.pop("prefix")))
     except ValueError as error:
         raise click.UsageError(f"--prefix: {error}") from error
-    if importlib.util.find_spec(_PACKAGES[name]) is None:
+    if importlib.util.find_spec(PACKAGES[name]) is None:
         raise ConfigError(
-            f"--engine {name} needs {_PACKAGES[name]}, which is not installed: run `pip install 'vlm-distill-cache[{name}]'`"
+            f"--engine {name} needs {PACKAGES[name]}, which is not installed: run `pip install 'vlm-distill-cache[{name}]'`"
         )
     return Engine(
         name=name,
         gpus=options.pop("gpus"),
         cpus=options.pop("cpus"),
-        hours=hours or _HOURS,
+        hours=hours or HOURS,
         restarts=options.pop("restarts"),
         address=address,
         environment=variables,

@@ -91,7 +91,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(call NEW_VENV,$(VENV))
 	$(PIP) "$$(sed -n 's/^\(torch==[0-9.]*\).*/\1+cpu/p' constraints.txt)" 2> /dev/null || true # where pip is told of a CPU build
-	$(PIP) -r <($(WANTED) dev easy-vqa gguf hf lora quantised s3 video)
+	$(PIP) -r <($(WANTED) dev easy-vqa gguf hf lora quantised s3 slurm video)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 

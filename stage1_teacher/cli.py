@@ -27,24 +27,28 @@ from vlm_distill_cache.common.terminal.command_line import (
     CONFIG,
     DRY_RUN,
     FILE,
+    PARENT,
     SETTINGS,
     CacheFolder,
     CommandGroup,
     NewFolder,
+    end_with_parent,
     join_launch,
     quiet_libraries,
-    quoted,
     say,
     shared_options,
     start_logging,
     stopped_by_sigterm,
     tell,
 )
+from vlm_distill_cache.common.terminal.engines.options import ENGINE_OPTIONS
 from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
 from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.common.terminal.result_files import IsOurs, ResultFile, json_of, marked, refuse_others_file
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
+from vlm_distill_cache.stage1_teacher.demo.cli import demo_teacher
 from vlm_distill_cache.stage1_teacher.imports.cli import build_config
+from vlm_distill_cache.stage1_teacher.planning.folder_cli import seal, status
 
 if TYPE_CHECKING:
     from vlm_distill_cache.common.tools.outlook import Outlook
@@ -204,6 +208,8 @@ def build(
     """Build a cache or resume one; does nothing if it is complete."""
     if not dry_run and (sketch or estimate) is not None:
         raise click.UsageError("--sketch and --estimate go with --dry-run")
+    if PARENT in os.environ:
+        end_with_parent()
     refuse_sharding(enter_launch().sharding, model="teacher")
 
     from vlm_distill_cache.common.recipes.cache_fit import cache_differences, differences_text
@@ -268,6 +274,36 @@ def build(
             proposed = recipe.name
     if summary.manifest is not None and IN_RUN not in os.environ:
         tell(next_command(summary, settings, recipe=proposed))
+
+
+@main.command()
+@_build_options
+@_NPROC
+@ENGINE_OPTIONS
+@click.option("--workers", type=click.IntRange(min=1, max=4096), default=1, show_default=True, help="How many.")
+@DRY_RUN
+@JSON
+def submit(*, nproc: int | None, workers: int, dry_run: bool, **options: Any) -> None:
+    """Have Ray or SLURM start workers of `build --part any`, on machines that share the cache's folder.
+
+    The same command adds workers at any time. --nproc is of each worker; default: a process for each of its --gpus, or one
+    with device_map.
+    """
+    from vlm_distill_cache.common.terminal.engines.command import start_workers, take_engine
+
+    engine, (settings, _) = take_engine(options), _settings(dict(options))
+    count = nproc or (1 if settings.device_map else max(1, engine.gpus))
+    started = start_workers(
+        engine,
+        ["vlm_distill_cache.stage1_teacher.cli", "build"],
+        options=_file_and_options(options),
+        behind=["--part", "any", *(["--nproc", str(count)] if count > 1 else [])],
+        place=settings.cache,
+        name="teacher-cache",
+        job={"workers": workers, "processes": count},
+        dry_run=dry_run,
+    )
+    answer(**started)
 
 
 @main.command()
@@ -526,42 +562,6 @@ def advise(
 @main.command()
 @click.argument("cache", type=CacheFolder())
 @JSON
-def seal(cache: Path) -> None:
-    """Write the manifest of a complete cache from its sidecars."""
-    from vlm_distill_cache.common.cache.manifest import seal as seal_cache
-    from vlm_distill_cache.common.cache.sidecar import missing_shards
-    from vlm_distill_cache.common.tools.sinks import write_sinks
-    from vlm_distill_cache.stage1_teacher.planning.cache_folder import (
-        explain_disk_errors,
-        refuse_unlisted,
-        sealed_names,
-    )
-
-    read_plan(cache)  # of a folder that is no cache, it says what it is
-    with explain_disk_errors(cache):
-        refuse_unlisted(cache, sealed_names(cache))
-        if not missing_shards(cache, read_plan(cache)):  # else sealing names them
-            write_sinks(cache)
-        manifest = seal_cache(cache)
-    answer(cache=cache, totals=manifest.totals, shards=len(manifest.shards))
-    say(f"Sealed {cache}: {manifest.totals['samples']} samples in {len(manifest.shards)} shards")
-
-
-@main.command()
-@click.argument("cache", type=CacheFolder())
-@JSON
-def status(cache: Path) -> None:
-    """Say how far a build is: shards done, leased and left, who makes them, their rates, the time that is left."""
-    from vlm_distill_cache.stage1_teacher.planning.status import cache_status, status_text, status_values
-
-    found = cache_status(cache)
-    answer(**status_values(found))
-    say(status_text(found))
-
-
-@main.command()
-@click.argument("cache", type=CacheFolder())
-@JSON
 def report(cache: Path) -> None:
     """Print what a sealed cache holds and what it cost."""
     from vlm_distill_cache.common.cache.manifest import read_manifest
@@ -574,25 +574,8 @@ def report(cache: Path) -> None:
     say(summary_text(summary))
 
 
-@main.command("demo-teacher")
-@click.option("--data", type=click.Choice(["shapes", "easy-vqa"]), default="shapes", show_default=True)
-@click.option("--output", type=NewFolder(), required=True, help="Directory to write.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@JSON
-def demo_teacher(data: str, output: Path, seed: int) -> None:
-    """Train a built-in teacher from scratch (minutes on 2 cores) and print its accuracy."""
-    from vlm_distill_cache.stage1_teacher.demo.teacher import train_demo_teacher
-
-    quiet_libraries()
-    trained = train_demo_teacher(data, output, seed=seed)
-    answer(output=output, **trained)
-    say(f"Teacher written to {output}")
-    place, cache = quoted(output), quoted(f"build/cache/{output.name}")
-    command = by_make(
-        f"make teacher-cache TEACHER={place} DATA={data} CACHE={cache}",
-        f"teacher-cache build --teacher {place} --data {data} --cache {cache}",
-    )
-    tell(f"Next: {command}")
+for command in (seal, status, demo_teacher):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

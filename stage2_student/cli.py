@@ -38,6 +38,7 @@ from vlm_distill_cache.common.terminal.command_line import (
     stopped_by_sigterm,
     tell,
 )
+from vlm_distill_cache.common.terminal.engines.options import ENGINE_OPTIONS
 from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
 from vlm_distill_cache.common.terminal.launch import enter_launch, explain_lost_processes
 from vlm_distill_cache.common.terminal.result_files import ResultFile, json_of
@@ -46,13 +47,7 @@ from vlm_distill_cache.common.tools.both_stages import build_first
 from vlm_distill_cache.common.tools.outlook import Outlook
 from vlm_distill_cache.stage2_student import run as runs
 from vlm_distill_cache.stage2_student.config import PHASE_NAMES, TRACKERS, Split, TrainConfig
-from vlm_distill_cache.stage2_student.final_folder import (
-    FINAL,
-    FOR_OTHERS,
-    PROVENANCE,
-    read_provenance,
-    trained_folder,
-)
+from vlm_distill_cache.stage2_student.final_folder import FINAL, FOR_OTHERS, PROVENANCE, read_provenance, trained_folder
 from vlm_distill_cache.stage2_student.prune.options import pruning_options
 from vlm_distill_cache.stage2_student.prune.tokens_cli import select_tokens
 from vlm_distill_cache.stage2_student.pruned_folder import Kept, PruningConfig, refuse_uncut
@@ -75,6 +70,7 @@ from vlm_distill_cache.stage2_student.training.output_folder import refuse_forei
 from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
 from vlm_distill_cache.stage2_student.training.resolve import given_options, open_caches
 from vlm_distill_cache.stage2_student.training.stamp import COMPARED
+from vlm_distill_cache.stage2_student.training.submit import TRAINING_JOB, submit_training
 
 _NO_TRACKER = ("none", "no", "off", "false", "null")  # as YAML has it
 _log = logging.getLogger(__name__)
@@ -294,6 +290,16 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
         say(line)
     say(f"Report: {summary.report}")
     tell(f"Next: distill export {quoted(summary.output / 'distilled' / 'final')} --output FOLDER")
+
+
+@main.command()
+@_training_options
+@TRAINING_JOB
+@ENGINE_OPTIONS
+@JSON
+def submit(**options: Any) -> None:
+    """Have Ray or SLURM run a training, by torch's launcher: that of `train`, or all of `run` on one machine."""
+    answer(**submit_training(options, given=_given, load=_load))
 
 
 @main.command()

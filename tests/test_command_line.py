@@ -43,6 +43,9 @@ SURFACE = {
     "--spare-last --teacher --template",
     "distill run": "--cache --config --data --dry-run --extend --images --json --log-with --nproc --output --phases --seed "
     "--set --sketch --student --teacher",
+    "distill submit": "--address --cache --config --cpus --data --dry-run --engine --engine-set --env --extend --gpus --hours "
+    "--images --job --json --log-with --nodes --nproc --output --phases --prefix --restarts --seed "
+    "--set --sketch --student --teacher",
     "distill train": "--cache --config --data --dry-run --extend --images --json --log-with --output --phases --seed "
     "--set --sketch --student",
     "teacher-cache advise": "--answers --budget --cache --config --data --eval-data --images --json --limit "
@@ -59,6 +62,8 @@ SURFACE = {
     "teacher-cache report": "--json CACHE",
     "teacher-cache seal": "--json CACHE",
     "teacher-cache status": "--json CACHE",
+    "teacher-cache submit": "--address --answers --cache --config --cpus --data --dry-run --engine --engine-set --env --gpus "
+    "--hours --images --json --limit --nproc --prefix --restarts --set --signals --store --teacher --workers",
 }
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "suite", "demo", "demo-teacher", "experiment",

@@ -1,0 +1,1 @@
+"""Workers that an engine places and starts (Ray, SLURM); no scheduling is our own."""

@@ -256,7 +256,9 @@ def words_of_a_run(phases: Sequence[str], phase_options: Sequence[str], trackers
             values={4: "4bit", 16: SAYS_NOTHING, None: SAYS_NOTHING},
             note="students are packed in 4 bits or not at all: write quantisation=4bit",
         ),
-        "load_in_8bit": Word(values={False: SAYS_NOTHING}, note="students are packed in 4 bits: write quantisation=4bit"),
+        "load_in_8bit": Word(
+            values={False: SAYS_NOTHING}, note="students are packed in 4 bits: write quantisation=4bit"
+        ),
         **dict.fromkeys(
             _STAGE_ONE.split(), Word(note="it is an option of stage one, `teacher-cache build`, not of `distill`")
         ),

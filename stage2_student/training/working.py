@@ -73,9 +73,7 @@ class Working:
             )
             shares = dict(zip(map(id, student.parameters()), self.core.parameters(), strict=True))
             by_rate = {rate: [shares[id(value)] for value in whole] for rate, whole in by_rate.items()}
-        built = build_optimizer(
-            by_rate, config.rates, weight_decay=config.weight_decay, kind=optimizer, seed=seed
-        )
+        built = build_optimizer(by_rate, config.rates, weight_decay=config.weight_decay, kind=optimizer, seed=seed)
         if saved is not None:
             restore_training(saved, built)
         self.parameters = [value for values in by_rate.values() for value in values]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from live_bytes import LiveBytes
+from vlm_distill_cache.stage2_student.training.live_bytes import LiveBytes
 from transformers import LlamaConfig, LlamaModel
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest

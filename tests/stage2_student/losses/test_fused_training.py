@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from fused_models import ROWS, VOCABULARY, WIDTH, TinyModel, batch, gradients_of, total_of
-from live_bytes import LiveBytes
+from vlm_distill_cache.stage2_student.training.live_bytes import LiveBytes
 from loss_checks import normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -341,7 +341,8 @@ def _choices(config: TrainConfig, shell: Any, figures: list[PhaseFigures], limit
     yield Choice(options="", memory=max(phase.memory for phase in figures))
     small = {phase.name: {"micro_batch_size": 1} for phase in figures if phase.passed > 1}
     whole = [phase.name for phase in figures if config.phase(phase.name).trainable in ("all", "tower")]
-    lora = {name: {**small.get(name, {}), "trainable": "lora", "tower_lr": None} for name in whole}
+    adapted = {name: {**small.get(name, {}), "trainable": "lora", "tower_lr": None} for name in whole}
+    lora = {} if not adapted else small | adapted
     again = {} if config.gradient_checkpointing else {"gradient_checkpointing": True}
     half = {} if config.weights == "bfloat16" else {"dtype": "bfloat16", "weights": "bfloat16"}
     bits = {} if config.optimizer == "adamw8bit" else {"optimizer": "adamw8bit"}
@@ -383,11 +384,10 @@ def _divided(
 
 
 def _words(top: Mapping[str, Any], below: Mapping[PhaseName, Mapping[str, Any]]) -> list[str]:
-    """Options as they are given; those that every phase gets, once."""
-    phases = [{key: value for key, value in given.items() if value is not None} for given in below.values()]
+    """Options as they are given."""
     words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in top.items()]
-    for name, given in zip(below, phases, strict=True):
-        words += [f"{name}.{key}={value}" for key, value in given.items()]
+    for name, given in below.items():
+        words += [f"{name}.{key}={value}" for key, value in given.items() if value is not None]
     return words
 
 

@@ -103,6 +103,8 @@ def predicted(shell: Any, config: TrainConfig, phase: PhaseConfig, *, processes:
             totals["trained"] += count
             totals["gradients"] += count * size
             totals["averages"] += _averages(count, config.optimizer)
+    if config.optimizer == "adamw8bit" and totals["averages"]:
+        totals["averages"] += 2 * optimizers.CODES * _FLOAT  # what a byte stands for, once
     shares = {name: -(-totals[name] // divided) for name in ("weights", "gradients", "averages")}
     return Held(**totals | shares, gathered=0 if divided == 1 else _gathered(student, config))
 

@@ -23,7 +23,7 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 Kind = Literal["adamw", "adamw8bit"]
 BLOCK = 256  # averages that share a scale, of bitsandbytes
 LEAST_8BIT = 4096  # values of a tensor; the averages of a smaller one stay in float32
-_CODES = 256  # what a byte stands for
+CODES = 256  # what a byte stands for
 _LOW_BITS = 16  # of a float32 that a bfloat16 has not
 _INSTALL = "run `pip install 'vlm-distill-cache[quantised]'`"
 
@@ -99,7 +99,7 @@ def fits(name: str, value: Any, parameter: Tensor) -> bool:
         return type(value) is int
     if name.startswith("absmax"):
         return value.shape == (-(-parameter.numel() // BLOCK),)
-    return value.shape == (_CODES,) if name.startswith("qmap") else value.shape in ((), parameter.shape)
+    return value.shape == (CODES,) if name.startswith("qmap") else value.shape in ((), parameter.shape)
 
 
 def stochastic_round(value: Tensor, random: torch.Generator) -> Tensor:

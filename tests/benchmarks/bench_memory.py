@@ -114,16 +114,14 @@ def main() -> None:
     rows = []
     for name, run, phase in WAYS:
         config = config_of(run, phase, 128)
-        rows.append(
-            row_of(name, measured(config_of(run, phase, 32), student()), predicted(shell, config, config.dft))
-        )
+        rows.append(row_of(name, measured(config_of(run, phase, 32), student()), predicted(shell, config, config.dft)))
     results = {"student": "MobileVLM, width 256, 4 layers", "rank": 32, "torch": torch.__version__, "rows": rows}
     STORED.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(before + BEGIN + table(results) + END + after, encoding="utf-8")
-    print(table(results))  # noqa: T201 - its result
+    print(table(results))
 
 
 if __name__ == "__main__":

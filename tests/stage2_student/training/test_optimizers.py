@@ -130,10 +130,14 @@ def test_what_the_installed_library_cannot_do_is_said_before_the_first_step(monk
         raise NotImplementedError("no kernel\nof this kind")
 
     monkeypatch.setattr(bitsandbytes.optim.AdamW8bit, "update_step", fails)
-    with pytest.raises(ConfigError, match=r"takes no 8-bit steps on cpu \(no kernel\); set optimizer=adamw, or upgrade"):
+    with pytest.raises(
+        ConfigError, match=r"takes no 8-bit steps on cpu \(no kernel\); set optimizer=adamw, or upgrade"
+    ):
         try_8bit(torch.device("cpu"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"bitsandbytes is not installed; run `pip install 'vlm-distill-cache\[quantised"):
+    with pytest.raises(
+        ConfigError, match=r"bitsandbytes is not installed; run `pip install 'vlm-distill-cache\[quantised"
+    ):
         try_8bit(torch.device("cpu"))
 
 

@@ -102,7 +102,7 @@ def test_what_cannot_be_trained_packed_is_refused_with_what_to_set():
             r"evaluation\.every is 3; .*score the trained student, by `distill evaluate`",
         ),
     ):
-        phases = dict.fromkeys(("dpt", "dft", "sft"), {"trainable": options["trainable"]})
+        phases = {name: {"trainable": options["trainable"]} for name in ("dpt", "dft", "sft")}
         given = {"cache": "c", "output": "o", "quantisation": "4bit", **phases}
         given |= {"evaluation": {"every": options["every"]}} if "every" in options else {}
         with pytest.raises(ConfigError, match=message):

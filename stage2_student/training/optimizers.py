@@ -52,7 +52,7 @@ def make_optimizer(groups: list[dict[str, Any]], *, lr: float, kind: Kind = "ada
         how["fused"] = True
     else:
         refuse_no_bitsandbytes("optimizer=adamw8bit", instead="optimizer=adamw")
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
 
         made, how["weight_decay"] = AdamW8bit, 0.0
     if not rounds:

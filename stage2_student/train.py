@@ -31,6 +31,7 @@ from vlm_distill_cache.common.terminal.launch import READY_S, clean_environment,
 from vlm_distill_cache.common.terminal.progress import hide_library_bars
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.common.tools.trust import open_trusted
+from vlm_distill_cache.data.families.models import BLOCK
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config, scoring_options, without_secrets
 from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 from vlm_distill_cache.stage2_student.final_folder import BEST, FINAL, PROVENANCE, refuse_other_student
@@ -405,7 +406,12 @@ def place_student(
     """
     if not divides:
         if config.quantisation != "none":
-            pack_layers(decoder_layers(student), dtype=getattr(torch, config.dtype), device=accelerator.device)
+            odd = pack_layers(decoder_layers(student), dtype=getattr(torch, config.dtype), device=accelerator.device)
+            if odd:
+                _log.warning(
+                    "quantisation=4bit: %d layers stay as they are, because their rows are no whole blocks of %d: %s",
+                    len(odd), BLOCK, odd[:3],
+                )  # fmt: skip
         if config.weights == "bfloat16":
             round_weights(student)
         return student.to(accelerator.device), False

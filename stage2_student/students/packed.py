@@ -4,7 +4,6 @@ Before and behind training a student is what it always is: its linear layers, in
 values that it stood for, which its adapters were trained on, and not as those that it was packed from.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from vlm_distill_cache.data.families.models import BLOCK
-
-_log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -46,7 +43,7 @@ def widened(student: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def pack_layers(layers: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
+def pack_layers(layers: nn.Module, *, dtype: torch.dtype, device: torch.device) -> list[str]:
     """Pack the plain linear layers in a decoder's layers in NF4, each on its own, so that no device holds all of them unpacked.
 
     A layer whose rows are no whole blocks stays as it is.
@@ -55,8 +52,11 @@ def pack_layers(layers: nn.Module, *, dtype: torch.dtype, device: torch.device) 
         layers: Changed in place.
         dtype: Of the arithmetic.
         device: Where they are packed to.
+
+    Returns:
+        The names of plain layers that stay so.
     """
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     odd = []
     for name, layer in list(layers.named_modules()):
@@ -75,18 +75,15 @@ def pack_layers(layers: nn.Module, *, dtype: torch.dtype, device: torch.device) 
             device="meta",
         )
         values = layer.weight.data.float().contiguous()
-        packed.weight = Params4bit(
+        made: Any = Params4bit
+        packed.weight = made(
             values, requires_grad=False, compress_statistics=False, quant_type="nf4", module=packed
         ).to(device)
         packed.bias = layer.bias
         packed.support_avx512bf16_for_cpu = False  # which would lay them out in another way, once they are evaluated
         packed.train(layer.training)
         layers.set_submodule(name, packed)
-    if odd:
-        _log.warning(
-            "quantisation=4bit: %d layers stay as they are, because their rows are no whole blocks of %d: %s",
-            len(odd), BLOCK, odd[:3],
-        )  # fmt: skip
+    return odd
 
 
 def is_packed(layer: Any) -> bool:

@@ -173,7 +173,7 @@ class TrainedParts:
     """The parts of one student over the phases of one run."""
 
     def __init__(
-        self, student: Any, *, rank: int, alpha: float, dropout: float, pack: Callable[[nn.Module], None] | None = None
+        self, student: Any, *, rank: int, alpha: float, dropout: float, pack: Callable[[nn.Module], object] | None = None
     ) -> None:
         """Look at a student; ``pack`` packs its decoder's layers, again whenever adapters were merged into them."""
         self._student, self._pack = student, pack

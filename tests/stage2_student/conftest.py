@@ -57,7 +57,18 @@ def in_two_processes(tiny_cache, tmp_path_factory):
             configs.append(replace(configs[2], output=str(folder / "sharded-tower"), sharding="fsdp2"))
             train_in_two_processes(folder, *configs)
             (folder / "done").touch()
-    made = ("plain", "lora", "tower", "mixed", "pixels", "sharded", "sharded-on", "sharded-tower", "sharded-one", "tower-one")
+    made = (
+        "plain",
+        "lora",
+        "tower",
+        "mixed",
+        "pixels",
+        "sharded",
+        "sharded-on",
+        "sharded-tower",
+        "sharded-one",
+        "tower-one",
+    )
     return {name: folder / name for name in made} | {"fused": folder}
 
 

@@ -109,19 +109,33 @@ def test_what_cannot_be_trained_packed_is_refused_with_what_to_set():
             config_from_dict(TrainConfig, given)
 
 
+WAYS = {
+    "packed": {"quantisation": "4bit"},
+    "half": {"dtype": "bfloat16", "weights": "bfloat16", "optimizer": "adamw8bit"},
+}
+
+
 @pytest.mark.filterwarnings("ignore")  # what peft says of the library
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.slow
-def test_runs_that_go_on_are_the_unbroken_ones_and_their_adapters_open_elsewhere(tiny_cache, tmp_path):
-    """In every way of keeping a student, killed behind its second step."""
-    half = {"dtype": "bfloat16", "weights": "bfloat16"}
-    for name, options in {"packed": {"quantisation": "4bit"}, "half": half | {"optimizer": "adamw8bit"}}.items():
-        base = str(save_teacher(tmp_path / f"base-{name}", seed=3))
-        whole = train(make_config(tiny_cache[0], tmp_path / name, student=base, **options)).final
-        stopped_behind(2, tmp_path / name, tmp_path / f"{name}-on")
-        other = train(make_config(tiny_cache[0], tmp_path / f"{name}-on", student=base, **options)).final
-        one, two = (load_file(folder / "model.safetensors") for folder in (whole, other))
-        assert one.keys() == two.keys()
-        assert all(torch.equal(value, two[key]) and value.dtype == torch.float32 for key, value in one.items())
-        if name == "packed":
-            with pytest.raises(ModelError, match="packed again between 2 phases of adapters"):
-                export_student(whole, tmp_path / "no", layout="adapter")
+def test_a_run_that_goes_on_is_the_unbroken_one(name, tiny_cache, tmp_path):
+    """Killed behind its second step, in the middle of adapters."""
+    base = str(save_teacher(tmp_path / "base", seed=3))
+    whole = train(make_config(tiny_cache[0], tmp_path / "one", student=base, **WAYS[name])).final
+    stopped_behind(2, tmp_path / "one", tmp_path / "on")
+    other = train(make_config(tiny_cache[0], tmp_path / "on", student=base, **WAYS[name])).final
+    one, two = (load_file(folder / "model.safetensors") for folder in (whole, other))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(value, two[key]) and value.dtype == torch.float32 for key, value in one.items())
+    if name == "packed":
+        with pytest.raises(ModelError, match="packed again between 2 phases of adapters"):
+            export_student(whole, tmp_path / "no", layout="adapter")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_adapters_of_a_packed_student_are_exported_alone(tiny_cache, tmp_path):
+    base = str(save_teacher(tmp_path / "base", seed=3))
+    config = make_config(tiny_cache[0], tmp_path / "run", student=base, phases=["dpt", "dft"], quantisation="4bit")
+    export_student(train(config).final, tmp_path / "adapter", layout="adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -15,7 +15,7 @@ from vlm_distill_cache.data.families.models import BLOCK
 
 
 @torch.no_grad()
-def round_weights(student: nn.Module) -> None:
+def round_weights(student: Any) -> None:
     """Keep a student's parameters in bfloat16, rounded to the nearest; packed ones and buffers stay as they are."""
     for value in student.parameters():
         if value.is_floating_point():
@@ -23,7 +23,7 @@ def round_weights(student: nn.Module) -> None:
 
 
 @torch.no_grad()
-def widen_weights(student: nn.Module) -> None:
+def widen_weights(student: Any) -> None:
     """Keep a student's parameters in float32."""
     for value in student.parameters():
         if value.is_floating_point():
@@ -31,7 +31,7 @@ def widen_weights(student: nn.Module) -> None:
 
 
 @contextmanager
-def widened(student: nn.Module) -> Iterator[None]:
+def widened(student: Any) -> Iterator[None]:
     """In the block a student's parameters are in float32; behind it in what they were, bit for bit if nothing changed them."""
     before = [(value, value.dtype) for value in student.parameters()]
     widen_weights(student)

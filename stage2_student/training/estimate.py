@@ -355,7 +355,7 @@ def _choices(config: TrainConfig, shell: Any, figures: list[PhaseFigures], limit
         (again, lora, False),
         (again | half | {"quantisation": "4bit"}, lora, False),
     ]
-    seen = {()}
+    seen: set[tuple[str, ...]] = {()}
     for top, below, same in ways:
         words = _words(top, below)
         if tuple(words) in seen or (below is lora and not lora) or (not same and top == again and below is small):

@@ -127,9 +127,9 @@ def _averages(count: int, kind: optimizers.Kind) -> int:
 
 
 def _gathered(student: Any, config: TrainConfig) -> int:
-    layers = list(decoder_layers(student))
+    layers: list[nn.Module] = list(decoder_layers(student))
     largest = max(sum(value.numel() for value in layer.parameters()) for layer in layers)
-    rest = sum(value.numel() for value in student.parameters()) - sum(
+    rest: int = sum(value.numel() for value in student.parameters()) - sum(
         value.numel() for layer in layers for value in layer.parameters()
     )
     return (rest + 2 * largest) * (_HALF if config.dtype == "bfloat16" else _FLOAT)
@@ -156,12 +156,13 @@ def decoder_activations(shell: Any, *, tokens: int, samples: int, half: bool, ch
     decoder = copy.deepcopy(shell.language_model).to(dtype).train()
     decoder.set_attn_implementation(_COUNTED)
     width = int(decoder.config.hidden_size)
-    entering = torch.empty(samples, tokens, width, device="meta", dtype=dtype, requires_grad=True)
+    entering: Tensor = torch.empty(samples, tokens, width, device="meta", dtype=dtype, requires_grad=True)
     with torch.enable_grad(), LiveBytes(*decoder.parameters(), *decoder.buffers(), entering) as live:
         output = decoder(inputs_embeds=entering, use_cache=False)
-        kept = live.now
+        kept: int = live.now
     del output
-    return kept // depth + depth * entering.nbytes if checkpointing else kept
+    inputs: int = depth * entering.nbytes
+    return kept // depth + inputs if checkpointing else kept
 
 
 def _counted_attention(

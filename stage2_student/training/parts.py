@@ -77,7 +77,8 @@ def add_adapters(student: Any, *, rank: int, alpha: float, dropout: float, seed:
     names = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
     before = {name: parameter.requires_grad for name, parameter in layers.named_parameters()}
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=names)
-    layers.is_loaded_in_4bit = any(is_packed(module) for module in layers.modules())  # peft asks for it
+    packed = any(is_packed(module) for module in layers.modules())
+    vars(layers)["is_loaded_in_4bit"] = packed  # peft asks for it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, layers, adapter_name=ADAPTER)

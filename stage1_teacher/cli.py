@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +43,13 @@ from vlm_distill_cache.common.terminal.command_line import (
 from vlm_distill_cache.common.terminal.engines.options import ENGINE_OPTIONS
 from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
 from vlm_distill_cache.common.terminal.launch import enter_launch
-from vlm_distill_cache.common.terminal.result_files import IsOurs, ResultFile, json_of, marked, refuse_others_file
+from vlm_distill_cache.common.terminal.result_files import (
+    Finite,
+    figures_file,
+    json_of,
+    marked,
+    refuse_others_file,
+)
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.stage1_teacher.demo.cli import demo_teacher
 from vlm_distill_cache.stage1_teacher.imports.cli import build_config
@@ -368,34 +373,11 @@ def fidelity(*, samples: int, **options: Any) -> None:
         say(f"  {name:<44}{value:>14}")
 
 
-class _Finite(click.FloatRange):
-    """Refuses what `FloatRange` lets through: a NaN is neither below nor above a bound."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the number."""
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number", param, ctx)
-        return number
-
-
 ESTIMATE = json_of("assumptions", "comparison", "probe")
 ADVICE = {"advice.json": json_of("sets", "recommendation"), "advice.html": marked(b"<title>Advice for ")}
 
 
-def _json_file(is_ours: IsOurs) -> Callable[[Any], Any]:
-    return click.option(
-        "--json",
-        "json_file",
-        type=ResultFile(is_ours),
-        is_flag=False,
-        flag_value="",
-        metavar="[FILE]",
-        help="Also write all figures here; without FILE, print them and nothing else.",
-    )
-
-
-_POSITIVE = _Finite(min=0, min_open=True)
+_POSITIVE = Finite(min=0, min_open=True)
 
 
 @main.command()
@@ -413,8 +395,8 @@ _POSITIVE = _Finite(min=0, min_open=True)
     help="Parameters of a student, for example 1.4e9; default: a fifth of the teacher's.",
 )
 @click.option("--student-step", type=_POSITIVE, help="Seconds of training a sample, if you measured a student.")
-@click.option("--price", type=_Finite(min=0), help="Of the teacher's machine for an hour; adds costs to the hours.")
-@_json_file(ESTIMATE)
+@click.option("--price", type=Finite(min=0), help="Of the teacher's machine for an hour; adds costs to the hours.")
+@figures_file(ESTIMATE)
 def estimate(
     *,
     samples: int,
@@ -468,7 +450,7 @@ def estimate(
     type=NewFolder(file_okay=False),
     help="Folder for advice.html and advice.json; default: nothing is written.",
 )
-@_json_file(ADVICE["advice.json"])
+@figures_file(ADVICE["advice.json"])
 @click.option("--student", help="Also train a short student on each preset, and score it (minutes each).")
 @click.option(
     "--student-steps", type=click.IntRange(min=1), default=100, show_default=True, help="Steps of a short student."
@@ -499,18 +481,18 @@ def advise(
     from tempfile import TemporaryDirectory
 
     from vlm_distill_cache.common.files.atomic import write_bytes_atomic, write_json_atomic
-    from vlm_distill_cache.common.files.disk import name_full_disk
+    from vlm_distill_cache.common.files.disk import name_full_disk, parse_bytes
     from vlm_distill_cache.data.sources.mixture import own_caches
     from vlm_distill_cache.stage1_teacher.estimate import advise_report as report
     from vlm_distill_cache.stage1_teacher.estimate.advise import advise as weigh
-    from vlm_distill_cache.stage1_teacher.estimate.advise import measure_options, parse_bytes
+    from vlm_distill_cache.stage1_teacher.estimate.advise import measure_options
     from vlm_distill_cache.stage1_teacher.estimate.short_students import (
         refuse_student,
         score_lines,
         score_students,
     )
 
-    most = None if budget is None else parse_bytes(budget)
+    most = None if budget is None else parse_bytes(budget, "budget")
     bound = 0.05 if most is None and max_gradient_error is None else max_gradient_error
     if "data" in named and "cache" not in named:  # the cache of other data has the default's place
         given["cache"] = report.cache_for(settings.data, settings.store)

@@ -29,9 +29,9 @@ _QUANTISED: dict[str, Mapping[bool, object]] = {
 }
 _STAGE_TWO = (
     "student student_weights vision_tower language_model projector pool_teacher_tokens data_share phases dpt dft sft "
-    "lora pruning gradient_checkpointing sharding seed clip memory_gib pixel_cache pixel_cache_gib shuffle_window "
-    "checkpoint_every keep_checkpoints log_every report_to verify shuffle_teacher_images evaluation steps epochs lr projector_lr "
-    "tower_lr warmup schedule weight_decay trainable freeze losses learning_rate num_train_epochs max_steps "
+    "lora pruning gradient_checkpointing sharding optimizer weights seed clip memory_gib pixel_cache pixel_cache_gib "
+    "shuffle_window checkpoint_every keep_checkpoints log_every report_to verify shuffle_teacher_images evaluation steps epochs "
+    "lr projector_lr tower_lr warmup schedule weight_decay trainable freeze losses learning_rate num_train_epochs max_steps "
     "mm_projector_lr mm_vision_tower_lr warmup_ratio warmup_steps lr_scheduler_type gradient_accumulation_steps max_grad_norm "
     "save_steps save_total_limit logging_steps lora_r lora_alpha lora_dropout lora_enable lora_target_modules use_peft optim "
     "fsdp deepspeed resume_from_checkpoint overwrite_output_dir optimizer global_batch_size grad_accum wd alpha beta kd_weight "

@@ -17,12 +17,11 @@ import click
 from vlm_distill_cache.common.config import config_from_dict, last_given, read_stage, read_yaml
 from vlm_distill_cache.common.errors import ConfigError, LaunchError
 from vlm_distill_cache.common.files.atomic import write_json_atomic
+from vlm_distill_cache.common.files.disk import parse_bytes
 from vlm_distill_cache.common.hub import hub_name, model_folder
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.recipes import recipe_summary, split_recipe
 from vlm_distill_cache.common.terminal.command_line import (
-    CONFIG,
-    DRY_RUN,
     FOLDER,
     SETTINGS,
     CacheLocation,
@@ -32,16 +31,15 @@ from vlm_distill_cache.common.terminal.command_line import (
     join_launch,
     quoted,
     say,
-    shared_options,
     show_failure,
     start_logging,
     stopped_by_sigterm,
     tell,
 )
 from vlm_distill_cache.common.terminal.engines.options import ENGINE_OPTIONS
-from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder, completes, overrides
+from vlm_distill_cache.common.terminal.general import JSON, answer, complete_folder
 from vlm_distill_cache.common.terminal.launch import enter_launch, explain_lost_processes
-from vlm_distill_cache.common.terminal.result_files import ResultFile, json_of
+from vlm_distill_cache.common.terminal.result_files import Finite, ResultFile, figures_file, json_of
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.common.tools.both_stages import build_first
 from vlm_distill_cache.common.tools.outlook import Outlook
@@ -63,9 +61,9 @@ from vlm_distill_cache.stage2_student.scores.quantised import (
 )
 from vlm_distill_cache.stage2_student.scores.results import read_scores, render_table
 from vlm_distill_cache.stage2_student.scores.token_words import token_words
-from vlm_distill_cache.stage2_student.students.presets import student_names
 from vlm_distill_cache.stage2_student.suite.cli import suite
 from vlm_distill_cache.stage2_student.suite.compare import compare
+from vlm_distill_cache.stage2_student.training.options import IMAGES, estimated_options, training_options
 from vlm_distill_cache.stage2_student.training.output_folder import refuse_foreign_folder
 from vlm_distill_cache.stage2_student.training.recipe_caches import cache_lines
 from vlm_distill_cache.stage2_student.training.resolve import given_options, open_caches
@@ -73,6 +71,7 @@ from vlm_distill_cache.stage2_student.training.stamp import COMPARED
 from vlm_distill_cache.stage2_student.training.submit import TRAINING_JOB, submit_training
 
 _NO_TRACKER = ("none", "no", "off", "false", "null")  # as YAML has it
+ESTIMATE = json_of("phases", "choices", "assumptions")
 _log = logging.getLogger(__name__)
 # Imports that pull torch in are inside the commands, so that --help, usage errors and "up to date" are instant.
 
@@ -92,51 +91,6 @@ def _say_in_a_line(failed: threading.ExceptHookArgs) -> None:
         logging.getLogger(__name__).warning("not written: %s", failed.exc_value)
     else:
         show_failure(failed.exc_type, failed.exc_value, failed.exc_traceback)
-
-
-_IMAGES = click.option("--images", shell_complete=complete_folder, help="Folder that relative image paths start from.")
-_training_options = shared_options(
-    click.option(
-        "--student",
-        shell_complete=completes(student_names),
-        help="A name (mobilevlm: trained from scratch; its size follows the teacher, or add a suffix: mobilevlm-1.7b), a "
-        "folder or a name on the hub (org/name[@revision]), or pruned:KEEP, pruned:depth:KEEP (run only).",
-    ),
-    click.option(
-        "--data",
-        shell_complete=completes(lambda: ["shapes", "easy-vqa", "photo-scenes"]),
-        help="The data the cache was built from; may be left out if it is built in.",
-    ),
-    _IMAGES,
-    click.option(
-        "--cache",
-        shell_complete=complete_folder,
-        help="Teacher cache: a folder, s3://..., hf://datasets/... or https://... Needed, here or in the YAML file.",
-    ),
-    click.option("--output", type=NewFolder(), help="Folder to write to. Needed, here or in the YAML file."),
-    click.option(
-        "--phases", shell_complete=completes(lambda: list(PHASE_NAMES)), help='Phases to run, in order: "dpt dft sft".'
-    ),
-    click.option("--seed", type=click.IntRange(min=0), help="Seed of fresh weights and of the order of samples."),
-    click.option(
-        "--log-with",
-        "report_to",
-        shell_complete=completes(lambda: [*TRACKERS, "none"], several=True),
-        help=f"Where curves are drawn beside the log: {', '.join(TRACKERS)}, several with commas, or none; default: "
-        f"{TRACKERS[0]}.",
-    ),
-    CONFIG,
-    overrides(lambda: TrainConfig),
-    click.option(
-        "--extend", is_flag=True, help="Go on from the end of a finished training, to more steps of its last phase."
-    ),
-    DRY_RUN,
-    click.option(
-        "--sketch",
-        type=FOLDER,
-        help="With --dry-run: what `teacher-cache build --dry-run --sketch` wrote, in place of a cache that is not built yet.",
-    ),
-)
 
 
 def _given(options: dict[str, Any]) -> tuple[Path | None, list[str], str]:
@@ -197,7 +151,7 @@ def _refuse_sketch(sketch: Path | None) -> None:
 
 
 @main.command()
-@_training_options
+@training_options
 @JSON
 def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -> None:
     """Train one student through its phases, or resume it."""
@@ -244,7 +198,7 @@ def train(*, extend: bool, dry_run: bool, sketch: Path | None, **options: Any) -
 
 
 @main.command()
-@_training_options
+@training_options
 @click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Training processes.")
 @click.option("--teacher", help="The teacher that a student pruned:KEEP is cut out of: a folder or a name on the hub.")
 @JSON
@@ -293,13 +247,43 @@ def run(*, nproc: int, extend: bool, dry_run: bool, sketch: Path | None, **optio
 
 
 @main.command()
-@_training_options
+@training_options
 @TRAINING_JOB
 @ENGINE_OPTIONS
 @JSON
 def submit(**options: Any) -> None:
     """Have Ray or SLURM run a training, by torch's launcher: that of `train`, or all of `run` on one machine."""
     answer(**submit_training(options, given=_given, load=_load))
+
+
+@main.command()
+@estimated_options
+@click.option("--memory", help="Memory of one device, such as 24GB: say what fits; default: only what each way takes.")
+@click.option("--price", type=Finite(min=0), help="Of this machine for an hour; adds the cost to the hours.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Steps of each phase that are timed."
+)
+@figures_file(ESTIMATE)
+def estimate(*, memory: str | None, price: float | None, steps: int, json_file: Path | None, **options: Any) -> None:
+    """Predict memory, hours and cost of a training from a few steps of it; takes the options of `train`."""
+    if enter_launch().size > 1:
+        raise LaunchError("distill estimate is run once: it tells what one process takes, and how many would be needed")
+    limit = None if memory is None else parse_bytes(memory, "--memory")
+    options["output"] = options["output"] or Path("OUTPUT")
+    from vlm_distill_cache.common.tools.outlook import looking_only
+    from vlm_distill_cache.stage2_student.train import train as train_steps
+    from vlm_distill_cache.stage2_student.training.estimate import estimate as measure
+    from vlm_distill_cache.stage2_student.training.estimate import estimate_text
+
+    runs.set_up_libraries()
+    with looking_only():
+        settings, _ = _load(options)
+        refuse_uncut(settings.student, settings.teacher)
+        figures = measure(settings, open_caches(settings), train=train_steps, steps=steps, memory=limit, price=price)
+    say(estimate_text(figures))
+    answer(**figures.to_dict())
+    if json_file:
+        write_json_atomic(json_file, figures.to_dict())
 
 
 @main.command()
@@ -346,7 +330,7 @@ def _is_report(content: bytes) -> bool:
 @main.command()
 @click.argument("student", shell_complete=complete_folder)
 @click.option("--data", help="Data set of the held-out items; default: the one it was trained on.")
-@_IMAGES
+@IMAGES
 @click.option(
     "--cache",
     type=CacheLocation(),

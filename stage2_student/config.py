@@ -36,6 +36,7 @@ SPEED_OPTIONS = (
     "device", "num_workers", "memory_gib", "pixel_cache", "pixel_cache_gib", "checkpoint_every", "keep_checkpoints", "log_every",
     "gradient_checkpointing", "sharding", "verify", "report_to",
 )  # fmt: skip
+SAVINGS = ("optimizer", "weights", "quantisation")  # of memory; not with a divided student
 # How many visual tokens there are, and how they are chosen.
 TOKEN_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "visual_tokens": ("token_selection", "sink_penalty", "merge_frames"),
@@ -276,8 +277,15 @@ class TrainConfig:
             same result.
         sharding: ``fsdp2`` divides the student, its gradients and the optimizer's averages among the processes of ``distill
             train`` (torch's FSDP2): a student that is too large to be trained on one device; the same result up to rounding.
+        optimizer: ``adamw``, or ``adamw8bit`` (bitsandbytes): its two averages take 2 bytes a parameter instead of 8.
+        weights: What weights are kept in: ``float32``, or ``bfloat16``: half of the memory of weights and gradients. Steps are
+            then taken in float32 and rounded at random, up or down by how near each is, so that small ones are not lost. It
+            needs ``dtype=bfloat16``.
+        quantisation: ``4bit`` (NF4, by bitsandbytes) packs the decoder's linear layers, which then only adapters train
+            (``trainable=lora``): QLoRA.
         seed: Seed of the student's fresh weights, of the order of samples, and of which samples are a ``data_share``.
-        dtype: ``float32``, or ``bfloat16`` for mixed precision: the arithmetic; weights stay in float32.
+        dtype: ``float32``, or ``bfloat16`` for mixed precision: the arithmetic; weights stay in float32 unless ``weights`` says
+            otherwise.
         device: ``auto`` (an accelerator if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         clip: Gradients are clipped to this norm.
         num_workers: Loading threads; 0 loads on the training thread.
@@ -335,6 +343,9 @@ class TrainConfig:
     pruning: PruningConfig = field(default_factory=PruningConfig)
     gradient_checkpointing: bool = False
     sharding: Literal["none", "fsdp2"] = "none"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    weights: Literal["float32", "bfloat16"] = "float32"
+    quantisation: Literal["none", "4bit"] = "none"
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
@@ -388,6 +399,7 @@ class TrainConfig:
         _within(self, "visual_token_budget", 1, None, "visual tokens")
         require(0 < self.data_share <= 1, "data_share", self.data_share, "above 0 and at most 1")
         self._check_tokens()
+        self._check_savings()
         built_in = f": {_BUILT_IN}, where that is the built-in one" if Path(_BUILT_IN).is_dir() else ""
         need = f"the directory of the teacher (--teacher) that student {self.student} is cut out of{built_in}"
         kept = kept_share(self.student)
@@ -419,6 +431,24 @@ class TrainConfig:
         need = f"0.75, or leave it out, where decoding_selection is {self.decoding_selection}: nothing is noticed there"
         fixed = self.decoding_selection == "fixed" and self.shift_threshold != _default("shift_threshold")
         require(not fixed, "shift_threshold", self.shift_threshold, need)
+
+    def _check_savings(self) -> None:
+        """Refuse ways of saving memory that do not go together."""
+        half = self.weights == "float32" or self.dtype == "bfloat16"
+        need = f"float32 where dtype is {self.dtype}: set dtype=bfloat16, too, or leave weights out"
+        require(half, "weights", self.weights, need)
+        for name in SAVINGS if self.sharding != "none" else ():
+            need = f"{_default(name)} where sharding is {self.sharding}, which divides all of that: leave one of the two out"
+            require(getattr(self, name) == _default(name), name, getattr(self, name), need)
+        if self.quantisation == "none":
+            return
+        for name in self.phases:
+            trained = self.phase(name).trainable
+            need = f"projector or lora where quantisation is {self.quantisation}: packed weights cannot be trained"
+            require(trained in ("projector", "lora") or self.phase(name).steps == 0, f"{name}.trainable", trained, need)
+        every = self.evaluation.every
+        need = "none where quantisation is 4bit: score the trained student, by `distill evaluate`"
+        require(every is None, "evaluation.every", every, need)
 
     @property
     def follows_gaze(self) -> bool:
@@ -492,9 +522,9 @@ def describe(config: TrainConfig, cache_hashes: Mapping[str, str]) -> dict[str, 
     for head, names in TOKEN_OPTIONS.items():
         for name in (head, *names) if described[head] is None else ():
             del described[name]  # as runs were described before tokens could be chosen
-    for name in ("frames", "most_pictures", "pictures_beyond", "visual_token_budget"):
+    for name in ("frames", "most_pictures", "pictures_beyond", "visual_token_budget", *SAVINGS):
         if getattr(config, name) == getattr(TrainConfig(cache="x", output="x"), name):
-            del described[name]  # as runs were described before samples could have several pictures
+            del described[name]  # as runs were described before there was a choice
     described["precision"] = _PRECISIONS[described.pop("dtype")]
     described["cache"] = cache_hashes.get(config.cache)
     if config.data_share < 1:

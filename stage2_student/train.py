@@ -31,6 +31,7 @@ from vlm_distill_cache.common.terminal.launch import READY_S, clean_environment,
 from vlm_distill_cache.common.terminal.progress import hide_library_bars
 from vlm_distill_cache.common.terminal.sharding import refuse_sharding
 from vlm_distill_cache.common.tools.trust import open_trusted
+from vlm_distill_cache.data.families.models import BLOCK
 from vlm_distill_cache.stage2_student.config import TrainConfig, public_config, scoring_options, without_secrets
 from vlm_distill_cache.stage2_student.exports.folder import save_student_folder
 from vlm_distill_cache.stage2_student.final_folder import BEST, FINAL, PROVENANCE, refuse_other_student
@@ -41,6 +42,13 @@ from vlm_distill_cache.stage2_student.scores.milestones import Milestones, Score
 from vlm_distill_cache.stage2_student.scores.on_the_way import Kept
 from vlm_distill_cache.stage2_student.scores.origin import describe_origin
 from vlm_distill_cache.stage2_student.students.model import StudentModel, vocabulary_rows
+from vlm_distill_cache.stage2_student.students.packed import (
+    pack_layers,
+    round_weights,
+    unpack_layers,
+    widen_weights,
+    widened,
+)
 from vlm_distill_cache.stage2_student.students.shards import check_shardable
 from vlm_distill_cache.stage2_student.trained_student import Student, open_scoring
 from vlm_distill_cache.stage2_student.training.checkpoint import (
@@ -49,11 +57,16 @@ from vlm_distill_cache.stage2_student.training.checkpoint import (
     drop_old_checkpoints,
     find_resume_point,
 )
-from vlm_distill_cache.stage2_student.training.checks import check_machine, refuse_device
+from vlm_distill_cache.stage2_student.training.checks import check_machine, refuse_device, refuse_undivided
 from vlm_distill_cache.stage2_student.training.extension import differing_options
 from vlm_distill_cache.stage2_student.training.log import TrainingLog
 from vlm_distill_cache.stage2_student.training.output_folder import CONFIG, drop_pixels
-from vlm_distill_cache.stage2_student.training.parts import TrainedParts, checkpoint_layers, merged_for_a_while
+from vlm_distill_cache.stage2_student.training.parts import (
+    TrainedParts,
+    checkpoint_layers,
+    decoder_layers,
+    merged_for_a_while,
+)
 from vlm_distill_cache.stage2_student.training.pixels import keep_pixels
 from vlm_distill_cache.stage2_student.training.preparation import Preparation, prepare
 from vlm_distill_cache.stage2_student.training.steps import (
@@ -106,6 +119,7 @@ def train(
     """
     hide_library_bars()
     divides = refuse_sharding(enter_launch().sharding, model="student", divides=True) or config.sharding != "none"
+    refuse_undivided(config, divides=divides)
     refuse_callers_modes()
     check_machine(config, processes=enter_launch().size)
     meet(enter_launch())
@@ -118,7 +132,7 @@ def train(
     refuse_apart(position, accelerator)
     if accelerator.is_main_process:  # if killed before it did
         drop_old_checkpoints(output, keep=config.keep_checkpoints, newest=checkpoint)
-    student, sharded = place_student(run.student, accelerator, output, divides=divides)
+    student, sharded = place_student(run.student, accelerator, config, divides=divides)
     scored = start_scoring(config, accelerator, run, position, extends=extends)
     log = start_log(config, accelerator, run, position)
     keep_pixels(config, run.phases, run.pixels)
@@ -126,7 +140,10 @@ def train(
 
     for index, phase in enumerate(run.phases[position.phase :], position.phase):
         # Once a phase: what is trained, and an optimizer that starts afresh or where the checkpoint left it.
-        work = Working(phase, student, parts, saved, accelerator, seed=config.seed + index, sharded=sharded)
+        work = Working(
+            phase, student, parts, saved, accelerator,
+            seed=config.seed + index, sharded=sharded, optimizer=config.optimizer,
+        )  # fmt: skip
         saved = None
         capture = AttentionCapture(work.core.language_model) if phase.objective.groups else None
 
@@ -368,7 +385,7 @@ def as_finished(student: StudentModel, device: torch.device) -> Iterator[None]:
     home = next(student.parameters()).device  # of a divided one the CPU
     student.to(device)
     try:
-        with merged_for_a_while(student):
+        with widened(student), merged_for_a_while(student):
             yield
     finally:
         student.to(home)
@@ -377,9 +394,9 @@ def as_finished(student: StudentModel, device: torch.device) -> Iterator[None]:
 
 
 def place_student(
-    student: StudentModel, accelerator: Accelerator, output: Path, *, divides: bool
+    student: StudentModel, accelerator: Accelerator, config: TrainConfig, *, divides: bool
 ) -> tuple[StudentModel, bool]:
-    """A student where it is trained: on the accelerator's device, or, if it is to be divided, on the CPU.
+    """A student where it is trained, kept as its weights are to be: on the accelerator's device, or, to be divided, on the CPU.
 
     Returns:
         The student, and whether it is divided: not by a process that is alone.
@@ -388,7 +405,17 @@ def place_student(
         ConfigError: If it cannot be divided, or not all processes see the folder that they would write their shares to.
     """
     if not divides:
+        if config.quantisation != "none":
+            odd = pack_layers(decoder_layers(student), dtype=getattr(torch, config.dtype), device=accelerator.device)
+            if odd:
+                _log.warning(
+                    "quantisation=4bit: %d layers stay as they are, because their rows are no whole blocks of %d: %s",
+                    len(odd), BLOCK, odd[:3],
+                )  # fmt: skip
+        if config.weights == "bfloat16":
+            round_weights(student)
         return student.to(accelerator.device), False
+    output = Path(config.output)
     check_shardable(student)
     if accelerator.num_processes == 1:
         _log.info("sharding=fsdp2: there is one process, which trains the whole student")
@@ -421,7 +448,8 @@ def prepare_parts(config: TrainConfig, student: StudentModel, saved: Mapping[str
     if config.gradient_checkpointing:
         checkpoint_layers(student, tower=any(config.phase(name).trainable == "tower" for name in config.phases))
     switch_dropout_off(student)
-    parts = TrainedParts(student, **vars(config.lora))
+    packs = partial(pack_layers, dtype=getattr(torch, config.dtype), device=next(student.parameters()).device)
+    parts = TrainedParts(student, **vars(config.lora), pack=None if config.quantisation == "none" else packs)
     if saved is not None:
         parts.replay(saved["student"])
     return parts
@@ -435,6 +463,9 @@ def export(
     Beside them lies what the student is: how it was trained, the digests of all files, and a card for people.
     """
     final = Path(config.output) / FINAL
+    if config.quantisation != "none":
+        unpack_layers(decoder_layers(run.student))
+    widen_weights(run.student)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_student(final, config, run, end, log)

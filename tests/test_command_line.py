@@ -31,6 +31,8 @@ SURFACE = {
     "cachectl repair": "--deep --dry-run --json CACHE",
     "cachectl verify": "--deep --json CACHE",
     "distill compare": "--json --output OUTPUTS",
+    "distill estimate": "--cache --config --data --images --json --log-with --memory --output --phases --price --seed --set "
+    "--steps --student",
     "distill evaluate": "--cache --card --data --images --json --limit --oracle --output --quantise --split STUDENT",
     "distill export": "--dtype --json --layout --output --quantise STUDENT",
     "distill import": "--json --output --vision-tower CHECKPOINT",

@@ -119,7 +119,10 @@ def test_what_holds_for_all_phases_stands_under_what_a_phase_says_in_the_same_pl
         (TrainConfig, "bf16=maybe", "expected true or false"),
         (TrainConfig, "bf16", "expected true or false"),
         (TrainConfig, "cache_dir=x", "HF_HOME"),
-        (TrainConfig, "quantization=4bit", "option of stage one"),
+        (TrainConfig, "quantization=4bit", r"dpt\.trainable is 'all'; it must be projector or lora"),
+        (TrainConfig, "quantisation=8bit", "expected one of 'none', '4bit'"),
+        (TrainConfig, "load_in_8bit=true", "write quantisation=4bit"),
+        (TrainConfig, "optim=sgd", "expected one of 'adamw', 'adamw8bit'"),
         (TrainConfig, "dtype=float16", "expected one of 'float32', 'bfloat16'"),
         (TrainConfig, "kd_temperature=2", r"write dft\.losses\.temperature"),
         (TrainConfig, "top_k=5", r"write logits=fixed:K in stage one"),
@@ -274,6 +277,8 @@ def test_what_other_trainers_write_for_nothing_says_nothing():
     for nothing in ("[]", "no", "off", "false", "none", "null"):
         assert stage_two(f"report_to={nothing}").report_to == ()
     assert stage_two("log_with=wandb,mlflow") == stage_two("report_to=[wandb, mlflow]")
+    assert stage_two("optim=adamw_bnb_8bit") == stage_two("optimizer=adamw8bit")
+    assert stage_two("load_in_4bit=true", "trainable=lora") == stage_two("quantisation=nf4", "trainable=lora")
     assert stage_two("log_with=trackio").report_to == ("trackio",)
     assert TrainConfig(**NEEDED, report_to="none").report_to == ()  # as Python callers had it
     assert stage_two("dataset=d", "cutoff_len=7", "lora_rank=3", "global_batch_size=5") == stage_two(

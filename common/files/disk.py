@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import shutil
@@ -143,3 +144,33 @@ def is_mount_point(folder: Path) -> bool:
         return False
     places = (line.split(" ")[4] for line in lines)
     return str(folder) in (re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place) for place in places)
+
+
+def parse_bytes(text: str, option: str) -> float:
+    """Read a size: ``20GB``, ``1.5 TiB``, ``500000``; ``option`` is whose value it is.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    units = {f"{prefix}{kind}": base**power for base, kind in ((1000, "b"), (1024, "ib"))
+             for power, prefix in enumerate(("k", "m", "g", "t", "p"), start=1)}  # fmt: skip
+    lowered = text.strip().lower()
+    number = lowered.rstrip("abcdefghijklmnopqrstuvwxyz").strip()
+    unit = lowered[len(number) :].strip() or "b"
+    try:
+        size = float(number) * float(({"b": 1} | units)[unit])
+    except (ValueError, KeyError):
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise ConfigError(f"{option}: expected a size such as 20GB, 500MB or 1.5TiB, got {text!r}")
+    return size
+
+
+def free_main_memory() -> int:
+    """Bytes of main memory that this process could have."""
+    told = Path("/proc/meminfo")  # Linux alone has it, and counts there what the disk cache would give back
+    for line in told.read_text().splitlines() if told.is_file() else ():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -351,7 +351,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             raise ModelError(f"phase: got {phase!r}; choose one of {', '.join(PHASES)}")
         projector = self.model.mm_projector
         trained: nn.Module = projector.post if isinstance(projector, TeacherAdapter) else projector
-        self.requires_grad_(phase != "dpt")
+        for parameter in self.parameters():
+            parameter.requires_grad_(phase != "dpt" and parameter.is_floating_point())  # packed ones cannot
         projector.requires_grad_(False)
         self.model.vision_tower.requires_grad_(False)
         trained.requires_grad_(True)

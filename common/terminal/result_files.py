@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import stat
 from collections.abc import Callable
@@ -109,3 +110,27 @@ class ResultFile(click.Path):
         except ConfigError as error:
             self.fail(str(error), param, ctx)
         return super().convert(value, param, ctx)
+
+
+def figures_file(is_ours: IsOurs) -> Callable[[Any], Any]:
+    """The option ``--json [FILE]`` of a command that predicts: its figures in a file, or as the one document that is printed."""
+    return click.option(
+        "--json",
+        "json_file",
+        type=ResultFile(is_ours),
+        is_flag=False,
+        flag_value="",
+        metavar="[FILE]",
+        help="Also write all figures here; without FILE, print them and nothing else.",
+    )
+
+
+class Finite(click.FloatRange):
+    """Refuses what `FloatRange` lets through: a NaN is neither below nor above a bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number", param, ctx)
+        return number

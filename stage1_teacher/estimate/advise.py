@@ -27,7 +27,7 @@ from vlm_distill_cache.common.codecs.description import Codec
 from vlm_distill_cache.common.codecs.logits import LOGIT_PRESETS, LogitCodec
 from vlm_distill_cache.common.codecs.tower_attention import TowerAttentionCodec
 from vlm_distill_cache.common.codecs.visual_map import VisualMapCodec
-from vlm_distill_cache.common.errors import ConfigError, DataError, ModelError, SampleError
+from vlm_distill_cache.common.errors import DataError, ModelError, SampleError
 from vlm_distill_cache.common.files.disk import folder_bytes
 from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.terminal.command_line import tell
@@ -528,23 +528,3 @@ def mark_best(sets: Sequence[OptionSet]) -> list[OptionSet]:
         return any(other != own and other[0] <= own[0] and other[1] <= own[1] for other in others)
 
     return [replace(one, best=not beaten(one)) for one in sets]
-
-
-def parse_bytes(text: str) -> float:
-    """Read a size: ``20GB``, ``1.5 TiB``, ``500000``.
-
-    Raises:
-        ConfigError: If it is none.
-    """
-    units = {f"{prefix}{kind}": base**power for base, kind in ((1000, "b"), (1024, "ib"))
-             for power, prefix in enumerate(("k", "m", "g", "t", "p"), start=1)}  # fmt: skip
-    lowered = text.strip().lower()
-    number = lowered.rstrip("abcdefghijklmnopqrstuvwxyz").strip()
-    unit = lowered[len(number) :].strip() or "b"
-    try:
-        size = float(number) * float(({"b": 1} | units)[unit])
-    except (ValueError, KeyError):
-        size = math.nan
-    if not 0 < size < math.inf:
-        raise ConfigError(f"budget: expected a size such as 20GB, 500MB or 1.5TiB, got {text!r}")
-    return size

@@ -14,16 +14,15 @@ tokens than these cost the vision tower more; that is what the head room is for.
 On a CPU nothing is run: memory is rarely what limits it, and batches beyond 16 samples are no faster.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.errors import DataError, ModelError, SampleError
+from vlm_distill_cache.common.files.disk import free_main_memory
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage1_teacher.loop.forward import run_once
@@ -193,9 +192,4 @@ def free_memory(device: torch.device) -> int:
     """Bytes that a new pass can have: on a GPU its own, else main memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    told = Path("/proc/meminfo")  # Linux alone has it, and counts there what the disk cache would give back
-    for line in told.read_text().splitlines() if told.is_file() else ():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_main_memory()

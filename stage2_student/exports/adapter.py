@@ -21,6 +21,7 @@ from vlm_distill_cache.stage2_student.exports.folder import save_processor
 from vlm_distill_cache.stage2_student.exports.source import Source, cast, refuse
 from vlm_distill_cache.stage2_student.students.build import load_student
 from vlm_distill_cache.stage2_student.students.library import LibraryStudent, open_library_student
+from vlm_distill_cache.stage2_student.students.packed import pack_layers, unpack_layers
 from vlm_distill_cache.stage2_student.students.presets import student_folder
 
 LAYOUT = "adapter"
@@ -46,6 +47,17 @@ def write_adapter(target: Path, source: Source) -> Source:
     folder = _base_folder(source, settings)
     adapters, phases = _joined(source)
     base = load_student(folder) if is_published(folder) else open_library_student(folder).model.model
+    if settings.quantisation != "none":
+        if phases > 1:
+            raise refuse(
+                source,
+                LAYOUT,
+                f"its layers were packed again between {phases} phases of adapters, so that no sum of adapters is what was trained",
+            )
+        # What the adapters were trained on, and are compared with: the values that the packed layers stand for.
+        layers = base.get_submodule(family_of(base.config.model_type).language_model).layers
+        pack_layers(layers, dtype=torch.float32, device=torch.device("cpu"))
+        unpack_layers(layers)
     if changes_of(base.config) != changes_of(source.core.config):
         changed = sorted(changes_of(source.core.config).keys() | changes_of(base.config).keys())
         raise refuse(

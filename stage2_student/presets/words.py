@@ -66,8 +66,8 @@ _DTYPES = {
 _STAGE_ONE = (
     "split store signals temperatures attention_dtype grid frame_grid map_preset map_grid answers max_new_tokens "
     "answer_temperature answer_top_p answer_seed hidden_layers hidden_dtype groups layers long_samples shard_size "
-    "device_map quantisation quantization max_failed_share max_unknown_share fidelity_samples threads "
-    "top_p do_sample teacher_license data_license source dataset_split quantise quantize per_device_eval_batch_size"
+    "device_map max_failed_share max_unknown_share fidelity_samples threads "
+    "top_p do_sample teacher_license data_license source dataset_split per_device_eval_batch_size"
 )
 _TEMPERATURE = Word(
     note="that of the losses on logits is an option of a phase, one of those that the cache was built for: write "
@@ -155,7 +155,9 @@ def words_of_a_run(phases: Sequence[str], phase_options: Sequence[str], trackers
         "fp16": Word(
             values={False: SAYS_NOTHING}, note="students are trained in float32 or bfloat16. Write dtype=bfloat16"
         ),
-        "torch_dtype": Word(note="weights are trained in float32. Write dtype=bfloat16 for mixed precision"),
+        "torch_dtype": Word(
+            note="write dtype=bfloat16 for mixed precision, and weights=bfloat16 to keep weights in it, too"
+        ),
         "max_grad_norm": Word(options=("clip",)),
         "save_steps": Word(options=("checkpoint_every",)),
         "save_total_limit": Word(options=("keep_checkpoints",)),
@@ -191,8 +193,13 @@ def words_of_a_run(phases: Sequence[str], phase_options: Sequence[str], trackers
         **dict.fromkeys(
             ("optim", "optimizer"),
             Word(
-                values=dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"), SAYS_NOTHING),
-                note="students are trained by AdamW; leave it out",
+                options=("optimizer",),
+                values={
+                    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+                    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw8bit"),
+                },
+                others=True,
+                note="students are trained by AdamW; write optimizer=adamw, or adamw8bit for averages in 8 bits",
             ),
         ),
         **dict.fromkeys(
@@ -240,8 +247,17 @@ def words_of_a_run(phases: Sequence[str], phase_options: Sequence[str], trackers
             values={False: SAYS_NOTHING}, note="give another output, or delete the folder to begin again"
         ),
         **dict.fromkeys(
-            ("load_in_4bit", "load_in_8bit", "bits"),
-            Word(values={False: SAYS_NOTHING, 16: SAYS_NOTHING}, note="students are trained unquantised; leave it out"),
+            ("quantization", "quantisation", "quantise", "quantize"),
+            Word(options=("quantisation",), values={None: "none", "nf4": "4bit"}, others=True),
+        ),
+        "load_in_4bit": Word(options=("quantisation",), values={True: "4bit", False: SAYS_NOTHING}),
+        "bits": Word(
+            options=("quantisation",),
+            values={4: "4bit", 16: SAYS_NOTHING, None: SAYS_NOTHING},
+            note="students are packed in 4 bits or not at all: write quantisation=4bit",
+        ),
+        "load_in_8bit": Word(
+            values={False: SAYS_NOTHING}, note="students are packed in 4 bits: write quantisation=4bit"
         ),
         **dict.fromkeys(
             _STAGE_ONE.split(), Word(note="it is an option of stage one, `teacher-cache build`, not of `distill`")

@@ -45,6 +45,7 @@ from vlm_distill_cache.stage2_student.students.presets import (
     choose_size,
     fit_size,
     load_preset,
+    split_student_name,
     student_folder,
 )
 
@@ -277,6 +278,29 @@ def find_student(
         shell = _shell(model_class, config, vocab_size)
     check_frozen_parts(shell, cache_dir, needs_tower=not own_tower)
     return FoundStudent(shell, make)
+
+
+def preset_shell(student: str, cache_dir: Path, *, projector: str | None) -> VisionLanguageModel | None:
+    """A student by name and size, on no device, where what it needs to be made is not here; None: it is, or has no such name.
+
+    Its vision tower is its preset's, and so is its vocabulary.
+    """
+    name, size = split_student_name(student)
+    if name not in STUDENTS or size in ("auto", "tiny"):
+        return None
+    preset = load_preset(size, name)
+    if has_tower(cache_dir, preset["vision_tower"]["model_type"]) or projector == "taf":
+        return None
+    rows = int(preset["language_model"]["vocab_size"])
+    config = build_config(
+        preset,
+        cache_dir=cache_dir,
+        vocab_size=rows,
+        image_token_id=rows - 1,
+        special_token_ids={},
+        projector_type=projector,
+    )
+    return _shell(_FAMILIES[config.vision_config.model_type][1], config, rows)
 
 
 def build_config(

@@ -120,7 +120,8 @@ class LibraryStudent(nn.Module):
         own = getattr(self.model, "trainable_parameters", None)
         if own is not None:
             return list(own(phase))
-        self.requires_grad_(True)
+        for parameter in self.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())  # packed ones cannot
         if phase == "dpt":
             self.language_model.requires_grad_(False)
             for embedding in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):

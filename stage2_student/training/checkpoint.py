@@ -33,6 +33,7 @@ from vlm_distill_cache.common.files.hashing import file_checksum
 from vlm_distill_cache.common.files.rules import ANYTHING, OBJECT, Rule, check, entries, items, record, text
 from vlm_distill_cache.common.files.signed import document_bytes, list_files, read_signed, refuse_out_of_reach
 from vlm_distill_cache.stage2_student.students.shards import as_share
+from vlm_distill_cache.stage2_student.training.optimizers import fits, flat_averages
 from vlm_distill_cache.stage2_student.training.shard_files import SUFFIX, plain_state, read_averages, read_values
 
 CHECKPOINTS = "checkpoints"
@@ -359,13 +360,13 @@ def restore_training(state: Mapping[str, Any], optimizer: Optimizer) -> None:
     members = [group["params"] for group in own]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        found = saved["state"]
-        fits = [group["params"] for group in saved["param_groups"]] == members and all(
-            value.shape in ((), parameters[number].shape)
+        found = {number: flat_averages(averages) for number, averages in saved["state"].items()}
+        sound = [group["params"] for group in saved["param_groups"]] == members and all(
+            fits(name, value, parameters[number])
             for number, averages in found.items()
-            for value in averages.values()
+            for name, value in averages.items()
         )
-        if fits:
+        if sound:
             if "shares" in state:
                 found = read_averages(state["shares"], found, optimizer)
             found = {
@@ -374,8 +375,8 @@ def restore_training(state: Mapping[str, Any], optimizer: Optimizer) -> None:
             }
             optimizer.load_state_dict({"state": found, "param_groups": own})
     except _MISFITS:
-        fits = False
-    if not fits:
+        sound = False
+    if not sound:
         raise ConfigError(
             f"the newest checkpoint's optimizer is not of the {len(parameters)} parameters that this phase trains: it is "
             f"damaged. Delete its folder in {CHECKPOINTS} to go on from the one before"

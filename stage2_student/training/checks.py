@@ -43,11 +43,12 @@ from vlm_distill_cache.stage2_student.batches.dataset import (
 from vlm_distill_cache.stage2_student.batches.sampler import micro_batch_count
 from vlm_distill_cache.stage2_student.batches.signals import LossTerm
 from vlm_distill_cache.stage2_student.batches.united import UnitedDataset
-from vlm_distill_cache.stage2_student.config import TrainConfig
+from vlm_distill_cache.stage2_student.config import SAVINGS, TrainConfig
 from vlm_distill_cache.stage2_student.loss_weights import LossWeights
 from vlm_distill_cache.stage2_student.losses.terms import TERMS, choose_terms
 from vlm_distill_cache.stage2_student.students.encoder import knows_boxes
 from vlm_distill_cache.stage2_student.students.model import model_inputs_of
+from vlm_distill_cache.stage2_student.training.optimizers import refuse_no_bitsandbytes, try_8bit
 from vlm_distill_cache.stage2_student.training.trackers import refuse_missing
 
 PROBED_SAMPLES = 8
@@ -193,10 +194,30 @@ def check_machine(
     with each():
         refuse_missing(config.report_to)
     with each():
+        if config.quantisation != "none":
+            refuse_no_bitsandbytes(f"quantisation={config.quantisation}", instead="quantisation=none")
+        if config.optimizer == "adamw8bit":
+            try_8bit(torch.device("cuda" if on_gpu else "cpu"))
+    with each():
         lora = any(config.phase(name).trainable == "lora" for name in config.phases)
         if lora and importlib.util.find_spec("peft") is None:
             raise ConfigError(
                 "trainable=lora needs peft, which is not installed: run `pip install 'vlm-distill-cache[lora]'`"
+            )
+
+
+def refuse_undivided(config: TrainConfig, *, divides: bool) -> None:
+    """Refuse to divide a student among processes, as its launcher asks for, in ways of keeping it that are not divided.
+
+    Raises:
+        ConfigError: Naming the option.
+    """
+    plain = TrainConfig(cache=config.cache, output=config.output)
+    for name in SAVINGS if divides else ():
+        if (value := getattr(config, name)) != getattr(plain, name):
+            raise ConfigError(
+                f"{name}={value}: the launcher asks for FSDP2, which divides weights, gradients and averages as they always are; "
+                f"leave {name} out, or launch without FSDP2"
             )
 
 

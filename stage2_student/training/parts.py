@@ -6,7 +6,7 @@ Every phase of adapters begins with new ones and ends by merging them, as the re
 its phases; the merged ones stay in the checkpoint, and are merged again, in order, when the run resumes.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from vlm_distill_cache.common.attention.capture import checkpoint_recorded
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.hashing import checksum, fingerprint
 from vlm_distill_cache.stage2_student.config import RATES, RateName
+from vlm_distill_cache.stage2_student.students.packed import is_packed, unpacked_layer
 
 ADAPTER = "default"
 _MARK = ".lora_"
@@ -76,9 +77,14 @@ def add_adapters(student: Any, *, rank: int, alpha: float, dropout: float, seed:
     names = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
     before = {name: parameter.requires_grad for name, parameter in layers.named_parameters()}
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=names)
+    packed = any(is_packed(module) for module in layers.modules())
+    vars(layers)["is_loaded_in_4bit"] = packed  # peft asks for it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, layers, adapter_name=ADAPTER)
+    for name, parameter in layers.named_parameters():
+        if _MARK in name:
+            parameter.data = parameter.data.float()  # whatever the layers are kept in: they are small
     for name, parameter in layers.named_parameters():
         parameter.requires_grad_(before.get(plain_name(name), True))
     return list(adapter_parameters(student).values())
@@ -98,16 +104,22 @@ def plain_name(name: str) -> str:
 def merge_adapters(student: Any) -> None:
     """Add every adapter to its layer and put the plain layer back: W + alpha / rank * B A.
 
-    The student then computes the same up to rounding, and has the names and the size it had before.
+    The student then computes the same up to rounding, and has the names and the size it had before. Packed layers come back
+    as plain ones in main memory, float32.
     """
     from peft.tuners.lora import LoraLayer
 
     layers = decoder_layers(student)
     adapted = [(name, module) for name, module in layers.named_modules() if isinstance(module, LoraLayer)]
     for name, adapter in adapted:
-        adapter.merge(safe_merge=False, adapter_names=[ADAPTER])
+        base = adapter.get_base_layer()
+        if is_packed(base):
+            scale, first, then = (getattr(adapter, part)[ADAPTER] for part in ("scaling", "lora_A", "lora_B"))
+            base = unpacked_layer(base, scale * (then.weight @ first.weight))
+        else:
+            adapter.merge(safe_merge=False, adapter_names=[ADAPTER])
         parent, _, child = name.rpartition(".")
-        setattr(layers.get_submodule(parent), child, adapter.get_base_layer())
+        setattr(layers.get_submodule(parent), child, base)
     if hasattr(layers, "peft_config"):
         del layers.peft_config
 
@@ -161,13 +173,22 @@ Part = Literal["projector", "embeddings", "lm_head"]
 class TrainedParts:
     """The parts of one student over the phases of one run."""
 
-    def __init__(self, student: Any, *, rank: int, alpha: float, dropout: float) -> None:
-        self._student = student
+    def __init__(
+        self,
+        student: Any,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        pack: Callable[[nn.Module], object] | None = None,
+    ) -> None:
+        """Look at a student; ``pack`` packs its decoder's layers, again whenever adapters were merged into them."""
+        self._student, self._pack = student, pack
         self._rank, self._alpha, self._dropout = rank, alpha, dropout
         self._changed: set[str] = set()
         self._merged: list[dict[str, Tensor]] = []
         # Taken before anything is trained: what a resumed run must find again.
-        self._hashes = {name: hash_tensor(value) for name, value in student.named_parameters()}
+        self._hashes = {name: hash_tensor(value) for name, value in student.named_parameters() if not value.is_meta}
 
     def begin(
         self,
@@ -190,6 +211,8 @@ class TrainedParts:
             What is trained, by the name of its learning rate.
         """
         student = self._student
+        if self._pack is not None:
+            self._pack(decoder_layers(student))
         # Of a family that is not in the table the projector's place is unknown, and only the whole can be trained.
         wanted = trainable in ("projector", "lora") or "projector" in freeze or "projector_lr" in apart
         projector = student.trainable_parameters("dpt") if wanted else []
@@ -278,6 +301,8 @@ class TrainedParts:
             own[name].copy_(value)
 
     def _add_adapters(self, seed: int) -> None:
+        if self._pack is not None:
+            self._pack(decoder_layers(self._student))
         add_adapters(self._student, rank=self._rank, alpha=self._alpha, dropout=self._dropout, seed=seed)
 
     def _frozen(self) -> str:

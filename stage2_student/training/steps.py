@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.errors import ConfigError, ModelError
-from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.terminal.progress import progress
 from vlm_distill_cache.stage2_student.batches.batch import TrainingBatch
 from vlm_distill_cache.stage2_student.batches.prefetch import Prefetcher
@@ -24,6 +23,7 @@ from vlm_distill_cache.stage2_student.config import PhaseConfig, RateName, Sched
 from vlm_distill_cache.stage2_student.losses.objective import Losses, units_of
 from vlm_distill_cache.stage2_student.students.shards import whole_number
 from vlm_distill_cache.stage2_student.training.extension import earlier_training
+from vlm_distill_cache.stage2_student.training.optimizers import Kind, make_optimizer, step_seed
 from vlm_distill_cache.stage2_student.training.preparation import PreparedPhase
 
 
@@ -59,14 +59,21 @@ def set_learning_rates(optimizer: Optimizer, rates: Mapping[RateName, float]) ->
 
 
 def build_optimizer(
-    parameters: Mapping[RateName, list[nn.Parameter]], peaks: Mapping[RateName, float], *, weight_decay: float
-) -> AdamW:
+    parameters: Mapping[RateName, list[nn.Parameter]],
+    peaks: Mapping[RateName, float],
+    *,
+    weight_decay: float,
+    kind: Kind = "adamw",
+    seed: int = 0,
+) -> Optimizer:
     """AdamW with one fused update; biases and norms are not decayed.
 
     Args:
         parameters: By the name of their learning rate.
         peaks: Learning rates before the schedule.
         weight_decay: Per step and unit of learning rate.
+        kind: Of its averages.
+        seed: Of the rounding of bfloat16 parameters.
 
     Source:
         LLaVA-1.5 and CompoDistill: AdamW, betas (0.9, 0.999), weight decay 0.
@@ -81,7 +88,7 @@ def build_optimizer(
             {"params": vectors, "weight_decay": 0.0, **own},
         ]
     # A phase may train matrices only; AdamW accepts an empty group but a frozen state dict would then differ.
-    return AdamW([group for group in groups if group["params"]], lr=peaks["lr"], betas=(0.9, 0.999), fused=True)
+    return make_optimizer([group for group in groups if group["params"]], lr=peaks["lr"], kind=kind, seed=seed)
 
 
 def load_steps(
@@ -130,11 +137,6 @@ def load_steps(
 
             yield micro_batches, timing
             bar.update()
-
-
-def step_seed(*parts: object) -> int:
-    """A seed for the numbers drawn in one step, from what names it."""
-    return int(fingerprint([str(part) for part in parts])[:15], 16)
 
 
 def step_totals(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from vlm_distill_cache.stage2_student.students.model import StudentModel
 from vlm_distill_cache.stage2_student.students.shards import gather_into, shard_student
 from vlm_distill_cache.stage2_student.training.checkpoint import Position, restore_training, write_checkpoint
+from vlm_distill_cache.stage2_student.training.optimizers import Kind
 from vlm_distill_cache.stage2_student.training.parts import TrainedParts
 from vlm_distill_cache.stage2_student.training.preparation import PreparedPhase
 from vlm_distill_cache.stage2_student.training.shard_files import write_shares
@@ -44,6 +45,7 @@ class Working:
         *,
         seed: int,
         sharded: bool,
+        optimizer: Kind = "adamw",
     ) -> None:
         """Begin a phase afresh, or where a checkpoint of it left it.
 
@@ -53,8 +55,9 @@ class Working:
             parts: Its parts.
             saved: What a checkpoint of this phase holds, from `read_checkpoint`; None: it begins.
             accelerator: Of all processes.
-            seed: Of new adapters.
+            seed: Of new adapters, and of the rounding of bfloat16 weights.
             sharded: Whether the student is divided.
+            optimizer: Its kind.
         """
         config, self._accelerator, self._parts, self._student = phase.config, accelerator, parts, student
         by_rate = parts.begin(
@@ -70,14 +73,14 @@ class Working:
             )
             shares = dict(zip(map(id, student.parameters()), self.core.parameters(), strict=True))
             by_rate = {rate: [shares[id(value)] for value in whole] for rate, whole in by_rate.items()}
-        optimizer = build_optimizer(by_rate, config.rates, weight_decay=config.weight_decay)
+        built = build_optimizer(by_rate, config.rates, weight_decay=config.weight_decay, kind=optimizer, seed=seed)
         if saved is not None:
-            restore_training(saved, optimizer)
+            restore_training(saved, built)
         self.parameters = [value for values in by_rate.values() for value in values]
         if sharded:  # its gathered weights have the arithmetic's precision, which autocast would keep copies of
-            self.model, self.optimizer = self.core, accelerator.prepare_optimizer(optimizer, device_placement=False)
+            self.model, self.optimizer = self.core, accelerator.prepare_optimizer(built, device_placement=False)
         else:
-            self.model, self.optimizer = accelerator.prepare(self.core, optimizer)
+            self.model, self.optimizer = accelerator.prepare(self.core, built)
         self.model.train()
 
     def bring_back(self) -> None:

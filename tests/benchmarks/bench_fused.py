@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks.bench_measure import Spread, Values, paired_seconds, ratio
-from tests.stage2_student.live_bytes import LiveBytes
 from vlm_distill_cache.common.codecs.live import SparseLogits, select_entries
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.stage2_student.losses import fused
 from vlm_distill_cache.stage2_student.losses.fused import CHUNK_BYTES, fused_losses
 from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
+from vlm_distill_cache.stage2_student.training.live_bytes import LiveBytes
 
 ROWS = 4096
 """Of the memory count."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tests.stage2_student.live_bytes import LiveBytes
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -22,7 +23,6 @@ from transformers import (
 )
 
 from tests.benchmarks.bench_measure import Spread, Values, ratio
-from tests.stage2_student.live_bytes import LiveBytes
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.data import builtin
 from vlm_distill_cache.data.families.inputs import additive_mask

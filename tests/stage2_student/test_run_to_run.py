@@ -16,7 +16,7 @@ from vlm_distill_cache.data.sample import Dataset
 from vlm_distill_cache.stage2_student.train import switch_dropout_off, train
 from vlm_distill_cache.stage2_student.training import checkpoint as checkpoint_module
 from vlm_distill_cache.stage2_student.training.checkpoint import Position, write_checkpoint
-from vlm_distill_cache.stage2_student.training.steps import step_seed
+from vlm_distill_cache.stage2_student.training.optimizers import step_seed
 
 
 def test_a_students_own_dropout_is_off_in_training():

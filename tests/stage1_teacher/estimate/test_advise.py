@@ -12,6 +12,7 @@ from tiny_families import save_tiny
 
 from vlm_distill_cache.common.cache.manifest import read_manifest
 from vlm_distill_cache.common.errors import ConfigError
+from vlm_distill_cache.common.files.disk import parse_bytes
 from vlm_distill_cache.stage1_teacher.cli import ADVICE, main
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.estimate import advise as advise_module
@@ -23,7 +24,6 @@ from vlm_distill_cache.stage1_teacher.estimate.advise import (
     mark_best,
     measure_options,
     option_sets,
-    parse_bytes,
 )
 from vlm_distill_cache.stage1_teacher.estimate.advise_report import (
     advice_page,
@@ -230,10 +230,10 @@ def test_what_is_too_small_a_budget_is_said_with_what_would_take_less():
 
 
 def test_sizes_are_read_with_their_units_and_nothing_else_is():
-    assert [parse_bytes(text) for text in ("20GB", "1.5 TiB", "7", "3kb")] == [20e9, 1.5 * 2**40, 7, 3000]
+    assert [parse_bytes(text, "budget") for text in ("20GB", "1.5 TiB", "7", "3kb")] == [20e9, 1.5 * 2**40, 7, 3000]
     for text in ("", "GB", "-1GB", "nan", "inf", "1e400", "20 parsecs"):
         with pytest.raises(ConfigError, match="20GB"):
-            parse_bytes(text)
+            parse_bytes(text, "budget")
 
 
 @pytest.mark.slow

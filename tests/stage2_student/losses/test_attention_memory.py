@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from transformers import LlamaConfig, LlamaModel
 
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.rows import CHUNK_ELEMENTS, KEPT_ELEMENTS, SharedPlace, head_mean_attention
+from vlm_distill_cache.stage2_student.training.live_bytes import LiveBytes
 
 BATCH, WIDTH, LENGTH = 2, 256, 900
 CHUNK_BYTES = 4 * CHUNK_ELEMENTS["cpu"]

@@ -5,7 +5,6 @@ from unittest import mock
 import pytest
 import torch
 from fused_models import ROWS, VOCABULARY, WIDTH, TinyModel, batch, gradients_of, total_of
-from live_bytes import LiveBytes
 from loss_checks import normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,6 +14,7 @@ from vlm_distill_cache.common.codecs.live import SparseLogits
 from vlm_distill_cache.stage2_student.losses import fused
 from vlm_distill_cache.stage2_student.losses.fused import fused_losses
 from vlm_distill_cache.stage2_student.losses.logits import lm_loss, tail_bucket_loss
+from vlm_distill_cache.stage2_student.training.live_bytes import LiveBytes
 
 
 def leaves(*, dtype: torch.dtype = torch.float32):

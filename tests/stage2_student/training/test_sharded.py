@@ -15,6 +15,7 @@ from torch import nn
 
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.stage2_student import train as training
+from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.final_folder import read_final
 from vlm_distill_cache.stage2_student.scores.on_the_way import read_evaluations
 from vlm_distill_cache.stage2_student.students.shards import check_shardable
@@ -155,12 +156,13 @@ def test_a_folder_that_some_process_does_not_see_is_refused_before_the_first_ste
     monkeypatch.setattr(training, "broadcast_object_list", lambda sent: sent)
     monkeypatch.setattr(training, "gather_object", lambda sent: [*sent, False])
     two = SimpleNamespace(num_processes=2, is_main_process=True)
+    config = TrainConfig(cache="c", output=str(tmp_path))
     with pytest.raises(
         ConfigError, match=r"process 1 does not see what process 0 writes to .* all machines of this run share"
     ):
-        training.place_student(student, two, tmp_path, divides=True)
+        training.place_student(student, two, config, divides=True)
     monkeypatch.setattr(training, "gather_object", lambda sent: [*sent, True])
-    assert training.place_student(student, two, tmp_path, divides=True) == (student, True)
+    assert training.place_student(student, two, config, divides=True) == (student, True)
     assert not any(tmp_path.iterdir())
 
 

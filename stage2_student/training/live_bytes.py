@@ -1,6 +1,7 @@
 """Bytes of the tensors alive while a block runs: what an allocator would be asked for, on any device, even `meta`."""
 
 import weakref
+from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,12 +16,14 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, *before: Tensor) -> None:
+        """Begin at 0; ``before`` are tensors that are there."""
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in before}
         self.now = 0
         self.peak = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it returns."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):

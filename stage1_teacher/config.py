@@ -99,6 +99,8 @@ class BuildConfig:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         device_map: How to spread the teacher over several devices, as the model library takes it (``auto``, ``balanced``);
             empty: one device.
+        tensor_parallel: Ranks (processes, each on a GPU of its own) that hold the teacher together, each a part of every layer; part
+            of the plan, because the last bits depend on it. 0: as in an existing cache, else 1. `--nproc` and launchers count ranks.
         quantisation: Quantisation of the teacher's language model by bitsandbytes; ``4bit`` is NF4.
         max_failed_share: Largest tolerated share of unreadable samples, in [0, 1].
         max_unknown_share: Largest tolerated share of targets that are words the teacher's tokenizer lacks, in [0, 1]; they
@@ -155,6 +157,7 @@ class BuildConfig:
                 "(dft.losses.temperature=2 in stage two), or answer_temperature=1 for sampled answers"
             ),
         ),
+        **dict.fromkeys(("tp", "tp_size", "tensor_parallel_size"), Word(options=("tensor_parallel",))),
         **dict.fromkeys(("top_k", "k"), Word(note="write logits=fixed:K for the K likeliest tokens of each row")),
         "cache_dir": Word(
             note="write cache=FOLDER for the cache that is written; downloads of the hub go where the variable HF_HOME says"
@@ -197,6 +200,7 @@ class BuildConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     device_map: str = ""
+    tensor_parallel: int = 0
     quantisation: Literal["none", "8bit", "4bit"] = "none"
     max_failed_share: float = 0.01
     max_unknown_share: float = 0.25
@@ -224,11 +228,17 @@ class BuildConfig:
             ("limit", 0, 2**40), ("grid", 0, 64), ("frame_grid", 0, 64), ("frames.most", 1, 2**16 - 1), ("map_grid", 0, 64),
             ("groups", 0, 64), ("max_length", 0, 2**20),
             ("batch_size", 0, 2**16), ("shard_size", 1, 2**20), ("fidelity_samples", 0, 2**20), ("threads", 0, 1024),
-            ("num_workers", -1, 256),
+            ("tensor_parallel", 0, 256), ("num_workers", -1, 256),
         ):  # fmt: skip
             check_whole_number(name, attrgetter(name)(self), low, high)
         if not 0.001 <= self.frames.fps <= 1000:
             raise ConfigError(f"frames.fps: expected frames a second from 0.001 to 1000, got {self.frames.fps}")
+        beside = [f"{n}={getattr(self, n)}" for n in ("device_map", "quantisation") if getattr(self, n) not in ("", "none")]
+        if self.tensor_parallel > 1 and beside:
+            raise ConfigError(
+                f"tensor_parallel={self.tensor_parallel} with {beside[0]}: each is a way of its own to fit a large teacher, and they "
+                "do not go together; leave one of them out"
+            )
         if "://" in self.cache:
             raise ConfigError(
                 f"cache: a build writes to a folder, got {self.cache!r}; build into a folder, then run "

@@ -43,7 +43,9 @@ from vlm_distill_cache.stage1_teacher.planning.parts import (
     ANY,
     WHOLE,
     Part,
+    count_workers,
     fix_batch_size,
+    fix_ranks,
     fix_threads,
     refuse_shared_gpus,
     run_parts,
@@ -161,6 +163,7 @@ def extract_with_processes(
 
     This process writes the plan, watches the others, which take shards from a queue, and seals when they are done.
 
+    Where several hold the teacher together (``tensor_parallel``), these are one worker, and its first process starts the others.
     One process builds here, with as many threads as each of several would use. Of several machines (``part``), the
     share of this one is divided once more; ``any`` of them, they take from one queue.
 
@@ -168,8 +171,8 @@ def extract_with_processes(
         ProcessFailedError: With the first failure; finished shards are kept.
     """
     refuse_shared_gpus(config, processes)
-    config = fix_threads(config, several=True, overwrite=overwrite)
-    if processes == 1:
+    config = fix_threads(fix_ranks(config, overwrite=overwrite), several=True, overwrite=overwrite)
+    if (processes := count_workers(config, processes)) == 1:
         return extract(config, overwrite=overwrite, part=part)
     if uses_gpu(config):  # a context on a GPU takes half a gigabyte of it as long as its process lives
         teacher = run_apart(_begin_several, config, overwrite, name="plans the cache")
@@ -222,6 +225,8 @@ def begin(config: BuildConfig, *, overwrite: bool, several: bool) -> tuple[Path,
     hide_library_bars()
     cache_dir, given = Path(config.cache), config
     refuse_unwritable(cache_dir)
+    config = fix_ranks(config, overwrite=overwrite)
+    several = several or config.tensor_parallel > 1
     config = fix_batch_size(fix_threads(config, several=several, overwrite=overwrite), overwrite=overwrite)
     work = open_build(config)
     if (overwrite or stored_plan(cache_dir) is None) and ANSWERS not in work.codecs:
@@ -272,7 +277,7 @@ def recompute_fidelity(config: BuildConfig, *, samples: int) -> Manifest:
         raise CacheMismatchError(
             f"{cache_dir} was made of a served teacher's log-probabilities: there is no live teacher to compare it with"
         )
-    work = open_build(fix_batch_size(fix_threads(config, several=False)))
+    work = open_build(fix_batch_size(fix_threads(fix_ranks(config), several=False)))
     stored = read_plan(cache_dir)
     refuse_changed_plan(stored, work.plan, where=str(cache_dir))
     known = read_manifest(cache_dir).files

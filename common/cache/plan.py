@@ -31,6 +31,7 @@ STORE_NAMES = ("zarr", "webdataset")
 DESCRIPTIVE = ("name", "revision", "license", "cache_license", "source")  # in `teacher` and `data`: for people only
 LONG_SAMPLES = "long_samples"  # in `extra`: "truncate" where long samples were cut; absent where they were refused
 PROJECTION = "output_projection"  # in `extra`: "float32" where but for it a teacher ran in half precision; else absent
+RANKS = "tensor_parallel"  # in `extra`: processes that held the teacher together, on which the last bits depend; absent: one
 THREADS = "threads"  # in `extra`: CPU threads of the arithmetic, on which the last bits depend
 _MOST_LINES = 12  # of differences
 _FOLLOWS = ("  fingerprints.", "  geometry.")  # from settings, which are named first

@@ -67,6 +67,11 @@ class Launch:
     sharding: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
+    def of_groups(self, size: int) -> "Launch":
+        """As if each of so many successive processes were one; whole groups alone, which the caller makes sure of."""
+        return replace(self, rank=self.rank // size, size=max(1, self.size // size))
+
+
 ALONE = Launch()
 _AGENTS = frozenset(
     {
@@ -352,6 +357,11 @@ def meet(launch: Launch, *, limit_s: float | None = None) -> None:
             time.sleep(0.1)
     except RuntimeError as error:  # torch's errors of a connection
         raise _nobody_came(launch, f"the other processes are gone ({first_line(error)})") from error
+
+
+def meeting_place() -> Any:
+    """The key-value store of torch in which the processes of a launch have met (`meet`)."""
+    return _stores[0]
 
 
 @contextlib.contextmanager

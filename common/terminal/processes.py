@@ -3,10 +3,12 @@
 Torch is imported where it is used, so that a process that fails does so at once.
 """
 
+import contextlib
 import importlib
 import logging
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -21,6 +23,7 @@ from vlm_distill_cache.common.terminal.command_line import (
 )
 
 _POLL_S = 1.0
+_CLOSE_S = 5.0
 
 
 def run_processes(
@@ -68,6 +71,44 @@ def run_processes(
         for _, process, connection in processes:
             process.join()
             connection.close()
+
+
+def start_beside(
+    module: str, target: str, jobs: Sequence[tuple[str, tuple[Any, ...]]], *, on_end: Callable[[str], None]
+) -> Callable[[], None]:
+    """Start a function in one fresh process for each job; they end with this process at the latest.
+
+    Args:
+        module, target: The function, by name.
+        jobs: As of `run_processes`.
+        on_end: Called from a thread with what is known of the first that ends, unless `close` was called before.
+
+    Returns:
+        ``close``: waits until all have ended, a few seconds at most.
+    """
+    context = multiprocessing.get_context("spawn")
+    started, closing = [], threading.Event()
+    for name, arguments in jobs:
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=_process, args=(module, target, name, arguments, there), daemon=True)
+        with without_interrupts():
+            process.start()
+        there.close()
+        started.append((name, process, here))
+
+    def watch() -> None:
+        wait([process.sentinel for _, process, _ in started])
+        if not closing.is_set():
+            name, process, here = next(entry for entry in started if entry[1].exitcode is not None)
+            on_end(f"the process of {name} failed: {_told(here) or _ended(process)}")
+
+    def close() -> None:
+        closing.set()
+        for _, process, _ in started:
+            process.join(_CLOSE_S)
+
+    threading.Thread(target=watch, name="ranks", daemon=True).start()
+    return close
 
 
 def run_apart(target: Callable[..., Any], *arguments: Any, name: str) -> Any:
@@ -122,15 +163,17 @@ def _ended(process: SpawnProcess) -> str:
     return f"it ended with exit code {code}; what it printed is above"
 
 
+def _told(connection: Connection) -> str:
+    """What a process said went wrong; empty if it died before it could."""
+    with contextlib.suppress(EOFError):
+        if connection.poll():
+            return str(connection.recv())
+    return ""
+
+
 def _raise_failure(name: str, process: SpawnProcess, connection: Connection, *, kept: str) -> NoReturn:
-    told = ""
-    if connection.poll():
-        try:
-            told = connection.recv()
-        except EOFError:  # it died before it could say anything
-            told = ""
     raise ProcessFailedError(
-        f"the process of {name} failed: {told or _ended(process)}\n"
+        f"the process of {name} failed: {_told(connection) or _ended(process)}\n"
         f"The others were stopped; {kept}. Fix that, then run the same command again "
         "(another number of processes is fine)."
     )

@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
 
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.hub import is_without_weights
@@ -40,6 +42,7 @@ from vlm_distill_cache.common.models.published import (
     published_config,
 )
 from vlm_distill_cache.common.models.vision_language import rows_of
+from vlm_distill_cache.data.families.shares import gather_columns, refuse_shares
 from vlm_distill_cache.data.families.table import Family, family_of, submodule
 from vlm_distill_cache.data.families.unusable import refuse_unusable
 from vlm_distill_cache.data.families.videos import with_videos
@@ -87,6 +90,7 @@ def find_family_model(
     dtype: str = "float32",
     device_map: str = "",
     quantisation: Quantisation = "none",
+    tensor_parallel: int = 1,
     vision_tower: Path | None = None,
 ) -> tuple[FamilyModel, Callable[[], Any]]:
     """Look through a checkpoint directory: a library model of any family; MobileVLM, CompoDistill or LLaVA as published.
@@ -99,6 +103,7 @@ def find_family_model(
         device_map: As the library takes it (``auto``, ``balanced``, ``cuda:1``); empty: on the CPU, for the caller to
             move.
         quantisation: Of the language model's weights, by bitsandbytes; tower and projector keep ``dtype``.
+        tensor_parallel: Processes among which the library divides it, this one a part; their group must be there when it loads.
         vision_tower: Directory of the CLIP tower, for a published MobileVLM or LLaVA; it replaces one that is there.
 
     Returns:
@@ -106,8 +111,8 @@ def find_family_model(
 
     Raises:
         ModelError: If the directory holds no usable model, or only part of its weights; some of it when it is loaded.
-        ConfigError: If bitsandbytes or accelerate is missing for what is asked, or settings of its image processor cannot be
-            used.
+        ConfigError: If bitsandbytes or accelerate is missing for what is asked, settings of its image processor cannot be
+            used, or the model cannot be divided.
     """
     if is_without_weights(directory):
         return describe_family_model(directory), lambda: None
@@ -118,6 +123,7 @@ def find_family_model(
                 f"{directory} is a checkpoint in its authors' own layout, for which device_map and quantisation are not "
                 "available; choose a device instead (device=cuda:0)"
             )
+        refuse_shares(directory, found.shell, found.family, tensor_parallel)
         settings = _read_settings(
             directory,
             found.family,
@@ -135,6 +141,8 @@ def find_family_model(
                 directory, len(odd), dtype, BLOCK, odd[:3],
             )  # fmt: skip
         options = placement(found.family, dtype=dtype, device_map=device_map, quantisation=quantisation, kept=odd)
+        if tensor_parallel > 1:
+            options["distributed_config"] = DistributedConfig(tp_size=tensor_parallel)
     _, family, tokenizer, processor, image_encoder = settings
 
     def load() -> Any:
@@ -432,6 +440,14 @@ def _float32_projection(head: Any) -> Iterator[None]:
     if type(head) is not nn.Linear or head.weight.dtype.itemsize >= torch.float32.itemsize:
         yield
         return
+    if isinstance(head.weight, DTensor):  # in its own pass each process would wait for the others' parts of no row
+        divided = head.forward
+        head.forward = lambda hidden: _project_shares(hidden, head.weight, head.bias)
+        try:
+            yield
+        finally:
+            head.forward = divided
+        return
     found: list[Tensor] = []
 
     def project(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -454,6 +470,12 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         block = slice(start, start + step)
         logits[:, block] = rows @ weight[block].float().t()
     return (logits if bias is None else logits.add_(bias.float()))[None]
+
+
+def _project_shares(hidden: Tensor, weight: DTensor, bias: DTensor | None) -> Tensor:
+    """`_project`, of a weight whose rows are divided among processes."""
+    own = _project(hidden, weight.to_local(), None if bias is None else bias.to_local())[0]
+    return gather_columns(own, weight)[None]
 
 
 def input_device(model: Any) -> torch.device:

@@ -6,6 +6,7 @@ Dims: B batch, T longest prompt, V vocabulary.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,6 +95,51 @@ def left_padded_inputs(prompts: Sequence[EncodedSample], pad_id: int, device: to
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), **batch.image_inputs}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Tokens that continue prompts, int64 ``[B, new]`` on the CPU; ``finite`` and ``first_logits`` as of `Generated`."""
+
+    tokens: Tensor
+    finite: tuple[bool, ...]
+    first_logits: Tensor
+
+
+def draw_tokens(
+    model: Any,
+    arguments: Mapping[str, Any],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None,
+    pad_id: int,
+    end: Sequence[int],
+) -> Drawn:
+    """Continue prompts in one batch, token by token.
+
+    Args:
+        model: Any generating model of the library.
+        arguments: Of its ``generate``, on its device.
+        max_new_tokens: Longest continuation, its end token included.
+        sampling: None: greedy.
+        pad_id: Behind the end of those that are shorter.
+        end: Tokens that end one.
+    """
+    device, watch = device_of(model), _Watch(len(arguments["input_ids"]))
+    with own_settings(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if sampling is not None:
+            torch.manual_seed(sampling.seed)
+        output = model.generate(
+            **arguments,
+            **how_to_draw(sampling),
+            max_new_tokens=max_new_tokens,
+            num_beams=1,
+            pad_token_id=pad_id,
+            eos_token_id=list(end),
+            logits_processor=LogitsProcessorList([watch]),
+        )
+    made = output[:, arguments["input_ids"].shape[1] :].cpu()  # [B, new]
+    return Drawn(tokens=made, finite=tuple(watch.finite.tolist()), first_logits=watch.first)
+
+
 def generate_answers(
     model: Any,
     encoder: SampleEncoder,
@@ -102,6 +148,7 @@ def generate_answers(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     inputs: GenerationInputs = left_padded_inputs,
+    draw: Callable[..., Drawn] | None = None,
 ) -> Generated:
     """Continue prompts in one batch.
 
@@ -112,30 +159,18 @@ def generate_answers(
         max_new_tokens: Longest answer, its end token included.
         sampling: None: greedy.
         inputs: Makes the model's arguments.
+        draw: Of those, what `draw_tokens` gives; None: the model, by itself.
     """
     device, pad_id = device_of(model), pad_token_id(encoder)
-    arguments = inputs(prompts, pad_id, device)
-    end = encoder.end_token_ids
-    watch = _Watch(len(prompts))
-    with own_settings(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        if sampling is not None:
-            torch.manual_seed(sampling.seed)
-        output = model.generate(
-            **arguments,
-            **how_to_draw(sampling),
-            max_new_tokens=max_new_tokens,
-            num_beams=1,
-            pad_token_id=pad_id,
-            eos_token_id=end,
-            logits_processor=LogitsProcessorList([watch]),
-        )
-    made = output[:, arguments["input_ids"].shape[1] :].cpu()  # [B, new]
-    texts = encoder.tokenizer.batch_decode(made, skip_special_tokens=True)
+    arguments, end = inputs(prompts, pad_id, device), encoder.end_token_ids
+    draw = draw or partial(draw_tokens, model)
+    drawn = draw(arguments, max_new_tokens=max_new_tokens, sampling=sampling, pad_id=pad_id, end=end)
+    texts = encoder.tokenizer.batch_decode(drawn.tokens, skip_special_tokens=True)
     return Generated(
         texts=tuple(text.strip() for text in texts),
-        finished=tuple(bool(row) for row in torch.isin(made, torch.tensor(end)).any(dim=1)),
-        finite=tuple(watch.finite.tolist()),
-        first_logits=watch.first,
+        finished=tuple(bool(row) for row in torch.isin(drawn.tokens, torch.tensor(end)).any(dim=1)),
+        finite=drawn.finite,
+        first_logits=drawn.first_logits,
     )
 
 

@@ -169,6 +169,7 @@ def _generate(work: Build, codec: AnswersCodec, prompts: Sequence[EncodedSample]
         max_new_tokens=codec.max_new_tokens,
         sampling=sampling,
         inputs=partial(_inputs, work.teacher),
+        draw=work.teacher.draw,
     )
 
 

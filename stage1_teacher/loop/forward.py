@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vlm_distill_cache.common.errors import DistillError, ModelError, SampleError
+from vlm_distill_cache.common.errors import DistillError, ModelError, ProcessFailedError, SampleError
 from vlm_distill_cache.data.text.collate import Batch, collate, joinable, length_buckets
 from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage1_teacher.loop.signals import (
@@ -254,7 +254,7 @@ def one_checkpoint(work: Build, samples: Sequence[EncodedSample]) -> Iterator[No
     names = named([sample.sample_id for sample in samples])
     try:
         yield
-    except SampleError:
+    except (SampleError, ProcessFailedError):
         raise
     except DistillError as error:
         raise ModelError(f"{names}: {error}") from error

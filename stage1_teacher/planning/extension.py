@@ -15,7 +15,7 @@ from typing import Any
 
 from vlm_distill_cache.common.cache.documents import describe_differences
 from vlm_distill_cache.common.cache.manifest import Manifest
-from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, FRAMES, LONG_SAMPLES, THREADS, Plan, read_plan
+from vlm_distill_cache.common.cache.plan import DESCRIPTIVE, FRAMES, LONG_SAMPLES, RANKS, THREADS, Plan, read_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.schema import base_fields
 from vlm_distill_cache.common.cache.shared_images import VISUAL_SOURCE, with_visual_source
@@ -59,7 +59,8 @@ _SHOWN: dict[str, Callable[[Any], Any]] = {
     "groups": lambda codec: codec.groups,
 }
 _OF_WEIGHTS = ("teacher", "vision_tower")  # fingerprints that only weights tell
-_AUTOMATIC = {"batch_size": 0, "threads": 0, "max_length": 0, "template": "auto", "dtype": "auto"}  # as in the cache
+# As in the cache:
+_AUTOMATIC = {"batch_size": 0, "threads": 0, "tensor_parallel": 0, "max_length": 0, "template": "auto", "dtype": "auto"}
 _ANSWERS = AnswersCodec.signal  # an option, too
 _ANSWER_OPTIONS = ("max_new_tokens", "answer_temperature", "answer_top_p", "answer_seed")
 _BUILT_IN = re.compile(r"(?P<spec>easy-vqa|shapes(?::images=[0-9]{1,5}(?:,seed=[0-9]{1,9})?)?)(?:[\[/].*)?")
@@ -102,7 +103,7 @@ def with_options_of(
     totals = manifest.totals
     there: dict[str, Any] = {
         "store": plan.store, "shard_size": plan.shard_size, "batch_size": plan.batch_size,
-        "threads": plan.extra.get(THREADS), "max_length": plan.extra.get("max_length"),
+        "threads": plan.extra.get(THREADS), "tensor_parallel": plan.extra.get(RANKS), "max_length": plan.extra.get("max_length"),
         "frames": None if any(name.partition(".")[0] == FRAMES for name in given) else plan.extra.get(FRAMES),
         "long_samples": plan.extra.get(LONG_SAMPLES), "template": plan.template.get("name"),
         "dtype": teacher.get("dtype"), "quantisation": teacher.get("quantisation"),

@@ -52,6 +52,7 @@ def open_build(config: BuildConfig, *, loads: bool = True) -> Build:
         device=config.device,
         device_map=config.device_map,
         quantisation=config.quantisation,
+        tensor_parallel=config.tensor_parallel or 1,
         loads=loads,
     )
     refuse_signals(config.signals, teacher)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlm_distill_cache.common.cache.plan import THREADS
+from vlm_distill_cache.common.cache.plan import RANKS, THREADS
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.terminal.command_line import leave_one_core
 from vlm_distill_cache.common.terminal.launch import Launch
@@ -193,6 +193,27 @@ def fix_batch_size(config: BuildConfig, *, overwrite: bool = False) -> BuildConf
     return config if stored is None else replace(config, batch_size=stored.batch_size)
 
 
+def fix_ranks(config: BuildConfig, *, overwrite: bool = False) -> BuildConfig:
+    """Return the configuration with the ranks that hold the teacher together as in the cache that is there, unless given."""
+    stored = None if overwrite or config.tensor_parallel else stored_plan(Path(config.cache))
+    return config if stored is None else replace(config, tensor_parallel=int(stored.extra.get(RANKS, 0)))
+
+
+def count_workers(config: BuildConfig, processes: int) -> int:
+    """How many workers so many processes are, of which some hold a teacher together.
+
+    Raises:
+        ConfigError: If they do not come out even.
+    """
+    ranks = max(1, config.tensor_parallel)
+    if processes % ranks:
+        raise ConfigError(
+            f"--nproc {processes} with tensor_parallel={ranks}: so many processes hold one teacher; give --nproc a multiple of "
+            f"{ranks}, or leave it out for one teacher"
+        )
+    return processes // ranks
+
+
 def run_parts(
     target: Callable[[BuildConfig, Part], None], config: BuildConfig, parts: Sequence[Part], on_wait: Callable[[], None]
 ) -> None:
@@ -200,7 +221,7 @@ def run_parts(
 
     Args:
         target: Function of a module, of the options and a part.
-        config: The options; each process gets a GPU of its own where there are several.
+        config: The options; each process gets a GPU of its own where there are several, or as many as its teacher has ranks.
         on_wait: Called about once a second.
 
     Raises:
@@ -208,7 +229,7 @@ def run_parts(
     """
     jobs = []
     for local, part in enumerate(parts):
-        own = replace(config, device=local_device(config.device, local))
+        own = replace(config, device=local_device(config.device, local * max(1, config.tensor_parallel)))
         name = f"process {local + 1} of {len(parts)}" if part.queued else f"part {part}"
         jobs.append((name, (target.__module__, target.__name__, own, part)))
     run_processes(_run_part, jobs, on_wait=on_wait, kept="finished shards are kept")

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vlm_distill_cache.common.cache.plan import FRAMES, LONG_SAMPLES, PROJECTION, THREADS, Plan
+from vlm_distill_cache.common.cache.plan import FRAMES, LONG_SAMPLES, PROJECTION, RANKS, THREADS, Plan
 from vlm_distill_cache.common.cache.schema import ONE_PICTURE, SEVERAL_PICTURES, Field
 from vlm_distill_cache.common.cache.shared_images import with_visual_source
 from vlm_distill_cache.common.cache.side_files import MANIFEST
@@ -383,6 +383,7 @@ def make_plan(
             "max_length": encoder.max_length,
             **({} if encoder.long_samples == "refuse" else {LONG_SAMPLES: encoder.long_samples}),
             **({THREADS: config.threads} if config.threads else {}),
+            **({RANKS: config.tensor_parallel} if config.tensor_parallel > 1 else {}),
             # Caches of half precision that older versions began were projected in it: shards of both are not mixed.
             **({PROJECTION: "float32"} if teacher.dtype in ("bfloat16", "float16") else {}),
             **({FRAMES: {"fps": config.frames.fps, "most": config.frames.most}} if survey.videos else {}),

@@ -7,6 +7,7 @@ columns, and the output projection runs on supervised rows only, so neither ``[B
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,28 @@ from torch import Tensor, nn
 from vlm_distill_cache.common.attention.capture import AttentionCapture, AttentionRequest
 from vlm_distill_cache.common.attention.hidden import HiddenCapture
 from vlm_distill_cache.common.attention.layers import teacher_groups
+from vlm_distill_cache.common.codecs.live import map_tensors
 from vlm_distill_cache.common.errors import ConfigError, ModelError
 from vlm_distill_cache.common.files.atomic import read_json
 from vlm_distill_cache.common.models.tokens.tower_attention import by_visual_token, last_layer, observe_tower
 from vlm_distill_cache.data.families.inputs import text_config
 from vlm_distill_cache.data.families.models import (
+    FamilyModel,
     Quantisation,
     describe_family_model,
+    find_family_model,
     input_device,
     open_family_model,
     row_logits,
 )
+from vlm_distill_cache.data.families.shares import refuse_shares
 from vlm_distill_cache.data.families.table import Family, submodule
 from vlm_distill_cache.data.images.encoder import AnyImageEncoder
 from vlm_distill_cache.data.text.collate import Batch
+from vlm_distill_cache.data.text.generation import Drawn, Sampling, draw_tokens
 from vlm_distill_cache.data.text.processors import module_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from vlm_distill_cache.stage1_teacher.teacher.inputs import Request, TeacherInputs, prepare_inputs
+from vlm_distill_cache.stage1_teacher.teacher.ranks import Ranks, bound_by_library, following, join
 
 logger = logging.getLogger(__name__)
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -49,6 +56,7 @@ class Teacher:
         device: str = "auto",
         device_map: str = "",
         quantisation: Quantisation = "none",
+        tensor_parallel: int = 1,
         loads: bool = True,
     ) -> None:
         """Load a checkpoint directory of any family.
@@ -57,11 +65,12 @@ class Teacher:
             dtype: ``auto`` is float32 on CPU, bfloat16 on CUDA.
             device: ``auto`` is CUDA when there is one; unused with a device map.
             device_map: How the library spreads the model over devices (``auto``, ``balanced``, ...); empty: it does not.
+            tensor_parallel: Processes that hold a part of every layer each; this one leads them, or is one of them (`Ranks`).
             loads: False: only describe it; no value of its weights, which need not be there, is read, and nothing can be run.
 
         Raises:
             ModelError: If the directory is missing or holds no usable model.
-            ConfigError: If what quantisation needs is missing.
+            ConfigError: If what quantisation needs is missing, or the model cannot be divided among so many.
         """
         self.directory = directory
         wanted = find_device(device)
@@ -74,12 +83,16 @@ class Teacher:
         self.quantisation: Quantisation = quantisation
         if quantisation != "none" and not device_map:
             device_map = str(wanted)
-        if loads:
+        self.ranks: Ranks | None = None
+        if loads and tensor_parallel > 1:
+            opened = self._open_together(tensor_parallel, wanted)
+        elif loads:
             opened = open_family_model(directory, dtype=dtype, device_map=device_map, quantisation=quantisation)
         else:
             opened = describe_family_model(directory)
+            refuse_shares(directory, opened.model, opened.family, tensor_parallel)
         self.loads = loads
-        placed = device_map or quantisation != "none" or not loads
+        placed = device_map or quantisation != "none" or not loads or self.ranks is not None
         self.model: Any = (opened.model if placed else opened.model.to(wanted)).requires_grad_(requires_grad=False)
         self.device = input_device(self.model) if loads else wanted
         self.family: Family = opened.family
@@ -93,6 +106,24 @@ class Teacher:
         self.has_read = False  # a sample; before that nobody knows whether its files belong together
         self.depth = int(text_config(self.config).num_hidden_layers)
         self.capture, self.no_attention = self._open_capture()
+
+    def _open_together(self, count: int, device: torch.device) -> FamilyModel:
+        """As `open_family_model`, of this process's part; what refuses it does so before there are other ranks, or they load."""
+        find = partial(find_family_model, self.directory, dtype=self.dtype, tensor_parallel=count)
+        followed = following()
+        if followed is None:
+            opened, load = find()
+            self.ranks = ranks = join(count, device)
+            ranks.tell("open", directory=self.directory, dtype=self.dtype, threads=torch.get_num_threads())
+            with ranks.together(), bound_by_library(ranks.device):
+                model = load()
+        else:
+            self.ranks = ranks = followed
+            with ranks.together(), bound_by_library(ranks.device):
+                opened, load = find()
+                model = load()
+        ranks.holds(model)
+        return opened._replace(model=model)
 
     @property
     def language_model(self) -> nn.Module:
@@ -155,6 +186,14 @@ class Teacher:
             model's dtype, zero where rows are padding; or attention of the tower, float32 ``[N]`` of all samples' visual
             tokens in order.
         """
+        if self.ranks is None:
+            return self._run(inputs)
+        self.ranks.tell("run", inputs=inputs)
+        with self.ranks.together():
+            found = self._run(inputs)
+        return found
+
+    def _run(self, inputs: TeacherInputs) -> dict[str, Tensor]:
         inputs = inputs.to(self.device)
         hidden: AbstractContextManager[Mapping[str, Tensor]] = nullcontext({})
         if inputs.states:
@@ -170,7 +209,25 @@ class Teacher:
             name: by_visual_token(self.model, self.vision_tower, seen, inputs.model_inputs, tokens=sum(request.counts))
             for name, request in inputs.towers.items()
         }
-        return {**of_rows, **attention, **states, **of_towers}
+        gaze: Mapping[str, Tensor] = attention
+        if self.ranks is not None:  # each rank has as many heads, and the mean over its own
+            gaze = {name: self.ranks.mean(own) for name, own in attention.items()}
+        return {**of_rows, **gaze, **states, **of_towers}
+
+    @torch.inference_mode()
+    def draw(
+        self, arguments: Mapping[str, Any], *, max_new_tokens: int, sampling: Sampling | None, pad_id: int, end: Sequence[int]
+    ) -> Drawn:
+        """Continue prompts token by token, as `draw_tokens`; ``arguments`` are those of the model's ``generate``."""
+        settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "sampling": sampling, "pad_id": pad_id, "end": end,
+        }  # fmt: skip
+        if self.ranks is None:
+            return draw_tokens(self.model, arguments, **settings)
+        self.ranks.tell("draw", arguments=map_tensors(arguments, Tensor.cpu), **settings)
+        with self.ranks.together():
+            drawn = draw_tokens(self.model, map_tensors(arguments, lambda tensor: tensor.to(self.device)), **settings)
+        return drawn
 
     def check_ids(self, input_ids: Tensor) -> None:
         """Refuse token ids that the embedding has no row for: an accelerator would stop without saying why.

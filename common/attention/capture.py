@@ -182,6 +182,7 @@ class AttentionMaps(Mapping[str, Tensor]):
         self._sums: dict[str, list[Tensor | None]] = {n: [None] * len(r.groups) for n, r in requests.items()}
         self._pending = {name: set(request.layers) for name, request in requests.items()}
         self._stacked: dict[str, Tensor] = {}
+        self._last: dict[str, torch.device] = {}
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -198,8 +199,7 @@ class AttentionMaps(Mapping[str, Tensor]):
             )
         if name not in self._stacked:
             totals = [total for total in self._sums.pop(name) if total is not None]
-            # Layers of a model that is spread over devices give maps on several.
-            self._stacked[name] = torch.stack([total.to(totals[0].device) for total in totals], dim=1)
+            self._stacked[name] = torch.stack([total.to(self._last[name]) for total in totals], dim=1)
         return self._stacked[name]
 
     def add(self, name: str, layer: int, attention: Tensor) -> None:
@@ -214,7 +214,9 @@ class AttentionMaps(Mapping[str, Tensor]):
         for index, group in enumerate(self._requests[name].groups):
             if layer in group:
                 total, part = sums[index], attention / len(group)
-                sums[index] = part if total is None else total + part.to(total.device)
+                # Layers of a model that is spread over devices give maps on several: none waits for what comes behind it.
+                sums[index] = part if total is None else total.to(part.device) + part
+        self._last[name] = attention.device
 
     def check_complete(self) -> None:
         """Raise ModelError if any request lacks a layer."""

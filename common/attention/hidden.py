@@ -94,7 +94,8 @@ class HiddenCapture:
             raise ModelError(f"hidden states {missing} were not seen: run the model once inside record()")
         places = getattr(self._model, "places", None)
         for name, request in requests.items():
-            states = [seen[layer].to(request.rows.device) for layer in request.layers]
+            last = seen[max(request.layers)].device  # of a model on several none waits for what comes behind it
+            states = [seen[layer].to(last) for layer in request.layers]
             rows = request.rows if places is None else renumber(request.rows, places)
             found[name] = gather_rows(torch.stack(states, dim=2), rows)  # of [B, T, S, D]
 

@@ -47,7 +47,7 @@ from vlm_distill_cache.stage1_teacher.loop.unknown_words import UnknownBudget, U
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.cache_folder import stored_plan
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
-from vlm_distill_cache.stage1_teacher.planning.parts import fix_threads
+from vlm_distill_cache.stage1_teacher.planning.parts import fix_threads, refuse_ranks
 from vlm_distill_cache.stage1_teacher.planning.plan import codecs_for, fields_of
 from vlm_distill_cache.stage1_teacher.quality.card import write_card
 from vlm_distill_cache.stage1_teacher.quality.fidelity import Seen, Totals, compare, first_sample
@@ -356,6 +356,7 @@ def measure_options(config: BuildConfig, folder: Path, *, samples: int) -> Measu
         DataError: If no sample of the probe can be used.
         DistillError: With the remedy, if teacher or data cannot be used.
     """
+    refuse_ranks(config, "advise")
     work = open_build(fix_threads(config, several=False, overwrite=True))
     positions = probe_positions(len(work.dataset), samples, max(1, samples // NEIGHBOURS))
     plan = replace(work.plan, sample_count=len(positions))

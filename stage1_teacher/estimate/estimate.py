@@ -14,7 +14,7 @@ from vlm_distill_cache.common.printing import size_words
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.estimate.probe import Probe, measure_probe
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
-from vlm_distill_cache.stage1_teacher.planning.parts import fix_threads
+from vlm_distill_cache.stage1_teacher.planning.parts import fix_threads, refuse_ranks
 from vlm_distill_cache.stage1_teacher.quality.fidelity import CONTROL_BATCH
 
 STEP_FORWARDS = 3.0  # a training step costs about three forward passes: one forward, two for the gradients
@@ -141,6 +141,7 @@ def estimate(config: BuildConfig, scenario: Scenario, *, samples: int) -> Estima
     Raises:
         DistillError: With the remedy, if teacher or data cannot be used.
     """
+    refuse_ranks(config, "estimate")
     started = time.perf_counter()
     work = open_build(fix_threads(config, several=False, overwrite=True))
     load = time.perf_counter() - started

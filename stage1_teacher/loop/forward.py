@@ -2,7 +2,8 @@
 
 A background thread collates ahead. The thread that drives the teacher queues a batch, the reduction of its output and
 the copies to the CPU, and only then looks at the results of the batch before it. Whether those are finite is known
-one batch late. On a CPU the same code runs, and nothing is ever pending.
+one batch late. On a CPU the same code runs, and nothing is ever pending. Where a teacher's layers lie on several GPUs
+(``device_map``), each has a batch at work: as many batches wait as there are GPUs.
 
 A batch for which memory does not suffice runs again in two halves, and these if need be. Which samples run together decides
 the last bits of what is cached, so the shard keeps how many batches did (`EncodedShard.divided`); the plan's batch size stays,
@@ -11,6 +12,7 @@ and is tried with every other batch.
 
 import logging
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -115,15 +117,14 @@ def _run_samples(work: Build, shard: EncodedShard, batch_size: int) -> Iterator[
     samples = list(shard.samples)
     buckets = length_buckets([len(sample) for sample in samples], batch_size)
     chosen = (group for bucket in buckets for group in joinable([samples[index] for index in bucket]))
-    before: _Queued | None = None
+    waiting, most = deque[_Queued](), max(1, len(work.teacher.gpus))
     unread: list[tuple[EncodedSample, ModelError]] = []
     for ready in run_ahead(partial(_prepare, work), chosen, count=BATCHES_AHEAD, name="collate"):
-        queued = _queue(work, ready)
-        if before is not None:
-            yield from _finish(work, shard, before, unread)
-        before = queued
-    if before is not None:
-        yield from _finish(work, shard, before, unread)
+        waiting.append(_queue(work, ready))
+        if len(waiting) > most:
+            yield from _finish(work, shard, waiting.popleft(), unread)
+    while waiting:
+        yield from _finish(work, shard, waiting.popleft(), unread)
     for sample, fault in unread:
         if not work.teacher.has_read:
             raise fault

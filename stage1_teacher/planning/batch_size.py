@@ -6,7 +6,7 @@ who builds or resumes the cache takes it from there.
 On a GPU the teacher's real pass is tried at growing powers of two, on the longest input that the encoder admits: how
 long a data set's longest sample is, is not known before all of it has been read, and a build that runs out of memory
 after a day is worse than one whose batches are half as large. Beyond a few thousand tokens a batch no GPU computes faster
-anyway. Of a teacher on several GPUs (``device_map``) the memory of each counts. The input is made from a real sample, so
+anyway. Of a teacher on several GPUs (``device_map``, ``tensor_parallel``) the memory of each counts. The input is made from a real sample, so
 that every family gets the picture inputs that it wants: the one with the most visual tokens of a few, that with the most
 pictures among them, its text repeated up to ``max_length``, every row behind the picture supervised. Pictures of more
 tokens than these cost the vision tower more; that is what the head room is for.
@@ -29,6 +29,7 @@ from vlm_distill_cache.data.text.encoding import EncodedSample
 from vlm_distill_cache.stage1_teacher.loop.forward import run_once
 from vlm_distill_cache.stage1_teacher.loop.signals import EXTRACTORS
 from vlm_distill_cache.stage1_teacher.loop.work import Build
+from vlm_distill_cache.stage1_teacher.teacher.ranks import Ranks
 
 LARGEST = 64  # samples
 CPU_LARGEST = 16
@@ -48,23 +49,42 @@ def automatic_batch_size(work: Build, fullest: str = "") -> int:
         ModelError: If not even one sample fits.
         DataError: If no sample can be used.
     """
-    device = work.teacher.device
+    device, ranks = work.teacher.device, work.teacher.ranks
     if device.type != "cuda":
         one, room = _activation_bytes(work, fullest), int(free_memory(device) * CPU_MEMORY_SHARE)
+        room //= 1 if ranks is None else ranks.size  # of one machine
         return largest_batch(lambda size: [size * one], budget=[room], most=CPU_LARGEST)
-    devices, sample = gpus_of(work.teacher.model), longest_input(work, fullest)
+    devices, sample = work.teacher.gpus, longest_input(work, fullest)
 
     def measure(batch_size: int) -> list[int]:
         return pass_bytes(work, sample, batch_size, devices)
 
     torch.cuda.empty_cache()
+    if ranks is not None:
+        budget = [int(free * MEMORY_SHARE) for free in ranks.free]
+        return largest_batch(of_all_ranks(ranks, measure, budget), budget=budget)
     return largest_batch(measure, budget=[int(free_memory(gpu) * MEMORY_SHARE) for gpu in devices])
 
 
-def gpus_of(model: torch.nn.Module) -> list[torch.device]:
-    """The GPUs that hold a part of a model, in order."""
-    tensors = (*model.parameters(), *model.buffers())
-    return sorted({tensor.device for tensor in tensors if tensor.device.type == "cuda"}, key=str)
+def of_all_ranks(
+    ranks: Ranks, measure: Callable[[int], Sequence[int]], budget: Sequence[int]
+) -> Callable[[int], Sequence[int]]:
+    """What a pass takes of each rank's device, growing by twos; ``measure`` says it of the leader's.
+
+    A pass that would not fit if it took twice of what half of it did is not tried: where memory runs out on ranks at unlike
+    places, none can go on.
+    """
+    taken: list[int] = []
+
+    def measure_all(batch_size: int) -> list[int]:
+        doubled = [2 * before for before in taken]
+        if any(used > room for used, room in zip(doubled, budget, strict=False)):
+            return doubled
+        own = max(measure(batch_size))
+        taken[:] = [max(own, ranks.taken[0]), *ranks.taken[1:]]  # the leader also reduces what it found
+        return [*taken]
+
+    return measure_all
 
 
 def pass_bytes(work: Build, sample: EncodedSample, batch_size: int, devices: Sequence[torch.device]) -> list[int]:

@@ -199,6 +199,19 @@ def fix_ranks(config: BuildConfig, *, overwrite: bool = False) -> BuildConfig:
     return config if stored is None else replace(config, tensor_parallel=int(stored.extra.get(RANKS, 0)))
 
 
+def refuse_ranks(config: BuildConfig, command: str) -> None:
+    """Refuse several ranks in a command that times one process.
+
+    Raises:
+        ConfigError: With what says as much.
+    """
+    if config.tensor_parallel > 1:
+        raise ConfigError(
+            f"tensor_parallel={config.tensor_parallel}: `teacher-cache {command}` measures a teacher that one process holds; build "
+            "a cache of a few samples (--limit 200) in a folder of its own, which says what it takes (`teacher-cache report`)"
+        )
+
+
 def count_workers(config: BuildConfig, processes: int) -> int:
     """How many workers so many processes are, of which some hold a teacher together.
 

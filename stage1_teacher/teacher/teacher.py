@@ -7,7 +7,7 @@ columns, and the output projection runs on supervised rows only, so neither ``[B
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,12 @@ class Teacher:
         ranks.holds(model)
         return opened._replace(model=model)
 
+    @cached_property
+    def gpus(self) -> tuple[torch.device, ...]:
+        """The GPUs that hold a part of this process's model, in order; none on a CPU."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return tuple(sorted({tensor.device for tensor in tensors if tensor.device.type == "cuda"}, key=str))
+
     @property
     def language_model(self) -> nn.Module:
         """The decoder; of a family that is not listed it is not known where it is."""
@@ -203,8 +209,11 @@ class Teacher:
             received = observe_tower(self.vision_tower, last_layer(self.config, self.vision_tower))
         with self._record(inputs.attention) as attention, hidden as states, received as seen:
             logits = row_logits(self.model, inputs.model_inputs, inputs.rows)  # [A, V]
-            logits = logits.to(self.device, non_blocking=True)
-        of_rows = {name: logits if place is None else logits[place] for name, place in inputs.places.items()}
+        # What was found stays where it was: the first device of several would wait for the last one's, and begin nothing.
+        of_rows = {
+            name: logits if place is None else logits[place.to(logits.device, non_blocking=True)]
+            for name, place in inputs.places.items()
+        }
         of_towers = {
             name: by_visual_token(self.model, self.vision_tower, seen, inputs.model_inputs, tokens=sum(request.counts))
             for name, request in inputs.towers.items()

@@ -37,7 +37,6 @@ from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
 from vlm_distill_cache.stage1_teacher.planning.batch_size import (
     MEMORY_SHARE,
     free_memory,
-    gpus_of,
     longest_input,
     pass_bytes,
 )
@@ -111,7 +110,7 @@ def _bare_passes(place: Place, teacher: Path) -> tuple[Figures, float, int]:
     work = open_build(place.config(teacher, "none", dtype="bfloat16"))
     found: Figures = {"batch size": work.plan.batch_size, "opening and probing, s": time.perf_counter() - began}
     found["parameters"] = sum(parameter.numel() for parameter in work.teacher.model.parameters())
-    if gpus := gpus_of(work.teacher.model):
+    if gpus := work.teacher.gpus:
         found |= _probed(work, gpus)
     size = min(work.plan.batch_size, work.plan.shard_size)
     batches = list(_batches(replace(work, plan=replace(work.plan, batch_size=size))))
@@ -207,7 +206,7 @@ def _cramped(place: Place, work: Build, size: int) -> Iterator[None]:
         with patch.object(Build, "run", limited):
             yield
         return
-    gpus, sample = gpus_of(work.teacher.model), longest_input(work)
+    gpus, sample = work.teacher.gpus, longest_input(work)
     few, all_ = (pass_bytes(work, sample, count, gpus)[0] for count in (size // 4, size))
     room = torch.cuda.memory_reserved() + few + (all_ - few) // 4
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)

@@ -121,7 +121,7 @@ def test_the_probe_of_a_teacher_on_several_gpus_looks_at_each_of_them(tmp_path: 
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: 50)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda gpu: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: 50 + 100 * size[0])
-    assert batch_sizes.gpus_of(model) == gpus
+    assert work.teacher.gpus == tuple(gpus)
     assert automatic_batch_size(work) == 2
     monkeypatch.setattr(batch_sizes, "free_memory", lambda gpu: 10**6)
     assert automatic_batch_size(work) == 4

@@ -99,8 +99,8 @@ class BuildConfig:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         device_map: How to spread the teacher over several devices, as the model library takes it (``auto``, ``balanced``);
             empty: one device.
-        tensor_parallel: Ranks (processes, each on a GPU of its own) that hold the teacher together, each a part of every layer; part
-            of the plan, because the last bits depend on it. 0: as in an existing cache, else 1. `--nproc` and launchers count ranks.
+        tensor_parallel: Processes, each on a GPU of its own, that hold the teacher together, a part of every layer each; part of the
+            plan, because the last bits depend on it. 0: as in an existing cache, else 1. `--nproc` counts all of them.
         quantisation: Quantisation of the teacher's language model by bitsandbytes; ``4bit`` is NF4.
         max_failed_share: Largest tolerated share of unreadable samples, in [0, 1].
         max_unknown_share: Largest tolerated share of targets that are words the teacher's tokenizer lacks, in [0, 1]; they
@@ -233,10 +233,10 @@ class BuildConfig:
             check_whole_number(name, attrgetter(name)(self), low, high)
         if not 0.001 <= self.frames.fps <= 1000:
             raise ConfigError(f"frames.fps: expected frames a second from 0.001 to 1000, got {self.frames.fps}")
-        beside = [f"{n}={getattr(self, n)}" for n in ("device_map", "quantisation") if getattr(self, n) not in ("", "none")]
-        if self.tensor_parallel > 1 and beside:
+        beside = f"device_map={self.device_map}" if self.device_map else f"quantisation={self.quantisation}"
+        if self.tensor_parallel > 1 and (self.device_map or self.quantisation != "none"):
             raise ConfigError(
-                f"tensor_parallel={self.tensor_parallel} with {beside[0]}: each is a way of its own to fit a large teacher, and they "
+                f"tensor_parallel={self.tensor_parallel} with {beside}: each is a way of its own to fit a large teacher, and they "
                 "do not go together; leave one of them out"
             )
         if "://" in self.cache:

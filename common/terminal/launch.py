@@ -66,8 +66,7 @@ class Launch:
     hosted: bool = False
     sharding: Mapping[str, str] = field(default_factory=dict, compare=False)
 
-
-    def of_groups(self, size: int) -> "Launch":
+    def of_groups(self, size: int) -> Launch:
         """As if each of so many successive processes were one; whole groups alone, which the caller makes sure of."""
         return replace(self, rank=self.rank // size, size=max(1, self.size // size))
 

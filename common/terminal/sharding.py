@@ -49,7 +49,7 @@ _INSTEAD = {
     "`torchrun --nproc-per-node N --no-python distill train ...` with the options as they are; and FSDP2 for a student that "
     "is too large for that: `--set sharding=fsdp2` beside either",
     "teacher": "What works is the whole teacher in every process, each with its share of the data: `teacher-cache build --nproc "
-    "N`; or, for a teacher that is larger than a GPU, one process and `--set device_map=auto`",
+    "N`; or, for a teacher that is larger than a GPU, `--set tensor_parallel=N`, or one process and `--set device_map=auto`",
 }  # fmt: skip
 
 

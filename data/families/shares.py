@@ -48,12 +48,12 @@ def refuse_shares(directory: Path, model: Any, family: Family, count: int) -> No
             f"{asked}: the installed transformers would divide what students need whole ({', '.join(seen[:3])}); {_OTHERS}"
         )
     text = text_config(model.config)
-    for name in _HEADS:
-        heads = getattr(text, name, None) or text.num_attention_heads
-        if heads % count:
-            fit = [number for number in range(2, heads + 1) if all((getattr(text, n, None) or heads) % number == 0 for n in _HEADS)]
-            instead = f"set {' or '.join(map(str, fit))}, or {_OTHERS}" if fit else _OTHERS
-            raise ConfigError(f"{asked} has {heads} heads ({name}), which {count} processes cannot share; {instead}")
+    heads = {name: getattr(text, name, None) or text.num_attention_heads for name in _HEADS}
+    for name, number in heads.items():
+        if number % count:
+            fit = [str(few) for few in range(2, number + 1) if not any(of % few for of in heads.values())]
+            instead = f"set {' or '.join(fit)}, or {_OTHERS}" if fit else _OTHERS
+            raise ConfigError(f"{asked} has {number} heads ({name}), which {count} processes cannot share; {instead}")
 
 
 def gather_columns(own: Tensor, weight: DTensor) -> Tensor:

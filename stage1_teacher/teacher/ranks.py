@@ -105,7 +105,7 @@ class Ranks:
         self._inside, fault = True, None
         try:
             yield
-        except Exception as error:  # whatever it is, the others wait for this one
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others wait for this one
             fault = error
         taken = torch.cuda.max_memory_allocated(self.device) - before if on_gpu else 0
         free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else 0
@@ -124,7 +124,11 @@ class Ranks:
         kinds, counts, self.taken, self.free = (tuple(row) for row in torch.stack(told, dim=1).tolist())
         if len({*counts}) > 1:
             lacked = [str(rank) for rank, found in enumerate(kinds) if found == _MEMORY]
-            why = f"memory did not suffice on rank {' and '.join(lacked)}" if lacked else "a pass ended otherwise on some"
+            why = (
+                f"memory did not suffice on rank {' and '.join(lacked)}"
+                if lacked
+                else "a pass ended, on some otherwise"
+            )
             raise ProcessFailedError(
                 f"rank {self.rank} of {self.size}: {why}, at another place than on the others, so none can go on. Finished "
                 "shards are kept; end what else runs on the devices, then run the same command again, or begin a new cache "
@@ -152,8 +156,9 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # torch's errors of a connection
-            lacks = isinstance(fault, torch.OutOfMemoryError)
-            why = "lacks memory, and the others do not" if lacks else "lost the others: what they said stands beside this line"
+            why = "lost the others: what they said stands beside this line"
+            if isinstance(fault, torch.OutOfMemoryError):
+                why = "lacks memory, and the others do not"
             raise ProcessFailedError(
                 f"rank {self.rank} of {self.size} {why}. Finished shards are kept, and the same command goes on from there"
             ) from (fault or error)
@@ -186,10 +191,11 @@ def join(size: int, device: torch.device) -> Ranks:
             )
         refuse_devices(size, device)
         store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-        devices = [torch.device("cuda", (device.index or 0) + rank) if device.type == "cuda" else device for rank in range(size)]
-        jobs = [
-            (f"rank {rank} of {size}", (store.port, rank, size, str(devices[rank]))) for rank in range(1, size)
+        devices = [
+            torch.device("cuda", (device.index or 0) + rank) if device.type == "cuda" else device
+            for rank in range(size)
         ]
+        jobs = [(f"rank {rank} of {size}", (store.port, rank, size, str(devices[rank]))) for rank in range(1, size)]
         close = start_beside(*_FOLLOWERS, jobs, on_end=_lost)
         _form(store, rank=0, size=size, device=devices[0], close=close)
     [ranks] = _joined
@@ -266,7 +272,9 @@ def _form(
 def _lost(said: str) -> None:
     """End this process, because one that it started has ended: it may be waiting for that one in code that knows no end."""
     time.sleep(_LEFT_S)
-    logger.error("%s\nThe teacher's other ranks were stopped; the same command goes on from the last finished shard", said)
+    logger.error(
+        "%s\nThe teacher's other ranks were stopped; the same command goes on from the last finished shard", said
+    )
     os._exit(1)
 
 

@@ -196,8 +196,7 @@ class Teacher:
             return self._run(inputs)
         self.ranks.tell("run", inputs=inputs)
         with self.ranks.together():
-            found = self._run(inputs)
-        return found
+            return self._run(inputs)
 
     def _run(self, inputs: TeacherInputs) -> dict[str, Tensor]:
         inputs = inputs.to(self.device)
@@ -225,7 +224,13 @@ class Teacher:
 
     @torch.inference_mode()
     def draw(
-        self, arguments: Mapping[str, Any], *, max_new_tokens: int, sampling: Sampling | None, pad_id: int, end: Sequence[int]
+        self,
+        arguments: Mapping[str, Any],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        pad_id: int,
+        end: Sequence[int],
     ) -> Drawn:
         """Continue prompts token by token, as `draw_tokens`; ``arguments`` are those of the model's ``generate``."""
         settings: dict[str, Any] = {
@@ -235,8 +240,7 @@ class Teacher:
             return draw_tokens(self.model, arguments, **settings)
         self.ranks.tell("draw", arguments=map_tensors(arguments, Tensor.cpu), **settings)
         with self.ranks.together():
-            drawn = draw_tokens(self.model, map_tensors(arguments, lambda tensor: tensor.to(self.device)), **settings)
-        return drawn
+            return draw_tokens(self.model, map_tensors(arguments, lambda tensor: tensor.to(self.device)), **settings)
 
     def check_ids(self, input_ids: Tensor) -> None:
         """Refuse token ids that the embedding has no row for: an accelerator would stop without saying why.

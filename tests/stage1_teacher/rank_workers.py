@@ -27,10 +27,10 @@ from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.stage1_teacher import extract as extracting
 from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.extract import extract
+from vlm_distill_cache.stage1_teacher.loop import forward
 from vlm_distill_cache.stage1_teacher.planning.leases import Leases
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
 from vlm_distill_cache.stage1_teacher.planning.parts import ANY
-from vlm_distill_cache.stage1_teacher.loop import forward
 from vlm_distill_cache.stage1_teacher.teacher import ranks as together
 from vlm_distill_cache.stage1_teacher.teacher.follow import follow
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher

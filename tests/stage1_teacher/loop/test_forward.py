@@ -56,6 +56,31 @@ def one_after_the_other(work: Build, shard: EncodedShard) -> list:
     return done
 
 
+def test_as_many_batches_wait_as_gpus_hold_the_teacher_and_nothing_else_changes(work: Build, monkeypatch):
+    expected = records_of(work, list(run_shard(work, encoded(work), 2)))
+    counts, queue, finish = [0], forward._queue, forward._finish
+
+    def counted_queue(*arguments):
+        counts.append(counts[-1] + 1)
+        return queue(*arguments)
+
+    def counted_finish(*arguments):
+        counts.append(counts[-1] - 1)
+        yield from finish(*arguments)
+
+    monkeypatch.setattr(forward, "_queue", counted_queue)
+    monkeypatch.setattr(forward, "_finish", counted_finish)
+    for gpus, most in ((0, 2), (1, 2), (3, 4)):
+        work.teacher.gpus = tuple(torch.device("cuda", number) for number in range(gpus))
+        del counts[1:]
+        found = records_of(work, list(run_shard(work, encoded(work), 2)))
+        assert max(counts) == most, gpus
+        assert list(found) == list(expected)
+        for name, record in expected.items():
+            for field, array in record.items():
+                np.testing.assert_array_equal(array, found[name][field])
+
+
 def records_of(work: Build, done) -> dict[str, dict[str, np.ndarray]]:
     found = {}
     for batch, signals in done:

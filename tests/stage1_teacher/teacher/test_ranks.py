@@ -29,7 +29,17 @@ from vlm_distill_cache.stage1_teacher.teacher.ranks import join_launched, refuse
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
 CLOSE = 1e-5
-OTHERS = ("qwen2_5_vl", "smolvlm", "internvl", "gemma3", "paligemma", "llava_next", "llava_onevision", "idefics3", "llava_original")
+OTHERS = (
+    "qwen2_5_vl",
+    "smolvlm",
+    "internvl",
+    "gemma3",
+    "paligemma",
+    "llava_next",
+    "llava_onevision",
+    "idefics3",
+    "llava_original",
+)
 
 
 def run_workers(folder: Path, teachers: list[Path]) -> dict[str, Any]:

@@ -170,7 +170,7 @@ _EXTRA = record(
         "max_length": whole(0, 1 << 24),
         "long_samples": one_of("refuse", "truncate"),
         "threads": whole(0, 1 << 16),
-        "tensor_parallel": whole(2, 1 << 16),
+        "tensor_parallel": whole(2, 256),
         "output_projection": one_of("float32"),
         "frames": record({"fps": number(1e-3, 1e3), "most": whole(1, 1 << 16)}, free=True),
         "order": OBJECT,

@@ -41,7 +41,7 @@ from vlm_distill_cache.stage1_teacher.planning.extension import (
     with_options_of,
 )
 from vlm_distill_cache.stage1_teacher.planning.open import open_build, open_data
-from vlm_distill_cache.stage1_teacher.planning.parts import Part
+from vlm_distill_cache.stage1_teacher.planning.parts import Part, fix_ranks
 from vlm_distill_cache.stage1_teacher.planning.plan import LOOKED_AT, refuse_settings
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
 from vlm_distill_cache.stage1_teacher.teacher.teacher import find_device
@@ -83,7 +83,7 @@ def preview_build(
     with outlook.checking():
         known = None if estimate is None else _read_estimate(estimate)
     with looking_only() as missing:
-        work = _open(outlook, config, missing)
+        work = _open(outlook, fix_ranks(config, overwrite=overwrite), missing)
         if work is not None:
             with outlook.checking():
                 _look_at_samples(work)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vlm_distill_cache.common.errors import ConfigError, ProcessFailedError
+from vlm_distill_cache.common.errors import ConfigError, LaunchError, ProcessFailedError
 from vlm_distill_cache.common.terminal.launch import Launch, meet, meeting_place
 from vlm_distill_cache.common.terminal.processes import start_beside
 
@@ -241,10 +241,11 @@ def join_launched(launch: Launch, size: int, device: torch.device) -> Ranks:
     """Join the group of this process where a launcher started all of them: so many successive ones are a group.
 
     Raises:
-        ConfigError: If the number of processes is no multiple of it, or they do not meet.
+        LaunchError: If the number of processes is no multiple of it.
+        ConfigError: If they do not meet.
     """
     if launch.size % size:
-        raise ConfigError(
+        raise LaunchError(
             f"tensor_parallel={size}: {launch.launcher} started {launch.size} processes, which is no multiple of it; start "
             "so many ranks for each worker"
         )

@@ -38,9 +38,9 @@ def refuse_shares(directory: Path, model: Any, family: Family, count: int) -> No
     prefix = f"{family.language_model}."
     ours = not family.model_class or changes_of(model.config)
     if ours or not family.is_listed or not any(name.startswith(prefix) for name in plan):
+        what = "this layout" if ours else f"model_type {kind!r}"
         raise ConfigError(
-            f"{asked}: the installed transformers has no plan to divide the language model of this "
-            f"{'layout' if ours else f'model_type {kind!r}'}; {_OTHERS}"
+            f"{asked}: the installed transformers has no plan to divide the language model of {what}; {_OTHERS}"
         )
     seen = [name for name in plan for part in (family.vision_tower, family.projector) if name.startswith(f"{part}.")]
     if seen:

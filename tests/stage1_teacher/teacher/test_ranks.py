@@ -176,7 +176,7 @@ def test_devices_that_ranks_cannot_have_are_refused(monkeypatch):
         refuse_devices(4, torch.device("cuda:2"))
 
 
-@pytest.mark.parametrize(("rooms", "expected"), [((1000, 1000), 4), ((1000, 310), 2), ((250, 1000), 1)])
+@pytest.mark.parametrize(("rooms", "expected"), [((1000, 1000), 8), ((1000, 310), 2), ((230, 1000), 1)])
 def test_the_batch_size_is_what_all_ranks_have_room_for_and_none_is_tried_that_may_not_fit(rooms, expected: int):
     """A pass takes 120 bytes a sample of the leader, and 100 of the other rank."""
     ranks, tried = SimpleNamespace(taken=()), []

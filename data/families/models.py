@@ -441,12 +441,13 @@ def _float32_projection(head: Any) -> Iterator[None]:
         yield
         return
     if isinstance(head.weight, DTensor):  # in its own pass each process would wait for the others' parts of no row
-        divided = head.forward
-        head.forward = lambda hidden: _project_shares(hidden, head.weight, head.bias)
+        module: Any = head
+        divided = module.forward
+        module.forward = partial(_project_shares, module)
         try:
             yield
         finally:
-            head.forward = divided
+            module.forward = divided
         return
     found: list[Tensor] = []
 
@@ -472,10 +473,10 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (logits if bias is None else logits.add_(bias.float()))[None]
 
 
-def _project_shares(hidden: Tensor, weight: DTensor, bias: DTensor | None) -> Tensor:
-    """`_project`, of a weight whose rows are divided among processes."""
-    own = _project(hidden, weight.to_local(), None if bias is None else bias.to_local())[0]
-    return gather_columns(own, weight)[None]
+def _project_shares(head: Any, hidden: Tensor) -> Tensor:
+    """`_project`, by a projection whose rows are divided among processes."""
+    own = _project(hidden, head.weight.to_local(), None if head.bias is None else head.bias.to_local())[0]
+    return gather_columns(own, head.weight)[None]
 
 
 def input_device(model: Any) -> torch.device:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
 
 from vlm_distill_cache.common.errors import ConfigError, LaunchError, ProcessFailedError
@@ -58,7 +59,7 @@ class Ranks:
     size: int
     device: torch.device
     commands: dist.ProcessGroup
-    parts: dist.ProcessGroup | None = None
+    parts: Any = None
     taken: tuple[int, ...] = ()
     free: tuple[int, ...] = ()
     _inside: bool = field(default=False, repr=False)
@@ -190,7 +191,7 @@ def join(size: int, device: torch.device) -> Ranks:
                 "a process of its own"
             )
         refuse_devices(size, device)
-        store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
         devices = [
             torch.device("cuda", (device.index or 0) + rank) if device.type == "cuda" else device
             for rank in range(size)
@@ -233,7 +234,7 @@ def refuse_devices(size: int, device: torch.device) -> None:
 
 def join_spawned(port: int, *, rank: int, size: int, device: torch.device) -> Ranks:
     """Join the leader that started this process."""
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=False, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", port, size, is_master=False, wait_for_workers=False)
     return _form(store, rank=rank, size=size, device=device)
 
 
@@ -250,12 +251,12 @@ def join_launched(launch: Launch, size: int, device: torch.device) -> Ranks:
             "so many ranks for each worker"
         )
     meet(launch)
-    store = dist.PrefixStore(f"vlm-distill-ranks/{launch.rank // size}", meeting_place())
+    store = PrefixStore(f"vlm-distill-ranks/{launch.rank // size}", meeting_place())
     return _form(store, rank=launch.rank % size, size=size, device=device)
 
 
 def _form(
-    store: dist.Store, *, rank: int, size: int, device: torch.device, close: Callable[[], None] = lambda: None
+    store: Store, *, rank: int, size: int, device: torch.device, close: Callable[[], None] = lambda: None
 ) -> Ranks:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PASS)

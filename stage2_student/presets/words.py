@@ -66,7 +66,7 @@ _DTYPES = {
 _STAGE_ONE = (
     "split store signals temperatures attention_dtype grid frame_grid map_preset map_grid answers max_new_tokens "
     "answer_temperature answer_top_p answer_seed hidden_layers hidden_dtype groups layers long_samples shard_size "
-    "device_map tensor_parallel max_failed_share max_unknown_share fidelity_samples threads "
+    "device_map tensor_parallel tp tp_size tensor_parallel_size max_failed_share max_unknown_share fidelity_samples threads "
     "top_p do_sample teacher_license data_license source dataset_split per_device_eval_batch_size"
 )
 _TEMPERATURE = Word(

@@ -25,6 +25,7 @@ from vlm_distill_cache.stage1_teacher.config import BuildConfig
 from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
 from vlm_distill_cache.stage1_teacher.planning.batch_size import largest_batch, of_all_ranks
 from vlm_distill_cache.stage1_teacher.planning.parts import count_workers, fix_ranks, refuse_ranks
+from vlm_distill_cache.stage1_teacher.teacher import ranks
 from vlm_distill_cache.stage1_teacher.teacher.ranks import join_launched, refuse_devices
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 
@@ -137,7 +138,7 @@ def test_a_teacher_that_cannot_be_divided_is_refused_before_it_is_loaded(
     folder = save_tiny(family, tmp_path / family)
     model = describe_family_model(folder)
     refuse_shares(folder, model.model, model.family, 1)
-    monkeypatch.setattr(torch.distributed, "TCPStore", None)  # nothing is started
+    monkeypatch.setattr(ranks, "TCPStore", None)  # nothing is started
     with pytest.raises(ConfigError, match=message):
         Teacher(folder, tensor_parallel=count)
     with pytest.raises(ConfigError, match=message):
@@ -179,14 +180,14 @@ def test_devices_that_ranks_cannot_have_are_refused(monkeypatch):
 @pytest.mark.parametrize(("rooms", "expected"), [((1000, 1000), 8), ((1000, 310), 2), ((230, 1000), 1)])
 def test_the_batch_size_is_what_all_ranks_have_room_for_and_none_is_tried_that_may_not_fit(rooms, expected: int):
     """A pass takes 120 bytes a sample of the leader, and 100 of the other rank."""
-    ranks, tried = SimpleNamespace(taken=()), []
+    others, tried = SimpleNamespace(taken=()), []
 
     def measure(size: int) -> list[int]:
         tried.append(size)
-        ranks.taken = (90 * size, 100 * size)
+        others.taken = (90 * size, 100 * size)
         return [120 * size]
 
-    assert largest_batch(of_all_ranks(ranks, measure, rooms), budget=rooms, most=64) == expected
+    assert largest_batch(of_all_ranks(others, measure, rooms), budget=rooms, most=64) == expected
     assert all(120 * size <= rooms[0] and 100 * size <= rooms[1] for size in tried)
 
 

@@ -265,7 +265,7 @@ def lines(*texts):
     return "\n".join(map(json.dumps, chat(*texts))).encode()
 
 
-def test_json_with_pictures_image_folders_tars_and_saved_tables(hub, tmp_path):
+def test_json_with_pictures_image_folders_tars_and_saved_tables(hub, tmp_path, monkeypatch):
     import tarfile
 
     hub.publish("org/json", {"train.jsonl": lines("a", "b"), "images/a.png": png(9), "notes.pdf": b"x"})
@@ -297,6 +297,10 @@ def test_json_with_pictures_image_folders_tars_and_saved_tables(hub, tmp_path):
             tar.addfile(info, io.BytesIO(data))
     hub.publish("org/tars", {"train-0.tar": buffer.getvalue()})
     assert [(s.turns[0].answer, s.images[0].load().size) for s in open_dataset("org/tars")] == [("A dog.", (8, 8))]
+    monkeypatch.setenv("VLM_DISTILL_CACHE_DIR", str(tmp_path / "near"))
+    streamed = open_dataset("org/tars:streaming=true")
+    assert [(s.turns[0].answer, s.images[0].load().size) for s in streamed] == [("A dog.", (8, 8))]
+    assert streamed.origin == open_dataset("org/tars").origin
 
     datasets.disable_progress_bars()
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"question": ["q"], "answer": ["saved"]})}).save_to_disk(
@@ -306,7 +310,7 @@ def test_json_with_pictures_image_folders_tars_and_saved_tables(hub, tmp_path):
     assert answers(open_dataset("org/saved")) == ["saved"]
 
     with pytest.raises(
-        DataError, match=r"kind 'json'; only parquet files are streamed.*DATA=org/json@refs/convert/parquet"
+        DataError, match=r"kind 'json'; only parquet files and tars are streamed.*DATA=org/json@refs/convert/parquet"
     ):
         open_dataset("org/json:streaming=true")
 

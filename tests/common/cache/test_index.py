@@ -10,6 +10,7 @@ from cache_factory import FAILED, assert_equal_records, build_cache, make_plan, 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlm_distill_cache.common.cache import index as index_module
 from vlm_distill_cache.common.cache.documents import document_bytes, read_document
 from vlm_distill_cache.common.cache.index import (
     INDEX,
@@ -17,6 +18,7 @@ from vlm_distill_cache.common.cache.index import (
     Place,
     SampleIndex,
     hash_ids,
+    hashes_of,
     index_bytes,
     index_damage,
     refuse_repeats,
@@ -97,6 +99,25 @@ def test_the_bytes_depend_on_the_sidecars_alone(cache, tmp_path):
     high = np.frombuffer(data, "<u8", count=10, offset=HEADER)
     assert (high[:-1] <= high[1:]).all()
     assert set(high.tolist()) == set(hash_ids(map(sample_id, range(10)))[0].tolist())
+
+
+class KnownIds(list):
+    """Ids that know their hashes."""
+
+    def hashes(self):
+        for start in range(0, len(self), 3):
+            yield np.stack(hash_ids(self[start : start + 3]), axis=1)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 4, 100])
+def test_ids_are_looked_up_some_at_a_time_as_all_at_once(monkeypatch, at_a_time):
+    monkeypatch.setattr(index_module, "_LOOKED_UP_AT_A_TIME", at_a_time)
+    ids = list(map(sample_id, range(10)))
+    for asked in (ids, iter(ids), KnownIds(ids)):
+        parts = list(hashes_of(asked))
+        assert max(len(high) for high, _ in parts) <= at_a_time + 2
+        for half, whole in zip(zip(*parts, strict=True), hash_ids(ids), strict=True):
+            assert np.array_equal(np.concatenate(half), whole)
 
 
 @pytest.mark.parametrize("near", [-1, 1])

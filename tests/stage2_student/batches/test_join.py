@@ -44,9 +44,10 @@ class CacheOfIds:
     def __len__(self):
         return len(self.sample_ids)
 
-    def positions(self, sample_ids):
+    def positions_of_some(self, sample_ids):
         places = {name: i for i, name in enumerate(self.sample_ids)}
-        return np.array([places.get(name, -1) for name in sample_ids], dtype=np.int64)
+        for name in sample_ids:  # one at a time
+            yield np.array([places.get(name, -1)], dtype=np.int64)
 
 
 @st.composite

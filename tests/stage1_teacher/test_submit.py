@@ -183,12 +183,7 @@ def test_ray_starts_killed_workers_again_and_more_may_join(tmp_path: Path, tiny_
     monkeypatch.setattr("ray._private.node.time", patient)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
     try:
-        wrong = submitted(2, "--cache", tmp_path / "wrong", "--teacher", tmp_path)
         first = submitted(2, "--cache", cache, *options)  # of which one finds no room
-        said, _ = wrong.communicate(timeout=900)
-        assert wrong.returncode == 1
-        assert "no worker came to its end. The first one's error: worker-" in said
-        assert (submissions(tmp_path / "wrong")[0]["folder"] / "worker-0.log").read_text().count("--- start") == 1
         until(lambda: len([*cache.glob("shards/*.json")]) > 1)
         running = next(number for number in (0, 1) if log(0, number))
         waiting = 1 - running
@@ -203,9 +198,14 @@ def test_ray_starts_killed_workers_again_and_more_may_join(tmp_path: Path, tiny_
         until(children.read_text)
         os.kill(int(children.read_text().split()[0]), signal.SIGKILL)  # the build alone
         until(lambda: log(1, 0).count("--- start") == 2)
-        for running in (first, second):
-            said, _ = running.communicate(timeout=900)
-            assert running.returncode == 0, said
+        for submission in (first, second):
+            said, _ = submission.communicate(timeout=900)
+            assert submission.returncode == 0, said
+        wrong = submitted(2, "--cache", tmp_path / "wrong", "--teacher", tmp_path)
+        said, _ = wrong.communicate(timeout=900)
+        assert wrong.returncode == 1
+        assert "no worker came to its end. The first one's error: worker-" in said
+        assert (submissions(tmp_path / "wrong")[0]["folder"] / "worker-0.log").read_text().count("--- start") == 1
     finally:
         cluster.shutdown()
         ray.shutdown()

@@ -231,19 +231,12 @@ def build(
     from vlm_distill_cache.stage1_teacher.extract import extract, extract_with_processes
     from vlm_distill_cache.stage1_teacher.planning.cache_folder import explain_disk_errors
     from vlm_distill_cache.stage1_teacher.planning.extension import stated
-    from vlm_distill_cache.stage1_teacher.planning.parts import (
-        choose_part,
-        count_workers,
-        fix_ranks,
-        local_device,
-        refuse_shared_gpus,
-    )
+    from vlm_distill_cache.stage1_teacher.planning.parts import choose_part, choose_ranks, local_device
     from vlm_distill_cache.stage1_teacher.report import next_command, summary_text, summary_values
     from vlm_distill_cache.stage1_teacher.teacher.follow import leads_ranks
 
-    launch, asked = enter_launch(), settings
-    ranks = max(1, fix_ranks(settings, overwrite=overwrite).tensor_parallel)
-    own, local = choose_part(part, launch.of_groups(ranks))
+    ranks, asked = choose_ranks(settings, nproc, enter_launch(), overwrite=overwrite), settings
+    own, local = choose_part(part, enter_launch().of_groups(ranks))
     if overwrite and not own.is_whole:
         raise click.UsageError(
             f"--overwrite with part {own}: several processes would delete each other's shards. Run "
@@ -254,12 +247,6 @@ def build(
             f"--nproc {nproc} with device_map={settings.device_map}: each process would spread the teacher over the "
             "same devices. Leave one of the two out."
         )
-    if nproc is not None and launch.size > 1 and ranks > 1:
-        raise click.UsageError(
-            f"--nproc {nproc} with tensor_parallel={ranks}: {launch.launcher} has started the ranks. Leave --nproc out."
-        )
-    count_workers(replace(settings, tensor_parallel=ranks), nproc or ranks)
-    refuse_shared_gpus(settings, nproc or 1)
     quiet_libraries()
     if dry_run:
         from vlm_distill_cache.stage1_teacher.planning.preview import preview_build
@@ -271,13 +258,12 @@ def build(
     with explain_disk_errors(settings.cache), stopped_by_sigterm():
         if nproc is None:
             settings = replace(settings, device=local_device(settings.device, local))
-            if launch.size > 1 and ranks > 1 and not leads_ranks(launch, ranks, settings.device):
+            if not leads_ranks(enter_launch(), ranks, settings.device):
                 return  # its leader is done
             summary = extract(settings, overwrite=overwrite, part=own)
         else:
             summary = extract_with_processes(settings, nproc, overwrite=overwrite, part=own)
-    asked = replace(asked, **stated(read_plan(summary.cache)))  # what it was begun with stays
-    replay = save_replay(asked, asked.cache)
+    replay = save_replay(replace(asked, **stated(read_plan(summary.cache))), asked.cache)  # what it was begun with stays
     answer(**summary_values(summary), options=replay)
     say(summary_text(summary))
     if replay is not None:

@@ -199,6 +199,25 @@ def fix_ranks(config: BuildConfig, *, overwrite: bool = False) -> BuildConfig:
     return config if stored is None else replace(config, tensor_parallel=int(stored.extra.get(RANKS, 0)))
 
 
+def choose_ranks(config: BuildConfig, processes: int | None, launch: Launch, *, overwrite: bool) -> int:
+    """How many processes hold the teacher together (`fix_ranks`).
+
+    Args:
+        processes: Of ``--nproc``, if it was given.
+
+    Raises:
+        ConfigError: If those, or the launcher's, are no whole groups.
+    """
+    config = fix_ranks(config, overwrite=overwrite)
+    ranks = max(1, config.tensor_parallel)
+    if processes is not None and launch.size > 1 and ranks > 1:
+        raise ConfigError(
+            f"--nproc {processes} with tensor_parallel={ranks}: {launch.launcher} has started the processes; leave --nproc out"
+        )
+    count_workers(config, processes or ranks)
+    return ranks
+
+
 def refuse_ranks(config: BuildConfig, command: str) -> None:
     """Refuse several ranks in a command that times one process.
 

@@ -41,7 +41,7 @@ from vlm_distill_cache.stage1_teacher.planning.extension import (
     with_options_of,
 )
 from vlm_distill_cache.stage1_teacher.planning.open import open_build, open_data
-from vlm_distill_cache.stage1_teacher.planning.parts import Part, fix_ranks
+from vlm_distill_cache.stage1_teacher.planning.parts import Part, fix_ranks, refuse_shared_gpus
 from vlm_distill_cache.stage1_teacher.planning.plan import LOOKED_AT, refuse_settings
 from vlm_distill_cache.stage1_teacher.teacher.export import export_parts
 from vlm_distill_cache.stage1_teacher.teacher.teacher import find_device
@@ -71,6 +71,8 @@ def preview_build(
         check_cache_folder(cache_dir, overwrite=overwrite)
     with outlook.checking():
         refuse_unwritable(cache_dir)
+    with outlook.checking():
+        refuse_shared_gpus(config, processes)
     if sketch is not None:
         try:
             refuse_overlap(sketch, cache_dir)

@@ -33,12 +33,14 @@ def follow(ranks: Ranks) -> None:
 
 
 def leads_ranks(launch: Launch, size: int, device: str) -> bool:
-    """Whether this process of a launch leads a group of ranks; one that does not takes part before this returns.
+    """Whether this process leads a group of ranks, or is alone; one of a launch that does not takes part before this returns.
 
     Args:
         size: Of a group.
         device: This process's own.
     """
+    if launch.size == 1 or size == 1:
+        return True
     ranks = join_launched(launch, size, find_device(device))
     if not ranks.leads:
         follow(ranks)

@@ -103,6 +103,11 @@ def outputs(work: Any) -> dict[str, Tensor]:
     return {name: value.float() for name, value in found.items()}
 
 
+def largest_difference(found: Tensor, expected: Tensor) -> float:
+    """Of numbers above 1 as a share of the largest."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1.0))
+
+
 def drawn(work: Any) -> list[int]:
     prompts = [work.encoder(work.dataset[0], prompt_only=True)]
     teacher = work.teacher
@@ -124,7 +129,7 @@ def compare(folder: Path, teachers: list[Path], dtype: str) -> Any:
             values = outputs(divided)
             found[place.name] = {
                 "rounded": float((values["logits"].bfloat16().float() == values["logits"]).float().mean()),
-                "differences": {name: float((values[name] - expected[name]).abs().max()) for name in expected},
+                "differences": {name: largest_difference(values[name], expected[name]) for name in expected},
                 "answers": [one, drawn(divided)],
                 "weights": [sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in w.teacher.model.parameters())
                             for w in (whole, divided)],

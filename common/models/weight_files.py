@@ -79,6 +79,10 @@ class StoredTensor:
     dtype: torch.dtype
     read: Callable[[], Tensor]
 
+    def get_shape(self) -> list[int]:
+        """Its shape, as the library asks for it where it reads a part of a tensor."""
+        return [*self.shape]
+
     def __getitem__(self, index: Any) -> Tensor:
         """Read it on the CPU, in the precision it is stored in."""
         return self.read()[index]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 from vlm_distill_cache.common.cache.plan import read_plan
@@ -38,8 +39,26 @@ from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
 SIGNALS = ("logits", "answer_attention", "visual_columns", "hidden")
 
 
+def write_data(folder: Path) -> None:
+    """Four pictures, each with one question, so that every family can read them."""
+    folder.mkdir()
+    entries = []
+    for number in range(4):
+        name = f"{number}.png"
+        Image.new("RGB", (40 + number, 30), (60 * number, 200, 90)).save(folder / name)
+        said = [
+            ("human", f"<image>\nWhat is in picture {number}?"),
+            ("gpt", "nothing but one colour"[: 10 + 3 * number]),
+        ]
+        entries.append(
+            {"id": name, "image": name, "conversations": [{"from": who, "value": text} for who, text in said]}
+        )
+    (folder / "data.json").write_text(json.dumps(entries))
+
+
 def options(cache: Path, teacher: Path, **others: Any) -> BuildConfig:
     settings = {
+        "data": str(cache.parents[1] / "data" / "data.json"),
         "template": "auto", "limit": 4, "shard_size": 2, "batch_size": 2, "fidelity_samples": 0, "signals": SIGNALS,
         "logits": "exact", "attention_dtype": "f4", "hidden_dtype": "f4", "threads": 1, "num_workers": 0,
     }  # fmt: skip
@@ -84,6 +103,11 @@ def outputs(work: Any) -> dict[str, Tensor]:
     return {name: value.float() for name, value in found.items()}
 
 
+def largest_difference(found: Tensor, expected: Tensor) -> float:
+    """Of numbers above 1 as a share of the largest."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1.0))
+
+
 def drawn(work: Any) -> list[int]:
     prompts = [work.encoder(work.dataset[0], prompt_only=True)]
     teacher = work.teacher
@@ -105,7 +129,7 @@ def compare(folder: Path, teachers: list[Path], dtype: str) -> Any:
             values = outputs(divided)
             found[place.name] = {
                 "rounded": float((values["logits"].bfloat16().float() == values["logits"]).float().mean()),
-                "differences": {name: float((values[name] - expected[name]).abs().max()) for name in expected},
+                "differences": {name: largest_difference(values[name], expected[name]) for name in expected},
                 "answers": [one, drawn(divided)],
                 "weights": [sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in w.teacher.model.parameters())
                             for w in (whole, divided)],
@@ -214,6 +238,7 @@ def killed(folder: Path, teacher: Path) -> Any:
 
 
 def main(folder: Path, teachers: list[Path]) -> None:
+    write_data(folder / "data")
     found = {"float32": compare(folder / "float32", teachers, "float32")}
     if len(teachers) == 2:
         found |= {

@@ -490,7 +490,9 @@ def estimate_text(estimate: Estimate) -> str:
         lines.append(
             f"None of these fits {size_words(limit)}: choose a smaller student, or shorter samples (max_length)"
             if found is None
-            else f'Fits: SET="{found.options}"' + (f" NPROC={found.processes}" if found.processes > 1 else "")
+            else "Fits: "
+            + " ".join(f"--set {option}" for option in found.options.split())
+            + (f", with {found.processes} processes" if found.processes > 1 else "")
         )
     return "\n".join([*lines, "Assumed:", *(f"  - {line}" for line in assumptions(estimate))])
 

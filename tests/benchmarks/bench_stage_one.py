@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tests.stage2_student.live_bytes import LiveBytes
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -34,6 +33,7 @@ from vlm_distill_cache.stage1_teacher.loop.signals import reduce_output
 from vlm_distill_cache.stage1_teacher.loop.work import Build
 from vlm_distill_cache.stage1_teacher.planning.open import open_build
 from vlm_distill_cache.stage1_teacher.teacher.teacher import Teacher
+from vlm_distill_cache.stage2_student.training.live_bytes import LiveBytes
 
 SIZE = "135M parameters"
 PICTURE = 336  # pixels; 24 x 24 patches

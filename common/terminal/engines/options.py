@@ -12,8 +12,7 @@ ENGINE_OPTIONS = shared_options(
         "--engine",
         type=click.Choice([*PACKAGES]),
         required=True,
-        help="ray: on a Ray cluster, or on this machine; this command stays until all is done. slurm: as jobs of SLURM, which "
-        "this command submits and leaves.",
+        help="ray: this command stays until all is done; slurm: it submits jobs and leaves.",
     ),
     click.option("--gpus", type=click.IntRange(min=0), default=1, show_default=True, help="GPUs on each machine."),
     click.option("--cpus", type=click.IntRange(min=1), default=8, show_default=True, help="CPU cores on each machine."),

@@ -56,8 +56,8 @@ def test_memory_is_the_largest_phases_and_hours_are_the_plain_sum():
 @pytest.mark.parametrize(
     ("limit", "said"),
     [
-        (4000, "Memory at its peak: 3.8 KB (fits 4.0 KB)"), (2600, 'Fits: SET="dft.micro_batch_size=1"'),
-        (2100, 'Fits: SET="optimizer=adamw8bit"'), (1000, 'Fits: SET="sharding=fsdp2" NPROC=4'),
+        (4000, "Memory at its peak: 3.8 KB (fits 4.0 KB)"), (2600, "Fits: --set dft.micro_batch_size=1"),
+        (2100, "Fits: --set optimizer=adamw8bit"), (1000, "Fits: --set sharding=fsdp2, with 4 processes"),
         (800, "None of these fits 800 B: choose a smaller student"),
     ],
 )  # fmt: skip

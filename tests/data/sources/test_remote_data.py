@@ -84,7 +84,7 @@ def test_another_file_at_the_same_address_is_noticed(data, tmp_path):
         with pytest.raises(DataError, match=r"0\.parquet changed while it was read"):
             seen(rows)
         write_tar(data / "0.tar", samples(50, 2))
-        os.utime(data / "0.tar", (2, 2))  # nginx tells files apart by their seconds and sizes
+        os.utime(data / "0.tar", (2, 2))  # nginx tells files by their size and second
         after = open_dataset(f"{url}/{{0..1}}.tar")
         assert list(after.sample_ids)[:2] == ["k0050", "k0051"]
         assert after.fingerprint() != before.fingerprint()

@@ -99,8 +99,8 @@ class BuildConfig:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         device_map: How to spread the teacher over several devices, as the model library takes it (``auto``, ``balanced``);
             empty: one device.
-        tensor_parallel: Processes, each on a GPU of its own, that hold the teacher together, a part of every layer each; part of the
-            plan, because the last bits depend on it. 0: as in an existing cache, else 1. `--nproc` counts all of them.
+        tensor_parallel: Processes, each on a GPU of its own, that hold the teacher together, a part of every layer each; part of
+            the plan, because the last bits depend on it. 0: as in an existing cache, else 1. `--nproc` counts all of them.
         quantisation: Quantisation of the teacher's language model by bitsandbytes; ``4bit`` is NF4.
         max_failed_share: Largest tolerated share of unreadable samples, in [0, 1].
         max_unknown_share: Largest tolerated share of targets that are words the teacher's tokenizer lacks, in [0, 1]; they

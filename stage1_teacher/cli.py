@@ -263,7 +263,9 @@ def build(
             summary = extract(settings, overwrite=overwrite, part=own)
         else:
             summary = extract_with_processes(settings, nproc, overwrite=overwrite, part=own)
-    replay = save_replay(replace(asked, **stated(read_plan(summary.cache))), asked.cache)  # what it was begun with stays
+    replay = save_replay(
+        replace(asked, **stated(read_plan(summary.cache))), asked.cache
+    )  # what it was begun with stays
     answer(**summary_values(summary), options=replay)
     say(summary_text(summary))
     if replay is not None:

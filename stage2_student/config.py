@@ -451,11 +451,6 @@ class TrainConfig:
         require(every is None, "evaluation.every", every, need)
 
     @property
-    def saves_memory(self) -> bool:
-        """Whether weights, gradients or averages are kept otherwise than in float32."""
-        return any(getattr(self, name) != _default(name) for name in SAVINGS)
-
-    @property
     def follows_gaze(self) -> bool:
         """Whether the teacher's gaze chooses visual tokens in training."""
         return self.visual_tokens is not None and self.token_selection == "gaze"

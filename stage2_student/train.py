@@ -142,7 +142,7 @@ def train(
         # Once a phase: what is trained, and an optimizer that starts afresh or where the checkpoint left it.
         work = Working(
             phase, student, parts, saved, accelerator,
-            seed=config.seed + index, sharded=sharded, optimizer=config.optimizer, wraps_again=config.saves_memory,
+            seed=config.seed + index, sharded=sharded, optimizer=config.optimizer,
         )  # fmt: skip
         saved = None
         capture = AttentionCapture(work.core.language_model) if phase.objective.groups else None

@@ -46,7 +46,6 @@ class Working:
         seed: int,
         sharded: bool,
         optimizer: Kind = "adamw",
-        wraps_again: bool = False,
     ) -> None:
         """Begin a phase afresh, or where a checkpoint of it left it.
 
@@ -59,9 +58,6 @@ class Working:
             seed: Of new adapters, and of the rounding of bfloat16 weights.
             sharded: Whether the student is divided.
             optimizer: Its kind.
-            wraps_again: Whether accelerate puts its autocast around the student in each phase. It remembers a student that it
-                has prepared, and leaves it without in later phases; runs of one process that never saved memory have been
-                trained so, and stay what they were.
         """
         config, self._accelerator, self._parts, self._student = phase.config, accelerator, parts, student
         by_rate = parts.begin(
@@ -69,8 +65,8 @@ class Working:
         )
         if saved is not None:
             parts.load(saved["student"])
-        if wraps_again:
-            vars(student).pop("_is_accelerate_prepared", None)
+        # Accelerate remembers a student that it has prepared, and would leave it without autocast from the second phase on.
+        vars(student).pop("_is_accelerate_prepared", None)
         self.core, self.sharded = student, sharded
         if sharded:
             dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32

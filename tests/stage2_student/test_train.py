@@ -141,6 +141,39 @@ def test_bf16_runs_and_starts_from_the_same_loss(tiny_cache, tmp_path):
     assert half["total"] == pytest.approx(train(full).log[0]["total"], rel=0.02)
 
 
+def test_every_phase_computes_in_bfloat16_and_a_killed_run_ends_like_an_uninterrupted_one(
+    tiny_cache, tmp_path, monkeypatch
+):
+    seen, project, phases = {}, torch.nn.Linear.forward, []
+
+    def forward(layer, inputs):
+        found = project(layer, inputs)
+        if torch.is_grad_enabled():
+            seen.setdefault(phases[-1] if phases else "dpt", set()).add(found.dtype)
+        return found
+
+    def one_step(name, **changes):
+        short = make_config(tiny_cache[0], tmp_path / name, dtype="bfloat16", checkpoint_every=1)
+        return replace(
+            short, **{phase: replace(short.phase(phase), steps=1) for phase in ("dpt", "dft", "sft")}, **changes
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "forward", forward)
+        whole = train(
+            one_step("whole"), after_step=lambda position, _: phases.append(("dft", "sft", "end")[len(phases)])
+        )
+    assert {phase: torch.bfloat16 in dtypes for phase, dtypes in seen.items()} == dict.fromkeys(
+        ("dpt", "dft", "sft"), True
+    )
+    with pytest.raises(KilledError):
+        train(one_step("killed"), after_step=kill_after(2))
+    resumed = train(one_step("killed"))
+    assert losses(resumed.log) == losses(whole.log)
+    expected = whole.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
+
+
 def test_another_precision_in_one_process_is_refused_in_words(tiny_cache, tmp_path):
     config = make_config(tiny_cache[0], tmp_path / "run", phases=["dft"])
     train(replace(config, dft=replace(config.dft, steps=1)))

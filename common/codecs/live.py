@@ -22,10 +22,9 @@ from vlm_distill_cache.common.codecs.row_attention import AttentionRows
 from vlm_distill_cache.common.codecs.visual_map import FilteredMaps, VisualMapCodec
 from vlm_distill_cache.common.errors import CacheMismatchError, SampleError, TemperatureNotCachedError
 
-_CHUNK_ELEMENTS = 2**24  # logits worked on at once: 64 MiB per float32 copy
-# Logits on a GPU beyond which it is waited for to see which rows are tied. About 40 bytes a logit are read and written for
-# the exact pass on all rows: for fewer logits that is 3 ms at 2 TB/s, no more than a GPU idles that was waited for.
-_WORTH_LOOKING = 2**27
+# Logits worked on at once: on a GPU 64 MiB per float32 copy; on a CPU what its caches hold, in memory that is used again.
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_OF_A_CPU = 2**24, 2**19
+_BLOCK = 32  # neighbours in the vocabulary of which selection sees only the largest at first
 
 
 @overload
@@ -134,10 +133,9 @@ def select_entries(
     Args:
         logits: Raw logits of supervised rows, float16, bfloat16 or float32 `[A, V]`; -inf allowed.
         labels: int64 `[A]`, the target token of each row.
-        chunk_rows: Rows worked on at once; by default as many as hold 2^24 logits.
+        chunk_rows: Rows worked on at once; by default as many as hold 2^24 logits, on a CPU 2^19.
         checked: False: a row that is no distribution is not refused but comes back with a NaN as its first
-            log-probability, and labels are checked only if they lie on the CPU. A GPU is then not waited for, but with
-            more than 2^27 logits.
+            log-probability, and labels are checked only if they lie on the CPU. A GPU is then not waited for.
 
     Returns:
         Rows on the device of `logits`; on a GPU `max_k` wide, because a narrower width would have to be waited for.
@@ -156,11 +154,12 @@ def select_entries(
             f"{vocabulary} tokens; the data must be encoded with the teacher's own tokenizer"
         )
     labels = labels.to(device=logits.device, dtype=torch.int64, non_blocking=True)
-    step = chunk_rows or max(1, _CHUNK_ELEMENTS // vocabulary)
-    find_ties = logits.device.type == "cpu" or logits.numel() > _WORTH_LOOKING
+    on_cpu = logits.device.type == "cpu"
+    step = chunk_rows or max(1, (_CHUNK_ELEMENTS_OF_A_CPU if on_cpu else _CHUNK_ELEMENTS) // vocabulary)
+    space = torch.empty(2, min(step, rows), vocabulary, device=logits.device)
     parts = [
-        _select_chunk(codec, logits[start:end], labels[start:end], start, checked=checked, find_ties=find_ties)
-        for start, end in ((start, start + step) for start in range(0, rows, step))
+        _select_chunk(codec, logits[start : start + step], labels[start : start + step], start, space, checked=checked)
+        for start in range(0, rows, step)
     ]
     if parts:
         return SparseLogits.cat(parts)
@@ -170,18 +169,21 @@ def select_entries(
 
 
 def _select_chunk(
-    codec: LogitCodec, logits: Tensor, labels: Tensor, first_row: int, *, checked: bool, find_ties: bool
+    codec: LogitCodec, logits: Tensor, labels: Tensor, first_row: int, space: Tensor, *, checked: bool
 ) -> SparseLogits:
-    dense = logits.to(torch.float32, copy=True)  # [A, V]; masked in place below
+    """Select of some rows, in float32 space `[2, >= A, V]` for a masked copy and for exponentials."""
+    dense, powers = space[:, : len(logits)]
+    dense.copy_(logits)  # [A, V]
     largest = dense.amax(dim=1, keepdim=True)  # [A, 1]
     if checked:
         _check_largest(largest[:, 0], dense, first_row)
     limit = min(codec.max_k, dense.shape[1])
     on_cpu = dense.device.type == "cpu"  # nothing is waited for there
-    values, ids = _top_by_lowest_id(dense, limit, find_ties=find_ties)  # [A, limit]
+    ids = _top_by_lowest_id(dense, limit)  # [A, limit]
     # Ranks are those of the logits as given; sums of large ones would lose their last digits.
-    dense, values = dense.sub_(largest), values - largest
-    normaliser = torch.logsumexp(dense, dim=1)  # [A], 0 to log V
+    dense.sub_(largest)
+    values = dense.gather(1, ids)
+    normaliser = torch.exp(dense, out=powers).sum(dim=1).log_()  # [A], 0 to log V
     rank = torch.arange(limit, device=dense.device)
 
     # Tokens until p < floor, within min_k and max_k; probability zero is never listed for itself.
@@ -199,10 +201,12 @@ def _select_chunk(
     mask = rank[:width] < count[:, None]  # [A, width]
     ids, values = ids[:, :width], values[:, :width].masked_fill(~mask, -math.inf)
     dense.scatter_(1, torch.where(mask, ids, ids[:, :1]), -math.inf)  # what is left is the tail
+    largest = dense.amax(dim=1, keepdim=True)
     tails = []
     for temperature in codec.temperatures:
         kept = torch.logsumexp(values / temperature, dim=1)
-        tail = torch.logsumexp(dense if temperature == 1.0 else dense / temperature, dim=1)
+        scaled = dense if temperature == 1.0 else torch.div(dense, temperature, out=powers)
+        tail = _log_sum_exp(scaled, largest / temperature, powers)
         tails.append(logsigmoid(tail - kept))  # log(tail / (tail + kept))
     return SparseLogits(
         ids.masked_fill(~mask, 0),
@@ -211,6 +215,12 @@ def _select_chunk(
         torch.stack(tails, dim=1),
         codec.temperatures,
     )
+
+
+def _log_sum_exp(dense: Tensor, largest: Tensor, powers: Tensor) -> Tensor:
+    """`torch.logsumexp` to the bit, of rows `[A, V]` whose largest values `[A, 1]` are known, in space that is there."""
+    largest = largest.masked_fill(largest.isinf(), 0)
+    return torch.sub(dense, largest, out=powers).exp_().sum(dim=1).log_().add_(largest[:, 0])
 
 
 def _check_largest(largest: Tensor, dense: Tensor, first_row: int) -> None:
@@ -227,34 +237,32 @@ def _check_largest(largest: Tensor, dense: Tensor, first_row: int) -> None:
     )
 
 
-def _top_by_lowest_id(dense: Tensor, count: int, *, find_ties: bool) -> tuple[Tensor, Tensor]:
-    """The `count` largest values of each row and their ids, equal values by lowest id.
+def _top_by_lowest_id(dense: Tensor, count: int) -> Tensor:
+    """Ids of the `count` largest values of each row, from the largest on, equal values by lowest id.
 
-    `topk` breaks ties as it likes; with bfloat16 logits ties at the last rank are the rule. So one more
-    value is looked at: only rows where it equals the last kept one need a second, exact pass, and only rows with any
-    equal values are sorted anew. Without `find_ties` all rows get both: which ones need them a GPU would have to be
-    waited for, and of few rows the passes cost less.
+    The first of these lie in the first blocks of the vocabulary by the same order, that of their largest values and then
+    of their place: before a value of any other block come the largest values of `count` blocks. So only blocks are ranked
+    by a whole row, and values only by what those blocks hold: one pass, ties or none.
     """
-    vocabulary = dense.shape[1]
-    values, ids = dense.topk(min(count + 1, vocabulary), dim=1)
-    every = torch.arange(len(dense), device=dense.device)
-    equals = torch.nonzero((values[:, 1:] == values[:, :-1]).any(dim=1))[:, 0] if find_ties else every
-    if vocabulary > count:
-        tied = torch.nonzero(values[:, count - 1] == values[:, count])[:, 0] if find_ties else every
-        values, ids = values[:, :count].contiguous(), ids[:, :count].contiguous()
-        if tied.numel():
-            rows = dense[tied]
-            last = values[tied, count - 1 :]  # [tied, 1]
-            # Keys: all values above the last one first, then the equal ones by falling id distance.
-            order = torch.arange(vocabulary, 0, -1, dtype=torch.int32, device=dense.device)
-            keys = torch.where(rows == last, order, torch.where(rows > last, order + vocabulary, 0))
-            ids[tied] = keys.topk(count, dim=1).indices
-            values[tied] = rows.gather(1, ids[tied])
-    if equals.numel():
-        by_id, place = ids[equals].sort(dim=1)
-        values[equals], place = values[equals].gather(1, place).sort(dim=1, descending=True, stable=True)
-        ids[equals] = by_id.gather(1, place)
-    return values, ids
+    rows, vocabulary = dense.shape
+    whole = vocabulary // _BLOCK
+    if whole <= count:
+        return _first(dense, torch.arange(vocabulary, device=dense.device).expand(rows, -1), count)
+    places = torch.arange(whole, device=dense.device).expand(rows, -1)
+    largest = dense[:, : whole * _BLOCK].unflatten(1, (whole, _BLOCK)).amax(dim=2)
+    within = torch.arange(_BLOCK, device=dense.device)
+    candidates = (_first(largest, places, count)[:, :, None] * _BLOCK + within).flatten(1)  # [A, count * _BLOCK]
+    rest = torch.arange(whole * _BLOCK, vocabulary, device=dense.device).expand(rows, -1)
+    candidates = torch.cat([candidates, rest], dim=1)
+    return _first(dense.gather(1, candidates), candidates, count)
+
+
+def _first(values: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Ids `[A, count]` of the largest of float32 values `[A, N]` with int64 ids `[A, N]`, equal values by lowest id."""
+    bits = (values + 0.0).view(torch.int32).long()  # plus zero: -0 and 0 are equal
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the values
+    found = ((rising << 32) - ids).topk(count, dim=1).values
+    return -found & 0xFFFFFFFF
 
 
 @dataclass(frozen=True)

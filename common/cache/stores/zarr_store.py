@@ -19,12 +19,9 @@ import threading
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
-from zarr.codecs import BloscCodec
-from zarr.storage import MemoryStore
 
 from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field, Record, version_of
 from vlm_distill_cache.common.cache.side_files import walk_files
@@ -39,6 +36,10 @@ from vlm_distill_cache.common.cache.stores.zarr_chunks import read_chunks
 from vlm_distill_cache.common.cache.stores.zarr_metadata import CHUNK_BYTES, check_metadata, read_group_metadata
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import create_temporary, write_durably
+
+if TYPE_CHECKING:  # else imported by who writes: a third of a second that no reader waits for
+    import zarr
+    from zarr.codecs import BloscCodec
 
 _IDS = "sample_ids"
 _BYTES = Field(name="bytes", dtype="u1", axis="sample")  # the dtypes of the store's own arrays
@@ -76,6 +77,9 @@ class ZarrWriter(ShardWriter):
 
     def _encode(self) -> dict[str, bytes]:
         """Return the files of the group by name."""
+        import zarr
+        from zarr.storage import MemoryStore
+
         stored: dict[str, Any] = {}
         samples = len(self.sample_ids)
         attributes = {"format_version": self.format_version, "samples": samples}
@@ -123,6 +127,8 @@ def _compressor(itemsize: int, row_bytes: int) -> BloscCodec:
     Level 7 makes logits 4 to 9 % smaller than 5 at a fifth of the speed, about 130,000 rows a second and core;
     on wide rows (attention) it gains nothing, and 9 gains nothing over 7.
     """
+    from zarr.codecs import BloscCodec
+
     return BloscCodec(
         cname="zstd",
         clevel=7 if row_bytes <= _NARROW_BYTES else 5,

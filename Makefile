@@ -161,7 +161,8 @@ experiment-photos: $(STAMP) ## Photographs, real features, SmolLM2-135M: arms x 
 	[ -d /usr/share/tuxpaint/stamps ] || [ "$$(id -u)" != 0 ] || apt-get install --yes --no-install-recommends tuxpaint-stamps-default
 	$(BIN)/python -m tests.benchmarks.experiment_photos
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
+# Commands that tests start are compiled once, whatever the environment says of bytecode.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(CURDIR)/build/bytecode" $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
 
 test: $(STAMP) ## Run all fast CPU tests
 	$(PYTEST)

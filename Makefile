@@ -72,7 +72,7 @@ export TOKENIZERS_PARALLELISM := false
 # Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
 .SILENT:
 
-.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-several experiment-smollm experiment-photos test test-all checks format docs bench bench-compare bench-codec bench-scale full-size gpu-check battery matrix harness lock sbom audit clean
+.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-several experiment-smollm experiment-photos test test-all checks format docs bench bench-compare bench-codec bench-peers bench-scale full-size gpu-check battery matrix harness lock sbom audit clean
 
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -190,6 +190,9 @@ bench-compare: $(STAMP) ## Measure again and compare with the stored results
 
 bench-scale: $(STAMP) ## Costs a sample of opening and joining large data; SAMPLES=100000
 	$(BIN)/python -m tests.benchmarks.bench_data --samples $(or $(SAMPLES),100000)
+
+bench-peers: $(STAMP) ## Readers of litdata, mosaicml-streaming and webdataset beside ours, on equal records (3 GB)
+	$(BIN)/python -m tests.benchmarks.bench_peers
 
 bench-codec: $(STAMP) ## Bytes and fidelity of every codec preset, on synthetic and real distributions
 	$(INSTALL_SMOLLM)

@@ -18,12 +18,14 @@ from tests.benchmarks.experiment_several_tables import (
     ARMS,
     BEGIN,
     COLUMNS,
+    CUT,
     END,
     GAZE,
     GROUPS,
     LOGITS,
     SEEDS,
     SFT,
+    gains,
     in_order,
     most_frequent,
     tables,
@@ -75,6 +77,10 @@ def test_differences_are_paired_by_seed_and_words_follow_their_intervals():
     assert "worse than logit KD (-1.0 ± 0.0 points)" in verdict([-1.0, -1.0])
     assert "nothing is shown" in verdict([9.0])
     assert "nan" not in tables(stored(result(LOGITS, 301, 50.0))).replace("± nan", "")
+    cut = stored(result(LOGITS + CUT, 301, 50.0), result(GAZE + CUT, 301, 60.0), result(LOGITS, 301, 10.0))
+    assert verdict([10.0]) in tables(cut)
+    assert gains(cut["results"], GAZE + CUT, LOGITS + CUT, "motion") == [10.0]  # of one kind of student
+    assert "- answer_attention, cut out, motion: one seed" in tables(cut)
 
 
 def test_a_group_is_the_mean_of_its_kinds():
@@ -256,7 +262,7 @@ def test_what_is_done_is_not_run_again_and_seeds_come_outermost(tmp_path: Path, 
     asked, written = [], []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["experiment_several"])
-    for name in ("make_teacher", "build_cache"):
+    for name in ("make_teacher", "build_cache", "cut_student"):
         monkeypatch.setattr(experiment, name, lambda *args, **options: None)
     monkeypatch.setattr(experiment, "items_of", lambda place: ())
     monkeypatch.setattr(experiment, "score_teacher", lambda place: dict.fromkeys(ALL, 90.0))

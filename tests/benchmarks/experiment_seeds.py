@@ -122,19 +122,15 @@ def build_caches(place: Place) -> None:
 
 def cut(place: Place, name: str) -> Path:
     """Cut one of `cuts` out of the built-in teacher, once; its folder. Not for several processes at once."""
-    from vlm_distill_cache.common.config import config_from_dict
+    from tests.benchmarks.train_student import cut_out
     from vlm_distill_cache.stage1_teacher.demo.teacher import builtin_teacher_directory
-    from vlm_distill_cache.stage2_student.config import TrainConfig
-    from vlm_distill_cache.stage2_student.run import with_pruned_student
-    from vlm_distill_cache.stage2_student.training.resolve import open_caches
 
     student, how = cuts()[name]
     options = {
         "student": student, "teacher": str(builtin_teacher_directory()), "cache": str(place.cache),
         "output": str(place.cut(name)), "phases": ["dft"], "pruning": {"samples": MEASURED, **how},
     }  # fmt: skip
-    config = config_from_dict(TrainConfig, options, where="experiment_seeds")
-    return Path(with_pruned_student(config, open_caches(config), say=lambda line: None).student)
+    return cut_out(options)
 
 
 def train_job(place: Place, job: Job) -> tuple[Any, Any, dict[str, Any]]:

@@ -4,8 +4,9 @@
 
 1. Teacher: the built-in one, taught to compare pictures and to follow clips (``experiment_several_teacher``).
 2. Cache: logits, answer attention and visual columns of drawn pictures, pairs and clips.
-3. Students from scratch, by the arms below, at equal steps, data and seeds. Scores are exact matches on held-out pairs and
-   clips, and on those about combinations that no training sample shows; an interval is Student's t over seeds.
+3. Students from scratch and students cut out of the teacher, by the arms of ``experiment_several_tables``, at equal steps,
+   data and seeds. Scores are exact matches on held-out pairs and clips, and on those about combinations that no training
+   sample shows; an interval is Student's t over seeds.
 
 What is done is kept in ``build/experiment-several``: a job that was killed is run again, the others are not.
 """
@@ -22,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.experiment_seeds import Job, read_results, run, write_stored
-from tests.benchmarks.experiment_several_tables import ARMS, SEEDS, in_order, most_frequent, tables, write_page
+from tests.benchmarks.experiment_several_tables import ARMS, CUT, SEEDS, in_order, most_frequent, tables, write_page
 from tests.benchmarks.experiment_several_teacher import make_teacher, score
 from vlm_distill_cache.common.files.atomic import try_lock
 
 STORED = Path(__file__).parent / "results" / "experiment_several.json"
 SIGNALS = ("logits", "answer_attention", "visual_columns")
 ITEMS = "shapes:kinds=comparison+motion"
+MEASURED = 50  # samples that the importance of layers is measured on
 LENGTH = 2048  # tokens of all conversations behind a clip; each alone fits the built-in models
 
 
@@ -40,13 +42,15 @@ class Budget:
         data: What students learn from.
         items: Held-out items of each kind.
         teacher_steps: Of the teacher's courses, 8 samples each.
-        steps: Of a student, 16 samples each.
+        steps: Of a student from scratch, 16 samples each.
+        cut_steps: Of a student that is cut out of the teacher.
     """
 
     data: str = "shapes:images=1800,kinds=scene+comparison+motion"
     items: int = 100
     teacher_steps: str = "3000+2400"
     steps: int = 600
+    cut_steps: int = 200
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,11 @@ class Place:
         return self.root / f"cache-{self.budget.teacher_steps}"
 
     @property
+    def cut(self) -> Path:
+        """The student that is cut out of the teacher, before it is trained."""
+        return self.root / f"cut-{self.budget.teacher_steps}"
+
+    @property
     def results(self) -> Path:
         """A line for each job."""
         return self.root / "results.jsonl"
@@ -82,6 +91,17 @@ def build_cache(place: Place) -> None:
         data=place.budget.data, teacher=str(place.teacher), cache=str(place.cache), signals=SIGNALS, max_length=LENGTH
     )
     sys.stdout.write(summary_text(extract(config)) + "\n")
+
+
+def cut_student(place: Place) -> Path:
+    """Cut the student out of the teacher, or find it done; its folder. Not for several processes at once."""
+    from tests.benchmarks.train_student import cut_out
+
+    options = {
+        "student": "pruned:depth:0.5", "teacher": str(place.teacher), "cache": str(place.cache), "max_length": LENGTH,
+        "output": str(place.cut), "phases": ["dft"], "pruning": {"samples": MEASURED},
+    }  # fmt: skip
+    return cut_out(options)
 
 
 def items_of(place: Place) -> tuple[Any, ...]:
@@ -107,10 +127,14 @@ def run_job(place: Place, job: Job) -> dict[str, Any]:
     started, budget = time.monotonic(), place.budget
     output = place.root / "runs" / f"{list(ARMS).index(job.arm)}-{job.seed}"
     shutil.rmtree(output, ignore_errors=True)
+    student: dict[str, Any] = {"student": "mobilevlm-tiny", "projector": "mlp"}
+    steps, rate = budget.steps, 2e-3
+    if job.arm.endswith(CUT):
+        student, steps, rate = {"student": str(cut_student(place))}, budget.cut_steps, 5e-4
     result = train_student(
-        student="mobilevlm-tiny", projector="mlp", data=budget.data, cache=str(place.cache), output=str(output),
+        **student, data=budget.data, cache=str(place.cache), output=str(output),
         seed=job.seed, phases=["dft"], max_length=LENGTH, checkpoint_every=10**6,
-        dft={"steps": budget.steps, "batch_size": 16, "lr": 2e-3, "losses": ARMS[job.arm]},
+        dft={"steps": steps, "batch_size": 16, "lr": rate, "losses": ARMS[job.arm]},
     )  # fmt: skip
     shutil.rmtree(output)
     scores = score(result.model, result.preparation.encoder, items_of(place))
@@ -140,7 +164,9 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     logging.basicConfig(format="%(message)s")
     logging.getLogger("vlm_distill_cache.stage1_teacher.demo").setLevel(logging.INFO)  # how far the teacher is
-    tiny = Budget(data="shapes:images=24,kinds=scene+comparison+motion", items=2, teacher_steps="2+2", steps=2)
+    tiny = Budget(
+        data="shapes:images=24,kinds=scene+comparison+motion", items=2, teacher_steps="2+2", steps=2, cut_steps=2
+    )
     place = Place(Path("build/experiment-several"), tiny if arguments.tiny else Budget())
     place.root.mkdir(parents=True, exist_ok=True)
     lock = try_lock(place.root)
@@ -148,6 +174,7 @@ def main() -> None:
         sys.exit(f"{place.root}: another experiment is running there; wait for it, or stop it")
     make_teacher(place.teacher, steps=[int(steps) for steps in place.budget.teacher_steps.split("+")])
     build_cache(place)
+    cut_student(place)
     done = {(found["arm"], found["seed"]) for found in read_results(place)}
     # Seeds outermost, so that an interrupted run has whole comparisons.
     jobs = [Job(arm, seed) for seed in SEEDS[: arguments.seeds] for arm in ARMS if (arm, seed) not in done]

@@ -16,12 +16,15 @@ from vlm_distill_cache.data.shapes.pairs import COMPARISONS
 BEGIN, END = "<!-- experiment-several -->\n", "<!-- /experiment-several -->\n"
 SEEDS = (301, 302, 303)  # never used while anything was tuned
 SFT, LOGITS, GAZE, COLUMNS = "SFT", "logit KD", "+ answer_attention", "+ visual_columns"
-ARMS: dict[str, dict[str, float]] = {
+CUT = ", cut out"  # of students whose decoder is half of the teacher's
+LOSSES: dict[str, dict[str, float]] = {
     SFT: {"lm": 1.0},
     LOGITS: {"lm": 1.0, "logits": 1.0},
     GAZE: {"lm": 1.0, "logits": 1.0, "answer_attention": 1.0},
     COLUMNS: {"lm": 1.0, "logits": 1.0, "visual_columns": 1.0},
 }
+STUDENTS = ("", CUT)
+ARMS = {name + student: losses for student in STUDENTS for name, losses in LOSSES.items()}
 GROUPS: dict[str, tuple[str, ...]] = {
     "comparison": COMPARISONS,
     "motion": MOTIONS,
@@ -91,22 +94,25 @@ def tables(stored: Mapping[str, Any]) -> str:
         lines.append(row(name, *(f"{mean_of(stored[what], group):.1f}" for group in GROUPS)))
     lines += [row(arm, *means(arm, GROUPS, GROUPS)) for arm in ARMS]
     lines.append("")
-    for arm in (GAZE, COLUMNS):
-        lines += [
-            f"- {arm.removeprefix('+ ')}, {group}: {verdict(found)}."
-            for group in GROUPS
-            if (found := gains(results, arm, LOGITS, group))
-        ]
+    for student in STUDENTS:
+        for arm in (GAZE, COLUMNS):
+            lines += [
+                f"- {arm.removeprefix('+ ')}{student}, {group}: {verdict(found)}."
+                for group in GROUPS
+                if (found := gains(results, arm + student, LOGITS + student, group))
+            ]
     kinds = [kind for group in GROUPS.values() for kind in group]
-    lines += ["", row("by kind, %", "most frequent", "teacher", *ARMS), row(*["---"] * (len(ARMS) + 3))]
-    lines += [
-        row(
-            kind.replace(HELD_OUT, ", held out"),
-            *(f"{stored[what][kind]:.1f}" for what in ("most_frequent", "teacher")),
-            *(means(arm, [kind], {kind: (kind,)})[0] for arm in ARMS),
-        )
-        for kind in kinds
-    ]
+    for student in STUDENTS:
+        arms = [arm + student for arm in LOSSES]
+        lines += ["", row("by kind, %", "most frequent", "teacher", *arms), row(*["---"] * (len(arms) + 3))]
+        lines += [
+            row(
+                kind.replace(HELD_OUT, ", held out"),
+                *(f"{stored[what][kind]:.1f}" for what in ("most_frequent", "teacher")),
+                *(means(arm, [kind], {kind: (kind,)})[0] for arm in arms),
+            )
+            for kind in kinds
+        ]
     return "\n".join([*lines, ""])
 
 

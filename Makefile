@@ -155,11 +155,12 @@ experiment-smollm: $(STAMP) ## The second experiment, with SmolLM2-135M inside (
 	$(BIN)/python -m tests.benchmarks.experiment_smollm
 
 # Photographs come with a package of Debian and Ubuntu, which only root installs; anybody else is told how.
-experiment-photos: $(STAMP) ## Photographs, real features, SmolLM2-135M: arms x seeds (15 hours on 2 cores; parts by name)
+# Of a folder of the user's own (DATA) none are needed.
+experiment-photos: $(STAMP) ## Photographs, real features, SmolLM2-135M: arms x seeds (15 hours on 2 cores); DATA=folder: yours
 	$(INSTALL_SMOLLM)
 	$(INSTALL_TOWER)
-	[ -d /usr/share/tuxpaint/stamps ] || [ "$$(id -u)" != 0 ] || apt-get install --yes --no-install-recommends tuxpaint-stamps-default
-	$(BIN)/python -m tests.benchmarks.experiment_photos
+	$(if $(call GAVE,DATA,-),,[ -d /usr/share/tuxpaint/stamps ] || [ "$$(id -u)" != 0 ] || apt-get install --yes --no-install-recommends tuxpaint-stamps-default)
+	$(BIN)/python -m tests.benchmarks.experiment_photos $(call GAVE,DATA,--data)
 
 # Commands that tests start are compiled once, whatever the environment says of bytecode.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(CURDIR)/build/bytecode" $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20

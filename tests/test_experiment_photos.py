@@ -31,6 +31,7 @@ from tests.benchmarks.experiment_photos_arms import (
     QUARTERED,
     SEEDS,
     SFT,
+    SUPPRESSED,
     TAF,
     budget_arm,
     cache_options,
@@ -292,7 +293,8 @@ def test_what_is_done_is_not_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "make_students", lambda place, kinds: None)
     monkeypatch.setattr(experiment, "score_teacher", lambda place: {"teacher": {}, "blind": {}})
     monkeypatch.setattr(experiment, "run", lambda place, waves, do, workers: asked.extend(waves) or [])
-    monkeypatch.setattr(experiment, "tables", lambda found: "")
+    monkeypatch.setattr(experiment, "count_sinks", lambda cache: [])
+    monkeypatch.setattr(experiment, "tables", lambda found, scoring: "")
     monkeypatch.setattr(experiment, "write_stored", lambda found, path: written.append((found, path)))
     monkeypatch.setattr(experiment, "write_page", lambda path, found: None)
     place = Place(Path("build/experiment-photos"), Budget())
@@ -334,7 +336,13 @@ def stored(*results: dict[str, Any]) -> dict[str, Any]:
     curve = [{"step": 50, "loss": 1.5, "seconds": 5.0, "scores": dict.fromkeys(ALL, 77.0)}]
     return {
         "training": {"steps": 50, "curve": curve}, "teacher": dict.fromkeys(ALL, 90.0), "blind": dict.fromkeys(ALL, 50.0),
-        "bytes_a_row": {budget_arm("lean", 3): 31.25}, "results": list(results),
+        "bytes_a_row": {budget_arm("lean", 3): 31.25}, "gaze": {SFT: 0.8125}, "results": list(results),
+        "sinks": [
+            {
+                "part": "language_model (answer_attention)", "pictures": 40, "places": 49, "sinks": 3, "share": 0.25,
+                "strongest": {"place": "row 1, column 1", "share": 0.125, "sink_in": 0.9},
+            }
+        ],
     }  # fmt: skip
 
 
@@ -344,7 +352,7 @@ def test_differences_are_paired_by_seed_and_words_follow_their_intervals():
         result(LOGITS, 401, 50.0), result(LOGITS, 402, 60.0), result(ANSWER, 401, 53.0), result(ANSWER, 402, 63.2),
         result(TAF, 401, 52.0), result(TAF, 402, 64.0), result(CONTROL, 403, 50.0),
         result(budget_arm("lean", 3), 401, 55.0), result(width_arm(SFT), 401, 51.0), result(quarter_arm(QUARTERED[0]), 401, 5.0),
-        result(SFT, 401, 40.0) | {"blind": dict.fromkeys(ALL, 49.0)},
+        result(SUPPRESSED, 401, 5.0), result(SFT, 401, 40.0) | {"blind": dict.fromkeys(ALL, 49.0)},
     )  # fmt: skip
     text = tables(found)
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
@@ -355,6 +363,9 @@ def test_differences_are_paired_by_seed_and_words_follow_their_intervals():
     assert "| the teacher |  | 90.0 | 90.0 | 90.0 | 90.0 | - |" in text
     assert "| blind: SFT sees the mean picture | 1 | 49.0" in text
     assert "| `lean` | 3 x 3 | 31.2 | 55.0" in text
+    assert "| language_model (answer_attention) | 40 | 3 / 49 | 25.0% | row 1, column 1 | 12.5% | 90% |" in text
+    assert f"| {SUPPRESSED} | {ANSWER} | one seed: undecided |" in text
+    assert f"| {SFT} | 0.812 |" in text
     assert "### Score against steps" not in text
     assert "51.0" in lines[width_arm(SFT)]
     assert "77.0" in lines["50"]
@@ -415,7 +426,9 @@ def test_two_arms_with_ten_steps(small):
 @pytest.mark.slow
 def test_every_kind_of_arm_can_be_trained(small, monkeypatch):
     place = replace(small, budget=replace(small.budget, steps=1))
-    arms = [name for name, arm in ARMS.items() if arm.part in ("losses", "online") and name not in (SFT, ANSWER)]
+    arms = [
+        name for name, arm in ARMS.items() if arm.part in ("losses", "online", "sinks") and name not in (SFT, ANSWER)
+    ]
     arms += [quarter_arm(ANSWER), width_arm(ANSWER), budget_arm("fixed:32", 3)]
     for name in dict.fromkeys(ARMS[arm].cache for arm in arms):
         experiment.build_cache(place, name)

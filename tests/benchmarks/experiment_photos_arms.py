@@ -14,11 +14,14 @@ SFT, LOGITS, ANSWER = "SFT", "+ logit KD", "+ answer_attention"
 MAP, ALL_ROWS = "+ visual_map (released code)", "+ all_attention (the paper's rows)"
 TAF = "+ the teacher's projector, frozen (TAF at equal widths)"
 RELATIVE = "+ answer_attention, relative"
+SUPPRESSED = "+ answer_attention, sinks suppressed"
+UNFILTERED = "+ visual_map without a sink filter (the paper's cosine)"
 CONTROL = "control: answer_attention of another picture"
 ONLINE = "online: + answer_attention"
 PRESETS = ("lean", "default", "wide", "fixed:32")
 GRIDS = (3, 6, 7)  # the teacher looks at 7 x 7 places: a finer grid than 7 holds nothing more
 CACHE = "cache"  # of all signals, with the default presets
+HELD_OUT = "held-out"  # of the pictures on the page of where models look
 SIGNALS = ("logits", "answer_attention", "text_attention", "visual_map")
 
 
@@ -77,8 +80,13 @@ LOSSES: dict[str, dict[str, Any]] = {
     RELATIVE: {"lm": 1.0, "logits": 1.0, "answer_attention": 1.0, "answer_kind": "relative"},
     TAF: {"lm": 1.0, "logits": 1.0},
 }
+SINK_LOSSES: dict[str, dict[str, Any]] = {
+    SUPPRESSED: LOSSES[ANSWER] | {"answer_kind": "sink_suppressed"},
+    UNFILTERED: LOSSES[MAP] | {"visual_map_kind": "cosine"},
+}
+SINKS = ((RELATIVE, ANSWER), (SUPPRESSED, ANSWER), (MAP, UNFILTERED))  # with something against sinks, and without it
 FIVE = (SFT, LOGITS, ANSWER, MAP, CONTROL)  # with all seeds
-COMPARED = (SFT, LOGITS, ANSWER)  # over steps, and pruned
+COMPARED = (SFT, LOGITS, ANSWER)  # over steps, and pruned; and where they look
 QUARTERED = (LOGITS, ANSWER)
 
 
@@ -100,6 +108,8 @@ def _arms() -> Iterator[tuple[str, Arm]]:
         for grid in GRIDS:
             name = budget_arm(preset, grid)
             yield name, Arm("budget", LOSSES[ANSWER], cache=name)
+    for name, losses in SINK_LOSSES.items():
+        yield name, Arm("sinks", losses)
 
 
 ARMS: dict[str, Arm] = dict(_arms())
@@ -110,5 +120,7 @@ def cache_options(name: str) -> dict[str, Any]:
     """What of `BuildConfig` makes the cache of an arm."""
     if name == CACHE:
         return {"signals": SIGNALS}
+    if name == HELD_OUT:
+        return {"signals": SIGNALS[:2]}
     preset, grid = next((p, g) for p in PRESETS for g in GRIDS if budget_arm(p, g) == name)
     return {"signals": SIGNALS[:2], "logits": preset, "grid": grid}

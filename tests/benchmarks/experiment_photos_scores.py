@@ -3,7 +3,7 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 
 from vlm_distill_cache.data.images.load import ImageFile
 from vlm_distill_cache.data.photos.text import PAIR_KINDS, QUESTION_KINDS
-from vlm_distill_cache.data.sample import Dataset, EvaluationSet, ImageSource
+from vlm_distill_cache.data.sample import CaptionPair, Dataset, EvaluationSet, ImageSource
 
 BATCH = 32  # items
+SIDE = 224  # pixels of the mean picture
 PICTURE = "picture: "  # in front of a kind of captions: which of two pictures is a caption's?
 ORDER = ("swap_obj", "replace_rel")
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -22,6 +23,24 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "right picture of two": tuple(PICTURE + kind for kind in PAIR_KINDS),
     "questions": tuple(QUESTION_KINDS),
 }
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is told of the answers to some data.
+
+    Attributes:
+        groups: Kinds by the score that is their unweighted mean.
+        decided_by: The score that verdicts are about, named before anything was run.
+        gate: Kinds of which a teacher must have enough right before students learn from it, and what they are called.
+    """
+
+    groups: Mapping[str, tuple[str, ...]]
+    decided_by: str
+    gate: tuple[str, tuple[str, ...]]
+
+
+DRAWN = Scoring(GROUPS, "order and relations", ("order and relations", ORDER))
 _SIGNS = {0.0: "0", 0.5: "=", 1.0: "1"}  # of an item: wrong, a tie, right
 _VALUES = {sign: value for value, sign in _SIGNS.items()}
 
@@ -34,7 +53,7 @@ def answer_items(model: Any, encoder: Any, items: EvaluationSet) -> Answers:
     Args:
         model: A student, or a model of the library.
         encoder: The one that fits it.
-        items: Of `photo_evaluation`, twins next to each other.
+        items: Twins, where pairs have one, next to each other and in front of those that have none.
     """
     import torch
 
@@ -51,24 +70,28 @@ def answer_items(model: Any, encoder: Any, items: EvaluationSet) -> Answers:
         model.train(was_training)
     found: dict[str, list[str]] = defaultdict(list)
     right, wrong = weighed.T
-    of_twins = np.arange(len(right)) ^ 1  # the place of each one's twin
-    columns = {
-        "": preference(right, wrong),
-        # A twin's wrong caption is the right one here.
-        PICTURE: preference(right, wrong[of_twins]),
-    }
-    for start, hits in columns.items():
-        for pair, hit in zip(items.pairs, hits.tolist(), strict=True):
-            found[start + pair.kind].append(_SIGNS[hit])
+    for pair, hit in zip(items.pairs, preference(right, wrong).tolist(), strict=True):
+        found[pair.kind].append(_SIGNS[hit])
+    twins = [place for place in range(len(right)) if is_twin(items.pairs, place)]
+    # A twin's wrong caption is the right one here.
+    hits = preference(right[twins], wrong[[place ^ 1 for place in twins]])
+    for place, hit in zip(twins, hits.tolist(), strict=True):
+        found[PICTURE + items.pairs[place].kind].append(_SIGNS[hit])
     for question, hit in zip(items.questions, asked.tolist(), strict=True):
         found[question.kind].append(_SIGNS[float(hit)])
     return {kind: "".join(signs) for kind, signs in found.items()}
 
 
-def scores_of(answers: Mapping[str, str]) -> dict[str, float]:
-    """Percent by kind, and of each of `GROUPS` the unweighted mean of its kinds."""
+def is_twin(pairs: Sequence[CaptionPair], place: int) -> bool:
+    """Whether the neighbour of a pair has the same captions the other way round."""
+    twin = pairs[place ^ 1] if place ^ 1 < len(pairs) else None
+    return twin is not None and (twin.right, twin.wrong) == (pairs[place].wrong, pairs[place].right)
+
+
+def scores_of(answers: Mapping[str, str], scoring: Scoring = DRAWN) -> dict[str, float]:
+    """Percent by kind, and of each group the unweighted mean of those of its kinds that were asked."""
     kinds = {kind: 100 * statistics.mean(_VALUES[sign] for sign in signs) for kind, signs in answers.items()}
-    groups = {name: statistics.mean(kinds[kind] for kind in of) for name, of in GROUPS.items()}
+    groups = {name: statistics.mean(kinds[kind] for kind in of if kind in kinds) for name, of in scoring.groups.items()}
     return {name: round(value, 3) for name, value in (groups | kinds).items()}
 
 
@@ -81,12 +104,12 @@ def blinded(items: EvaluationSet, picture: ImageSource) -> EvaluationSet:
 
 
 def mean_picture(dataset: Dataset, file: Path, pictures: int = 256) -> ImageSource:
-    """The mean of the first pictures of a data set, kept in a file."""
+    """The mean of the first pictures of a data set, 224 x 224 pixels, kept in a file."""
     if not file.is_file():
         from PIL import Image
 
         shown: Iterable[Any] = (dataset[number].images[0] for number in range(min(pictures, len(dataset))))
-        arrays: Sequence[np.ndarray] = [np.asarray(image.load(), np.float32) for image in shown]
+        arrays: Sequence[np.ndarray] = [np.asarray(image.load().resize((SIDE, SIDE)), np.float32) for image in shown]
         scratch = file.with_suffix(".part.png")
         Image.fromarray(np.mean(arrays, axis=0).round().astype(np.uint8)).save(scratch)
         scratch.rename(file)

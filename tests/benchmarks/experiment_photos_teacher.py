@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from tests.benchmarks.experiment_photos_scores import ORDER
+from tests.benchmarks.experiment_photos_scores import DRAWN, Scoring
 from tests.benchmarks.photo_tower import PROCESSOR, SIDE, PhotoTower, pretrained_tower
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.common.files.atomic import publish_file, temporary_for
@@ -38,7 +38,7 @@ WARMUP, DECAY = 20, 0.2  # steps; the last share of the steps
 SAVED_EVERY = 25  # steps
 TEMPLATE = {"template": "short"}
 LENGTH = 512  # tokens of all conversations behind a picture
-GATE = 85.0  # percent of `ORDER` that a teacher must have right before students learn from it
+GATE = 85.0  # percent of `Scoring.gate` that a teacher must have right before students learn from it
 
 Score = Callable[[Any, Any, EvaluationSet], Mapping[str, float]]  # of a model and its encoder, percent by kind
 
@@ -238,22 +238,22 @@ def make_teacher(
     return found
 
 
-def gate_of(training: Mapping[str, Any]) -> float:
-    """Percent of order and relations that a trained teacher has right, of its last scores."""
+def gate_of(training: Mapping[str, Any], scoring: Scoring = DRAWN) -> float:
+    """Percent of the gate's kinds that a trained teacher has right, of its last scores."""
     scores = training["curve"][-1]["scores"]
-    return statistics.mean(scores[kind] for kind in ORDER)
+    return statistics.mean(scores[kind] for kind in scoring.gate[1])
 
 
-def refuse_below_gate(training: Mapping[str, Any]) -> None:
+def refuse_below_gate(training: Mapping[str, Any], scoring: Scoring = DRAWN) -> None:
     """End where the teacher has not learnt what students are to learn from it.
 
     Raises:
         SystemExit: Says what it has reached, and what to do.
     """
-    reached = gate_of(training)
+    reached = gate_of(training, scoring)
     if reached < GATE:
         raise SystemExit(
-            f"the teacher has {reached:.1f} % of order and relations right after {training['steps']} steps, and students are "
+            f"the teacher has {reached:.1f} % of {scoring.gate[0]} right after {training['steps']} steps, and students are "
             f"trained from {GATE:.0f} % on. Run tests.benchmarks.experiment_photos with --teacher-steps {2 * training['steps']} "
             "to train it on, with --stage middle for finer features, or with --below-gate for students of this one"
         )

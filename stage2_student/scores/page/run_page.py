@@ -108,7 +108,7 @@ def render_run_page(path: Path, page: RunPage) -> None:
             else "",
             "Wins and losses": "".join(map(_flips, page.flips))
             or (page.no_flips and f"<p>{words(page.no_flips, 2000)}</p>"),
-            "Beside the teacher": _taught(page.taught),
+            "Beside the teacher": taught_cards(page.taught),
             "Shift of the gaze": _shift(page.shift),
             "Training": curves("curves", page.curves) + legend({"loss": CURVES}) + _on_the_way(page.on_the_way),
             "Provenance": _provenance(page.provenance),
@@ -182,7 +182,8 @@ def _flip(flip: Flip) -> str:
     )
 
 
-def _taught(taught: Sequence[Taught]) -> str:
+def taught_cards(taught: Sequence[Taught]) -> str:
+    """Answers of cached samples word by word, with where each model looks; empty where there are none."""
     if not taught:
         return ""
     cards = "".join(_answer(one, f"words-{place}") for place, one in enumerate(taught))

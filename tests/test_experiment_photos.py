@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,7 +16,7 @@ from torch import nn
 
 from tests.benchmarks import experiment_photos as experiment
 from tests.benchmarks import experiment_photos_teacher as teacher_module
-from tests.benchmarks import photo_tower
+from tests.benchmarks import experiment_seeds, photo_tower
 from tests.benchmarks.bench_docs import ROOT, TABLE_PAGE, table_in
 from tests.benchmarks.experiment_photos import STORED, Budget, Job, Place, jobs_of
 from tests.benchmarks.experiment_photos_arms import (
@@ -38,9 +39,20 @@ from tests.benchmarks.experiment_photos_arms import (
     quarter_arm,
     width_arm,
 )
-from tests.benchmarks.experiment_photos_scores import GROUPS, PICTURE, answer_items, blinded, mean_picture, scores_of
+from tests.benchmarks.experiment_photos_folder import FOLDER
+from tests.benchmarks.experiment_photos_scores import (
+    DRAWN,
+    GROUPS,
+    PICTURE,
+    answer_items,
+    blinded,
+    mean_picture,
+    prefers,
+    scores_of,
+)
 from tests.benchmarks.experiment_photos_tables import BEGIN, END, expected_hours, in_order, tables, verdict
 from tests.benchmarks.photo_tower import POSITION, SIDE, PhotoTower, PhotoTowerConfig, keep_features
+from tests.test_experiment_photos_folder import make_folder
 from vlm_distill_cache.common.config import config_from_dict
 from vlm_distill_cache.data import builtin
 from vlm_distill_cache.data.photos import dataset as photo_dataset
@@ -253,6 +265,12 @@ def test_of_two_pictures_the_one_is_right_that_a_caption_is_likelier_of(monkeypa
     assert set(scores) == set(ALL)
 
 
+def test_a_blind_model_neither_wins_nor_loses_by_rounding():
+    nats = np.array([-31.5, -31.5, -31.5, -31.5, -31.5])
+    others = nats + np.array([1e-6, -1e-6, 0.0, 0.01, -0.01])
+    assert prefers(nats, others).tolist() == [0.5, 0.5, 0.5, 0.0, 1.0]
+
+
 def test_the_mean_picture_is_that_of_the_data_and_stands_for_all_items(tmp_path, photographs):
     data = open_dataset("photo-scenes:images=6")
     picture = mean_picture(data, tmp_path / "mean.png", pictures=3)
@@ -421,6 +439,47 @@ def test_two_arms_with_ten_steps(small):
     scores = experiment.score_teacher(small)
     assert set(scores["teacher"]) == set(scores["blind"]) == set(ALL)
     assert len(list(small.features.rglob("*.npy"))) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["photo-scenes", "folder"])
+def test_tiny_runs_all_of_it(tmp_path, tiny_parts, monkeypatch, capsys, data):
+    monkeypatch.setattr(teacher_module, "BATCH", 2)
+    monkeypatch.setattr(experiment, "BATCH", 2)
+    monkeypatch.setattr(experiment, "LAYERS", 2)
+    monkeypatch.setattr(experiment, "SHOWN", 3)
+    # In this process, where the parts are tiny.
+    monkeypatch.setattr(experiment_seeds, "ProcessPoolExecutor", lambda workers, **options: ThreadPoolExecutor(1))
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path / "photographs", "coco") if data == "folder" else None
+    monkeypatch.setattr(sys, "argv", ["experiment_photos", "--tiny", "--data", str(folder or data)])
+    experiment.main()
+    root = Path("build/experiment-photos-tiny")
+    (results,) = root.rglob("results.json")
+    assert (results.parent == root) == (folder is None)
+    assert (results.parent.parent == root / "folders") == (folder is not None)
+    found, scoring = json.loads(results.read_text()), DRAWN if folder is None else FOLDER
+    assert [(one["arm"], one["steps"]) for one in found["results"]] == [(SFT, 10), (ANSWER, 10)]
+    assert set(scoring.groups) < set(found["teacher"])
+    assert [one["part"] for one in found["sinks"]] == ["language_model (answer_attention)", "visual_rows (visual_map)"]
+    assert list(found["gaze"]) == [SFT, ANSWER]
+    assert -1 <= min(found["gaze"].values()) <= max(found["gaze"].values()) <= 1
+    assert results.with_suffix(".md").read_text() == tables(found, scoring) + "\n"
+    page = (results.parent / "gaze.html").read_text()
+    for name in ("teacher", SFT, ANSWER):  # one and the same drawing as on the page of a run
+        assert page.count(f'<div class="panes"><img alt="where {name} looks at ') == 3, name
+    assert "http" not in page.replace("http-equiv", "")
+    if folder is not None:
+        (asked,) = root.rglob("of-teacher-*/asked-4.json")
+        assert json.loads(asked.read_text())[:8] == list(range(8))  # all twins
+        for group in scoring.groups:
+            assert found["blind"][group] == 50
+        assert not any("photographs" in path.name for path in root.rglob("*"))  # nothing is copied
+    done = results.read_bytes()
+    monkeypatch.setattr(experiment, "run_job", None)  # nothing is trained again
+    experiment.main()
+    assert "0 of 2 students are to be trained" in capsys.readouterr().out
+    assert results.read_bytes() == done
 
 
 @pytest.mark.slow

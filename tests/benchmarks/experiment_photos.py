@@ -213,8 +213,11 @@ def choose_items(place: Place) -> None:
 
     items = place.folder.pairs("test")
     blind = answer_items(*open_teacher(place), blinded(items, mean_of(place)))
+    chosen = balanced(items.pairs, blind, place.budget.items)
     place.made_of.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(place.asked, json.dumps(balanced(items.pairs, blind, place.budget.items)).encode())
+    write_bytes_atomic(place.asked, json.dumps(chosen).encode())
+    kinds = Counter(items.pairs[number].kind for number in chosen)
+    sys.stdout.write(f"asked, balanced by the blind teacher: {dict(kinds)}\n")
 
 
 def open_teacher(place: Place) -> tuple[Any, Any]:

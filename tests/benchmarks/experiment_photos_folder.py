@@ -102,21 +102,25 @@ def read_photographs(folder: Path) -> Photographs:
         raise SystemExit(
             f"{error}. Or give it captions*.txt, .json, .jsonl or .csv, as COCO or Flickr8k have them"
         ) from None
-    paths = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in _ENDINGS
-    }
-    paths = {path.name: path for path in paths.values()} | paths
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _ENDINGS]
+    places = {path.relative_to(folder).as_posix(): path for path in paths}
+    called: dict[str, list[Path]] = {}
+    for path in paths:
+        called.setdefault(path.name, []).append(path)
     said: dict[str, list[str]] = {}
     for name, caption in rows:
         told = " ".join(caption.split()).rstrip(" .")
         if told:
             said.setdefault(name, []).append(told)
-    known = sorted((name for name in said if name in paths or Path(name).name in paths), key=_hash)[:MOST]
+    known = sorted((name for name in said if name in places or Path(name).name in called), key=_hash)[:MOST]
     found: dict[str, tuple[Path, list[str]]] = {}  # by content
     for name in known:
-        path = paths.get(name) or paths[Path(name).name]
+        path, *others = [places[name]] if name in places else called[Path(name).name]
+        if others:
+            raise SystemExit(
+                f"{folder}: its captions speak of {name}, and {path} and {others[0]} are called so; take away the one that is not "
+                "meant, or name it in the captions by its path below the folder"
+            )
         content = path.read_bytes()
         try:
             PIL.Image.open(io.BytesIO(content)).verify()

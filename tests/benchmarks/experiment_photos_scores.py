@@ -15,6 +15,7 @@ from vlm_distill_cache.data.sample import CaptionPair, Dataset, EvaluationSet, I
 
 BATCH = 32  # items
 SIDE = 224  # pixels of the mean picture
+ROUNDING = 1e-3  # nats of a caption
 PICTURE = "picture: "  # in front of a kind of captions: which of two pictures is a caption's?
 ORDER = ("swap_obj", "replace_rel")
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -58,7 +59,6 @@ def answer_items(model: Any, encoder: Any, items: EvaluationSet) -> Answers:
     import torch
 
     from vlm_distill_cache.stage2_student.scores.evaluate import score_questions, weigh_pairs
-    from vlm_distill_cache.stage2_student.scores.metrics import preference
 
     was_training = model.training
     model.eval()
@@ -70,16 +70,30 @@ def answer_items(model: Any, encoder: Any, items: EvaluationSet) -> Answers:
         model.train(was_training)
     found: dict[str, list[str]] = defaultdict(list)
     right, wrong = weighed.T
-    for pair, hit in zip(items.pairs, preference(right, wrong).tolist(), strict=True):
+    for pair, hit in zip(items.pairs, prefers(right, wrong).tolist(), strict=True):
         found[pair.kind].append(_SIGNS[hit])
     twins = [place for place in range(len(right)) if is_twin(items.pairs, place)]
     # A twin's wrong caption is the right one here.
-    hits = preference(right[twins], wrong[[place ^ 1 for place in twins]])
+    hits = prefers(right[twins], wrong[[place ^ 1 for place in twins]])
     for place, hit in zip(twins, hits.tolist(), strict=True):
         found[PICTURE + items.pairs[place].kind].append(_SIGNS[hit])
     for question, hit in zip(items.questions, asked.tolist(), strict=True):
         found[question.kind].append(_SIGNS[float(hit)])
     return {kind: "".join(signs) for kind, signs in found.items()}
+
+
+def prefers(likelier: np.ndarray, than: np.ndarray) -> np.ndarray:
+    """1.0 where a caption is likelier than another, float ``[I]``; 0.5 where they differ by less than `ROUNDING`.
+
+    The same caption of the same picture gets other last digits in another batch: a blind model would win or lose by them.
+
+    Args:
+        likelier: Nats, float ``[I]``.
+        than: Likewise.
+    """
+    from vlm_distill_cache.stage2_student.scores.metrics import preference
+
+    return preference(np.where(np.abs(likelier - than) < ROUNDING, than, likelier), than)
 
 
 def is_twin(pairs: Sequence[CaptionPair], place: int) -> bool:

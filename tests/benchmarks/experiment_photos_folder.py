@@ -301,10 +301,10 @@ def make_pairs(captions: Captions, items: int) -> list[CaptionPair]:
             made += 2
     swapped = [
         CaptionPair(
-            item_id=f"{SWAPPED}-{path.stem}#{number}", image=ImageFile(path), right=said, wrong=wrong, kind=SWAPPED
+            item_id=f"{SWAPPED}-{path.stem}#{number}", image=ImageFile(path), right=said, wrong=changed, kind=SWAPPED
         )
         for number, path, said in _in_rounds(captions)
-        if (wrong := swap_things(said)) is not None
+        if (changed := swap_things(said)) is not None
     ]
     return found + swapped[: CANDIDATES * items]
 

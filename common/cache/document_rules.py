@@ -29,7 +29,7 @@ from vlm_distill_cache.common.files.rules import (
     whole,
 )
 
-MAX_SHARDS = 5_000  # two names each in shards/: stays below 10,000 entries a folder
+MAX_SHARDS = 100_000  # whose numbers have five digits
 MAX_SHARD_SAMPLES = 1_000_000
 MAX_SAMPLES = MAX_SHARDS * MAX_SHARD_SAMPLES
 MAX_FILE_BYTES = 1 << 40

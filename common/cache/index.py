@@ -23,19 +23,22 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import tempfile
 from collections.abc import Iterable, Iterator
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.cache.plan import Plan
+from vlm_distill_cache.common.cache.side_files import open_plain
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, check_sidecar, read_sidecar, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError
-from vlm_distill_cache.common.files.atomic import read_bounded
+from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, is_out_of_reach, read_bounded
 from vlm_distill_cache.common.files.hashing import stream_checksum
 
 INDEX = "index.bin"
@@ -44,10 +47,14 @@ INDEX_VERSION = 1
 _MAGIC = b"VLMDIDX\0"
 _HEADER = struct.Struct("<8sIIQQ32x")
 COLUMN_DTYPES = ("<u8", "<u8", "<u4", "<u4")  # high, low, shard, position
-_ENTRY_BYTES = 24
+_ENTRY = np.dtype([*zip(("high", "low", "shard", "position"), COLUMN_DTYPES, strict=True)])
+_ENTRY_BYTES = _ENTRY.itemsize
 FAILED_BIT = 1 << 31
 _HASHED_AT_A_TIME = 1 << 16
 _LOOKED_UP_AT_A_TIME = 1 << 20
+_COMPARED_AT_A_TIME = 1 << 20  # bytes
+_HELD = 1 << 19  # entries, while an index is made
+_RANGE_ENDS = (np.arange(1, 1025, dtype=np.uint64) << np.uint64(54)) - np.uint64(1)  # of the upper half of a hash
 _SEAL = "run `teacher-cache seal` to write it anew, or copy it from an intact cache"
 
 
@@ -214,47 +221,112 @@ def index_columns(data: bytes | bytearray | mmap.mmap, count: int) -> tuple[np.n
 
 
 class IndexBuilder:
-    """Makes an index from sidecars, in any order; holds 24 bytes a sample, and no ids."""
+    """Makes an index from sidecars, in any order. Holds no ids, and half a million entries at a time.
 
-    def __init__(self) -> None:
-        self._parts: tuple[list[np.ndarray], ...] = ([], [], [], [])  # of each column
-        self._failed = 0
+    What is more waits, sorted, in a file without a name: it takes 24 bytes a sample on disk, and none in memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Begin an index; ``folder``: where what waits lies, of one that is written there; None: where temporary files do."""
+        self._folder = folder
+        self._held: list[NDArray[np.void]] = []
+        self._waiting: IO[bytes] | None = None
+        self._runs: list[
+            NDArray[np.int64]
+        ] = []  # of each sorted run in the file: entries before it and each range's end
+        self._count = self._failed = 0
 
     def add(self, sidecar: ShardSidecar) -> None:
         """Add the samples of a shard."""
         names = (*sidecar.sample_ids, *(name for name, _ in sidecar.failed))
         records, failed = len(sidecar.sample_ids), len(sidecar.failed)
-        shard = np.full(len(names), sidecar.index, dtype=np.uint32)
-        position = np.arange(len(names), dtype=np.uint32)
-        position[records:] += np.uint32(FAILED_BIT - records)
-        columns: tuple[np.ndarray, ...] = (*hash_ids(names), shard, position)
-        for parts, column in zip(self._parts, columns, strict=True):
-            parts.append(column)
+        entries = np.empty(len(names), dtype=_ENTRY)
+        entries["high"], entries["low"] = hash_ids(names)
+        entries["shard"] = sidecar.index
+        entries["position"] = np.arange(len(names), dtype=np.uint32)
+        entries["position"][records:] += np.uint32(FAILED_BIT - records)
+        self._held.append(entries)
+        self._count += len(names)
         self._failed += failed
+        if self._count - self._aside >= _HELD:
+            self._put_aside()
 
-    def finish(self, shard_count: int) -> tuple[bytearray, tuple[Place, Place] | None]:
+    def finish(self, shard_count: int) -> tuple[IO[bytes], tuple[Place, Place] | None]:
         """Sort; the builder is used up.
 
         Returns:
-            The bytes of the file; and the places of the first two samples with one id, or None.
+            The file, to be read from its beginning and closed; and the places of the first two samples with one id, or None.
         """
-        columns = []
-        for parts, dtype in zip(self._parts, COLUMN_DTYPES, strict=True):
-            columns.append(np.concatenate([np.zeros(0, dtype=dtype), *parts]))
-            parts.clear()  # before the next column is made: there may be many millions of samples
-        high, low, *_ = columns
-        data = bytearray(_HEADER.size + _ENTRY_BYTES * len(high))
-        _HEADER.pack_into(data, 0, _MAGIC, INDEX_VERSION, shard_count, len(high), self._failed)
-        order = np.lexsort((low, high))
-        for column, values in zip(index_columns(data, len(high)), columns, strict=True):
-            np.take(values, order, out=column)
-        high, low, *_ = index_columns(data, len(high))
-        repeats = np.flatnonzero((high[1:] == high[:-1]) & (low[1:] == low[:-1]))
-        if not len(repeats):
-            return data, None
-        index = SampleIndex(data, INDEX)
-        first, second = sorted(index.place(int(repeats[0]) + i) for i in (0, 1))
-        return data, (first, second)
+        file: IO[bytes] = self._temporary() if self._runs else BytesIO()
+        file.write(_HEADER.pack(_MAGIC, INDEX_VERSION, shard_count, self._count, self._failed))
+        begins = np.cumsum(
+            [_HEADER.size, *(self._count * np.dtype(dtype).itemsize for dtype in COLUMN_DTYPES)]
+        ).tolist()
+        repeated, done = None, 0
+        for entries in self._sorted():
+            for begin, name in zip(begins, _ENTRY.names or (), strict=False):
+                column = np.ascontiguousarray(entries[name])
+                file.seek(begin + done * column.itemsize)
+                file.write(column.tobytes())
+            done += len(entries)
+            repeated = repeated or _first_repeated(entries)
+        file.seek(0)
+        if self._waiting is not None:
+            self._waiting.close()
+        return file, repeated
+
+    @property
+    def _aside(self) -> int:
+        """How many entries wait in the file."""
+        return int(self._runs[-1][-1]) if self._runs else 0
+
+    def _temporary(self) -> IO[bytes]:
+        return tempfile.TemporaryFile(dir=self._folder, prefix=f"{TEMPORARY_PREFIX}{INDEX}-")
+
+    def _put_aside(self) -> None:
+        """Sort what is held into a run of the file."""
+        entries = _in_order(self._held)
+        self._waiting = self._waiting or self._temporary()
+        before = self._aside
+        self._waiting.write(entries.tobytes())
+        ends = entries["high"].searchsorted(_RANGE_ENDS, side="right")
+        self._runs.append(before + np.array([0, *ends], dtype=np.int64))
+
+    def _sorted(self) -> Iterator[NDArray[np.void]]:
+        """All entries in order, some at a time."""
+        if self._waiting is None:
+            yield _in_order(self._held)
+            return
+        self._put_aside()
+        self._waiting.flush()
+        sizes = np.sum([np.diff(run) for run in self._runs], axis=0)  # of each range of hashes
+        first = 0
+        while first < len(sizes):
+            last = first + max(1, int(np.cumsum(sizes[first:]).searchsorted(_HELD, side="right")))
+            for run in self._runs:
+                begin, end = (int(place) * _ENTRY_BYTES for place in (run[first], run[min(last, len(sizes))]))
+                self._held.append(np.frombuffer(os.pread(self._waiting.fileno(), end - begin, begin), dtype=_ENTRY))
+            yield _in_order(self._held)
+            first = last
+
+
+def _in_order(parts: list[NDArray[np.void]]) -> NDArray[np.void]:
+    """The entries of several arrays, which are taken out of the list, by their hashes; equal ones as they come."""
+    entries = np.concatenate([np.empty(0, dtype=_ENTRY), *parts])
+    parts.clear()
+    return entries[np.lexsort((entries["low"], entries["high"]))]
+
+
+def _first_repeated(entries: NDArray[np.void]) -> tuple[Place, Place] | None:
+    """The places of the first two entries, of some in order, with one hash."""
+    high, low = entries["high"], entries["low"]
+    repeats = np.flatnonzero((high[1:] == high[:-1]) & (low[1:] == low[:-1]))
+    if not len(repeats):
+        return None
+    two = entries[int(repeats[0]) : int(repeats[0]) + 2]
+    places = zip(two["shard"].tolist(), two["position"].tolist(), strict=True)
+    first, second = sorted(Place(shard, at % FAILED_BIT, at >= FAILED_BIT) for shard, at in places)
+    return first, second
 
 
 def refuse_repeats(cache_dir: Path, repeated: tuple[Place, Place] | None) -> None:
@@ -272,34 +344,47 @@ def refuse_repeats(cache_dir: Path, repeated: tuple[Place, Place] | None) -> Non
     )
 
 
-def build_index(cache_dir: Path, plan: Plan, sidecars: Iterable[ShardSidecar]) -> bytearray:
-    """Return the ``index.bin`` that all sidecars of a cache, in order, call for."""
-    builder = IndexBuilder()
+def build_index(
+    cache_dir: Path, plan: Plan, sidecars: Iterable[ShardSidecar], *, scratch: Path | None = None
+) -> IO[bytes]:
+    """Return the ``index.bin`` that all sidecars of a cache, in order, call for: a file to be closed.
+
+    Args:
+        scratch: As of `IndexBuilder`.
+    """
+    builder = IndexBuilder(scratch)
     for sidecar in sidecars:
         check_sidecar(sidecar, plan, str(sidecar_path(cache_dir, sidecar.index)))
         builder.add(sidecar)
     data, repeated = builder.finish(plan.shard_count)
-    refuse_repeats(cache_dir, repeated)
+    try:
+        refuse_repeats(cache_dir, repeated)
+    except CacheFormatError:
+        data.close()
+        raise
     return data
 
 
-def index_bytes(cache_dir: Path, plan: Plan) -> bytearray:
-    """Return the ``index.bin`` that the sidecars in a folder call for; writes nothing."""
+def index_file(cache_dir: Path, plan: Plan) -> IO[bytes]:
+    """Return the ``index.bin`` that the sidecars in a folder call for, as `build_index` does; writes nothing there."""
     return build_index(cache_dir, plan, (read_sidecar(cache_dir, shard) for shard in range(plan.shard_count)))
 
 
-def index_damage(cache_dir: Path, expected: bytearray) -> str | None:
+def index_damage(cache_dir: Path, expected: IO[bytes]) -> str | None:
     """Return what is wrong with the index in a folder, whatever the manifest says of it; or None.
 
     Raises:
         CacheFormatError: If the system does not let it be read.
     """
     try:
-        found = read_bounded(cache_dir / INDEX, max_bytes=len(expected))
+        with open_plain(cache_dir, INDEX) as file:
+            while (found := file.read(_COMPARED_AT_A_TIME)) == expected.read(_COMPARED_AT_A_TIME):
+                if not found:
+                    return None
     except FileNotFoundError:
         return "missing"
-    except CacheFormatError as error:
-        if isinstance(error.__cause__, OSError):
-            raise
-        return str(error)
-    return None if found == expected else "does not list the samples that the sidecars list"
+    except OSError as error:
+        if is_out_of_reach(error):
+            raise CacheFormatError(f"{cache_dir / INDEX}: cannot be read: {error.strerror or error}") from error
+        return f"cannot be read: {error.strerror or error}"
+    return "does not list the samples that the sidecars list"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vlm_distill_cache.common.cache.counts import nothing_usable
 from vlm_distill_cache.common.cache.document_rules import MANIFEST as MANIFEST_RULE
@@ -29,10 +29,11 @@ from vlm_distill_cache.common.cache.sidecar import (
     missing_shards,
     read_files,
     read_sidecar,
+    read_sidecar_file,
 )
 from vlm_distill_cache.common.errors import CacheFormatError
-from vlm_distill_cache.common.files.atomic import clean_stale, write_bytes_atomic
-from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.files.atomic import clean_stale, write_stream_atomic
+from vlm_distill_cache.common.files.hashing import fingerprint_parsed
 from vlm_distill_cache.common.files.rules import AGAIN, check
 from vlm_distill_cache.common.files.signed import document_bytes
 
@@ -147,7 +148,8 @@ class Manifest:
         Measuring the fidelity again keeps it, and so does looking for sinks, which the records say already.
         """
         body = {name: value for name, value in self.to_dict().items() if name != "fidelity"}
-        return fingerprint(body | {"files": {name: entry for name, entry in body["files"].items() if name != SINKS}})
+        files = {name: entry for name, entry in body["files"].items() if name != SINKS}
+        return fingerprint_parsed(body | {"files": files})
 
 
 def read_manifest(cache_dir: Path) -> Manifest:
@@ -198,8 +200,8 @@ def refuse_nothing_usable(cache_dir: Path, plan: Plan) -> None:
         )
 
 
-def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) -> tuple[Manifest, bytearray]:
-    """Derive manifest and index from the plan, the sidecars and the files beside them; writes nothing."""
+def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) -> tuple[Manifest, IO[bytes]]:
+    """Derive manifest and index, a file to be closed, from the plan, the sidecars and the files beside them."""
     plan = read_plan(cache_dir)
     if missing := missing_shards(cache_dir, plan):
         raise CacheFormatError(
@@ -211,14 +213,14 @@ def derive_manifest(cache_dir: Path, *, fidelity: dict[str, Any] | None = None) 
 
     def sidecars() -> Iterator[ShardSidecar]:
         for shard in range(plan.shard_count):
-            sidecar = read_sidecar(cache_dir, shard)
+            sidecar, data = read_sidecar_file(cache_dir, shard)
             yield sidecar  # is checked
             field_bytes.update(sidecar.field_bytes)
-            shards.append(ShardSummary.of(sidecar))
+            shards.append(ShardSummary.of(sidecar, data))
 
-    index = build_index(cache_dir, plan, sidecars())
+    index = build_index(cache_dir, plan, sidecars(), scratch=cache_dir)
     files = {name: FileEntry.of(cache_dir / name) for name in side_files(cache_dir) if name != INDEX}
-    files[INDEX] = FileEntry.of_bytes(index)
+    files[INDEX] = FileEntry.of_stream(index)
     manifest = Manifest(
         plan_hash=plan.hash,
         shards=tuple(shards),
@@ -249,11 +251,12 @@ def seal(cache_dir: Path, *, fidelity: dict[str, Any] | None = None, rewritten: 
     for folder in (cache_dir, cache_dir / SHARDS):
         clean_stale(folder)
     manifest, index = derive_manifest(cache_dir, fidelity=fidelity)
-    if fidelity is None and (cache_dir / MANIFEST).exists():
-        old = read_manifest(cache_dir)
-        if (old.plan_hash, old.shards) == (manifest.plan_hash, manifest.shards):
-            manifest = replace(manifest, fidelity=old.fidelity)
-    write_bytes_atomic(cache_dir / INDEX, index)
+    with index:
+        if fidelity is None and (cache_dir / MANIFEST).exists():
+            old = read_manifest(cache_dir)
+            if (old.plan_hash, old.shards) == (manifest.plan_hash, manifest.shards):
+                manifest = replace(manifest, fidelity=old.fidelity)
+        write_stream_atomic(cache_dir / INDEX, index)
     write_document(cache_dir / MANIFEST, manifest.to_dict())
     return manifest
 

@@ -563,7 +563,8 @@ class TeacherCache:
         entry = self.manifest.files.get(INDEX)
         if entry is None:  # sealed before there was an index
             sidecars = (self._sidecar(shard) for shard in range(self.plan.shard_count))
-            return SampleIndex(build_index(self.path, self.plan, sidecars), str(self.path))
+            with build_index(self.path, self.plan, sidecars) as file:
+                return SampleIndex(file.read(), str(self.path))
         index = SampleIndex.open(self.path / INDEX, entry)
         failed = sum(shard.failed for shard in self.manifest.shards)
         found = (index.shard_count, len(index), index.failed_count)

@@ -6,10 +6,11 @@ sidecars, whoever asks and however many processes share it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from vlm_distill_cache.common.cache.plan import SHARDS, Plan
 from vlm_distill_cache.common.cache.schema import ONE_PICTURE
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import read_bounded
-from vlm_distill_cache.common.files.hashing import checksum, file_digests, sha256_hex
+from vlm_distill_cache.common.files.hashing import checksum, file_digests, sha256_hex, stream_digests
 from vlm_distill_cache.common.files.rules import check, record, whole
 
 
@@ -45,6 +46,13 @@ class FileEntry:
     def of(cls, path: Path) -> FileEntry:
         """Read a file and describe it."""
         fast, safe, size = file_digests(path)
+        return cls(size=size, xxh3_128=fast, sha256=safe)
+
+    @classmethod
+    def of_stream(cls, file: IO[bytes]) -> FileEntry:
+        """Describe a file that is open and at its beginning, where it is left."""
+        fast, safe, size = stream_digests(file)
+        file.seek(0)
         return cls(size=size, xxh3_128=fast, sha256=safe)
 
     @classmethod
@@ -184,8 +192,14 @@ def read_sidecar(cache_dir: Path, index: int) -> ShardSidecar:
         FileNotFoundError: If the shard is not there.
         CacheFormatError: If the sidecar is damaged or not this shard's.
     """
+    return read_sidecar_file(cache_dir, index)[0]
+
+
+def read_sidecar_file(cache_dir: Path, index: int) -> tuple[ShardSidecar, bytes]:
+    """Read the sidecar of shard ``index``, and give the bytes of its file too; raises as `read_sidecar`."""
     path = sidecar_path(cache_dir, index)
-    return parse_sidecar(read_bounded(path), index, str(path))
+    data = read_bounded(path)
+    return parse_sidecar(data, index, str(path)), data
 
 
 def parse_sidecar(data: bytes, index: int, where: str) -> ShardSidecar:
@@ -198,7 +212,12 @@ def parse_sidecar(data: bytes, index: int, where: str) -> ShardSidecar:
 
 def missing_shards(cache_dir: Path, plan: Plan) -> list[int]:
     """Return the shards without a sidecar: the work that is left."""
-    return [i for i in range(plan.shard_count) if not sidecar_path(cache_dir, i).is_file()]
+    try:
+        with os.scandir(cache_dir / SHARDS) as entries:  # of many shards, far less than to ask for each
+            there = {entry.name for entry in entries if entry.name.endswith(".json") and entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        there = set()
+    return [i for i in range(plan.shard_count) if f"{i:05d}.json" not in there]
 
 
 def read_files(data: Mapping[str, Any], where: str) -> dict[str, FileEntry]:

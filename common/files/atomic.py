@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vlm_distill_cache.common.errors import CacheFormatError, ConfigError
 from vlm_distill_cache.common.files.disk import name_written
@@ -278,6 +278,16 @@ def write_bytes_atomic(path: Path, data: bytes | bytearray, *, create_only: bool
         except FileExistsError:
             if not create_only or path.read_bytes() != data:
                 raise
+
+
+def write_stream_atomic(path: Path, source: IO[bytes]) -> None:
+    """As `write_bytes_atomic`, what is left of an open file, which is not held in memory."""
+    with temporary_for(path) as temporary:
+        with temporary.open("wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+        publish_file(temporary, path)
 
 
 def is_out_of_reach(error: BaseException) -> bool:

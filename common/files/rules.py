@@ -48,6 +48,8 @@ def misfit(rule: Rule, value: Any) -> tuple[str, Any, str] | None:
     if not rule.fits(value):
         return "", value, rule.expected
     for place, inner, inner_rule in rule.parts(value):
+        if inner_rule.parts is _no_parts and inner_rule.fits(inner):  # most values of a document of many shards
+            continue
         found = misfit(inner_rule, inner)
         if found is not None:
             return place + found[0], found[1], found[2]

@@ -22,10 +22,10 @@ from vlm_distill_cache.common.cache.plan import PLAN, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, read_sidecar, sidecar_name, sidecar_path
 from vlm_distill_cache.common.config import save_replay
-from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, TransferError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.files.atomic import MAX_JSON_BYTES, hold_folder
 from vlm_distill_cache.common.files.disk import refuse_overlap
-from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.locations import by_make, is_url
 from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import (
@@ -85,6 +85,13 @@ def _push_held(
 ) -> tuple[Manifest, Transferred]:
     """Push a cache whose folder stays what it is."""
     manifest, counts = read_whole(cache_dir)
+    if remote.folder_files is not None and 2 * len(counts) > remote.folder_files:
+        samples = manifest.totals["samples"] + manifest.totals["failed"]
+        raise ConfigError(
+            f"{remote.location}: keeps at most {remote.folder_files} files in a folder, and the {len(counts)} shards of "
+            f"{cache_dir} are two or more each; push the cache to s3://BUCKET/PREFIX or a folder, or build it with a larger "
+            f"shard_size ({by_make('CACHE_SET=', '--set ')}shard_size={-(-2 * samples // remote.folder_files)} or more)"
+        )
     progress = Progress(cache_bytes(manifest), on_progress)
     there = None if overwrite else read_remote_state(remote)
     with contextlib.nullcontext(lambda: None) if there == manifest else remote.hold() as check:

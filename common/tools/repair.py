@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vlm_distill_cache.common.cache.index import INDEX, index_bytes
+from vlm_distill_cache.common.cache.index import INDEX, index_file
 from vlm_distill_cache.common.cache.manifest import read_manifest
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import MANIFEST, is_below_links
 from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_name, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError
-from vlm_distill_cache.common.files.atomic import fsync_directory, hold_folder, remove, try_lock, write_bytes_atomic
+from vlm_distill_cache.common.files.atomic import fsync_directory, hold_folder, remove, try_lock, write_stream_atomic
 from vlm_distill_cache.common.printing import brief, one_line
 from vlm_distill_cache.common.tools.verify import Damage, verify
 
@@ -172,7 +172,7 @@ def _do(cache_dir: Path, step: Repair) -> None:
             for file in _shard_files(cache_dir, int(path.stem)):
                 remove(file)
     elif step.action == "rewrite":
-        data = index_bytes(cache_dir, read_plan(cache_dir))
-        if read_manifest(cache_dir).files.get(INDEX) != FileEntry.of_bytes(data):
-            remove(cache_dir / MANIFEST)
-        write_bytes_atomic(path, data)
+        with index_file(cache_dir, read_plan(cache_dir)) as data:
+            if read_manifest(cache_dir).files.get(INDEX) != FileEntry.of_stream(data):
+                remove(cache_dir / MANIFEST)
+            write_stream_atomic(path, data)

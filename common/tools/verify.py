@@ -30,6 +30,7 @@ from vlm_distill_cache.common.cache.sidecar import (
     check_sidecar,
     missing_shards,
     read_sidecar,
+    read_sidecar_file,
     sidecar_name,
 )
 from vlm_distill_cache.common.cache.stores import open_reader
@@ -49,6 +50,7 @@ _MAX_REASON = 600
 _SEAL = "run `teacher-cache seal`"
 _MAKE_ANEW = "run `cachectl repair` (--deep, where only that found it), then `teacher-cache build` again to"
 _SHARD_NAME = re.compile(rf"{SHARDS}/(\d{{5}})\.")
+_SHARD_START = len(f"{SHARDS}/00000.")
 
 Kind = Literal[
     "newer", "plan", "manifest", "unsealed", "shard", "missing", "index", "side file", "data", "leftover", "stranger"
@@ -252,7 +254,7 @@ def verify_shard(
     """Check one shard as ``verify`` does, and give its sidecar if that can be read."""
     name = sidecar_name(index)
     try:
-        sidecar = read_sidecar(cache_dir, index)
+        sidecar, data = read_sidecar_file(cache_dir, index)
         check_sidecar(sidecar, plan, name)
     except FileNotFoundError:
         return [Damage(name, "missing", "missing: the shard does not exist")], None
@@ -260,7 +262,7 @@ def verify_shard(
         return [_failed(name, "shard", error)], None
     damages = []
     listed = manifest.shards[index] if manifest is not None and index < len(manifest.shards) else None
-    if listed is not None and listed != ShardSummary.of(sidecar):
+    if listed is not None and listed != ShardSummary.of(sidecar, data):
         damages.append(Damage(name, "manifest", f"is not the sidecar that {MANIFEST} lists"))
     broken = [
         wrong
@@ -294,22 +296,25 @@ def file_damage(root: Path, name: str, entry: FileEntry, kind: Kind) -> Damage |
 def _index_damage(cache_dir: Path, builder: IndexBuilder, shard_count: int) -> list[Damage]:
     """Compare the index with the sidecars, if it is there; and find sample ids that appear twice."""
     expected, repeated = builder.finish(shard_count)
-    if repeated is not None:
-        first, second = repeated
-        sidecar = read_sidecar(cache_dir, second.shard)
-        names = [name for name, _ in sidecar.failed] if second.failed else sidecar.sample_ids
-        reason = f"sample {names[second.position]!r} is in shard {first.shard} too"
-        return [Damage(sidecar_name(second.shard), "data", reason)]
-    try:
-        wrong = index_damage(cache_dir, expected) if (cache_dir / INDEX).exists() else None
-    except (CacheFormatError, OSError) as error:
-        return [_failed(INDEX, "index", error)]
+    with expected:
+        if repeated is not None:
+            first, second = repeated
+            sidecar = read_sidecar(cache_dir, second.shard)
+            names = [name for name, _ in sidecar.failed] if second.failed else sidecar.sample_ids
+            reason = f"sample {names[second.position]!r} is in shard {first.shard} too"
+            return [Damage(sidecar_name(second.shard), "data", reason)]
+        try:
+            wrong = index_damage(cache_dir, expected) if (cache_dir / INDEX).exists() else None
+        except (CacheFormatError, OSError) as error:
+            return [_failed(INDEX, "index", error)]
     return [] if wrong is None else [Damage(INDEX, "index", wrong)]
 
 
 def _unexpected(cache_dir: Path, known: set[str], unlisted: list[str]) -> list[Damage]:
     """Find links, leftovers of killed runs, and files on no list; ``unlisted`` begins names to excuse."""
     damages: list[Damage] = []
+    of_shards = {start for start in unlisted if _SHARD_NAME.match(start)}  # there may be many thousands
+    others = tuple(start for start in unlisted if start not in of_shards)
     folders = [cache_dir]
     while folders:
         folder = folders.pop()
@@ -336,7 +341,7 @@ def _unexpected(cache_dir: Path, known: set[str], unlisted: list[str]) -> list[D
                 damages.append(Damage(name, "stranger", "a link or device", "replace it by a plain file or folder"))
             elif is_folder:
                 folders.append(path)
-            elif name not in known and not any(name.startswith(start) for start in unlisted):
+            elif name not in known and name[:_SHARD_START] not in of_shards and not name.startswith(others):
                 damages.append(Damage(name, "stranger", "belongs to no shard and no list"))
     return damages
 

@@ -87,12 +87,16 @@ def cache_status(cache_dir: Path) -> CacheStatus:
     missing = dict.fromkeys(missing_shards(cache_dir, plan))
     had = {of: leases.holder(lease) for of, lease in leases.newest().items()}
     made = Counter(name for of, name in had.items() if of != SEAL and int(of) not in missing)
+    making: dict[str, list[int]] = {}
+    for index in missing:
+        if (name := had.get(f"{index:05d}")) is not None:
+            making.setdefault(name, []).append(index)
     workers = tuple(
         WorkerStatus(
             worker=worker,
             state=state,
             made=made[worker.name],
-            making=tuple(index for index in missing if had.get(f"{index:05d}") == worker.name),
+            making=tuple(making.get(worker.name, ())),
             seals=had.get(SEAL) == worker.name and not sealed,
         )
         for worker, state in states

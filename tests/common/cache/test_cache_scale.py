@@ -17,6 +17,7 @@ from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.plan import SHARDS, write_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
 from vlm_distill_cache.common.cache.side_files import MANIFEST
+from vlm_distill_cache.common.cache.sidecar import missing_shards
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.opening import open_cache
@@ -237,8 +238,17 @@ def test_positions_beyond_a_shards_end_are_refused(cache):
         opened.positions(IDS)
 
 
-def test_no_folder_of_a_cache_exceeds_ten_thousand_names(cache):
-    names_per_shard = len(list((cache / SHARDS).iterdir())) / 3
-    assert MAX_SHARDS * names_per_shard <= 10_000
-    with pytest.raises(CacheFormatError, match="above 5000; use 201 or more a shard"):
-        make_plan(samples=1_000_001, shard_size=200)
+def test_a_cache_has_no_more_shards_than_numbers_of_five_digits():
+    assert make_plan(samples=20_000_000, shard_size=200).shard_count == MAX_SHARDS == 100_000
+    with pytest.raises(CacheFormatError, match="above 100000; use 201 or more a shard"):
+        make_plan(samples=20_000_001, shard_size=200)
+
+
+def test_missing_shards_are_those_without_a_sidecar_file(tmp_path):
+    plan = make_plan(samples=60, shard_size=10)
+    assert missing_shards(tmp_path, plan) == [*range(6)]
+    (tmp_path / SHARDS).mkdir()
+    for name in ("00001.json", "00002.tar", ".tmp-00003.json-1-a", "00004.json.json"):
+        (tmp_path / SHARDS / name).touch()
+    (tmp_path / SHARDS / "00005.json").mkdir()
+    assert missing_shards(tmp_path, plan) == [0, 2, 3, 4, 5]

@@ -2,10 +2,13 @@
 
 import mmap
 import struct
+import tempfile
+from io import BytesIO
 from itertools import islice
 
 import numpy as np
 import pytest
+import xxhash
 from cache_factory import FAILED, assert_equal_records, build_cache, make_plan, make_record, sample_id
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +22,8 @@ from vlm_distill_cache.common.cache.index import (
     SampleIndex,
     hash_ids,
     hashes_of,
-    index_bytes,
     index_damage,
+    index_file,
     refuse_repeats,
 )
 from vlm_distill_cache.common.cache.manifest import read_manifest, seal
@@ -56,7 +59,15 @@ def build(sidecars):
     builder = IndexBuilder()
     for sidecar in sidecars:
         builder.add(sidecar)
-    return builder.finish(len(sidecars))
+    file, repeated = builder.finish(len(sidecars))
+    with file:
+        return file.read(), repeated
+
+
+def expected_index(cache):
+    """What its sidecars call for, in memory."""
+    with index_file(cache, read_plan(cache)) as file:
+        return file.read()
 
 
 def forge(folder, data):
@@ -93,12 +104,38 @@ def test_an_index_finds_what_a_dictionary_finds(ids, sizes, others):
 def test_the_bytes_depend_on_the_sidecars_alone(cache, tmp_path):
     build_cache(tmp_path / "zarr", make_plan("zarr"))
     data = (cache / INDEX).read_bytes()
-    assert data == index_bytes(cache, read_plan(cache)) == (tmp_path / "zarr" / INDEX).read_bytes()
+    assert data == expected_index(cache) == (tmp_path / "zarr" / INDEX).read_bytes()
     assert len(data) == HEADER + 24 * 10
     assert data[:8] == b"VLMDIDX\0"
     high = np.frombuffer(data, "<u8", count=10, offset=HEADER)
     assert (high[:-1] <= high[1:]).all()
     assert set(high.tolist()) == set(hash_ids(map(sample_id, range(10)))[0].tolist())
+
+
+@pytest.mark.parametrize("held", [1, 4, 64, 1000])
+def test_an_index_of_more_than_is_held_in_memory_has_the_same_bytes(held, tmp_path, monkeypatch):
+    sidecars = [make_sidecar(i, [f"a{i}-{j}" for j in range(i)], [f"b{i}-{j}" for j in range(3)]) for i in range(20)]
+    entries = sorted(
+        (*divmod(xxhash.xxh3_128_intdigest(name.encode()), 1 << 64), sidecar.index, position)
+        for sidecar in sidecars
+        for names, top in ((sidecar.sample_ids, 0), ([name for name, _ in sidecar.failed], 1 << 31))
+        for position, name in enumerate(names, start=top)
+    )
+    columns = [
+        np.array(column, dtype)
+        for column, dtype in zip(zip(*entries, strict=True), ("<u8", "<u8", "<u4", "<u4"), strict=True)
+    ]
+    header = struct.pack("<8sIIQQ32x", b"VLMDIDX\0", 1, 20, len(entries), 60)
+    monkeypatch.setattr(index_module, "_HELD", held)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert build(sidecars) == (header + b"".join(column.tobytes() for column in columns), None)
+    repeated = [*sidecars, make_sidecar(20, ["new", "b4-1"], ["a7-2"])]
+    first, second = build(repeated)[1]
+    assert {first, second} in (
+        {Place(4, 1, failed=True), Place(20, 1, failed=False)},
+        {Place(7, 2, failed=False), Place(20, 0, failed=True)},
+    )
+    assert not [*tmp_path.iterdir()]
 
 
 class KnownIds(list):
@@ -156,13 +193,13 @@ def test_every_flipped_byte_and_every_cut_is_noticed_on_opening(cache):
 def test_a_forged_index_never_passes_one_sample_off_for_another(cache):
     """Every byte changed in turn, the manifest made to fit: an error, or the right record."""
     data = (cache / INDEX).read_bytes()
-    expected, right = index_bytes(cache, read_plan(cache)), 0
-    assert index_damage(cache, expected) is None
+    expected, right = expected_index(cache), 0
+    assert index_damage(cache, BytesIO(expected)) is None
     for place in range(len(data)):
         forged = bytearray(data)
         forged[place] ^= 255
         forge(cache, forged)
-        assert index_damage(cache, expected) is not None
+        assert index_damage(cache, BytesIO(expected)) is not None
         try:
             opened = open_cache(cache)
         except CacheFormatError:
@@ -247,10 +284,10 @@ def test_the_manifest_lists_the_index_and_sealing_does_not_depend_on_the_old_one
     before, data = read_manifest(cache), (cache / INDEX).read_bytes()
     assert before.files[INDEX] == FileEntry.of_bytes(data)
     (cache / INDEX).write_bytes(b"damaged")
-    assert index_damage(cache, index_bytes(cache, read_plan(cache))) is not None
+    assert index_damage(cache, BytesIO(expected_index(cache))) is not None
     assert seal(cache) == before
     (cache / INDEX).unlink()
-    assert index_damage(cache, index_bytes(cache, read_plan(cache))) == "missing"
+    assert index_damage(cache, BytesIO(expected_index(cache))) == "missing"
     assert seal(cache) == before
     assert (cache / INDEX).read_bytes() == data
 
@@ -260,7 +297,7 @@ def test_verify_notices_an_index_that_only_the_manifest_believes(cache, tmp_path
     other = IndexBuilder()
     for shard in reversed(range(3)):
         other.add(read_sidecar(cache, shard))
-    assert other.finish(3)[0] == (cache / INDEX).read_bytes()  # whatever order they come in
+    assert other.finish(3)[0].read() == (cache / INDEX).read_bytes()  # whatever order they come in
     forged = bytearray((cache / INDEX).read_bytes())
     forged[-40:-36], forged[-36:-32] = forged[-36:-32], forged[-40:-36]
     assert forged != (cache / INDEX).read_bytes()

@@ -60,7 +60,7 @@ def test_shards_partition_the_samples():
         ({"store": "hdf5"}, "store 'hdf5'; expected one of zarr, webdataset"),
         ({"sample_count": 0}, "sample_count is 0"),
         ({"shard_size": True}, "shard_size is True"),
-        ({"sample_count": 10**6, "shard_size": 1}, "use 200 or more a shard"),
+        ({"sample_count": 10**6, "shard_size": 1}, "use 10 or more a shard"),
         ({"signals": {"a": {}}}, r"signals \['a'\] but fields"),
     ],
 )

@@ -92,6 +92,15 @@ def test_a_push_that_dies_anywhere_leaves_no_manifest_and_the_next_completes_it(
     assert not done & set(recorder.written)  # a shard that was there is not sent again
 
 
+def test_a_place_whose_folders_hold_few_files_gets_no_cache_of_many_shards(cache, recorder, place, monkeypatch):
+    monkeypatch.setattr(type(recorder), "folder_files", 5)
+    with pytest.raises(ConfigError, match=r"keeps at most 5 files in a folder, and the 3 shards.*shard_size=4 or more"):
+        push(cache, place)
+    assert not recorder.written
+    monkeypatch.setattr(type(recorder), "folder_files", 6)
+    push(cache, place)
+
+
 def test_a_damaged_or_unfinished_cache_is_not_pushed(cache, place):
     tar = cache / "shards" / "00001.tar"
     tar.write_bytes(tar.read_bytes()[:-1] + b"\1")

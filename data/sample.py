@@ -505,6 +505,8 @@ def derive_id(content: object) -> str:
 def number_repeats(ids: Sequence[str]) -> list[str]:
     """Make ids unique by occurrence: ``a, b, a`` becomes ``a, b, a#2`` (or the next number that is free)."""
     taken, seen = set(ids), Counter[str]()
+    if len(taken) == len(ids):
+        return list(ids)
     unique = []
     for sample_id in ids:
         seen[sample_id] += 1

@@ -1,13 +1,14 @@
 """CSV and TSV files: a header, then an entry a row; cells may be long, quoted and of several lines.
 
-Only ids and offsets stay in memory. An empty cell says nothing. A cell that holds a list or an object, as JSON or as
-pandas writes it, is that list or object where a key is known to hold such.
+Ids and where rows begin are found once and kept of a large file (`kept.entries`). An empty cell says nothing. A cell that
+holds a list or an object, as JSON or as pandas writes it, is that list or object where a key is known to hold such.
 """
 
 import csv
 import re
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -17,6 +18,8 @@ from vlm_distill_cache.data.sample import ImageSource, resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
 from vlm_distill_cache.data.sources.entries import ID_KEYS, EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, is_plain
+from vlm_distill_cache.data.sources.kept.entries import KeptEntries, KeptIds, pack_entries
+from vlm_distill_cache.data.sources.kept.store import KEPT_FROM, Kept, stamp_of
 from vlm_distill_cache.data.sources.pictures import image_folder
 from vlm_distill_cache.data.sources.printed import printed
 from vlm_distill_cache.data.sources.rows import repeated_columns
@@ -44,15 +47,16 @@ class CsvDataset(EntryDataset):
         if not are_columns(header, pictures=False):
             raise DataError(f"{path}: its header has none of {FORMS}; it has {header[:12]}")
         named = next((header.index(name) for name in _IDS if name in header), None)
-        ids = self._rows.scan(named)
-        self.sample_ids, self.odd_ids = resolve_ids(ids, where=str(path))
-        if not self.sample_ids:
+        is_large = self._rows.is_plain and path.stat().st_size >= KEPT_FROM
+        self._entries = KeptEntries(partial(_made_of, path) if is_large else None, partial(_find, path, named))
+        if not len(self._entries):
             raise DataError(f"{path} holds no row under its header; nothing to learn from")
+        self.sample_ids, self.odd_ids = KeptIds(self._entries), self._entries.odd
         self.tell_unread()
 
     def read(self, index: int) -> Mapping[str, Any]:
         """The entry at ``index``."""
-        return self._rows.read(index)
+        return self._rows.read_at(self._entries.offset(index))
 
     def find(self, value: Any, index: int, kind: str = "image") -> ImageSource:
         """As of every entry; the id of another row stands for its picture, as in MMBench, where several rows share one."""
@@ -71,18 +75,30 @@ class CsvDataset(EntryDataset):
         return {name: place for place, name in enumerate(self.sample_ids)}
 
 
+def _made_of(path: Path) -> list[Any]:
+    return ["rows", stamp_of(path)]
+
+
+def _find(path: Path, named: int | None) -> Kept:
+    """Look at all rows."""
+    rows = CsvRows(path)
+    ids, odd = resolve_ids(rows.scan(named), where=str(path))
+    return pack_entries(ids, odd, offsets=rows.offsets, notes={})
+
+
 class CsvRows:
     """The rows of a file with a header, by their offsets.
 
     Attributes:
         header: Names of the columns.
+        offsets: Where each row begins, once it is known (`scan`).
     """
 
     def __init__(self, path: Path) -> None:
         csv.field_size_limit(_LONGEST_CELL)
         self._path = path
         self._held: bytes | None = None  # all of the file as UTF-8, if it is written otherwise
-        self._offsets: list[int] = []
+        self.offsets = array("q")
         try:
             with path.open("rb") as file:
                 head = file.read(4)
@@ -109,16 +125,25 @@ class CsvRows:
         begins = next(rows, (0, [], ""))[0]  # the header; an empty file has none
         for ends, cells, _ in rows:
             if cells:  # else an empty line
-                self._offsets.append(begins)
+                self.offsets.append(begins)
                 yield (cells[named] if named is not None and named < len(cells) else None), cells
             begins = ends
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the file is read as it stands, not held in memory."""
+        return self._held is None
+
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self.offsets)
 
     def read(self, index: int) -> dict[str, Any]:
         """The row at ``index`` by the header's names, empty cells as None."""
-        _, cells, fault = next(self._parsed(self._offsets[index]))
+        return self.read_at(self.offsets[index])
+
+    def read_at(self, offset: int) -> dict[str, Any]:
+        """As `read`, of the row that begins there."""
+        _, cells, fault = next(self._parsed(offset))
         if fault:
             raise SampleError(fault)
         if len(cells) != len(self.header):

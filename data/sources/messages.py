@@ -1,19 +1,25 @@
 """One JSON entry a line, in any of the forms of `data.sources.conversations`; mostly OpenAI's and TRL's ``messages``.
 
-Only ids and line offsets stay in memory; a line is parsed when its sample is asked for. A file in UTF-16, or with a
-byte order mark, is held in memory as a whole.
+A line is parsed when its sample is asked for. Ids and where lines begin are found once and kept of a large file
+(`kept.entries`), and take 28 bytes and the id's own of a small one. A file in UTF-16, or with a byte order mark, is held in
+memory as a whole.
 """
 
+from array import array
 from collections.abc import Iterator, Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.sample import resolve_ids
+from vlm_distill_cache.data.sample import Survey, resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, is_entry
 from vlm_distill_cache.data.sources.entries import EntryDataset, id_and_content
 from vlm_distill_cache.data.sources.json_text import decode, is_plain, parse_line
+from vlm_distill_cache.data.sources.kept.entries import KeptEntries, KeptIds, pack_entries
+from vlm_distill_cache.data.sources.kept.store import KEPT_FROM, Kept, stamp_of
+from vlm_distill_cache.data.sources.kept.surveys import kept_survey
 from vlm_distill_cache.data.sources.pictures import brief, image_folder
 
 
@@ -24,14 +30,14 @@ class MessagesDataset(EntryDataset):
         self.name = path.name
         self.image_root = image_folder(images, path)
         self._path = path
-        self._held: bytes | None = None  # all of the file, as UTF-8
-        self._offsets: list[int] = []
-        self._broken: dict[int, str] = {}  # by position: what is wrong with the line
-        self._has_text = False
-        self.sample_ids, self.odd_ids = resolve_ids(self._scan(), where=str(path))
-        if not self._offsets:
+        self._held = _held(path)
+        is_large = self._held is None and path.stat().st_size >= KEPT_FROM
+        self._entries = KeptEntries(partial(_made_of, path) if is_large else None, partial(_find, path))
+        if not len(self._entries):
             raise DataError(f"{path} holds no sample; expected one JSON object a line")
-        if not self._has_text:
+        self.sample_ids, self.odd_ids = KeptIds(self._entries), self._entries.odd
+        self._broken = {int(place): reason for place, reason in self._entries.notes["broken"].items()}
+        if not self._entries.notes["has_text"]:
             first = self._broken.get(0) or f"the first has {brief_keys(self.read(0))}"
             raise DataError(f"{path}: no line is an entry with {FORMS}; {first}")
         self.tell_unread()
@@ -41,28 +47,72 @@ class MessagesDataset(EntryDataset):
         if index in self._broken:
             raise SampleError(self._broken[index])
         # Opened per sample: a shared handle would share its position between forked workers.
-        with self._open() as file:
-            file.seek(self._offsets[index])
+        with _open(self._path, self._held) as file:
+            file.seek(self._entries.offset(index))
             entry = parse_line(file.readline(), where=f"{self._path} has changed: sample {self.sample_ids[index]!r}")
         if not isinstance(entry, dict):
             raise DataError(f"{self._path} has changed: sample {self.sample_ids[index]!r} is no object any more")
         return entry
 
-    def _open(self) -> BinaryIO:
-        return self._path.open("rb") if self._held is None else BytesIO(self._held)
+    def survey(self) -> Survey:
+        """As of all data; of a large file what was found once is kept."""
+        if self._entries.of is None:
+            return super().survey()
+        return kept_survey(self, [str(self.image_root.absolute()), self._entries.of])
 
-    def _scan(self) -> Iterator[tuple[object, object]]:
+
+def _made_of(path: Path) -> list[Any]:
+    return ["lines", stamp_of(path)]
+
+
+def _held(path: Path) -> bytes | None:
+    """All of a file as UTF-8, if it is written otherwise."""
+    try:
+        with path.open("rb") as file:
+            if is_plain(file.read(4)):
+                return None
+            file.seek(0)
+            return decode(file.read(), where=str(path)).encode()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _open(path: Path, held: bytes | None) -> BinaryIO:
+    return path.open("rb") if held is None else BytesIO(held)
+
+
+def _find(path: Path) -> Kept:
+    """Look at all lines."""
+    lines = _Lines(path)
+    ids, odd = resolve_ids(lines.entries(), where=str(path))
+    broken = {str(place): reason for place, reason in lines.broken.items()}
+    return pack_entries(ids, odd, offsets=lines.offsets, notes={"broken": broken, "has_text": lines.has_text})
+
+
+class _Lines:
+    """A look at all lines of a file.
+
+    Attributes:
+        offsets: Where each entry begins.
+        broken: What is wrong with lines that are none, by position.
+        has_text: Whether any is an entry of a known form.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.offsets = array("q")
+        self.broken: dict[int, str] = {}
+        self.has_text = False
+
+    def entries(self) -> Iterator[tuple[object, object]]:
         """Note where each line begins and yield its id and, where there is none, its content."""
+        held = _held(self._path)
         try:
-            with self._path.open("rb") as file:
-                if not is_plain(file.read(4)):
-                    file.seek(0)
-                    self._held = decode(file.read(), where=str(self._path)).encode()
-            with self._open() as file:
+            with _open(self._path, held) as file:
                 offset = 0
                 for number, line in enumerate(file, start=1):
                     if line.strip():
-                        self._offsets.append(offset)
+                        self.offsets.append(offset)
                         yield id_and_content(self._parse(line, number))
                     offset += len(line)
         except OSError as error:
@@ -73,12 +123,12 @@ class MessagesDataset(EntryDataset):
         try:
             entry = parse_line(line, where=f"{self._path.name}, line {number},")
             if isinstance(entry, dict):
-                self._has_text = self._has_text or is_entry(entry)
+                self.has_text = self.has_text or is_entry(entry)
                 return entry
             problem = f"{self._path.name}, line {number}, must be an object, got {brief(entry)}"
         except DataError as error:
             problem = str(error)
-        self._broken[len(self._offsets) - 1] = problem
+        self.broken[len(self.offsets) - 1] = problem
         return line.decode(errors="backslashreplace")
 
 

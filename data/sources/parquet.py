@@ -7,6 +7,7 @@ bytes, or of ``{"bytes", "path"}``, is one of pictures where its name or its byt
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.locations import by_make
 from vlm_distill_cache.common.remotes.copies import RemoteFile
 from vlm_distill_cache.data.sample import ImageSource, Survey, number_names
+from vlm_distill_cache.data.sources.kept.store import stamp_of
+from vlm_distill_cache.data.sources.kept.surveys import SHARED_FROM, kept_survey
 from vlm_distill_cache.data.sources.parquet_rows import ParquetRows, ParquetSource, StoredPicture
 from vlm_distill_cache.data.sources.table import NEEDED, TableDataset
 
@@ -42,6 +45,10 @@ class LocalParquet:
     def shown(self) -> str:
         """Its path."""
         return str(self.path)
+
+    def stamp(self) -> list[Any]:
+        """Its path, size and time."""
+        return stamp_of(self.path)
 
     def open(
         self, metadata: "pq.FileMetaData | None", *, whole: bool, repeating: Sequence[str] = ()
@@ -81,6 +88,10 @@ class HubParquet:
         """Its address."""
         return f"hf://datasets/{self.repository}@{self.revision}/{self.path}"
 
+    def stamp(self) -> list[Any]:
+        """Its address: what a commit holds does not change."""
+        return [self.shown]
+
     def open(
         self, metadata: "pq.FileMetaData | None", *, whole: bool, repeating: Sequence[str] = ()
     ) -> "pq.ParquetFile":
@@ -117,6 +128,10 @@ class RemoteParquet:
     def shown(self) -> str:
         """Its address."""
         return str(self.file)
+
+    def stamp(self) -> list[Any]:
+        """Its address and version."""
+        return self.file.stamp()
 
     def open(
         self, metadata: "pq.FileMetaData | None", *, whole: bool, repeating: Sequence[str] = ()
@@ -186,7 +201,9 @@ class ParquetDataset(TableDataset):
         self._has_folder, self._by_files = image_root is not None, by_files
         table = ParquetTable(sources)
         self._rows = table.rows
-        super().__init__(table, name=name, where=where, image_root=image_root or Path())
+        made_of = partial(_made_of, tuple(sources)) if len(table) >= SHARED_FROM else None
+        self._of: Any = None if made_of is None else made_of()
+        super().__init__(table, name=name, where=where, image_root=image_root or Path(), made_of=made_of)
 
     def sources(self) -> NDArray[np.int64]:
         """Those of each file, told from those of the others."""
@@ -194,9 +211,12 @@ class ParquetDataset(TableDataset):
         return number_names(zip(files.tolist(), super().sources().tolist(), strict=True))
 
     def survey(self) -> Survey:
-        """As of all data; by the files alone where these tell the data from others."""
-        if not self._by_files:
+        """As of all data, kept of many rows; by the files alone where these tell the data from others."""
+        if not self._by_files and self._of is None:
             return super().survey()
+        if not self._by_files:
+            folder = str(self.image_root.absolute()) if self._has_folder else None
+            return kept_survey(self, [folder, self._of, sorted(self._table.features)])
         lists = [
             self._rows.schema.field(name).type for name in self.picture_keys | {*_PICTURES} & {*self._rows.columns}
         ]
@@ -215,6 +235,10 @@ class ParquetDataset(TableDataset):
                 f"streaming=true, or name its folder ({by_make('IMAGES=FOLDER, ')}--images FOLDER)"
             )
         return super().find(value, index, kind)
+
+
+def _made_of(sources: Sequence[ParquetSource]) -> list[Any]:
+    return ["parquet", [source.stamp() for source in sources]]
 
 
 def refuse_pointer(path: Path) -> None:

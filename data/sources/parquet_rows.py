@@ -48,6 +48,10 @@ class ParquetSource(Protocol):
         """What errors call it."""
         ...
 
+    def stamp(self) -> list[Any]:
+        """What tells it from others, and from itself when it was changed; JSON."""
+        ...
+
     @property
     def remedy(self) -> str:
         """What to do if it cannot be read."""

@@ -5,7 +5,8 @@ Pictures are taken as the stored bytes and decoded by `data.images.load`, so tha
 """
 
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import Same, Values, number_names, resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
 from vlm_distill_cache.data.sources.entries import ID_KEYS, SOURCE_KEYS, EntryDataset
+from vlm_distill_cache.data.sources.kept.entries import KeptEntries, KeptIds, pack_entries
+from vlm_distill_cache.data.sources.kept.store import Kept
 from vlm_distill_cache.data.sources.pictures import says_none
 
 NEEDED = "pip install 'vlm-distill-cache[hf]'"
@@ -63,7 +66,14 @@ class Table(Protocol):
 class TableDataset(EntryDataset):
     """The rows of a table; relative image paths start from ``image_root``."""
 
-    def __init__(self, table: Table, *, name: str, where: str, image_root: Path) -> None:
+    def __init__(
+        self, table: Table, *, name: str, where: str, image_root: Path, made_of: Callable[[], Any] | None = None
+    ) -> None:
+        """Look at columns and ids.
+
+        Args:
+            made_of: Says what the rows are made of, as of `KeptEntries`.
+        """
         self.name = name
         self.image_root = image_root
         self._table = table
@@ -81,8 +91,8 @@ class TableDataset(EntryDataset):
         if named is None:  # numbered: their content would have to be read in full to hash it
             self.sample_ids, self.odd_ids = RowIds(len(table)), {}
         else:
-            rows = ((row, index) for index, row in enumerate(table.column(named)))
-            self.sample_ids, self.odd_ids = resolve_ids(rows, where=where)
+            entries = KeptEntries(made_of, partial(_find, table, named, where))
+            self.sample_ids, self.odd_ids = KeptIds(entries), entries.odd
         self.tell_unread()
 
     def read(self, index: int) -> Mapping[str, Any]:
@@ -120,6 +130,12 @@ class TableDataset(EntryDataset):
         if named is not None:
             return number_names(self._table.column(named))
         return number_names(key and posixpath.dirname(key) for key in self.image_keys())
+
+
+def _find(table: Table, named: str, where: str) -> Kept:
+    """Look at all ids."""
+    ids, odd = resolve_ids(((row, index) for index, row in enumerate(table.column(named))), where=where)
+    return pack_entries(ids, odd, notes={})
 
 
 def by_name(value: Any, feature: Any) -> Any:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import write_bytes_atomic
-from vlm_distill_cache.common.files.hashing import checksum, fingerprint
+from vlm_distill_cache.common.files.hashing import checksum, fingerprint, stream_checksum
 from vlm_distill_cache.common.remotes.copies import RemoteFile
 from vlm_distill_cache.common.remotes.mirror import mirror_settings
 
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 KEPT_FROM = 16 << 20  # bytes of data; to look through fewer takes no time
 _MAGIC = b"VLMDKPT\1"
 _FIXED = struct.Struct("<8s16sI")
+_BODY = 24  # where what is summed begins
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,11 @@ def read_kept(path: Path | None, of: Any) -> Kept | None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
-            data = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-            del file
-        return _parse(data, of)
+            magic, digest, size = _FIXED.unpack(file.read(_FIXED.size))
+            file.seek(_BODY)
+            if magic != _MAGIC or stream_checksum(file) != digest.hex():  # read, so that no page stays mapped for it
+                return None
+            return _parse(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), size, of)
     except (OSError, ValueError, KeyError, TypeError, struct.error):
         return None
 
@@ -142,12 +145,9 @@ def _bytes_of(of: Any, kept: Kept) -> bytes:
     return _MAGIC + bytes.fromhex(checksum(body)) + body
 
 
-def _parse(data: mmap.mmap, of: Any) -> Kept | None:
-    magic, digest, size = _FIXED.unpack_from(data)
-    view = memoryview(data)
-    if magic != _MAGIC or checksum(view[24:]) != digest.hex():
-        return None
-    head = json.loads(bytes(view[_FIXED.size : _FIXED.size + size]))
+def _parse(data: mmap.mmap, size: int, of: Any) -> Kept | None:
+    """What a file of a head of so many bytes holds."""
+    head = json.loads(data[_FIXED.size : _FIXED.size + size])
     if head["of"] != json.loads(json.dumps(of)) or head["code"] != code_version():
         return None
     arrays, at = {}, _FIXED.size + size

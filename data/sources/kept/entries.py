@@ -1,0 +1,127 @@
+"""The ids of a file's entries, and where these begin, as arrays: found once, kept, and mapped by every later process.
+
+As Python's texts and numbers they take 100 bytes a sample and more, and all of the file has to be read for them. Here they
+take 28 bytes and the id's own, of which a process maps those that it asks for.
+"""
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm_distill_cache.common.cache.index import hash_ids
+from vlm_distill_cache.data.sample import Values
+from vlm_distill_cache.data.sources.kept.store import Kept, kept_path, read_kept, write_kept
+
+_AT_A_TIME = 1 << 16  # ids
+
+
+def pack_entries(
+    ids: Sequence[str], odd: Mapping[int, str], *, offsets: "Sequence[int] | array[int]" = (), notes: Mapping[str, Any]
+) -> Kept:
+    """What is kept of entries.
+
+    Args:
+        ids: And what is wrong with them, ``odd``, as of `data.sample.resolve_ids`.
+        offsets: Where each begins in its file, if that is known; bytes.
+        notes: What else was found out; JSON.
+    """
+    sizes = np.fromiter((len(sample_id.encode()) for sample_id in ids), dtype=np.uint64, count=len(ids))
+    ends = np.concatenate([np.zeros(1, np.uint64), np.cumsum(sizes, dtype=np.uint64)])
+    arrays: dict[str, NDArray[Any]] = {
+        "ids": np.frombuffer("".join(ids).encode(), dtype=np.uint8),
+        "id_at": ends.astype(np.uint32) if ends[-1] < 1 << 32 else ends,
+        "hash": np.stack(hash_ids(ids), axis=1),
+        "offset": np.array(offsets, dtype=np.uint64),
+    }
+    return Kept({**notes, "odd": {str(place): reason for place, reason in odd.items()}}, arrays)
+
+
+class KeptEntries:
+    """What `pack_entries` made of a file or several; picklable, and where it is kept, copies map the same bytes.
+
+    Attributes:
+        of: What it was made of, JSON: kinds, names, sizes and times; None: it is not kept.
+    """
+
+    def __init__(self, of: Callable[[], Any] | None, find: Callable[[], Kept]) -> None:
+        """Map what is kept, or find it out.
+
+        Args:
+            of: Says what it is made of, at this moment: what changes meanwhile is not kept. None: of few, nothing is.
+            find: Looks at all entries; picklable.
+        """
+        self.of: Any = None if of is None else of()
+        self._find = find
+        self._kept = find() if of is None else self._open(of)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) if self.of is None else vars(self) | {"_kept": None}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        if self.of is not None:
+            self._kept = self._open(lambda: self.of)
+
+    def _open(self, now: Callable[[], Any]) -> Kept:
+        path = kept_path("entries", self.of)
+        found = read_kept(path, self.of)
+        if found is None:
+            made = self._find()
+            written = now() == self.of and write_kept(path, self.of, made)
+            found = (read_kept(path, self.of) if written else None) or made
+        return found
+
+    def __len__(self) -> int:
+        return len(self._kept.arrays["hash"])
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What else was found out."""
+        return self._kept.notes
+
+    @property
+    def odd(self) -> dict[int, str]:
+        """What is wrong with ids, by position."""
+        return {int(place): reason for place, reason in self._kept.notes["odd"].items()}
+
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        """The halves of the ids' xxh3_128, u8 ``[n, 2]``."""
+        return self._kept.arrays["hash"]
+
+    def ids(self, start: int, stop: int) -> list[str]:
+        """Some of the ids."""
+        ends = self._kept.arrays["id_at"][start : stop + 1].tolist()
+        data = self._kept.arrays["ids"][ends[0] : ends[-1]].tobytes()
+        return [data[a - ends[0] : b - ends[0]].decode() for a, b in pairwise(ends)]
+
+    def offset(self, index: int) -> int:
+        """Where an entry begins in its file."""
+        return int(self._kept.arrays["offset"][index])
+
+
+class KeptIds(Values[str]):
+    """The ids of such entries, none of which is held."""
+
+    def __init__(self, entries: KeptEntries) -> None:
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def at(self, index: int) -> str:
+        """One id."""
+        return self._entries.ids(index, index + 1)[0]
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _AT_A_TIME):
+            yield from self._entries.ids(start, min(start + _AT_A_TIME, len(self)))
+
+    def hashes(self) -> Iterator[NDArray[np.uint64]]:
+        """The halves of their xxh3_128, some ids at a time, u8 ``[n, 2]``."""
+        for start in range(0, len(self), _AT_A_TIME):
+            yield self._entries.hashes[start : start + _AT_A_TIME]

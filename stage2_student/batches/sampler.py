@@ -6,9 +6,10 @@ consecutive shards, so that only ``window`` shards are open at a time. The whole
 samples consumed**, so that a run resumes exactly, with another number of processes too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +29,14 @@ def epoch_order(shards: Sequence[Indices], *, seed: int, epoch: int, window: int
     Returns:
         Every index exactly once, int64 ``[sum n_i]``; the same for the same arguments on every process.
     """
-    generator = _generator(seed, epoch, number)
-    windows = _shard_windows(shards, generator, window)
-    mixed = [generator.permutation(np.concatenate([shards[i] for i in chosen])) for chosen in windows]
+    mixed = _mixed_windows(shards, _generator(seed, epoch, number), window)
     return np.concatenate([np.zeros(0, dtype=np.int64), *mixed])
+
+
+def _mixed_windows(shards: Sequence[Indices], generator: np.random.Generator, window: int) -> Iterator[Indices]:
+    """The samples of each window of shards, shuffled."""
+    for chosen in _shard_windows(shards, generator, window):
+        yield generator.permutation(np.concatenate([shards[i] for i in chosen]))
 
 
 def _generator(seed: int, epoch: int, number: int) -> np.random.Generator:
@@ -73,13 +78,16 @@ class ShardShuffle:
         object.__setattr__(self, "_order", lru_cache(maxsize=2)(self._shuffled))
         object.__setattr__(self, "_windows", lru_cache(maxsize=2)(self._shard_windows))
 
-    def _shuffled(self, epoch: int) -> Indices:
-        return np.concatenate(
-            [
-                epoch_order(shards, seed=self.seed, epoch=epoch, window=self.window, number=number)
-                for number, shards in enumerate(self._passes(epoch))
-            ]
-        )
+    def _shuffled(self, epoch: int) -> NDArray[np.integer[Any]]:
+        """An epoch's order, in 4 bytes a sample where their numbers allow: each process of a run holds one, or two."""
+        largest = max(int(shard.max()) for shard in self.shards if len(shard))
+        order = np.empty(self.length, dtype=np.min_scalar_type(max(largest, 1 << 16)))
+        at = 0
+        for number, shards in enumerate(self._passes(epoch)):
+            for mixed in _mixed_windows(shards, _generator(self.seed, epoch, number), self.window):
+                order[at : at + len(mixed)] = mixed
+                at += len(mixed)
+        return order
 
     def _passes(self, epoch: int) -> list[Sequence[Indices]]:
         """The shards of each pass over them in an epoch."""
@@ -127,7 +135,7 @@ class ShardShuffle:
         while left > 0:
             epoch, offset = divmod(position, self.length)
             part = self._order(epoch)[offset : offset + left]  # type: ignore[attr-defined]
-            parts.append(part)
+            parts.append(part.astype(np.int64))
             position, left = position + len(part), left - len(part)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 

@@ -63,6 +63,17 @@ def test_the_stream_is_epoch_after_epoch():
     assert np.array_equal(shuffle.take(0, 24), expected)
 
 
+def test_an_epochs_order_is_held_in_four_bytes_a_sample_and_given_as_it_was():
+    shards = [np.arange(at, at + 40, dtype=np.int64) for at in (0, 70_000, 1 << 31)]
+    shuffle = ShardShuffle(shards=shards, seed=7, window=2, repeats=None)
+    taken = shuffle.take(0, 120)
+    assert taken.dtype == np.int64
+    assert np.array_equal(taken, epoch_order(shards, seed=7, epoch=0, window=2))
+    assert shuffle._shuffled(0).itemsize == 4
+    beyond = ShardShuffle(shards=[np.array([1 << 32, 5])], seed=7)
+    assert sorted(beyond.take(0, 2).tolist()) == [5, 1 << 32]
+
+
 @pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 1), (4, 2)])
 def test_a_step_sees_the_same_samples_whatever_the_number_of_processes(world_size, micro_batches):
     indices = np.arange(100, 113)

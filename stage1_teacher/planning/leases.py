@@ -189,7 +189,7 @@ class LeaseHolder(Leases):
         self._descriptor = self._in_folder = -1
         self._writing = threading.Lock()  # the three above, and the file
         self._making: set[str] = set()
-        self._had: set[str] = set()  # what is known to have a lease, this one's or another's
+        self._had: set[str] | None = None  # what is known to have a lease, this one's or another's; None: nobody looked
         self._began = 0.0
         self._samples, self._seconds = 0, 0.0
         self._stop = threading.Event()
@@ -206,17 +206,19 @@ class LeaseHolder(Leases):
             OSError: If they cannot be written.
         """
         me = self._enter()
-        had = []
+        if self._had is None:
+            self._had = {*self.newest()}
+        known, had = self._had, []
         for of in wanted:
-            if of not in self._had and of not in self._making and self._create(f"{of}.0", me):
+            if of not in known and of not in self._making and self._create(f"{of}.0", me):
                 self._making.add(of)
                 return of
-            self._had.add(of)
+            known.add(of)
             had.append(of)
-        newest = self.newest() if had else {}  # only now: there may be many thousands
+        newest = self.newest() if had else {}  # once more only now: there may be many thousands
         for of in had:
             if of not in newest:  # the cache was sealed at this moment
-                self._had.discard(of)
+                known.discard(of)
                 continue
             former = self.holder(newest[of])
             if of in self._making or (former != me and self.is_held(newest[of])):
@@ -285,7 +287,7 @@ class LeaseHolder(Leases):
                     os.close(descriptor)
             self._me, self._descriptor, self._in_folder = None, -1, -1
         self._holders.clear()  # of leases that may be gone
-        self._had.clear()
+        self._had = None
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):

@@ -2,7 +2,7 @@
 
 A file says what it was made of (names, sizes, times) and which code made it; one that says anything else, is damaged
 or cannot be read is made anew, and nobody is told. Two processes that make the same file at once write the same bytes,
-and each file appears whole (`write_bytes_atomic`). Where the folder cannot be written, what was made stays in memory.
+and each file appears whole. Where the folder cannot be written, what was made stays in memory.
 
 ============= ======== =============================================
 part          dtype    content
@@ -32,7 +32,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.files.atomic import write_bytes_atomic
+from vlm_distill_cache.common.files.atomic import temporary_for
 from vlm_distill_cache.common.files.hashing import checksum, fingerprint, stream_checksum
 from vlm_distill_cache.common.remotes.copies import RemoteFile
 from vlm_distill_cache.common.remotes.mirror import mirror_settings
@@ -97,7 +97,11 @@ def write_kept(path: Path | None, of: Any, kept: Kept) -> bool:
         return False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes_atomic(path, _bytes_of(of, kept))
+        with temporary_for(path) as temporary:
+            temporary.write_bytes(_bytes_of(of, kept))
+            temporary.replace(
+                path
+            )  # not flushed to the disk: of many archives that takes minutes, and a cut one is known
     except OSError as error:
         _tell_unwritable(path.parent, error.strerror or str(error))
         return False

@@ -23,31 +23,24 @@ from vlm_distill_cache.data.sources.pictures import (
 
 # Read where there is nothing else to see: beside a picture they may say where it was taken from.
 _FURTHER = re.compile(r"video_?(?:\d{1,3}|files|urls|bytes|data|filenames?|names?)")
+_FURTHER_NUMBER = re.compile(r"\d+$")
 MOVING = frozenset({"gif", "apng"})  # pictures that are videos where data say so
 _FRAME_KEYS = frozenset({"frames", "video_frames"})  # lists of frames, if they hold more than one
 _PLAIN = ("image", "images")
-_RATES = ("sample_fps", "fps", "video_fps")  # of a list of frames, frames a second
-_TIMES = ("timestamps", "frame_times", "times")  # of each frame of a list, seconds
-_CUTS = ("video_start", "video_end")  # Qwen's: seconds
-_TIMED = (
-    "start",
-    "end",
-    "start_time",
-    "end_time",
-    "start_sec",
-    "end_sec",
-    "clip_start",
-    "clip_end",
-)  # if they are times
-_SPANS = (
-    "clip",
-    "segment",
-    "split",
-    "time_range",
-    "time_span",
-    "video_clip",
-)  # if they are two times (InternVL, VTimeLLM)
-_TIME = re.compile(r"\s*(?=.*[1-9])[\d:.,]+\s*s?\s*")
+_RATES = ("sample_fps", "fps")  # of a list of frames, frames a second; `video_fps` is that of the video they are from
+_TIMES = ("timestamps", "frame_timestamps", "frame_times", "times")  # of each frame of a list, seconds
+# Says that a part of a video is meant, where there is a time, or the number of a frame, above 0: `start_time`, `video_end`
+# (Qwen), `clip_start`, `endFrame`, `t_start`.
+_UNIT = r"(?:times?|timestamps?|ts|secs?|seconds?|s|ms|frames?|frame_idx|frame_index|pts)"
+_EDGE = re.compile(
+    rf"(?:(?:video|clip|segment|trim|cut|t|{_UNIT})_)?(?:starts?|ends?|starting|ending|begin)(?:_{_UNIT})?"
+)
+# The same, where there are two of them, or an object with both (InternVL, VTimeLLM).
+_SPAN = re.compile(
+    r"(?:video_)?(?:clip|segment|split|trim|interval)|(?:video_)?(?:time|clip|frames?)_(?:range|span|interval|window)"
+)
+_ABOUT = frozenset({"meta", "metadata", "info", "video_meta", "video_metadata", "video_info"})
+_CLOCK = re.compile(r"(?:(?:(\d+):)?(\d{1,2}):)?(\d+(?:[.,]\d*)?|[.]\d+)\s*s?")
 _BYTES = re.compile(r"\s*data:video/[^,]*;base64,", re.IGNORECASE)
 
 
@@ -105,6 +98,7 @@ def guessed_videos(entry: Mapping[str, Any]) -> list[Any]:
     ]
     further = [key for key in further if not isinstance(entry[key], str) or names_video(entry[key])]
     numbered = [key for key in further if normal_key(key)[-1].isdigit()]
+    numbered.sort(key=lambda key: int(_FURTHER_NUMBER.findall(normal_key(key))[0]))
     if len(numbered) > 1:
         return [value for key in numbered for value in videos_in(entry[key], entry)]
     return named_videos(entry, dict.fromkeys((*further, *files)))
@@ -134,17 +128,26 @@ def part_videos(part: Mapping[str, Any], value: Any) -> list[Any]:
 
 def videos_in(value: Any, beside: Mapping[str, Any]) -> list[Any]:
     """The videos that a value holds; ``beside`` says how many frames a second a list of frames has, or their times."""
-    fps = next((rate for key in _RATES if (rate := _number(beside.get(key))) is not None), None)
     if _are_frames(value):
-        lists = (beside.get(key) for key in _TIMES)
-        return [
-            Frames(
-                tuple(value), fps, next((tuple(times or ()) for times in lists if _are_times(times, len(value))), None)
-            )
-        ]
+        return [_frames(value, beside)]
     if isinstance(value, list | tuple):
-        return [Frames(tuple(item), fps) if isinstance(item, list | tuple) else item for item in value]
+        return [
+            _frames(item, _of_one(beside, place, len(value))) if isinstance(item, list | tuple) else item
+            for place, item in enumerate(value)
+        ]
     return [value]
+
+
+def _of_one(beside: Mapping[str, Any], place: int, count: int) -> Mapping[str, Any]:
+    """What is said of frames, of one of several videos: where there is a list of it, what stands at its place."""
+    said = {key: beside.get(key) for key in (*_RATES, *_TIMES)}
+    return {key: one[place] if isinstance(one, list) and len(one) == count else one for key, one in said.items()}
+
+
+def _frames(pictures: Sequence[Any], beside: Mapping[str, Any]) -> Frames:
+    fps = next((rate for key in _RATES if (rate := _rate(beside.get(key))) is not None), None)
+    lists = (_times_in(beside.get(key), len(pictures)) for key in _TIMES)
+    return Frames(tuple(pictures), fps, next((times for times in lists if times is not None), None))
 
 
 def open_video(value: Any, find: Callable[[Any, str], ImageSource]) -> VideoSource:
@@ -196,35 +199,53 @@ def refuse_cuts(entry: Mapping[str, Any]) -> None:
     Raises:
         SampleError: Says which key.
     """
-    meta = entry.get("meta")
-    for beside in (entry, meta if isinstance(meta, Mapping) else {}):
-        for key in (*_CUTS, *_TIMED, *_SPANS):
-            if says_none(value := beside.get(key)) or value == 0:
-                continue
-            if key in _CUTS or (_is_span(value) if key in _SPANS else _is_time(value)):
+    further = (value for key, value in entry.items() if normal_key(key) in _ABOUT and isinstance(value, Mapping))
+    for beside in (entry, *further):
+        for key, value in beside.items():
+            name = normal_key(key)
+            if (_EDGE.fullmatch(name) and _is_late(value)) or (_SPAN.fullmatch(name) and _is_span(value)):
                 raise SampleError(
                     f"{key!r} ({brief(value)}) says that a part of the video is meant, which is not read: cut the video, "
                     f"then remove {key!r}"
                 )
 
 
+def _is_late(value: Any) -> bool:
+    """Whether a value is a time above 0, or a list of such."""
+    if isinstance(value, list | tuple):
+        return any(map(_is_late, value))
+    return (_seconds(value) or 0) > 0
+
+
 def _is_span(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and any(map(_is_time, value))
+    if isinstance(value, Mapping):
+        return any(_EDGE.fullmatch(normal_key(key)) and _is_late(inner) for key, inner in value.items())
+    return isinstance(value, list | tuple) and len(value) == 2 and any(map(_is_late, value))
 
 
-def _is_time(value: Any) -> bool:
+def _times_in(value: Any, count: int) -> tuple[float, ...] | None:
+    """Seconds of each of so many frames; None: it does not say them."""
+    if not isinstance(value, list | tuple) or len(value) != count:
+        return None
+    times = [_seconds(item) for item in value]
+    return None if None in times else tuple(time for time in times if time is not None)
+
+
+def _seconds(value: Any) -> float | None:
+    """A time as a number, a text of one, or by the clock (``01:02.5``); None: it is none."""
     if isinstance(value, str):
-        return _TIME.fullmatch(value) is not None
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        found = _CLOCK.fullmatch(value.strip())
+        if found is None:
+            return None
+        hours, minutes, seconds = (float((part or "0").replace(",", ".")) for part in found.groups())
+        return hours * 3600 + minutes * 60 + seconds
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number else None
 
 
-def _are_times(value: Any, count: int) -> bool:
-    is_list = isinstance(value, list | tuple) and len(value) == count
-    return is_list and all(isinstance(time, int | float) and not isinstance(time, bool) for time in value)
-
-
-def _number(value: Any) -> float | None:
+def _rate(value: Any) -> float | None:
+    """Frames a second; None: it says none."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
         value = value[0]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and value > 0 else None
+    rate = _seconds(value)
+    return float(rate) if rate is not None and rate > 0 else None

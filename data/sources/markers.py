@@ -15,7 +15,8 @@ _THING = r"(?:image|img|picture)"
 # What a family's marker has and a type of a program (`List<Image>`) does not: it stands behind a letter, too.
 _NO_CODE = (
     rf"(?=<\||<(?:start|begin|end)_of_{_THING}|<{_THING}[\ _-]?(?:here|placeholder|token|pad|soft_token|context)"
-    r"|<image[\ _-]?\d|<im_(?:start|end|patch)>|(?-i:<video>)|<video[\ _-]?(?:here|placeholder|token|pad|\d))"
+    r"|<image[\ _-]?\d|<im_(?:start|end|patch)>|(?-i:<video>)|<video[\ _-]?(?:here|placeholder|token|pad|\d)"
+    r"|<vid?_(?:start|end|patch)>)"
 )
 _MARKERS = re.compile(
     rf"""(?P<code>```.*?```|`[^`\n]*`)
@@ -27,6 +28,7 @@ _MARKERS = re.compile(
     |(?<!\w)<image><image></image>                                      # Mantis
     |(?-i:<image>)
     |(?P<closed></image>)
+    |(?P<ended></video>)
     |(?:(?<!\w)|(?P<behind>(?<![A-Za-z0-9_])|{_NO_CODE}))(?:        # also behind a word, as in texts without blanks
       </?{_THING}>\s*<{_THING}_?here>\s*</{_THING}>
       |<image>
@@ -37,15 +39,30 @@ _MARKERS = re.compile(
       |(?:<\|?{_THING}[\ _-]?(?:pad|soft_token|context)\|?>|<im_patch>|<\|vision_pad\|>)+  # one a patch
       |<\|media_pad\|>
       |<\|?(?:start_of_|end_of_|begin_of_)?{_THING}
-        (?:[\ _-]?(?:here|placeholder|token|pad|soft_token|context|start|end|newline)
+        (?:[\ _@-]?(?:here|placeholder|token|pad|soft_token|context|start|end|newline)
           |[\ _-]?\#?(?P<number>\d{{1,4}})|(?=\|)|(?<=of_image))[\ _-]?\d{{0,4}}\|?>
       |(?-i:\[IMG\]|\[IMAGE\])
       |(?P<html></?(?:img|picture)>|<{_THING}\s*/>|<img\b[^<>]*?\bsrc\s*=\s*["']?(?P<source>[^"'\s<>]+)[^<>]*>)
+      |(?P<around>
+        <\|?vid(?:eo)?[\ _-]?(?:start|end)\|?>|<vi_(?:start|end)>|<\|?(?:start|begin|end)_of_video\|?>)
       |(?P<video><video>(?P<clip>[^<>\s]+)</video>
-        |<\|?video(?:[\ _-]?(?:here|placeholder|token|pad))?(?:[\ _-]?(?P<video_number>\d{{1,4}}))?\|?>|<vila/video>)
+        |<video>\s*<(?:video|{_THING})_?(?:here)?>\s*</video>           # TimeChat
+        |(?:<\|?video[\ _-]?pad\|?>|<vid_patch>)+
+        |<\|?video(?:[\ _@-]?(?:here|placeholder|token))?(?:[\ _-]?(?P<video_number>\d{{1,4}}))?\|?>|<vila/video>)
       |(?P<player><video\s[^<>]*>)
     )""",
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
+)
+_CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
+# Words in angle brackets, or in braces with a number, however they are written: ``<image:1>``, ``&lt;image&gt;``, ``{image#1}``.
+_MEDIUM = r"(?:images?|imgs?|im|pictures?|pics?|photos?|videos?|vid?|clips?|frames?|media)"
+_UNREAD = re.compile(
+    rf"""(?:<|＜|&lt;)[\s|｜/]*(?:(?:start|begin|end)[\s_-]?of[\s_-]?)?{_MEDIUM}
+      (?:[\s_:\#=@-]*(?:start|end|begin|patch|tokens?|here|pad|placeholder|sentinel|id|no|index|number|sep|col|row))?
+      [\s_:\#=@-]*(?:\d{{1,4}}|[A-Za-z])?[\s|｜/\\]*(?:>|＞|&gt;)
+    |<img\b[^<>]*\bsrc\s*=[^<>]*>
+    |(?<![\w\\{{])\{{{{1,2}}\s*{_MEDIUM}[\s_:\#-]*\d{{1,4}}\s*\}}{{1,2}}""",
+    re.VERBOSE | re.IGNORECASE,
 )
 _TITLED = re.compile(r"""(?:<(?P<angled>[^<>]*)>|(?P<plain>.*?))(?:\s+(?:"[^"]*"|'[^']*'|=\d*x\d*))?""", re.DOTALL)
 
@@ -76,16 +93,23 @@ Piece = str | Shown
 
 @dataclass(frozen=True)
 class _Frame:
-    """A sign that only frames what is shown; ``alone``: as of `Shown`."""
+    """A sign that only frames what is shown; ``alone``: as of `Shown`.
+
+    Attributes:
+        beside: What it frames, where it is text beside nothing such; empty: it is a picture's marker there.
+        text: As it is written.
+    """
 
     alone: str = ""
+    beside: tuple[Kind, ...] = ()
+    text: str = ""
 
 
 def read_markers(question: str, parts: Sequence[tuple[int, Shown]] = ()) -> tuple[tuple[Piece, ...], bool]:
     """Cut a question into texts and what it shows between them.
 
-    Signs of a family that only frame a marker (``<im_start><image><im_end>``) are one with it; without one they are a
-    marker. In code only the plain marker is one.
+    Signs of a family that only frame a marker (``<im_start><image><im_end>``) are one with it; without one, those of a
+    picture are a marker, and those of a video text. In code only the plain marker is one.
 
     Args:
         parts: What else it shows, and at which character: pictures that are parts of a message, in order. A line feed in
@@ -130,6 +154,8 @@ def read_markers(question: str, parts: Sequence[tuple[int, Shown]] = ()) -> tupl
                 pieces += ([Shown()] if number else []) + [text]
         elif match["frame"] or match["closed"]:
             pieces.append(_Frame(_left_behind(match)))
+        elif match["around"] or match["ended"]:
+            pieces.append(_Frame(beside=("video",) if match["ended"] else KINDS, text=match[0]))
         else:
             pieces.append(_shown(match))
     take_text(len(question))
@@ -165,10 +191,13 @@ def _without_frames(pieces: Sequence[Piece | _Frame]) -> tuple[Piece, ...]:
     run: list[Piece | _Frame] = []  # with nothing but blanks between
 
     def close() -> None:
-        marked = any(isinstance(piece, Shown) for piece in run)
+        kinds = {piece.kind for piece in run if isinstance(piece, Shown)}
+        marked = bool(kinds)
         behind = ""  # what signs in front of a marker leave
         for piece in run:
-            if isinstance(piece, _Frame):
+            if isinstance(piece, _Frame) and piece.beside:
+                found.extend([] if kinds.intersection(piece.beside) else [piece.text])
+            elif isinstance(piece, _Frame):
                 if not marked:
                     found.append(Shown(alone=piece.alone))
                     marked = True
@@ -194,6 +223,20 @@ def _without_frames(pieces: Sequence[Piece | _Frame]) -> tuple[Piece, ...]:
 def without_markers(pieces: Sequence[Piece]) -> str:
     """The text of a question whose one picture stands in front, wherever it is marked."""
     return "".join(piece if isinstance(piece, str) else piece.alone for piece in pieces).strip()
+
+
+def unread_sign(text: str) -> str:
+    """What in a text, outside of code, looks like the marker of a picture or video and is none that is read; empty: nothing."""
+    found = _UNREAD.search(_CODE.sub("", text))
+    return found[0] if found else ""
+
+
+def marker_in(text: str) -> str:
+    """The first marker of a family in a text, outside of code; empty: there is none. HTML and Markdown are text."""
+    texts = ("code", "html", "markdown", "bulletin", "player", "ended")
+    return next(
+        (match[0] for match in _MARKERS.finditer(text) if not any(match[name] is not None for name in texts)), ""
+    )
 
 
 def numbers_in(pieces: Sequence[Piece]) -> set[int]:

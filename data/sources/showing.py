@@ -14,7 +14,16 @@ from typing import Any
 
 from vlm_distill_cache.common.errors import SampleError
 from vlm_distill_cache.data.sample import Turn
-from vlm_distill_cache.data.sources.markers import IMAGE_MARKER, KINDS, Kind, Piece, Shown, numbers_in
+from vlm_distill_cache.data.sources.markers import (
+    IMAGE_MARKER,
+    KINDS,
+    Kind,
+    Piece,
+    Shown,
+    marker_in,
+    numbers_in,
+    unread_sign,
+)
 from vlm_distill_cache.data.sources.pictures import are_same, content_of, distinct
 
 _ALL_AT_ONE = ("messages", "query", "conversation")  # the forms of ms-swift
@@ -78,9 +87,14 @@ def place_media(
         return Placed(turns=tuple(turns))
     if len(media) > 1 or media[0][0] == "video":
         _refuse_in_answers(turns)
+        _refuse_unread(asked)
+    elif not shown and any(IMAGE_MARKER in turn.answer for turn in turns):
+        _refuse_in_answers(turns)  # the one picture is the answer's
     in_front = not any(isinstance(piece, Shown) for pieces in asked[1:] for piece in pieces)
     if len(media) == 1 and in_front and all(one.kind == media[0][0] for one in shown):
         parts = sum(one.is_part for one in shown)
+        if media[0][0] == "video" and len(shown) > 1 and not numbers_in(asked[0]):
+            raise _miscounted(shown, given, own)
         if max(parts, len(numbers_in(asked[0]))) > 1:
             raise _miscounted([one for one in shown if one.is_part] if parts > 1 else shown, given, own)
         return Placed(media, tuple(turns))
@@ -235,9 +249,23 @@ def _with_places(turns: Sequence[Turn], asked: Sequence[tuple[Piece, ...]], foun
 
 def _refuse_in_answers(turns: Sequence[Turn]) -> None:
     for number, turn in enumerate(turns, start=1):
-        for marker in (IMAGE_MARKER, "<video>"):
-            if marker in turn.answer:
-                raise SampleError(f"the answer of turn {number} has {marker}: pictures are read in questions alone")
+        plain = (marker for marker in (IMAGE_MARKER, "<video>") if marker in turn.answer)  # in code, too
+        if sign := next(plain, "") or marker_in(turn.answer):
+            raise SampleError(
+                f"the answer of turn {number} has {sign}: pictures are read in questions alone; take it out if it is text, or "
+                "leave the sample out"
+            )
+
+
+def _refuse_unread(asked: Sequence[Sequence[Piece]]) -> None:
+    """Refuse a question in which something looks like a marker and is none: what it stands for would be shown elsewhere."""
+    for pieces in asked:
+        for piece in pieces:
+            if isinstance(piece, str) and (sign := unread_sign(piece)):
+                raise SampleError(
+                    f"its text has {sign!r}, which is no marker that is read: write <image> or <video> where a picture or a "
+                    "video stands, and put what is text into `backquotes`"
+                )
 
 
 def _miscounted(marks: Sequence[Shown], given: Given, own: Sequence[tuple[Kind, Any]]) -> SampleError:

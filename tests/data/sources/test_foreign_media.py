@@ -79,6 +79,138 @@ def test_numbered_keys_are_in_the_order_of_their_numbers(read):
     assert written(read(asked("<image_01> or <image_00>?", image=marked))) == ["[b.png]or [a.png]?"]
 
 
+@pytest.mark.parametrize("name", ["video_{}", "video{}", "Video {}"])
+def test_numbered_videos_are_in_the_order_of_their_numbers(read, name):
+    columns = {name.format(number): f"{number}.mp4" for number in (10, 2, 1)}
+    assert written(read(asked("<video>, <video>, <video>?", **columns))) == ["[v:1.mp4], [v:2.mp4], [v:10.mp4]?"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "fps", "times"),
+    [
+        ({"sample_fps": "2"}, 2.0, None),  # as Qwen's own examples write it
+        ({"fps": ["0.5"]}, 0.5, None),
+        ({"timestamps": ["00:00", "01:02.5"]}, None, (0, 62.5)),
+        ({"frame_timestamps": ["0.0", "1.5s"]}, None, (0, 1.5)),
+        ({"video_fps": 30}, None, None),  # of the video that the frames were taken from
+        ({"fps": "fast", "timestamps": ["a", "b"]}, None, None),
+    ],
+)
+def test_rates_and_times_of_frames_may_be_texts(read, beside, fps, times):
+    for key in ("frames", "video"):
+        (video,) = read(asked("?", **{key: AB}, **beside)).images
+        assert (video.fps, video.times) == (fps, times)
+    part = {"type": "video", "video": AB, **beside}
+    messages = [
+        {"role": "user", "content": [part, {"type": "text", "text": "?"}]},
+        {"role": "assistant", "content": "A."},
+    ]
+    (video,) = read({"messages": messages}).images
+    assert (video.fps, video.times) == (fps, times)
+
+
+def test_each_of_several_videos_of_frames_has_its_own_rate_and_times(read):
+    videos = [AB, ["c.png", "d.png", "e.png"]]
+    timed = read(asked("?", videos=videos, timestamps=[[0, 2], [0, 5, 7]])).images
+    assert [video.times for video in timed] == [(0, 2), (0, 5, 7)]
+    assert [video.fps for video in read(asked("?", videos=videos, fps=[2, 1])).images] == [2, 1]
+    assert [video.fps for video in read(asked("?", videos=videos, fps=2)).images] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "sign",
+    [
+        "<|begin_of_video|><|video|><|end_of_video|>",
+        "<vid_start><vid_patch><vid_patch><vid_patch><vid_end>",
+        "<vi_start><video><vi_end>",
+        "<vi_start><image><vi_end>",
+        "<|video_start|><video><|video_end|>",
+        "<|vision_start|><|video_pad|><|video_pad|><|vision_end|>",
+        "<|VIDEO_START|><|video@placeholder|><|VIDEO_END|>",
+        "<Video><VideoHere></Video>",
+        "<Video><ImageHere></Video>",
+        "<video></video>",
+    ],
+)
+def test_signs_around_a_video_are_one_marker_with_it(read, sign):
+    assert written(read(asked(f"{sign}\nWhat?", video="1.mp4"))) == ["[v:1.mp4]What?"]
+    assert written(read(asked(f"So {sign}?", video="1.mp4"))) == ["[v:1.mp4]So ?"]
+    if "<image>" not in sign:
+        assert written(read(asked(f"Is {sign} <image>?", video="1.mp4", image="a.png"))) == ["Is [v:1.mp4] [a.png]?"]
+        both = asked(f"{sign} or {sign}?", videos=["1.mp4", "2.mp4"])
+        assert written(read(both)) == ["[v:1.mp4]or [v:2.mp4]?"]
+
+
+@pytest.mark.parametrize(
+    "text", ["Is </video> a tag?", "<|video_end|> x", "What is <image:1>?", "{image#1}", "<|image|"]
+)
+def test_without_a_video_its_signs_are_text_as_they_were(read, text):
+    sample = read(asked(text, image="a.png"))
+    assert [(turn.question, turn.places) for turn in sample.turns] == [(text, ())]
+
+
+@pytest.mark.parametrize(
+    "sign",
+    [
+        *(
+            "<image:1>",
+            "&lt;image&gt;",
+            "<｜image｜>",
+            "< image >",
+            "<image id=1>",
+            "<|img_sep|>",
+            "<pic>",
+            "<vid>",
+            "</img>",
+        ),
+        *("{image#1}", "{{image_1}}", "<frame 1>", "<vi_start>", '<img src="a.png">'),
+    ],
+)
+def test_what_looks_like_a_marker_and_is_none_is_not_left_in_the_text_of_several(read, sign):
+    question = f"Is {sign} like it?"
+    for media in ({"images": AB}, {"video": "1.mp4"}):
+        with pytest.raises(
+            SampleError, match=r"its text has '.*', which is no marker that is read: write <image> or <video>"
+        ):
+            read(asked(question, **media))
+    for media, in_front in (({"images": AB}, "[a.png][b.png]"), ({"video": "1.mp4"}, "[v:1.mp4]")):
+        assert written(read(asked(f"Is `{sign}` a tag?", **media))) == [f"{in_front}Is `{sign}` a tag?"]
+
+
+def test_brackets_that_are_no_sign_stay_in_the_text_of_several(read):
+    for text in (
+        "In [Image 1], <b>?",
+        r"Is \text{image 1} = {x}?",
+        "a < image and b > 2?",
+        "List<Integer> or <imaginary>?",
+    ):
+        assert written(read(asked(text, images=AB))) == [f"[a.png][b.png]{text}"]
+
+
+@pytest.mark.parametrize("sign", ["<video>", "<image>"])
+def test_several_markers_of_one_video_are_named(read, sign):
+    with pytest.raises(SampleError, match=r"speaks of 2 videos, but the entry names 1 video"):
+        read(asked(f"Frame 1: {sign}\nFrame 2: {sign}\nSame?", video="1.mp4"))
+    with pytest.raises(SampleError, match=r"speaks of 2 videos, but the entry names 1 video"):
+        read(asked(f"{sign}{sign}Same?", videos=AB))  # pictures under that key are the frames of one
+    assert written(read(asked("<video1>, <video1>?", video="1.mp4"))) == ["[v:1.mp4], ?"]
+
+
+@pytest.mark.parametrize("sign", ["<image>", "<ImageHere>", "<|image_2|>", "<image 2>", "<video>", "<|image_pad|>"])
+def test_a_marker_in_an_answer_of_several_is_named(read, sign):
+    with pytest.raises(SampleError, match=r"the answer of turn 1 has .*: pictures are read in questions alone"):
+        read(asked("Which?", images=AB) | {"answer": f"It is {sign}"})
+    for answer in ("See `<ImageHere>`.", '<p><img src="x.png"></p>', "![](x.png)"):
+        assert read(asked("Which?", images=AB) | {"answer": answer}).turns[0].answer == answer
+
+
+def test_the_one_picture_of_an_answer_is_not_taken_for_the_questions(read):
+    drawn = {"query": "Draw it.", "response": "<image>", "images": ["a.png"]}
+    with pytest.raises(SampleError, match="the answer of turn 1 has <image>"):
+        read(drawn)
+    assert read(drawn | {"query": "<image>Which tag?"}).turns[0].answer == "<image>"
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -96,7 +228,39 @@ def test_what_would_be_misread_is_named(read, entry, message):
         read(entry)
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"start_frame": 3, "end_frame": 70},
+        {"clip_start_time": 3.0},
+        {"start_seconds": "00:03"},
+        {"endFrame": 9},
+        {"Start_timestamp": "00:00:03.500"},
+        {"begin": 1},
+        {"starts": [3.0], "ends": [4.0]},
+        {"t_start": 2},
+        {"segment": {"start": 0, "end": 5}},
+        {"frame_range": [0, 5]},
+        {"metadata": {"end_time": 5}},
+    ],
+)
+def test_a_part_of_a_video_is_refused_however_it_is_called(read, beside):
+    with pytest.raises(SampleError, match=r"says that a part of the video is meant, .* cut the video, then remove"):
+        read(asked("<video>?", video="1.mp4", **beside))
+
+
 def test_what_only_looks_like_a_part_of_a_video_is_none(read):
+    for more in (
+        {"duration": 12.5},
+        {"timestamps": [[0, 1.5], [2, 3]]},
+        {"segments": ["a"]},
+        {"weekend": 3},
+        {"segment": {"name": "x"}},
+        {"end": "of the film"},
+        {"start": "00:00", "end": None},
+        {"metadata": {"fps": 30}},
+    ):
+        assert written(read(asked("<video>?", video="1.mp4", **more))) == ["[v:1.mp4]?"]
     for more in ({"clip": "c17"}, {"segment": 3}, {"split": "train"}, {"meta": {"split": "train"}}, {"clip": [0, 0]}):
         assert written(read(asked("<video>?", video="1.mp4", **more))) == ["[v:1.mp4]?"]
 

@@ -174,10 +174,13 @@ class EntryDataset(Dataset):
             refuse_cuts(entry)
         if len(videos) > 1 and keys:
             videos = self.arranged(index, videos, named_videos(entry, keys))
+        elif videos and (several := next((found for key in keys if len(found := named_videos(entry, [key])) > 1), [])):
+            videos = self.arranged(index, videos, several)
         elif pictures and keys and not videos:
             pictures, videos = self.moving(index, pictures, named_videos(entry, keys))
         named = named_pictures(entry, plain_only=True) if beside else []
-        kinds = {*(["image"] if pictures and len(named) <= len(pictures) else []), *(["video"] if videos else [])}
+        beside_it = pictures and (len(named) <= len(pictures) or len(set(map(str, named))) <= len(pictures))
+        kinds = {*(["image"] if beside_it else []), *(["video"] if videos else [])}
         asked = tuple(
             tuple(replace(p, value=None) if isinstance(p, Shown) and p.kind in kinds else p for p in pieces)
             for pieces in said.asked

@@ -11,6 +11,7 @@ member that is no sample's, a sample without a text, or without a picture where 
 cannot be used, with its reason.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ from vlm_distill_cache.data.sources.kept.headers import Archive
 from vlm_distill_cache.data.sources.kept.surveys import kept_survey
 from vlm_distill_cache.data.sources.kept.tars import OddIds, TarIds, TarSample, TarSamples
 from vlm_distill_cache.data.sources.patterns import find_files
-from vlm_distill_cache.data.sources.pictures import brief, is_address, is_made, open_picture
+from vlm_distill_cache.data.sources.pictures import brief, content_of, is_address, is_made, open_picture
 from vlm_distill_cache.data.sources.videos import MOVING, Frames
 
+_DIGITS = re.compile(r"[0-9]+")
 _HEAD = 512  # bytes, by which what is no text is told
 
 
@@ -73,7 +75,8 @@ class WebDataset(EntryDataset):
     def attached(self, index: int) -> Sequence[Medium]:
         """The pictures and videos among the sample's members; of unknown kinds, those that begin like a picture.
 
-        Each kind by its numbers, where all have one (``KEY.0.jpg``), else as they lie in the archive.
+        Each kind by its numbers, where names differ in nothing else (``KEY.0.jpg``, ``KEY.img2.jpg``), else as they lie in
+        the archive.
         """
         member = self._samples.sample(index)
         found = member.images
@@ -82,34 +85,44 @@ class WebDataset(EntryDataset):
         return [*self._by_number(found, index), *map(_as_video, self._by_number(member.videos, index))]
 
     def _by_number(self, parts: Sequence[FileSlice], index: int) -> list[FileSlice]:
-        inner = [self._inner(part, index).partition(".")[0] for part in parts]
-        numbered = len(parts) > 1 and all(name.isdecimal() for name in inner)
-        return (
-            [parts[place] for place in sorted(range(len(parts)), key=lambda place: int(inner[place]))]
-            if numbered
-            else [*parts]
-        )
+        names = [self._inner(part, index).rpartition(".")[0] for part in parts]
+        numbers = [_number_of(name.partition(".")[0]) for name in names]
+        if len({shape for shape, _ in numbers}) > 1 or len(set(numbers)) < len(numbers):
+            numbers = [_number_of(name) for name in names]  # KEY.0.1.png
+        if len(parts) < 2 or len({shape for shape, _ in numbers}) > 1:
+            return [*parts]
+        return [parts[place] for place in sorted(range(len(parts)), key=lambda place: numbers[place][1])]
 
     def arranged(self, index: int, pictures: Sequence[Medium], named: Sequence[Any]) -> Sequence[Medium]:
-        """By the names that the entry gives, where each is one member's and none is left over.
+        """By the names that the entry gives, where each is one member's; one that is named twice is shown twice.
 
         Raises:
-            SampleError: A member beside others is called as something that is made of a picture.
+            SampleError: A member is not named, or none is and they are more or fewer than the names; or a member beside
+                others is called as something that is made of a picture.
         """
         names = [self._inner(part, index) for part in pictures]
-        wanted = [value for value in named if isinstance(value, str)]
+        wanted = [value for value in map(content_of, named) if isinstance(value, str)]
         found = [self._called(value, names, index) for value in wanted]
-        if (
-            wanted
-            and all(len(places) == 1 for places in found)
-            and {places[0] for places in found} == {*range(len(names))}
-        ):
-            return [pictures[places[0]] for places in found]
-        made = [part.name for part, name in zip(pictures, names, strict=True) if is_made(name.partition(".")[0])]
-        if made and len(pictures) > 1:
+        are_members = bool(wanted) and all(len(places) == 1 for places in found)
+        chosen = [places[0] for places in found] if are_members else [*range(len(names))]
+        made = [place for place, name in enumerate(names) if is_made(name.partition(".")[0])]
+        others = {*range(len(names))} - {*chosen} - {*made}
+        if are_members and not others:
+            return [pictures[place] for place in chosen]
+        if made and len(pictures) > 1 and not are_members:
             raise SampleError(
-                f"{made[0]} holds another picture beside {pictures[0].name}; name those that the sample is about under "
-                "'images', in order, or remove it from the archive"
+                f"{pictures[made[0]].name} holds another picture beside {pictures[0].name}; name those that the sample is about "
+                "under 'images', in order, or remove it from the archive"
+            )
+        if others and are_members:
+            raise SampleError(
+                f"{pictures[min(others)].name} lies beside it and is not named ({brief(wanted[0])} is); name all that the sample "
+                "is about, in order, or remove it from the archive"
+            )
+        if any(map(extension_of, wanted)) and len(wanted) != len(pictures):
+            raise SampleError(
+                f"it names {len(wanted)} ({brief(wanted[0])}), and beside it lie {len(pictures)} ({pictures[0].name}, ...); name "
+                "those in the archive that the sample is about, in order"
             )
         return pictures
 
@@ -195,6 +208,11 @@ class WebDataset(EntryDataset):
         """By their archives."""
         counts = self._samples.counts[self._samples.counts > 0]
         return np.repeat(np.arange(len(counts)), counts)
+
+
+def _number_of(name: str) -> tuple[str, tuple[int, ...]]:
+    """A name with its numbers taken out, and these."""
+    return _DIGITS.sub("#", name), tuple(map(int, _DIGITS.findall(name)))
 
 
 def _as_video(part: Medium) -> Medium:

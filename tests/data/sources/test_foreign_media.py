@@ -297,6 +297,26 @@ def tar(tmp_path):
             "[k.2.png]or [v:of frames]?",
         ),
         (["k.png"], asked("What?", video="its/source.mp4"), "[k.png]What?"),
+        (["k.mp4"], asked("What?", video="its/source.mp4", video_path="b/2.mp4"), "[v:k.mp4]What?"),
+        (["k.img10.png", "k.img2.png"], asked("Same?"), "[k.img2.png][k.img10.png]Same?"),  # as sorted names lie
+        (["k.frame-1.jpg", "k.frame-0.png"], asked("Same?"), "[k.frame-0.png][k.frame-1.jpg]Same?"),
+        (["k.0.1.png", "k.0.0.png"], asked("Same?"), "[k.0.0.png][k.0.1.png]Same?"),
+        (["k.b1.png", "k.a2.png"], asked("Same?"), "[k.b1.png][k.a2.png]Same?"),
+        (["k.jpg", "k.png"], asked("Same?"), "[k.jpg][k.png]Same?"),
+        (["k.m4v", "k.m2v"], asked("Same?"), "[v:k.m4v][v:k.m2v]Same?"),
+        (["k.0.png"], asked("<image> and <image>?", images=["k.0.png", "k.0.png"]), "[k.0.png]and [k.0.png]?"),
+        (
+            ["k.0.png", "k.1.png"],
+            asked("<image>, <image>, <image>?", images=["k.1.png", "k.0.png", "k.1.png"]),
+            "[k.1.png], [k.0.png], [k.1.png]?",
+        ),
+        (["k.0.png", "k.1.png"], asked("?", images=[{"path": "k.1.png"}, {"path": "k.0.png"}]), "[k.1.png][k.0.png]?"),
+        (
+            ["k.png", "k.mask.png"],
+            asked("?", images=["k.png"]),
+            "[k.png]?",
+        ),  # as the error of one without names advises
+        (["k.0.png", "k.1.png"], asked("Same?", image="000123"), "[k.0.png][k.1.png]Same?"),
     ],
 )
 def test_a_video_of_a_tar_is_the_members_that_are_called_so(tar, names, entry, expected):
@@ -308,3 +328,26 @@ def test_pictures_of_a_tar_are_not_taken_for_those_of_another_video(tar):
         tar("k.0.png", "k.1.png", **asked("What?", video="orig.mp4"))
     with pytest.raises(SampleError, match=r"'start' .* part of the video"):
         tar("k.mp4", **asked("What?", video="k.mp4", start=1.5))
+
+
+@pytest.mark.parametrize(
+    ("names", "media", "message"),
+    [
+        (["k.0.png", "k.1.png"], {"images": ["0.png"]}, r"k\.1\.png lies beside it and is not named .*'0\.png'"),
+        (
+            ["k.0.png", "k.1.png"],
+            {"image": "its/source.jpg"},
+            r"names 1 .*'its/source\.jpg'.*, and beside it lie 2 .*k\.0\.png",
+        ),
+        (["k.0.png", "k.1.png"], {"images": ["a.png", "b.png", "a.png"]}, "names 3 .*, and beside it lie 2"),
+        (["k.0.mp4"], {"videos": ["k.0.mp4", "k.1.mp4"]}, "names 2 .*, and beside it lie 1"),
+        (
+            ["k.png", "k.mask.png"],
+            {},
+            r"k\.mask\.png holds another picture beside .*name those that the sample is about",
+        ),
+    ],
+)
+def test_members_that_the_names_of_an_entry_do_not_account_for_are_named(tar, names, media, message):
+    with pytest.raises(SampleError, match=message):
+        tar(*names, **asked("Same?", **media))

@@ -1,5 +1,6 @@
 """One string names any data, and what cannot be read is refused with the list of what can."""
 
+import importlib
 import json
 import sys
 from types import SimpleNamespace
@@ -82,6 +83,7 @@ def test_named_data_sets(monkeypatch):
         ShapesDataset=lambda *args: asked.append(args) or [],
         shapes_evaluation=lambda *args: asked.append(args) or EvaluationSet(),
     )
+    importlib.import_module("vlm_distill_cache.data.shapes.kinds")  # which imports more of it than the fake has
     monkeypatch.setitem(sys.modules, "vlm_distill_cache.data.shapes.dataset", fake)
     open_dataset("shapes", split="validation")
     open_dataset("shapes:images=12,seed=3")

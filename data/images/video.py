@@ -22,7 +22,7 @@ from vlm_distill_cache.data.images.animations import begins_as_animation, read_a
 from vlm_distill_cache.data.images.containers import read_container
 from vlm_distill_cache.data.images.frame_limits import check_held, same_size
 from vlm_distill_cache.data.images.load import ImageFile, Opened
-from vlm_distill_cache.data.images.recognise import extension_of, names_video, picture_extensions
+from vlm_distill_cache.data.images.recognise import extension_of, is_picture, names_video, picture_extensions
 from vlm_distill_cache.data.images.sampling import choose_frames
 from vlm_distill_cache.data.sample import DigestedImage, Frame, FrameSampling, ImageSource
 
@@ -253,6 +253,10 @@ def _read(file: IO[bytes], name: str, sampling: FrameSampling) -> list[Frame]:
         raise SampleError(f"video {name} cannot be read: {reason_of(error)}") from error
     if not head:
         raise SampleError(f"video {name} is empty (0 bytes)")
+    if not begins_as_animation(head) and not is_video(head) and is_picture(head):
+        raise SampleError(
+            f"video {name} is a still picture: name it under 'image', or list the frames of a video under 'video'"
+        )
     read = read_animation if begins_as_animation(head) else read_container
     return read(file, name, sampling)
 

@@ -52,7 +52,12 @@ from vlm_distill_cache.data.sources.rows import (
     rows_of,
     with_rows,
 )
-from vlm_distill_cache.data.sources.unlearnt import flags_of, refuse_bad_answer, refuse_unlearnt
+from vlm_distill_cache.data.sources.unlearnt import (
+    flags_of,
+    refuse_bad_answer,
+    refuse_stand_ins,
+    refuse_unlearnt,
+)
 from vlm_distill_cache.data.sources.videos import keys_of_videos, named_videos, part_videos
 
 FORMS = "'messages', 'conversations', 'question' and 'answer', 'caption' or another form that docs/families.md lists"
@@ -90,8 +95,6 @@ _TOOLS = ("tool", "tool_call", "tool_calls", "tool_response", "function", "funct
 _TEXTS = ("text", "input_text", "output_text")
 _PICTURES = ("image", "image_url", "input_image", "image_path", "image_file", "img", "picture")
 _VIDEOS = ("video", "video_url", "input_video", "video_path", "video_file")
-# ms-swift's and LLaMA-Factory's signs for what stands under a key.
-_STAND_FOR = {"<bbox>": ("objects",), "<ref-object>": ("objects",), "<audio>": ("audio", "audios")}
 _PLACES = ("path", "url", "source", "base64", "data")
 
 
@@ -204,10 +207,7 @@ def read_conversation(entry: Mapping[str, Any]) -> Conversation:
         if normal_key(key) in SYSTEM_KEYS and not says_none(value):
             _take_system(as_text(value, key), found)
     _pair_turns(plain, found)
-    for sign, keys in _STAND_FOR.items():
-        for key in keys:
-            if not says_none(entry.get(key)) and any(sign in message.text for message in plain):
-                raise SampleError(f"{sign} stands for what {key!r} holds, which is not read, and would be lost")
+    refuse_stand_ins(entry, [message.text for message in plain])
     return found
 
 

@@ -18,7 +18,7 @@ from vlm_distill_cache.data.sources.csv_rows import CsvRows
 from vlm_distill_cache.data.sources.entries import EntryDataset, id_and_content
 from vlm_distill_cache.data.sources.json_text import decode, parse
 from vlm_distill_cache.data.sources.parquet import LocalParquet, ParquetTable
-from vlm_distill_cache.data.sources.pictures import brief
+from vlm_distill_cache.data.sources.pictures import brief, files_in
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _ONE, _SEVERAL = "file_name", "file_names"
@@ -113,6 +113,8 @@ def _entry(row: Any, folder: str) -> tuple[Any, dict[str, list[str]]]:
             entry.setdefault(key, value)
             continue
         several = key.endswith(_SEVERAL)
+        if several and isinstance(value, str):
+            value = files_in(_SEVERAL, value) or [value]
         values = value if several and isinstance(value, list) else [value]
         moves = any(isinstance(item, str) and names_video(item) for item in values)
         name = stem.removesuffix("_") or f"{'video' if moves else 'image'}{'s' if several else ''}"

@@ -25,6 +25,7 @@ from vlm_distill_cache.data.images.recognise import (
 )
 from vlm_distill_cache.data.sample import ImageSource
 from vlm_distill_cache.data.sources.markers import take_markers
+from vlm_distill_cache.data.sources.printed import printed
 
 # Whatever stands under these is the picture; names are compared in lower case with underscores.
 _PLAIN_KEYS = ("image", "images")
@@ -82,7 +83,9 @@ _NUMBERS = re.compile(r"(?:[\d\s\[\].,+-]|null|None|nan)*")  # as a table of tex
 _VALUE_KEYS = ("bytes", "path", "file_name", "filename", "image", "image_url", "url", "source", "base64", "data")
 _TYPES = frozenset({"image", "image_url", "input_image", "image_path", "video", "video_url", "input_video"})
 _ZEROS = ("0", "0.0", "false", "no", "none")
+_FILES_KEYS = _KNOWN_KEYS | _FILE_KEYS | VIDEO_KEYS | {*_PLAIN_KEYS, "frames", "video_frames"}
 _LONGEST_PATH = 4096
+_LONGEST_LIST = 2**20  # characters
 
 
 @runtime_checkable
@@ -304,6 +307,23 @@ def speak_of_pictures(keys: Iterable[object]) -> bool:
 def says_text_only(entry: Mapping[str, Any]) -> bool:
     """Whether an entry has a key for a picture and says that there is none."""
     return any(_picture_word(key) and (says_none(value) or _counts_none(key, value)) for key, value in entry.items())
+
+
+def files_in(key: object, text: str) -> list[Any] | None:
+    """The files that a text under the key of pictures or videos lists; None if it is no list of several.
+
+    It is one as JSON or Python prints it, or if commas, semicolons, bars or line ends part it into names of such files.
+    """
+    if normal_key(key) not in _FILES_KEYS or len(text) > _LONGEST_LIST:
+        return None
+    if text.lstrip().startswith("["):
+        found = printed(text)
+        return found if isinstance(found, list) else None
+    for sign in (sign for sign in ",;|\n" if sign in text):
+        names = [name.strip() for name in text.split(sign) if name.strip()]
+        if len(names) > 1 and all(names_picture(name) or names_video(name) for name in names):
+            return names
+    return None
 
 
 def says_none(value: Any) -> bool:

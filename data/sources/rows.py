@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, TypeGuard
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.sources.pictures import MODEL_NAMES, USER_NAMES
+from vlm_distill_cache.data.sources.pictures import MODEL_NAMES, USER_NAMES, files_in
 from vlm_distill_cache.data.sources.printed import printed
 
 MAX_COLUMNS = 10_000
@@ -43,7 +43,7 @@ def repeated_columns(names: Sequence[str], where: str) -> str:
 
 
 def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An entry whose lists of messages are lists: `datasets` keeps some as dicts of lists, and tables as texts.
+    """An entry whose lists of messages and files are lists: `datasets` keeps some as dicts of lists, and tables as texts.
 
     A text is a list of messages where the whole of it is one, as JSON or as Python prints it. What is no such list, or
     has lists of different lengths, stays as it is. Of a list of a video's captions the one of the whole is its caption.
@@ -51,7 +51,8 @@ def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         SampleError: Answers are a list of texts that cannot be read.
     """
-    made: dict[str, Any] = {}
+    texts = ((key, value) for key, value in entry.items() if isinstance(value, str))
+    made: dict[str, Any] = {key: files for key, text in texts if (files := files_in(key, text)) is not None}
     for key in (*_ALWAYS_LISTS, *_ROUNDS, *_MESSAGES):
         value = entry.get(key)
         if isinstance(value, str) and (found := _listed(value, key)) is not None:

@@ -1,6 +1,6 @@
 """What data say must not be learnt: bad answers, and messages left out of the loss; and what nothing here would read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Number
 from typing import Any
 
@@ -23,6 +23,13 @@ _LOST = (
     "thought thoughts audio input_audio"
 )
 _UNREAD = frozenset(_LOST.split())
+# Signs in a text that stand for what is held under a key: ms-swift's and LLaMA-Factory's, VideoRefer's.
+_STAND_FOR = {
+    "<bbox>": ("objects",),
+    "<ref-object>": ("objects",),
+    "<audio>": ("audio", "audios"),
+    "<region>": ("annotation", "annotations", "regions"),
+}
 
 
 def refuse_bad_answer(entry: Mapping[str, Any], answer_key: str) -> None:
@@ -65,6 +72,21 @@ def refuse_unlearnt(message: Mapping[str, Any], position: int, *, answers: bool)
                 f"message {position} has {key!r}, which is not read, and would be lost: it says ({brief(value)}) that this "
                 "answer is not learnt; take the answers that are learnt into entries of their own"
             )
+
+
+def refuse_stand_ins(entry: Mapping[str, Any], texts: Sequence[str]) -> None:
+    """Refuse an entry whose texts have signs that stand for what is held under another key of it.
+
+    Raises:
+        SampleError: Says which.
+    """
+    meta = entry.get("meta")
+    times = meta.get("token") if isinstance(meta, Mapping) else None  # VTimeLLM's: <s0>, <e0>
+    signs = [(sign, key) for sign, keys in _STAND_FOR.items() for key in keys if not says_none(entry.get(key))]
+    signs += [(sign, "meta") for sign in (times if isinstance(times, Mapping) else ())]
+    for sign, key in signs:
+        if any(sign in text for text in texts):
+            raise SampleError(f"{sign} stands for what {key!r} holds, which is not read, and would be lost")
 
 
 def flags_of(message: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

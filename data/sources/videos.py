@@ -20,6 +20,7 @@ from vlm_distill_cache.data.sources.pictures import (
     normal_key,
     says_none,
 )
+from vlm_distill_cache.data.sources.printed import printed
 
 # Read where there is nothing else to see: beside a picture they may say where it was taken from.
 _FURTHER = re.compile(r"video_?(?:\d{1,3}|files|urls|bytes|data|filenames?|names?)")
@@ -225,6 +226,7 @@ def _is_span(value: Any) -> bool:
 
 def _times_in(value: Any, count: int) -> tuple[float, ...] | None:
     """Seconds of each of so many frames; None: it does not say them."""
+    value = printed(value) if isinstance(value, str) else value
     if not isinstance(value, list | tuple) or len(value) != count:
         return None
     times = [_seconds(item) for item in value]

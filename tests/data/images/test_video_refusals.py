@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 from video_clips import make_clip
 
@@ -25,7 +26,7 @@ def clips():
     faststart = {"container_options": {"movflags": "faststart"}}
     return {
         "mp4": make_clip(), "faststart": make_clip(**faststart), "webm": make_clip("webm", "libvpx"),
-        "avi": make_clip("avi", "mpeg4"), "ts": make_clip("mpegts"),
+        "avi": make_clip("avi", "mpeg4"), "ts": make_clip("mpegts"), "wmv": make_clip("asf", "wmv2", b_frames=0),
     }  # fmt: skip
 
 
@@ -54,6 +55,13 @@ def test_what_is_no_video_is_refused(data):
     assert re.search("cannot be decoded|no pictures|cut off", refusal(VideoBytes(data, "clip")))
 
 
+@pytest.mark.parametrize("form", ["JPEG", "BMP", "TIFF"])
+def test_a_still_picture_is_called_one(form):
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(buffer, form)
+    assert "is a still picture: name it under 'image'" in refusal(VideoBytes(buffer.getvalue(), "clip"))
+
+
 def test_nothing_is_no_video():
     assert "is empty (0 bytes)" in refusal(VideoBytes(b"", "clip"))
 
@@ -71,7 +79,7 @@ def test_sound_alone_is_no_video():
     assert "has no pictures (audio alone)" in refusal(VideoBytes(buffer.getvalue(), "clip"))
 
 
-@pytest.mark.parametrize("name", ["mp4", "faststart", "webm", "avi"])
+@pytest.mark.parametrize("name", ["mp4", "faststart", "webm", "avi", "wmv"])
 @pytest.mark.parametrize("share", [0.4, 0.7, 0.95])
 def test_a_file_that_is_cut_off_is_refused(name, share, clips):
     data = clips[name]

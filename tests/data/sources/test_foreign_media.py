@@ -351,3 +351,33 @@ def test_pictures_of_a_tar_are_not_taken_for_those_of_another_video(tar):
 def test_members_that_the_names_of_an_entry_do_not_account_for_are_named(tar, names, media, message):
     with pytest.raises(SampleError, match=message):
         tar(*names, **asked("Same?", **media))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (asked("What is <region> doing?", annotation=[{"0": {}}]), "<region> stands for what 'annotation' holds"),
+        (asked("When?", meta={"token": {"<s0>": 1.5}}) | {"answer": "At <s0>."}, "<s0> stands for what 'meta' holds"),
+    ],
+)
+def test_signs_whose_values_stand_elsewhere_are_named(read, entry, message):
+    with pytest.raises(SampleError, match=message):
+        read(entry | {"video": "1.mp4"})
+
+
+@pytest.mark.parametrize("sign", [",", ", ", ";", "|", "\n"])
+def test_a_text_may_list_several_files(read, sign):
+    assert written(read(asked("<image>or <image>?", images=sign.join(AB)))) == ["[a.png]or [b.png]?"]
+    assert written(read(asked("Same?", videos=sign.join(["1.mp4", "2.webm"])))) == ["[v:1.mp4][v:2.webm]Same?"]
+    assert written(read(asked("Same?", video=sign.join(AB)))) == ["[v:of frames]Same?"]
+
+
+def test_a_printed_list_of_files_is_one_and_other_texts_name_one_file(read):
+    for text in ('["a.png", "b.png"]', "['a.png' 'b.png']"):
+        assert written(read(asked("<image>or <image>?", image_path=text))) == ["[a.png]or [b.png]?"]
+        timed = asked("?", frames=text, timestamps="[0.0, 2.5]", fps="3")
+        (video,) = read(timed).images
+        assert ([frame.name for frame in video.paths], video.times) == (AB, (0.0, 2.5))
+    for name in ("Smith, J.png", "[1].png", "a b.png", "x;y/a.png", "a, b.mp4"):
+        sample = read(asked("?", **({"video": name} if "mp4" in name else {"image": name})))
+        assert [medium.name for medium in sample.images] == [name]

@@ -314,7 +314,7 @@ def files_in(key: object, text: str) -> list[Any] | None:
 
     It is one as JSON or Python prints it, or if commas, semicolons, bars or line ends part it into names of such files.
     """
-    if normal_key(key) not in _FILES_KEYS or len(text) > _LONGEST_LIST:
+    if normal_key(key) not in _FILES_KEYS or len(text) > _LONGEST_LIST or text.lstrip().lower().startswith("data:"):
         return None
     if text.lstrip().startswith("["):
         found = printed(text)

@@ -60,7 +60,8 @@ class CsvDataset(EntryDataset):
 
     def find(self, value: Any, index: int, kind: str = "image") -> ImageSource:
         """As of every entry; the id of another row stands for its picture, as in MMBench, where several rows share one."""
-        if isinstance(value, str) and value.strip().isdigit() and not (self.image_root / value.strip()).exists():
+        is_number = kind == "image" and isinstance(value, str) and value.strip().isdigit()
+        if is_number and not (self.image_root / value.strip()).exists():
             place = self._places.get(value.strip())
             shared = self.read(place).get("image") if place is not None else None
             if not isinstance(shared, str) or shared.strip().isdigit():

@@ -44,6 +44,11 @@ def _read_entries(path: Path) -> list[Any]:
     entries = parse_bytes(data, where=str(path))
     if isinstance(entries, dict) and is_entry(entries):
         raise DataError(f"{path}: one entry over several lines; put it on one line: jq -c . OLD > NEW")
+    if isinstance(entries, dict) and (named := _named_files(entries)):
+        raise DataError(
+            f"{path} says where data sets lie and holds none (InternVL's and LLaMA-Factory's do so): name a file of theirs "
+            f"({named[0]}) with its pictures' folder as images, or list several in a mixture (.yaml)"
+        )
     if isinstance(entries, dict):
         lists = [
             key for key, value in entries.items() if isinstance(value, list) and isinstance((value or [0])[0], dict)
@@ -66,3 +71,9 @@ def _read_entries(path: Path) -> list[Any]:
             f"{brief_keys(first) if isinstance(first, dict) else brief(first)}"
         )
     return entries
+
+
+def _named_files(described: Mapping[str, Any]) -> list[str]:
+    """The files that a description of data sets names, where it is nothing else."""
+    named = [each.get("annotation", each.get("file_name")) for each in described.values() if isinstance(each, Mapping)]
+    return list(named) if len(named) == len(described) and all(isinstance(name, str) for name in named) else []

@@ -22,7 +22,7 @@ _MORE_LISTS = frozenset(
     "choice option answer_choices answer_options multiple_choices multi_choice_options mc_options".split()  # noqa: SIM905
 )
 _SINGULAR = ("choice", "option")  # a text under these is the one that is right
-_COLUMN = re.compile(r"(option|choice|opt)s?(?:_([a-z])|_?(\d{1,2}))")
+_COLUMN = re.compile(r"(option|choice|opt)s?(?:_([a-z])|_?(\d{1,2}))|(a)_?(\d)")  # a0: NExT-QA's
 _NUMBER = re.compile(r"\s*-?\d+\s*")
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:,]?")
 _LABEL = r"(?:[(\[]{0}[)\]]|{0}\s?[.:)])\s*"  # (A), [A], A., A:, A)
@@ -182,9 +182,10 @@ def with_options(entry: Mapping[str, Any], question: str, answer: Any, said: str
 def _may_be_others(entry: Mapping[str, Any], options: Options) -> bool:
     """Whether what is called so may be no options, so that only a letter as answer tells that it is.
 
-    Columns ``a`` and ``b``, or of numbers, may be any two things, and candidates may be answers that a model wrote.
+    Columns ``a`` and ``b``, ``a0`` and ``a1``, or of numbers, may be any two things, and candidates may be answers that a
+    model wrote.
     """
-    if options.where == "'candidates'":
+    if options.where == "'candidates'" or options.where.startswith("a "):
         return True
     named = re.findall(r"'([A-Za-z])'", options.where) if options.where.startswith("[") else []
     return any(name.islower() or not isinstance(entry[name], str) for name in named)
@@ -407,7 +408,7 @@ def _columns(entry: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     columns: dict[str, dict[str, Any]] = {}
     for key, value in entry.items():
         if isinstance(key, str) and (found := _COLUMN.fullmatch(normal_key(key))):
-            columns.setdefault(found[1], {})[(found[2] or found[3]).upper()] = value
+            columns.setdefault(found[1] or found[4], {})[(found[2] or found[3] or found[5]).upper()] = value
     for name, labelled in columns.items():
         yield f"{name} {', '.join(sorted(labelled))}", labelled
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, TypeGuard
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.sources.pictures import MODEL_NAMES, USER_NAMES, files_in
+from vlm_distill_cache.data.sources.pictures import MODEL_NAMES, USER_NAMES, files_in, says_none
 from vlm_distill_cache.data.sources.printed import printed
 
 MAX_COLUMNS = 10_000
@@ -24,6 +24,7 @@ _ROUNDS = ("conversation", "texts")
 # Mostly texts; a list only where it can be nothing but messages.
 _TEXTS = "prompt completion chosen question query instruction input problem answer response output solution"
 _MESSAGES = tuple(_TEXTS.split())
+_FORMS = ("caption", "text")  # further ones, of `data.sources.conversations`
 LISTS = (*_ALWAYS_LISTS, *_ROUNDS, "prompt", "completion", "chosen")
 _WHOSE, _SAID = r"""["'](?:role|from)["']\s*:""", r"""["'](?:content|value)["']\s*:"""
 _BEGINS_AS_MESSAGES = re.compile(rf"\s*\[\s*\{{\s*(?:{_WHOSE}|{_SAID})")
@@ -46,7 +47,8 @@ def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """An entry whose lists of messages and files are lists: `datasets` keeps some as dicts of lists, and tables as texts.
 
     A text is a list of messages where the whole of it is one, as JSON or as Python prints it. What is no such list, or
-    has lists of different lengths, stays as it is. Of a list of a video's captions the one of the whole is its caption.
+    has lists of different lengths, stays as it is. Of a list of a video's captions the one of the whole is its caption,
+    and ``QA`` (VideoChat2, TimeChat) is a conversation.
 
     Raises:
         SampleError: Answers are a list of texts that cannot be read.
@@ -60,9 +62,22 @@ def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:
         with suppress(SampleError):
             if key in LISTS and is_dict_of_lists(value):
                 made[key] = rows_of(value, key)
+    if (rounds := _rounds_of(entry.get("QA"))) and all(
+        says_none(entry.get(key)) for key in (*_FORMS, *LISTS, *_MESSAGES)
+    ):
+        made["conversations"] = rounds
     if "caption" not in entry and (whole := _whole_caption(entry.get("captions"))) is not None:
         made["caption"] = whole
     return {**entry, **made} if made else entry
+
+
+def _rounds_of(listed: Any) -> list[dict[str, Any]]:
+    """The rounds of a list of ``{"i", "q", "a"}``, instruction, question and answer; empty if it is none."""
+    if not is_list_of_rows(listed) or not all(isinstance(row, Mapping) and {"q", "a"} <= row.keys() for row in listed):
+        return []
+    texts = [[row.get(name) for name in ("i", "q")] for row in listed]
+    asked = ["\n".join(text for text in said if isinstance(text, str) and text.strip()) for said in texts]
+    return [{"human": question, "gpt": row["a"]} for question, row in zip(asked, listed, strict=True)]
 
 
 def _whole_caption(captions: Any) -> Any:

@@ -7,8 +7,10 @@ import tarfile
 import PIL.Image
 import pytest
 
-from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import VideoSource
+from vlm_distill_cache.data.sources.csv_rows import CsvDataset
+from vlm_distill_cache.data.sources.llava import LlavaDataset
 from vlm_distill_cache.data.sources.webdataset import WebDataset
 
 AB = ["a.png", "b.png"]
@@ -381,3 +383,43 @@ def test_a_printed_list_of_files_is_one_and_other_texts_name_one_file(read):
     for name in ("Smith, J.png", "[1].png", "a b.png", "x;y/a.png", "a, b.mp4"):
         sample = read(asked("?", **({"video": name} if "mp4" in name else {"image": name})))
         assert [medium.name for medium in sample.images] == [name]
+
+
+def test_questions_and_answers_of_a_video_are_a_conversation(read):
+    """VideoChat2's and TimeChat's form."""
+    rows = [
+        {"i": "Look.", "q": "What moves?", "a": "A dog."},
+        {"q": "Where?", "a": "Left."},
+        {"i": "Say more.", "q": "", "a": "No."},
+    ]
+    sample = read({"video": "1.mp4", "QA": rows})
+    assert written(sample) == ["[v:1.mp4]Look.\nWhat moves?", "Where?", "Say more."]
+    assert [turn.answer for turn in sample.turns] == ["A dog.", "Left.", "No."]
+    assert written(read(asked("What?", video="1.mp4", QA=rows))) == [
+        "[v:1.mp4]What?"
+    ]  # beside another form it is not read
+    with pytest.raises(SampleError, match="says that a part of the video is meant"):
+        read({"video": "1.mp4", "start": 1.5, "end": 3, "QA": rows})
+
+
+def test_options_in_columns_of_answers_are_asked(read):
+    """NExT-QA's columns, whose answer is a number counted from 0; two answers beside one in words are no options."""
+    options = {"a0": "run", "a1": "jump", "a2": "sit"}
+    (turn,) = read(asked("What does it do?", video="1.mp4", **options) | {"answer": 2}).turns
+    assert turn.question.startswith("What does it do?\nA. run\nB. jump\nC. sit\n")
+    assert turn.answer == "C"
+    (turn,) = read(asked("What does it do?", video="1.mp4", **options) | {"answer": "jump"}).turns
+    assert (turn.question, turn.answer) == ("What does it do?", "jump")
+
+
+def test_numbers_of_videos_in_a_table_are_files(tmp_path):
+    (tmp_path / "a.csv").write_text("video,question,answer\n4010069381,What?,A.\n")
+    assert written(CsvDataset(tmp_path / "a.csv")[0]) == ["[v:4010069381]What?"]
+
+
+def test_a_description_of_data_sets_is_told_from_data(tmp_path):
+    (tmp_path / "meta.json").write_text(json.dumps({"ds": {"root": "img", "annotation": "x.jsonl", "length": 3}}))
+    with pytest.raises(
+        DataError, match=r"says where data sets lie and holds none .*name a file of theirs \(x\.jsonl\)"
+    ):
+        LlavaDataset(tmp_path / "meta.json")

@@ -278,5 +278,8 @@ def _miscounted(marks: Sequence[Shown], given: Given, own: Sequence[tuple[Kind, 
     names = f"no {kind}" if not named else f"{named} {kind}{'s' if named > 1 else ''}"
     if spoken == named and numbers:
         speaks, names = f"{kind}s {', '.join(map(str, sorted(numbers)))}", f"{names}, counted from 1"
-    remedy = f"; write one marker for each {kind}, or none to have all in front" if named else ""
-    return SampleError(f"its text speaks of {speaks}, but the entry names {names}{remedy}")
+    missing = "the file of the image" if kind == "image" else "the file of the video, or the list of its frames,"
+    remedy = (
+        f"write one marker for each {kind}, or none to have all in front" if named else f"give {missing} under '{kind}'"
+    )
+    return SampleError(f"its text speaks of {speaks}, but the entry names {names}; {remedy}")

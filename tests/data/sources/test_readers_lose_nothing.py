@@ -140,13 +140,20 @@ def pruned(value):
             return None
         # The word alone is a text like any other, but for the type of a part.
         kept = {key: item for key, item in value.items() if key not in TEXTS and (item != "image" or key == "type")}
-        kept = {key: item for key, item in kept.items() if key != "image_min" or not isinstance(item, int | float)}
+        kept = {key: item for key, item in kept.items() if key != "image_min" or not rates(item)}
         kept = {key: pruned(item) for key, item in kept.items()}
         kept = {key: item for key, item in kept.items() if item is not None}
         return kept or None
     if isinstance(value, list):
         return [pruned(item) for item in value] or None
     return None if value is False or (isinstance(value, str) and not value.strip()) else value
+
+
+def rates(value):
+    """Whether a value is a number, or a list of such."""
+    return all(
+        item is None or isinstance(item, int | float) for item in (value if isinstance(value, list) else [value])
+    )
 
 
 def speaks_of_a_picture(entry):

@@ -231,9 +231,7 @@ class IndexBuilder:
         self._folder = folder
         self._held: list[NDArray[np.void]] = []
         self._waiting: IO[bytes] | None = None
-        self._runs: list[
-            NDArray[np.int64]
-        ] = []  # of each sorted run in the file: entries before it and each range's end
+        self._runs: list[NDArray[np.int64]] = []  # of each in the file: entries before it, and each range's end
         self._count = self._failed = 0
 
     def add(self, sidecar: ShardSidecar) -> None:

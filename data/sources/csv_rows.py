@@ -18,7 +18,8 @@ from vlm_distill_cache.data.sample import ImageSource, resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
 from vlm_distill_cache.data.sources.entries import ID_KEYS, EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, is_plain
-from vlm_distill_cache.data.sources.kept.entries import KeptEntries, KeptIds, pack_entries
+from vlm_distill_cache.data.sources.kept.entries import KeptEntries, pack_entries
+from vlm_distill_cache.data.sources.kept.ids import KeptIds
 from vlm_distill_cache.data.sources.kept.store import KEPT_FROM, Kept, stamp_of
 from vlm_distill_cache.data.sources.pictures import image_folder
 from vlm_distill_cache.data.sources.printed import printed

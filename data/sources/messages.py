@@ -17,7 +17,8 @@ from vlm_distill_cache.data.sample import Survey, resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, is_entry
 from vlm_distill_cache.data.sources.entries import EntryDataset, id_and_content
 from vlm_distill_cache.data.sources.json_text import decode, is_plain, parse_line
-from vlm_distill_cache.data.sources.kept.entries import KeptEntries, KeptIds, pack_entries
+from vlm_distill_cache.data.sources.kept.entries import KeptEntries, pack_entries
+from vlm_distill_cache.data.sources.kept.ids import KeptIds
 from vlm_distill_cache.data.sources.kept.store import KEPT_FROM, Kept, stamp_of
 from vlm_distill_cache.data.sources.kept.surveys import kept_survey
 from vlm_distill_cache.data.sources.pictures import brief, image_folder

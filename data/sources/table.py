@@ -17,7 +17,8 @@ from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import Same, Values, number_names, resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
 from vlm_distill_cache.data.sources.entries import ID_KEYS, SOURCE_KEYS, EntryDataset
-from vlm_distill_cache.data.sources.kept.entries import KeptEntries, KeptIds, pack_entries
+from vlm_distill_cache.data.sources.kept.entries import KeptEntries, pack_entries
+from vlm_distill_cache.data.sources.kept.ids import KeptIds
 from vlm_distill_cache.data.sources.kept.store import Kept
 from vlm_distill_cache.data.sources.pictures import says_none
 

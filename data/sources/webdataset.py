@@ -28,8 +28,9 @@ from vlm_distill_cache.data.sources.conversations import has_text
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, parse
 from vlm_distill_cache.data.sources.kept.headers import Archive
+from vlm_distill_cache.data.sources.kept.ids import KeptIds
 from vlm_distill_cache.data.sources.kept.surveys import kept_survey
-from vlm_distill_cache.data.sources.kept.tars import OddIds, TarIds, TarSample, TarSamples
+from vlm_distill_cache.data.sources.kept.tars import OddIds, TarSample, TarSamples
 from vlm_distill_cache.data.sources.patterns import find_files
 from vlm_distill_cache.data.sources.pictures import brief, content_of, is_address, is_made, open_picture
 from vlm_distill_cache.data.sources.videos import MOVING, Frames
@@ -60,7 +61,7 @@ class WebDataset(EntryDataset):
             )
         if self._samples.may_repeat:
             refuse_repeats(list(self._samples.keys()), where=pattern)
-        self.sample_ids, self.odd_ids = TarIds(self._samples), OddIds(self._samples)
+        self.sample_ids, self.odd_ids = KeptIds(self._samples), OddIds(self._samples)
 
     def read(self, index: int) -> Mapping[str, Any]:
         """The entry at ``index``."""

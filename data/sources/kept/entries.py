@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.cache.index import hash_ids
-from vlm_distill_cache.data.sample import Values
 from vlm_distill_cache.data.sources.kept.store import Kept, kept_path, read_kept, write_kept
 
 _AT_A_TIME = 1 << 16  # ids
@@ -88,13 +87,21 @@ class KeptEntries:
         """What is wrong with ids, by position."""
         return {int(place): reason for place, reason in self._kept.notes["odd"].items()}
 
-    @property
-    def hashes(self) -> NDArray[np.uint64]:
-        """The halves of the ids' xxh3_128, u8 ``[n, 2]``."""
-        return self._kept.arrays["hash"]
+    def id_at(self, index: int) -> str:
+        """One id."""
+        return self._ids(index, index + 1)[0]
 
-    def ids(self, start: int, stop: int) -> list[str]:
-        """Some of the ids."""
+    def ids(self) -> Iterator[str]:
+        """All ids in order."""
+        for start in range(0, len(self), _AT_A_TIME):
+            yield from self._ids(start, min(start + _AT_A_TIME, len(self)))
+
+    def hashes(self) -> Iterator[NDArray[np.uint64]]:
+        """The halves of their xxh3_128, some ids at a time, u8 ``[n, 2]``."""
+        for start in range(0, len(self), _AT_A_TIME):
+            yield self._kept.arrays["hash"][start : start + _AT_A_TIME]
+
+    def _ids(self, start: int, stop: int) -> list[str]:
         ends = self._kept.arrays["id_at"][start : stop + 1].tolist()
         data = self._kept.arrays["ids"][ends[0] : ends[-1]].tobytes()
         return [data[a - ends[0] : b - ends[0]].decode() for a, b in pairwise(ends)]
@@ -102,26 +109,3 @@ class KeptEntries:
     def offset(self, index: int) -> int:
         """Where an entry begins in its file."""
         return int(self._kept.arrays["offset"][index])
-
-
-class KeptIds(Values[str]):
-    """The ids of such entries, none of which is held."""
-
-    def __init__(self, entries: KeptEntries) -> None:
-        self._entries = entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def at(self, index: int) -> str:
-        """One id."""
-        return self._entries.ids(index, index + 1)[0]
-
-    def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), _AT_A_TIME):
-            yield from self._entries.ids(start, min(start + _AT_A_TIME, len(self)))
-
-    def hashes(self) -> Iterator[NDArray[np.uint64]]:
-        """The halves of their xxh3_128, some ids at a time, u8 ``[n, 2]``."""
-        for start in range(0, len(self), _AT_A_TIME):
-            yield self._entries.hashes[start : start + _AT_A_TIME]

@@ -99,9 +99,8 @@ def write_kept(path: Path | None, of: Any, kept: Kept) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_for(path) as temporary:
             temporary.write_bytes(_bytes_of(of, kept))
-            temporary.replace(
-                path
-            )  # not flushed to the disk: of many archives that takes minutes, and a cut one is known
+            # Not flushed to the disk: of many archives that takes minutes, and a cut one is known.
+            temporary.replace(path)
     except OSError as error:
         _tell_unwritable(path.parent, error.strerror or str(error))
         return False

@@ -27,7 +27,7 @@ from vlm_distill_cache.common.files.hashing import fingerprint
 from vlm_distill_cache.common.remotes.copies import RemoteFile
 from vlm_distill_cache.data.images.load import FileSlice
 from vlm_distill_cache.data.images.recognise import VIDEO_EXTENSIONS, picture_extensions
-from vlm_distill_cache.data.sample import Survey, Values, usable_ids
+from vlm_distill_cache.data.sample import Survey, usable_ids
 from vlm_distill_cache.data.sources.kept.headers import Archive, Member, read_members
 from vlm_distill_cache.data.sources.kept.store import KEPT_FROM, Kept, kept_path, read_kept, stamp_of, write_kept
 
@@ -136,7 +136,7 @@ class TarSamples:
             fingerprint=fingerprint(["by files", files]),
             most_pictures=pictures,
             videos=with_videos,
-            fullest="" if fullest < 0 else TarIds(self).at(fullest),
+            fullest="" if fullest < 0 else self.id_at(fullest),
         )
 
     def key(self, index: int) -> str:
@@ -149,6 +149,11 @@ class TarSamples:
         number, at = self._find(index)
         odd = self._index(number).notes["odd"].get(str(at))
         return None if odd is None else (odd[0], odd[1])
+
+    def id_at(self, index: int) -> str:
+        """The id of the sample at ``index``."""
+        odd = self.odd_id(index)
+        return self.key(index) if odd is None else odd[0]
 
     def ids(self) -> Iterator[str]:
         """The ids of all samples, in order."""
@@ -222,28 +227,6 @@ class TarSamples:
         repeats = bool((ordered[1:] == ordered[:-1]).any())
         notes = {"texts": texts, "problem": problem, "repeats": repeats, "digests": digests}
         return Kept(notes | {"shown": [most_pictures, with_videos, fullest]}, {"counts": np.array(counts, np.int64)})
-
-
-class TarIds(Values[str]):
-    """The ids of samples of tars, none of which is held."""
-
-    def __init__(self, samples: TarSamples) -> None:
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def at(self, index: int) -> str:
-        """One id."""
-        odd = self._samples.odd_id(index)
-        return self._samples.key(index) if odd is None else odd[0]
-
-    def __iter__(self) -> Iterator[str]:
-        return self._samples.ids()
-
-    def hashes(self) -> Iterator[NDArray[np.uint64]]:
-        """The halves of their xxh3_128, some ids at a time, u8 ``[n, 2]``."""
-        return self._samples.hashes()
 
 
 class OddIds(Mapping[int, str]):

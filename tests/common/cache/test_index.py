@@ -138,6 +138,20 @@ def test_an_index_of_more_than_is_held_in_memory_has_the_same_bytes(held, tmp_pa
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("held", [1, 1000])
+def test_entries_with_one_upper_half_are_sorted_by_the_lower(held, monkeypatch):
+    lows = {"a": 7, "b": 3, "c": 9, "d": 1}
+    monkeypatch.setattr(
+        index_module,
+        "hash_ids",
+        lambda ids: (np.full(len(ids), 5, np.uint64), np.array([lows[name] for name in ids], np.uint64)),
+    )
+    monkeypatch.setattr(index_module, "_HELD", held)
+    data, repeated = build([make_sidecar(0, ["a", "b"]), make_sidecar(1, ["c", "d"])])
+    assert repeated is None
+    assert np.frombuffer(data, "<u8", count=4, offset=HEADER + 4 * 8).tolist() == [1, 3, 7, 9]
+
+
 class KnownIds(list):
     """Ids that know their hashes."""
 

@@ -191,17 +191,23 @@ def items_of(place: Place, split: str = "test") -> Any:
 
 
 def train_teacher(place: Place) -> dict[str, Any]:
-    """Train the teacher or find it trained; how its training went."""
+    """Train the teacher on all cores, or find it trained; how its training went."""
+    import torch
+
     from tests.benchmarks.experiment_photos_scores import answer_items, scores_of
     from tests.benchmarks.experiment_photos_teacher import make_teacher
     from vlm_distill_cache.data.registry import open_dataset
 
-    budget = place.budget
-    return make_teacher(
-        place.teacher, root=place.root, steps=budget.teacher_steps, stage=budget.stage, dtype=budget.dtype,
-        dataset=open_dataset(place.taught), items=items_of(place, "validation"),
-        score=lambda model, encoder, items: scores_of(answer_items(model, encoder, items), place.scoring),
-    )  # fmt: skip
+    budget, threads = place.budget, torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        return make_teacher(
+            place.teacher, root=place.root, steps=budget.teacher_steps, stage=budget.stage, dtype=budget.dtype,
+            dataset=open_dataset(place.taught), items=items_of(place, "validation"),
+            score=lambda model, encoder, items: scores_of(answer_items(model, encoder, items), place.scoring),
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
 
 
 def choose_items(place: Place) -> None:

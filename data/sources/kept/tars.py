@@ -274,19 +274,32 @@ def make_index(path: Archive) -> Kept:
     strays: list[str] = []
     passed: list[str] = []
     for member in read_members(path):
-        if _HIDDEN.fullmatch(member.name):
+        name = member.name
+        key, extension = _plain_key(name)
+        if key:
+            groups.setdefault(key, []).append((extension, member))
+        elif _HIDDEN.fullmatch(name):
             continue
-        if _METADATA.fullmatch(member.name):
-            passed.append(member.name)
-        elif found := _KEY.fullmatch(member.name):
+        elif _METADATA.fullmatch(name):
+            passed.append(name)
+        elif found := _KEY.fullmatch(name):
             groups.setdefault(found[1], []).append((found[2], member))
         else:
-            strays.append(f"{path.name}:{member.name}")
+            strays.append(f"{path.name}:{name}")
     if passed:
         logger.warning(
             "%s: %d members are metadata to WebDataset and are not read, the first %s", path, len(passed), passed[0]
         )
     return _pack(_Samples(path.name).of(groups, strays))
+
+
+def _plain_key(name: str) -> tuple[str, str]:
+    """Key and extension of a member, as `_KEY` has them, in a fifth of its time; two empty texts: look closer."""
+    base = name[name.rfind("/") + 1 :]
+    stem, dot, extension = base.partition(".")
+    if not (stem and dot) or "__" in name or base in ("Thumbs.db", "desktop.ini"):
+        return "", ""
+    return name[: len(name) - len(extension) - 1], extension
 
 
 @dataclass
@@ -320,43 +333,28 @@ class _Samples:
 
     def _add(self, key: str, members: Sequence[tuple[str, Member]]) -> None:
         """Add the sample of a key; or the samples that its members may have been meant as, none of which can be used."""
-        problem, archive = "", self.archive
-        texts: dict[int, list[tuple[str, Member]]] = {}
-        others: list[tuple[int, str, Member]] = []
-        for extension, member in members:
-            role = _role(extension)
-            if member.problem:
-                problem = problem or member.problem
-            elif role <= _TXT:
-                texts.setdefault(role, []).append((extension, member))
-            else:
-                others.append((role, extension, member))
-        if len({extension for extension, _ in members}) < len(members):
+        archive, problem = self.archive, ""
+        extensions = tuple(extension for extension, _ in members)
+        if any(member.problem for _, member in members):
+            problem = next(member.problem for _, member in members if member.problem)
+            members = [one for one in members if not one[1].problem]
+        elif len(set(extensions)) < len(extensions):
             names = [member.name for _, member in members]
-            problem = problem or f"{archive} holds {max(names, key=names.count)} twice"
-        plain = {role: sum("." not in extension for extension, _ in found) for role, found in texts.items()}
-        unclear = [
-            [extension for extension, _ in found]
-            for role, found in texts.items()
-            if plain[role] > 1 or (len(found) > 1 and not plain[role])
-        ]
-        if unclear and not problem and all("." in extension for extension in unclear[0]):
-            stems = [f"{key}.{extension.rpartition('.')[0]}" for extension, _ in members]
+            problem = f"{archive} holds {max(names, key=names.count)} twice"
+        order, unclear = _shape(tuple(extension for extension, _ in members) if problem else extensions)
+        if unclear and not problem and all("." in extension for extension in unclear):
+            stems = [f"{key}.{extension.rpartition('.')[0]}" for extension in extensions]
             reason = (
-                f"{archive} holds {len(unclear[0])} texts of the key {key!r} ({', '.join(unclear[0][:3])}): WebDataset ends a key "
+                f"{archive} holds {len(unclear)} texts of the key {key!r} ({', '.join(unclear[:3])}): WebDataset ends a key "
                 "at the first dot of a name; rename the members so that only the extension follows a dot"
             )
             for stem in dict.fromkeys(stems):
                 self._close(stem, reason)
             return
         if unclear and not problem:
-            problem = f"{archive} holds several texts of the key {key!r}: {', '.join(unclear[0][:3])}; keep one of them"
-        for role, found in texts.items():
-            # A plain extension is the sample's own text where others stand beside it (KEY.json, KEY.meta.json).
-            chosen = [one for one in found if "." not in one[0]][-1:] or found[:1]
-            self._part(role, *chosen[0])
-        for role, extension, member in others:
-            self._part(role, extension, member)
+            problem = f"{archive} holds several texts of the key {key!r}: {', '.join(unclear[:3])}; keep one of them"
+        for place, role in order:
+            self._part(role, *members[place])
         self._close(key, problem)
 
     def _part(self, role: int, extension: str, member: Member) -> None:
@@ -393,6 +391,24 @@ def _role(extension: str) -> int:
     if kind in _TEXTS:
         return _TEXTS[kind]
     return _VIDEOS if kind in VIDEO_EXTENSIONS else _IMAGES if kind in picture_extensions() else _OTHERS
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(extensions: tuple[str, ...]) -> tuple[list[tuple[int, int]], list[str]]:
+    """Of a sample's members, by their extensions, place and role of those that are kept; and texts of which one is too many.
+
+    A plain extension is the sample's own text where others stand beside it (KEY.json, KEY.meta.json).
+    """
+    roles = [_role(extension) for extension in extensions]
+    order: list[tuple[int, int]] = []
+    unclear: list[str] = []
+    for role in dict.fromkeys(role for role in roles if role <= _TXT):
+        found = [place for place, other in enumerate(roles) if other == role]
+        plain = [place for place in found if "." not in extensions[place]]
+        order.append(((plain or found[:1])[-1], role))
+        if not unclear and len(found) > 1 and len(plain) != 1:
+            unclear = [extensions[place] for place in found]
+    return [*order, *((place, role) for place, role in enumerate(roles) if role > _TXT)], unclear
 
 
 def _digest_of(kept: Kept) -> str:

@@ -52,6 +52,7 @@ _ENTRY_BYTES = _ENTRY.itemsize
 FAILED_BIT = 1 << 31
 _HASHED_AT_A_TIME = 1 << 16
 _LOOKED_UP_AT_A_TIME = 1 << 20
+_CONFIRMED_AT_A_TIME = 1 << 17
 _COMPARED_AT_A_TIME = 1 << 20  # bytes
 _HELD = 1 << 19  # entries, while an index is made
 _RANGE_ENDS = (np.arange(1, 1025, dtype=np.uint64) << np.uint64(54)) - np.uint64(1)  # of the upper half of a hash
@@ -199,6 +200,35 @@ class SampleIndex:
         shard[position >= FAILED_BIT] = -1
         position[position >= FAILED_BIT] = -1
         return shard, position
+
+    def confirms(
+        self,
+        high: NDArray[np.uint64],
+        low: NDArray[np.uint64],
+        begins: NDArray[np.int64],
+        samples: NDArray[np.int64],
+    ) -> bool:
+        """Whether the records of some shards are those of successive ids, in order; far less than to look these up.
+
+        Args:
+            high, low: Halves of the hashes of n ids, u8 ``[n]`` each.
+            begins: Of each shard the first of its ids, int64 ``[shards]``; below 0: not asked about.
+            samples: Records of each shard, int64 ``[shards]``.
+        """
+        confirmed = 0
+        for begin in range(0, self._count, _CONFIRMED_AT_A_TIME):
+            part = slice(begin, begin + _CONFIRMED_AT_A_TIME)
+            shard, position = self._shard[part], self._position[part].astype(np.int64)
+            if int(shard.max()) >= len(begins):
+                return False
+            asked = np.flatnonzero((begins[shard] >= 0) & (position < FAILED_BIT))
+            at = begins[shard[asked]] + position[asked]
+            if (position[asked] >= samples[shard[asked]]).any() or int(at.max(initial=-1)) >= len(high):
+                return False
+            if (high[at] != self._high[part][asked]).any() or (low[at] != self._low[part][asked]).any():
+                return False
+            confirmed += len(asked)
+        return confirmed == int(samples[begins >= 0].sum())
 
     def place(self, entry: int) -> Place:
         """Return where the sample of an entry is."""

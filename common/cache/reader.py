@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from vlm_distill_cache.common.cache.index import INDEX, Place, SampleIndex, build_index, hashes_of
 from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest, refuse_other_plan
+from vlm_distill_cache.common.cache.placing import planned_places
 from vlm_distill_cache.common.cache.plan import Plan, read_plan, with_more
 from vlm_distill_cache.common.cache.schema import Field, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
@@ -457,6 +458,17 @@ class TeacherCache:
             if bool((held & (places >= self._starts[shard + 1])).any()):
                 raise self._misplaced("its positions lie beyond the ends of their shards")
             yield places
+
+    def places_in(self, sample_ids: Sequence[str]) -> NDArray[np.int64]:
+        """Where each of the cache's samples is among those of a data set, int64 ``[len(self)]``; -1 if it is not."""
+        places = planned_places(self._indexed(), self.plan, self._starts, sample_ids)
+        if places is None:
+            places, done = np.full(len(self), -1, dtype=np.int64), 0
+            for found in self.positions_of_some(sample_ids):
+                held = np.flatnonzero(found >= 0)
+                places[found[held]] = done + held
+                done += len(found)
+        return places
 
     def read(self, sample_id: str, names: Collection[str] | None = None) -> Record:
         """Return a sample's record.

@@ -74,23 +74,24 @@ class Join:
 def join_cache(cache: TeacherCache, dataset: Dataset, *, limit: int | None = None) -> Join:
     """Find the cache's samples in a data set; of a merged cache, those that come from this data set."""
     ids = dataset.sample_ids
-    places = _places(cache, ids)
+    places = cache.places_in(ids)
     merged = bool(merged_fingerprints(cache))
     if not merged:
         places = places[:limit]
-    kept = np.flatnonzero(places >= 0)[:limit]
-    if len(kept) < len(places):
-        if merged and len(kept):
-            _log.info("%d of the %d samples of %s are of this data set", len(kept), len(cache), cache.place)
-        else:
+    ends = np.cumsum([shard.samples for shard in cache.manifest.shards])
+    if (places < 0).any():
+        kept = np.flatnonzero(places >= 0)[:limit]
+        if not (merged and len(kept)):
             absent = np.flatnonzero(places < 0)
             raise CacheMismatchError(
                 f"{len(absent)} of the {len(places)} samples in {cache.place} are not in the data set {dataset.name} "
                 f"({len(dataset)} samples); the first is {cache.sample_ids[int(absent[0])]!r}. Give the data that the "
                 f"cache was built from (--data, --images), or build a cache for these ({built_with(cache.plan)} --data ...)"
             )
-    ends = np.searchsorted(kept, np.cumsum([shard.samples for shard in cache.manifest.shards])).tolist()
-    places = places[kept] if len(kept) < len(places) else places
+        _log.info("%d of the %d samples of %s are of this data set", len(kept), len(cache), cache.place)
+        places, ends = places[kept], np.searchsorted(kept, ends)
+    places = places[:limit]
+    ends = np.minimum(ends, len(places)).tolist()
     numbers = np.arange(len(places), dtype=np.int64)
     return Join(
         sample_ids=Picked(ids, places),
@@ -113,7 +114,7 @@ def choose(join: Join, positions: Iterable[int]) -> Join:
 
 def missing_samples(cache: TeacherCache, sample_ids: Sequence[str]) -> tuple[int, str]:
     """Return how many of a cache's samples a data set lacks, and the first one's id; empty if there is none."""
-    absent = np.flatnonzero(_places(cache, sample_ids) < 0)
+    absent = np.flatnonzero(cache.places_in(sample_ids) < 0)
     return len(absent), cache.sample_ids[int(absent[0])] if len(absent) else ""
 
 
@@ -135,17 +136,6 @@ def splits_and_limits(cache: TeacherCache) -> list[tuple[str, int | None]]:
         for data in described or [cache.plan.data]
     ]
     return list(dict.fromkeys(pairs))
-
-
-def _places(cache: TeacherCache, sample_ids: Sequence[str]) -> NDArray[np.int64]:
-    """Where each of the cache's samples is in a data set, int64 ``[len(cache)]``; -1 if it is not."""
-    places = np.full(len(cache), -1, dtype=np.int64)
-    start = 0
-    for found in cache.positions_of_some(sample_ids):
-        held = np.flatnonzero(found >= 0)
-        places[found[held]] = start + held
-        start += len(found)
-    return places
 
 
 LiveTeacher = Callable[[Sequence[Sample]], Sequence[Record]]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def _litdata_record(record: Record) -> Record:
 
 
 class LitData:
-    """Optimised chunks of 64 MB, read by index."""
+    """Optimised chunks of 64 MB, read as a stream that it shuffles itself; by index it takes a hundred times as long."""
 
     def write(self, records: list[Record], folder: Path) -> None:
         """Write them as the library's own command does."""
@@ -55,12 +56,18 @@ class LitData:
         )
 
     def read(self, folder: Path, order: list[int]) -> Iterator[Record]:
-        """Read them in an order."""
+        """Read them in an order of its own."""
         import litdata
 
-        found = litdata.StreamingDataset(str(folder))
-        for place in order:
-            yield found[place]
+        yield from litdata.StreamingDataset(str(folder), shuffle=True)
+
+
+def _without_vision() -> None:
+    """Import `streaming` without its data sets of pictures, which nobody reads here: they import torchvision.
+
+    PyPI's torchvision is built for CUDA, and does not load beside a torch of CPUs alone.
+    """
+    sys.modules.setdefault("streaming.vision", ModuleType("streaming.vision"))
 
 
 class Mosaic:
@@ -68,6 +75,7 @@ class Mosaic:
 
     def write(self, records: list[Record], folder: Path) -> None:
         """Write them; arrays keep dtype and shape."""
+        _without_vision()
         from streaming import MDSWriter
 
         columns = {name: f"ndarray:{array.dtype.name}" for name, array in records[0].items()}
@@ -77,6 +85,7 @@ class Mosaic:
 
     def read(self, folder: Path, order: list[int]) -> Iterator[Record]:
         """Read them in an order."""
+        _without_vision()
         from streaming import LocalDataset
 
         found = LocalDataset(str(folder))
@@ -85,7 +94,10 @@ class Mosaic:
 
 
 class WebDataset:
-    """Tars of 1,024 samples, a ``.npy`` for each field, read as a stream and shuffled in a buffer."""
+    """Tars of 1,024 samples, each one pickled member, read as a stream and shuffled in a buffer.
+
+    A ``.npy`` for each field, of which a record has some twenty, takes many times as long.
+    """
 
     def write(self, records: list[Record], folder: Path) -> None:
         """Write them with the library's own writer."""
@@ -93,7 +105,7 @@ class WebDataset:
 
         with webdataset.ShardWriter(f"{folder}/%05d.tar", maxcount=1024, verbose=0) as writer:
             for i, record in enumerate(records):
-                writer.write({"__key__": f"{i:08d}", **{f"{name}.npy": array for name, array in record.items()}})
+                writer.write({"__key__": f"{i:08d}", "pyd": record})
 
     def read(self, folder: Path, order: list[int]) -> Iterator[Record]:
         """Read them in an order of its own: a stream has no other."""
@@ -102,7 +114,7 @@ class WebDataset:
         tars = sorted(map(str, folder.glob("*.tar")))
         stream = webdataset.WebDataset(tars, shardshuffle=len(tars)).shuffle(KEPT_IN_ORDER).decode()
         for sample in stream:
-            yield {name.removesuffix(".npy"): array for name, array in sample.items() if name.endswith(".npy")}
+            yield sample["pyd"]
 
 
 class Ours:

@@ -1,8 +1,9 @@
 """Readers of other libraries beside ours: ``make bench-peers`` (opt-in; 3 GB in ``build/peers``).
 
-All hold the same records, those of the built-in cache, and are read by one process in the same shuffled order (litdata and webdataset in
-orders of their own, in which they are fastest), in turn, each time by a fresh process. Each library has an environment of its own, made
-once from PyPI. Figures are of processor time, which neighbours on the machine change least; the clock's are stored beside.
+All hold the same records, those of the built-in cache, and are read by one process in the same shuffled order (litdata and
+webdataset in orders of their own, in which they are fastest), in turn, each time by a fresh process. Each library has an
+environment of its own, made once from PyPI. Figures are of processor time, which neighbours on the machine change least; the
+clock's are stored beside.
 """
 
 import argparse

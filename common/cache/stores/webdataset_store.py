@@ -51,6 +51,7 @@ _ZSTD_LEVEL = 9
 _MAX_EXPANSION = 1 << 15  # of a zstd frame: 128 KiB of one byte take a block of 4
 _MAX_HEADER_BYTES = 1 << 20  # of safetensors: some hundred bytes a field, and the sample id
 _MAX_LAYOUTS = 8  # of one cache: with and without pictures, frames, several views
+_CHECKED_AT_A_TIME = 1024  # headers
 _MAX_KEY = 80  # with the extension below the 100 bytes of a ustar name
 _NAMES = {"u1": "U8", "u2": "U16", "u4": "U32", "i8": "I64", "f2": "F16", "f4": "F32"}  # of dtypes, in safetensors
 _PLAIN = re.compile(rb"[A-Za-z0-9_-]")
@@ -168,7 +169,7 @@ class WebDatasetWriter(ShardWriter):
         if self.format_version != ONE_PICTURE:
             record = {name: array for name, array in record.items() if len(array)}
         data = encode_member(sample_id, record)
-        member = tarfile.TarInfo(key_of(sample_id) + EXTENSION)  # as `_member_header` has it
+        member = tarfile.TarInfo(key_of(sample_id) + EXTENSION)  # as `_other_headers` has it
         member.size, member.mode = len(data), 0o644
         self._tar.addfile(member, BytesIO(data))
 
@@ -262,21 +263,35 @@ class WebDatasetReader(ShardReader):
         sparse files and extended headers, which could give a member any name or size, are not even parsed.
         """
         members: list[tuple[str, int, int]] = []
+        headers: list[bytes] = []
         size, place = os.fstat(self._descriptor or 0).st_size, 0
         while (header := self._pread(tarfile.BLOCKSIZE, place)).strip(b"\0"):
             name, length = _read_header(header)
             key, start = name.removesuffix(EXTENSION), place + tarfile.BLOCKSIZE
-            is_record = key != name and _KEY.fullmatch(key) and header == _member_header(name, length)
+            is_record = key != name and _KEY.fullmatch(key) and len(header) == tarfile.BLOCKSIZE
             if not is_record or start + length > size or len(members) >= MAX_SHARD_SAMPLES:
-                raise CacheFormatError(
-                    f"{self._path}: member {name!r} is not a record of a cache, or is cut off; the shard is damaged"
-                )
+                raise self._no_record(name)
             members.append((key, start, length))
+            headers.append(header)
+            if len(headers) == _CHECKED_AT_A_TIME:
+                self._check_headers(headers)
+                headers.clear()
             place = start + -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        self._check_headers(headers)
         end = -(-(place + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
         if size != end or self._pread(end - place, place).strip(b"\0"):
             raise CacheFormatError(f"{self._path}: no end-of-archive mark after its records; truncated")
         return members
+
+    def _check_headers(self, headers: Sequence[bytes]) -> None:
+        """Refuse a header that is not the very one of its name and size."""
+        for header in _other_headers(headers):
+            raise self._no_record(_read_header(header)[0])
+
+    def _no_record(self, name: str) -> CacheFormatError:
+        return CacheFormatError(
+            f"{self._path}: member {name!r} is not a record of a cache, or is cut off; the shard is damaged"
+        )
 
     def _id_of(self, position: int) -> str:
         key = self._members[position][0]
@@ -302,22 +317,28 @@ def _empty_header() -> bytes:
     return member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
 
 
-_HEADER = _empty_header()
-_HEADER_SUM = (
-    256 + sum(_HEADER[:148]) + sum(_HEADER[156:]) - sum(_HEADER[124:135])
-)  # the checksum's 8 digits count as blanks
+_HEADER = np.frombuffer(_empty_header(), dtype=np.uint8)
+_NAME, _SIZE, _SUM = slice(0, 100), slice(124, 135), slice(148, 154)
+_SUMMED = _HEADER.copy()  # the checksum's eight digits count as blanks
+_SUMMED[148:156] = ord(" ")
+_EIGHTS = 3 * np.arange(5, -1, -1)  # bits below each digit of a checksum
 
 
-def _member_header(name: str, size: int) -> bytes:
-    """Return the one header that a member of this name and size has, 512 bytes: what tarfile makes, put together faster."""
-    letters, digits = name.encode("ascii"), b"%011o" % size
-    checked = b"%06o" % (_HEADER_SUM + sum(letters) + sum(digits))
-    return b"".join((letters.ljust(100, b"\0"), _HEADER[100:124], digits, _HEADER[135:148], checked, _HEADER[154:]))
+def _other_headers(headers: Sequence[bytes]) -> list[bytes]:
+    """Those of some headers, 512 bytes each, that tarfile would not make for their names and sizes."""
+    found = np.frombuffer(b"".join(headers), dtype=np.uint8).reshape(-1, len(_HEADER))
+    expected = np.repeat(_SUMMED[None], len(found), axis=0)
+    for part in (_NAME, _SIZE):
+        expected[:, part] = found[:, part]
+    sums = expected.sum(axis=1, dtype=np.int64)
+    expected[:, 148:156] = _HEADER[148:156]
+    expected[:, _SUM] = ord("0") + (sums[:, None] >> _EIGHTS & 7)
+    return [headers[place] for place in np.flatnonzero((found != expected).any(axis=1)).tolist()]
 
 
 def _read_header(header: bytes) -> tuple[str, int]:
-    """Return what a tar header says of name and size, to be compared with `_member_header`; else no name."""
+    """Return what a tar header says of name and size, to be compared with tarfile's own; else no name."""
     name, digits = header[:100].rstrip(b"\0"), header[124:135]
-    if not name.isascii() or not re.fullmatch(rb"[0-7]{11}", digits):
+    if not name.isascii() or len(digits) < 11 or digits.strip(b"01234567"):
         return "", 0
     return name.decode("ascii"), int(digits, 8)

@@ -128,12 +128,23 @@ def test_a_layout_takes_nothing_that_the_rule_refuses_or_reads_otherwise(tmp_pat
         assert reader._as_written(data[:cut], name) is None
 
 
-@given(st.text("abcXYZ019_-~", max_size=84), st.integers(0, 8**11 - 1))
-def test_headers_of_members_are_those_of_tarfile(name, size):
-    member = tarfile.TarInfo(name + webdataset_store.EXTENSION)
-    member.size, member.mode = size, 0o644
-    expected = member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
-    assert webdataset_store._member_header(member.name, size) == expected
+headers = st.tuples(st.text("abcXYZ019_-~", max_size=84), st.integers(0, 8**11 - 1))
+
+
+@given(st.lists(headers, min_size=1, max_size=4), st.integers(0, 511), st.integers(1, 255), st.integers(0))
+def test_headers_of_members_are_those_of_tarfile(members, place, change, which):
+    made = []
+    for name, size in members:
+        member = tarfile.TarInfo(name + webdataset_store.EXTENSION)
+        member.size, member.mode = size, 0o644
+        made.append(member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"))
+        assert webdataset_store._read_header(made[-1]) == (member.name, size)
+    assert not webdataset_store._other_headers(made)
+    which %= len(made)
+    changed = bytearray(made[which])
+    changed[place] ^= change
+    made[which] = bytes(changed)
+    assert webdataset_store._other_headers(made) == [made[which]]
 
 
 COMPRESSORS = {

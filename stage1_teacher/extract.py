@@ -68,6 +68,7 @@ class BuildSummary:
         built: Shards written by this run.
         samples: Samples this run put through the teacher.
         seconds: Wall-clock time of the main loop.
+        cpu_seconds: Processor time of the main loop, all threads of this process.
         manifest: The sealed manifest; None while other parts have shards to build.
         part: Which part of a build in several parts this run was.
         missing: The shards that other parts have to build.
@@ -77,6 +78,7 @@ class BuildSummary:
     built: int = 0
     samples: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     manifest: Manifest | None = None
     part: Part = WHOLE
     missing: tuple[int, ...] = ()
@@ -116,7 +118,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
         budget = FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share)
         words = UnknownToken.of(work.encoder)
         targets = UnknownBudget.of_finished(cache_dir, plan, words=words, share=config.max_unknown_share)
-        started, samples, built = time.monotonic(), 0, list[int]()
+        started, started_cpu, samples, built = time.monotonic(), time.process_time(), 0, list[int]()
         with (
             Writer(cache_dir, plan, work.codecs, work.kept) as writer,
             _progress(plan, part, todo, shown=seals and bool(todo)) as bar,
@@ -144,7 +146,7 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
         trust_built(cache_dir, plan, built)
         FailureBudget.of_finished(cache_dir, plan, share=config.max_failed_share).spend(())
         UnknownBudget.of_finished(cache_dir, plan, words=words, share=config.max_unknown_share).refuse()
-        seconds = time.monotonic() - started
+        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - started_cpu
 
         missing, manifest = tuple(missing_shards(cache_dir, plan)), None
         if seals and not missing:
@@ -152,7 +154,8 @@ def extract(config: BuildConfig, *, overwrite: bool = False, part: Part = WHOLE,
                 work, cache_dir, samples=config.fidelity_samples, known=known, rewritten=True
             )
         return BuildSummary(
-            cache=cache_dir, built=len(built), samples=samples, seconds=seconds, manifest=manifest, part=part, missing=missing
+            cache=cache_dir, built=len(built), samples=samples, seconds=seconds, cpu_seconds=cpu_seconds, manifest=manifest,
+            part=part, missing=missing,
         )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """What `make bench` does with its measurements: medians, tables, comparisons; and that the documentation shows the stored ones."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -21,7 +23,7 @@ from tests.benchmarks.bench_docs import (
     short,
     table_in,
 )
-from tests.benchmarks.bench_measure import Spread, paired_seconds, ratio, scaled
+from tests.benchmarks.bench_measure import Seconds, Spread, Watch, paired_seconds, ratio, scaled
 from tests.benchmarks.bench_online import students_ratio
 from tests.benchmarks.bench_processes import finishing_rate
 from tests.benchmarks.bench_results import STORED, gather, read_parts, read_results, write_parts, write_results
@@ -46,8 +48,25 @@ def results(**changes):
 def test_a_ratio_pairs_what_was_measured_in_one_round():
     # The machine was ten times slower in the third round; the medians' own ratio would be 3 / 2.
     assert ratio([3.0, 2.0, 40.0], [1.0, 2.0, 10.0]) == Spread(median=3.0, lowest=1.0, highest=4.0)
-    assert Spread.of([5.0, 1.0, 2.0, 4.0]) == (3.0, 1.0, 5.0)
-    assert scaled(1e3, Spread(2.0, 1.0, 3.0)) == (2000.0, 1000.0, 3000.0)
+    assert Spread.of([5.0, 1.0, 2.0, 4.0]) == Spread(3.0, 1.0, 5.0)
+    assert scaled(1e3, Spread(2.0, 1.0, 3.0)) == Spread(2000.0, 1000.0, 3000.0)
+
+
+def test_a_ratio_is_of_processor_time_too_where_both_sides_have_it():
+    # In the second round something else took the processor from the first call for 8 of 10 seconds.
+    above, below = [Seconds(3.0, 3.0), Seconds(10.0, 2.0)], [Seconds(1.0, 1.0), Seconds(1.0, 1.0)]
+    assert ratio(above, below) == Spread(6.5, 3.0, 10.0, (2.5, 2.0, 3.0))
+    assert ratio(above, [1.0, 1.0]) == Spread(6.5, 3.0, 10.0)
+
+
+def test_a_watch_counts_work_and_not_waiting():
+    watch, mine = Watch(), Watch(thread=True)
+    time.sleep(0.05)
+    waited = watch.seconds()
+    assert waited >= 0.05 > 2 * waited.cpu
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(sum, range(2_000_000)).result()
+    assert watch.seconds().cpu > 2 * mine.seconds().cpu
 
 
 def test_calls_are_timed_in_turn_after_one_round_that_does_not_count():
@@ -97,17 +116,18 @@ def test_trainings_take_their_steps_in_turn_and_one_that_fails_holds_up_no_other
 
 def test_the_ends_of_a_ratio_of_steps_leave_out_a_tenth_on_either_side():
     steps = [1.0, *[2.0] * 4, *[3.0] * 4, 90.0]
-    assert step_ratio(steps, [1.0] * 10) == (2.5, 2.0, 3.0)
+    assert step_ratio(steps, [1.0] * 10) == Spread(2.5, 2.0, 3.0)
 
 
 def test_parts_are_joined_by_group_with_flat_numbers_and_their_spreads_beside_them():
-    first = ({"a / b": Spread(1.23456, 1.0, 2.0)}, {"ms": 3.0})
+    first = ({"a / b": Spread(1.23456, 1.0, 2.0, (1.11111, 1.0, 1.5))}, {"ms": 3.0})
     second = ({"c / d": 0.5}, {"bytes": Spread(7.0, 7.0, 8.0)})
     assert gather({"Cache": [first, second], "Loss": [({"e": 1.0}, {})]}, MACHINE) == {
         "machine": MACHINE,
         "ratios": {"a / b": 1.235, "c / d": 0.5, "e": 1.0},
         "figures": {"ms": 3.0, "bytes": 7.0},
         "spreads": {"a / b": [1.0, 2.0], "bytes": [7.0, 8.0]},
+        "cpu": {"a / b": [1.111, 1.0, 1.5]},
         "groups": {"Cache": ["a / b", "c / d", "ms", "bytes"], "Loss": ["e"]},
     }
     with pytest.raises(ValueError, match=r"two parts of the bench measure 'a / b'"):
@@ -115,7 +135,10 @@ def test_parts_are_joined_by_group_with_flat_numbers_and_their_spreads_beside_th
 
 
 def test_parts_that_were_measured_are_kept_and_only_the_others_are_run(tmp_path, monkeypatch):
-    kept, ran = {"a": ({"x / y": Spread(2.0, 1.0, 3.0)}, {"bytes": 7.0})}, []
+    kept, ran = (
+        {"a": ({"x / y": Spread(2.0, 1.0, 3.0, (2.0, 1.5, 2.5)), "w": Spread(1.0, 1.0, 1.0)}, {"bytes": 7.0})},
+        [],
+    )
     write_parts(kept, tmp_path / "build" / "bench.json")
     assert read_parts(tmp_path / "build" / "bench.json") == kept
     assert read_parts(tmp_path / "none.json") == {}
@@ -127,18 +150,18 @@ def test_parts_that_were_measured_are_kept_and_only_the_others_are_run(tmp_path,
     monkeypatch.setattr(bench, "PARTS", {"a": ("First", part), "b": ("Second", part), "c": ("Third", part)})
     results = bench.measure(("a", "b"), kept, lambda: ran.append("kept"))
     assert ran == ["b", "kept"]
-    assert results["groups"] == {"First": ["x / y", "bytes"], "Second": ["z"]}
+    assert results["groups"] == {"First": ["x / y", "w", "bytes"], "Second": ["z"]}
 
 
 def test_the_table_groups_rows_and_shows_spreads_where_there_are_any():
-    assert bench_table(results()).splitlines() == [
-        "| abacus, 2 cores, threads: 1; torch 9.0 | median | lowest to highest |",
-        "|---|---|---|",
-        "| **Stage two** | | |",
-        "| step / SFT | 1.02 | 1 to 1.05 |",
-        "| **Cache** | | |",
-        "| tar / zarr | 4 |  |",
-        "| open, ms | 1,657 |  |",
+    assert bench_table(results(cpu={"step / SFT": [1.01, 1.0, 1.02]})).splitlines() == [
+        "| abacus, 2 cores, threads: 1; torch 9.0 | median | lowest to highest | of processor time |",
+        "|---|---|---|---|",
+        "| **Stage two** | | | |",
+        "| step / SFT | 1.02 | 1 to 1.05 | 1.01 (1 to 1.02) |",
+        "| **Cache** | | | |",
+        "| tar / zarr | 4 |  |  |",
+        "| open, ms | 1,657 |  |  |",
     ]
     assert [short(value) for value in (0.0123456, 1.005, 999.9, 1234.5)] == ["0.0123", "1", "1,000", "1,234"]
 
@@ -147,6 +170,14 @@ def test_changes_stand_in_order_of_size_and_say_whether_they_are_outside_the_spr
     new = results(ratios={"step / SFT": 1.04, "tar / zarr": 5.0}, figures={"open, ms": 1657.0}, spreads={}, groups={})
     shown = [(change.name, round(change.percent, 2), change.outside) for change in compare(results(), new)]
     assert shown == [("tar / zarr", 25.0, True), ("step / SFT", 1.96, False), ("open, ms", 0.0, False)]
+
+
+def test_ratios_are_compared_by_processor_time_where_both_results_have_it():
+    old = results(cpu={"step / SFT": [1.0, 0.99, 1.01]})
+    new = results(ratios={"step / SFT": 1.5, "tar / zarr": 4.0}, cpu={"step / SFT": [1.005, 1.0, 1.02]})
+    first, *_ = compare(old, new)
+    assert (first.name, round(first.percent, 2), first.outside) == ("step / SFT, processor time", 0.5, False)
+    assert compare(results(), new)[0][:3] == ("step / SFT", 1.02, 1.5)
 
 
 def test_what_only_one_result_has_and_versions_that_changed_are_told():

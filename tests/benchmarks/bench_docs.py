@@ -64,19 +64,21 @@ def short(value: float) -> str:
 
 
 def bench_table(results: Results) -> str:
-    """The table: groups, medians, and the lowest and highest of what was repeated."""
+    """The table: groups, medians, the lowest and highest of what was repeated, and ratios of processor time."""
     machine, values = results["machine"], numbers(results)
     lines = [
         f"| {machine['processor']}, {machine['cores']} cores, threads: {machine['threads']}; torch {machine['torch']} "
-        "| median | lowest to highest |",
-        "|---|---|---|",
+        "| median | lowest to highest | of processor time |",
+        "|---|---|---|---|",
     ]
     for title, names in results["groups"].items():
-        lines.append(f"| **{title}** | | |")
+        lines.append(f"| **{title}** | | | |")
         for name in names:
             ends = results["spreads"].get(name)
             spread = "" if ends is None else f"{short(ends[0])} to {short(ends[1])}"
-            lines.append(f"| {name} | {short(values[name])} | {spread} |")
+            cpu = results.get("cpu", {}).get(name)
+            robust = "" if cpu is None else f"{short(cpu[0])} ({short(cpu[1])} to {short(cpu[2])})"
+            lines.append(f"| {name} | {short(values[name])} | {spread} | {robust} |")
     return "\n".join(lines) + "\n"
 
 

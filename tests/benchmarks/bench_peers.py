@@ -134,8 +134,7 @@ def main() -> None:
         (Path(scratch) / "built").mkdir()
         cache = build_builtin_cache(Path(scratch) / "built")[1]
         readers = measure(cache, Path(scratch) / "data", rounds=arguments.rounds)
-    machine = {**describe_machine(), "load": round(os.getloadavg()[0], 1)}
-    stored = {"machine": machine, "packages": PACKAGES, "readers": readers}
+    stored = {"machine": describe_machine(), "packages": PACKAGES, "readers": readers}
     STORED.write_text(json.dumps(stored, indent=1) + "\n")
     page = Path("docs/results.md")
     text = page.read_text()

@@ -15,16 +15,17 @@ from tests.benchmarks.bench_measure import Measured, Spread
 
 STORED = Path(__file__).parent / "results" / "bench.json"
 Results = dict[str, Any]
-"""``ratios`` and ``figures``: {name: number}; ``spreads``: {name: [lowest, highest]} of those that were repeated;
-``groups``: {title: [names]} in the table's order; ``machine``."""
+"""``ratios`` and ``figures``: {name: number}; ``spreads``: {name: [lowest, highest]} of those that were repeated; ``cpu``:
+{name: [median, lowest, highest]} of the ratios of processor time; ``groups``: {title: [names]} in order; ``machine``."""
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores and threads, and the versions of what computes."""
+    """Processor, cores and threads, how many processes want to run, and the versions of what computes."""
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -56,7 +57,7 @@ def gather(parts: Mapping[str, list[Measured]], machine: Mapping[str, Any]) -> R
     Raises:
         ValueError: If two parts use one name.
     """
-    results: Results = {"machine": dict(machine), "ratios": {}, "figures": {}, "spreads": {}, "groups": {}}
+    results: Results = {"machine": dict(machine), "ratios": {}, "figures": {}, "spreads": {}, "cpu": {}, "groups": {}}
     for title, measured in parts.items():
         # All ratios of a group stand before its figures.
         for place, kind in enumerate(("ratios", "figures")):
@@ -67,6 +68,8 @@ def gather(parts: Mapping[str, list[Measured]], machine: Mapping[str, Any]) -> R
                     results["groups"].setdefault(title, []).append(name)
                     if isinstance(value, Spread):
                         results["spreads"][name] = [rounded(value.lowest), rounded(value.highest)]
+                        if value.cpu is not None:
+                            results["cpu"][name] = [rounded(part) for part in value.cpu]
                         value = value.median
                     results[kind][name] = rounded(value)
     return results
@@ -87,7 +90,10 @@ def read_parts(path: Path) -> dict[str, Measured]:
     """Read what `write_parts` kept; nothing where there is no file."""
 
     def values(stored: Mapping[str, Any]) -> dict[str, float | Spread]:
-        return {name: Spread(*value) if isinstance(value, list) else value for name, value in stored.items()}
+        return {name: spread(*value) if isinstance(value, list) else value for name, value in stored.items()}
+
+    def spread(median: float, lowest: float, highest: float, cpu: list[float] | None = None) -> Spread:
+        return Spread(median, lowest, highest, None if cpu is None else (cpu[0], cpu[1], cpu[2]))
 
     parts = json.loads(path.read_text()) if path.is_file() else {}
     return {name: (values(ratios), values(figures)) for name, (ratios, figures) in parts.items()}

@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from tests.benchmarks.bench_measure import Spread, Values, ratio
+from tests.benchmarks.bench_measure import Seconds, Spread, Values, Watch, ratio
 from vlm_distill_cache.common.cache.schema import IGNORE_INDEX
 from vlm_distill_cache.data import builtin
 from vlm_distill_cache.data.families.inputs import additive_mask
@@ -54,17 +53,17 @@ def bench_stage_one(folder: Path) -> tuple[Values, Values]:
     ratios: Values = {}
     figures: Values = {}
     # The whole demonstration: its first shard's reading has nothing to hide behind, as in every build.
-    overhead, rate = _against_bare(folder / "built-in", rounds=3, threads=threads, batch_size=16)
+    overhead, rate = _against_bare(folder / "built-in", rounds=7, threads=threads, batch_size=16)
     ratios["stage one / bare forward, built-in teacher"] = overhead
     figures["stage one, built-in teacher, samples/s"] = rate
 
     teacher = save_random_llava(folder / "teacher")
     options = {"teacher": str(teacher), "template": "short", "batch_size": 2, "max_length": 4096}
     data = write_conversations(folder / "short", samples=4, turns=7)
-    overhead, rate = _against_bare(folder / "large", rounds=3, threads=threads, data=str(data), **options)
+    overhead, rate = _against_bare(folder / "large", rounds=7, threads=threads, data=str(data), **options)
     ratios[f"stage one / bare forward, {SIZE}"] = overhead
     figures[f"stage one, {SIZE}, samples/s"] = rate
-    for name, turns, rounds in (("short", 7, 2), ("long", 72, 1)):
+    for name, turns, rounds in (("short", 7, 7), ("long", 72, 3)):
         data = write_conversations(folder / name, samples=1, turns=turns)
         tokens, seconds, memory = _against_eager(folder / "eager", rounds=rounds, data=str(data), **options)
         ratios[f"eager output_attentions / stage one's pass, {SIZE}, {tokens} tokens"] = seconds
@@ -76,20 +75,20 @@ def _against_bare(folder: Path, *, rounds: int, threads: int, **options: Any) ->
     """Main loop of a build over bare passes, pairs run in turn; and the build's samples a second."""
     settings: dict[str, Any] = {"fidelity_samples": 0, "threads": threads} | options
 
-    def stage_one() -> float:
+    def stage_one() -> Seconds:
         shutil.rmtree(folder, ignore_errors=True)
         summary = extract(BuildConfig(cache=str(folder), **settings))
-        return summary.seconds
+        return Seconds(summary.seconds, summary.cpu_seconds)
 
     work = open_build(BuildConfig(cache=str(folder), **settings))
     work.teacher.model.set_attn_implementation("sdpa")
     batches = list(_batches(work))
 
-    def bare() -> float:
-        started = perf_counter()
+    def bare() -> Seconds:
+        watch = Watch()
         for batch in batches:
             _bare(work.teacher, batch)
-        return perf_counter() - started
+        return watch.seconds()
 
     _bare(work.teacher, batches[0])  # warm-up
     pairs = [(bare(), stage_one()) for _ in range(rounds)]
@@ -119,10 +118,10 @@ def _against_eager(folder: Path, *, rounds: int, **options: Any) -> tuple[int, S
     def theirs() -> None:
         eager(**inputs, use_cache=False, output_attentions=True)
 
-    def seconds(call: Callable[[], None]) -> float:
-        started = perf_counter()
+    def seconds(call: Callable[[], None]) -> Seconds:
+        watch = Watch()
         call()
-        return perf_counter() - started
+        return watch.seconds()
 
     def peak(call: Callable[[], None]) -> int:
         live = LiveBytes(*existing)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import zarr
 
-from tests.benchmarks.bench_measure import Spread, Values, paired_seconds, scaled
+from tests.benchmarks.bench_measure import Seconds, Spread, Values, paired_seconds, ratio, scaled
 from vlm_distill_cache.common.cache.plan import SHARDS
 from vlm_distill_cache.common.codecs.live import RowAttention, as_tensors, select_entries
 from vlm_distill_cache.common.codecs.logits import LogitCodec
@@ -57,7 +57,7 @@ def bench_codecs(*, rounds: int = 51) -> Values:
     return {f"{name}, thousand rows/s": Spread.of(0.1 / spent for spent in times) for name, times in seconds.items()}
 
 
-def bench_readers(cache_dir: Path, folder: Path, *, rounds: int = 3) -> tuple[Values, Values]:
+def bench_readers(cache_dir: Path, folder: Path, *, rounds: int = 7) -> tuple[Values, Values]:
     """An epoch of training's reads, opening and checking included, against zarr-python's per-record random reads."""
     tars = folder / "tars"
     convert(cache_dir, tars, "webdataset")
@@ -89,9 +89,9 @@ def bench_readers(cache_dir: Path, folder: Path, *, rounds: int = 3) -> tuple[Va
     figures: Values = {}
     for store in ("zarr", "tar"):
         speeds = [len(order) / spent for spent in seconds[store]]
-        slow = [RANDOM_READS / spent for spent in seconds["theirs"]]
-        ratios[f"{store}, block-shuffled / zarr-python, per record"] = Spread.of(
-            a / b for a, b in zip(speeds, slow, strict=True)
+        ratios[f"{store}, block-shuffled / zarr-python, per record"] = ratio(
+            [Seconds(spent / RANDOM_READS, spent.cpu / RANDOM_READS) for spent in seconds["theirs"]],
+            [Seconds(spent / len(order), spent.cpu / len(order)) for spent in seconds[store]],
         )
         figures[f"{store}, block-shuffled, thousand samples/s"] = scaled(1e-3, Spread.of(speeds))
     return ratios, figures

@@ -2,7 +2,6 @@
 
 import statistics
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.bench_measure import Spread, Values
+from tests.benchmarks.bench_measure import Spread, Values, Watch, ratio
 from tests.benchmarks.bench_models import STUDENT_LAYERS, STUDENT_WIDTH, save_language_model
 from tests.benchmarks.train_student import train_student
 from vlm_distill_cache.stage2_student.train import AfterStep, TrainResult
@@ -50,7 +49,7 @@ def in_turn(trainings: Mapping[str, Callable[[AfterStep], Any]]) -> dict[str, li
         trainings: By name; each calls what it is given after every step, and has as many steps as the others.
 
     Returns:
-        Seconds of each step but the first, which a training's preparation is part of.
+        `Seconds` of each step but the first, which a training's preparation is part of; of the processor, its thread alone.
     """
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
     turns = {name: threading.Semaphore(0) for name in trainings}
@@ -65,14 +64,14 @@ def in_turn(trainings: Mapping[str, Callable[[AfterStep], Any]]) -> dict[str, li
 
     def run(name: str) -> None:
         torch.set_num_threads(1)
-        started = 0.0
+        watch = Watch(thread=True)
 
         def after_step(*_: object) -> None:
-            nonlocal started
-            seconds[name].append(time.perf_counter() - started)
+            nonlocal watch
+            seconds[name].append(watch.seconds())
             hand_on(name, done=False)
             turns[name].acquire()
-            started = time.perf_counter()
+            watch = Watch(thread=True)
 
         turns[name].acquire()
         try:
@@ -145,6 +144,7 @@ def _train(
 
 def step_ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
     """The ratio of steps taken in turn; single steps are disturbed, so its ends leave out a tenth on either side."""
-    pairs = sorted(a / b for a, b in zip(above, below, strict=True))
+    pairs = sorted(zip(above, below, strict=True), key=lambda pair: pair[0] / pair[1])
     cut = len(pairs) // 10
-    return Spread.of(pairs[cut : len(pairs) - cut])
+    above, below = zip(*pairs[cut : len(pairs) - cut], strict=True)
+    return ratio(above, below)

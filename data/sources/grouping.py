@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.data.sample import Dataset, Picked, Same, Sample, Survey, Weighting, number_names, number_repeats
+from vlm_distill_cache.data.sample import Dataset, Picked, Same, Sample, Survey, Weighting, number_names
+from vlm_distill_cache.data.sources.kept.ids import JoinedIds, tell_apart
 
 
 class ChosenSamples(Dataset):
@@ -47,7 +48,7 @@ class ChosenSamples(Dataset):
 
 
 class JoinedSamples(Dataset):
-    """Several data sets as one, in any order of their samples.
+    """Several data sets as one, in any order of their samples that keeps the order of each.
 
     Attributes:
         parts: Which data set each sample comes from, int64 ``[n]``.
@@ -58,25 +59,24 @@ class JoinedSamples(Dataset):
         datasets: Sequence[Dataset],
         *,
         name: str,
-        sample_ids: Sequence[str] | None = None,
+        names: Sequence[str] | None = None,
         order: NDArray[np.int64] | None = None,
     ) -> None:
         """Join; no sample is read.
 
         Args:
-            sample_ids: Of all samples, one data set after another; None: their own, repeats numbered.
-            order: Positions in this sequence; None: as they stand.
+            names: Of each data set: an id that several have gets it in front, in each of them. None: repeats are numbered.
+            order: Positions in all samples, one data set after another, those of each data set rising; None: as they stand.
         """
         self.name = name
         self._datasets = list(datasets)
         sizes = [len(dataset) for dataset in self._datasets]
         owners = np.repeat(np.arange(len(sizes)), sizes)
-        places = np.concatenate([np.arange(size) for size in sizes])
-        ids = number_repeats([i for d in self._datasets for i in d.sample_ids]) if sample_ids is None else sample_ids
         order = np.arange(len(owners)) if order is None else order
         self.parts: NDArray[np.int64] = owners[order]
-        self._places: NDArray[np.int64] = places[order]
-        self.sample_ids: Sequence[str] = [ids[position] for position in order.tolist()]
+        self._places: NDArray[np.int64] = order - np.cumsum([0, *sizes])[self.parts]
+        ids = tell_apart([dataset.sample_ids for dataset in self._datasets], names)
+        self.sample_ids: Sequence[str] = JoinedIds(ids, self.parts, self._places)
 
     def __getitem__(self, index: int) -> Sample:
         part, place = int(self.parts[index]), int(self._places[index])

@@ -302,6 +302,10 @@ class Dataset(Protocol):
         """How often stage two sees each sample in an epoch; None: once."""
         return None
 
+    def made_of(self) -> Any:
+        """What tells all that its samples say from what others say, JSON: files' names, sizes, times; None: only a look does."""
+        return None
+
     def survey(self) -> "Survey":
         """What a look at every sample, without opening a picture, says of all of them."""
         return survey_samples(self)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_distill_cache.common.files.hashing import fingerprint
+from vlm_distill_cache.common.files.hashing import checksum, fingerprint
 from vlm_distill_cache.data.sample import Dataset, Picked, Same, Sample, Survey, Weighting, number_names
 from vlm_distill_cache.data.sources.kept.ids import JoinedIds, tell_apart
+from vlm_distill_cache.data.sources.kept.surveys import survey_of_several
 
 
 class ChosenSamples(Dataset):
@@ -29,6 +30,15 @@ class ChosenSamples(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         return self._dataset[self._positions[index]]
+
+    def made_of(self) -> Any:
+        """What the data set is made of, and which samples they are."""
+        of = self._dataset.made_of()
+        return None if of is None else [of, checksum(np.asarray(self._positions, dtype=np.int64).data)]
+
+    def survey(self) -> Survey:
+        """As of all data; of many samples what was found once is kept."""
+        return survey_of_several(self)
 
     def image_keys(self) -> Sequence[str | None]:
         """Names of these samples' images."""
@@ -70,6 +80,7 @@ class JoinedSamples(Dataset):
         """
         self.name = name
         self._datasets = list(datasets)
+        self._how = [names, order is not None and checksum(order.data)]
         sizes = [len(dataset) for dataset in self._datasets]
         owners = np.repeat(np.arange(len(sizes)), sizes)
         order = np.arange(len(owners)) if order is None else order
@@ -81,6 +92,15 @@ class JoinedSamples(Dataset):
     def __getitem__(self, index: int) -> Sample:
         part, place = int(self.parts[index]), int(self._places[index])
         return replace(self._datasets[part][place], sample_id=self.sample_ids[index])
+
+    def made_of(self) -> Any:
+        """What the data sets are made of, and how they are joined."""
+        parts = [dataset.made_of() for dataset in self._datasets]
+        return None if None in parts else ["joined", self._how, parts]
+
+    def survey(self) -> Survey:
+        """As of all data; of many samples what was found once is kept."""
+        return survey_of_several(self)
 
     def image_keys(self) -> Sequence[str | None]:
         """Names of the samples' images, each with the number of its data set: two may call theirs alike."""

@@ -59,6 +59,8 @@ STEPS = {
     "open and fingerprint of CSV by texts, kept": "data = open_dataset(ROWS); data.survey(); told()",
     "open a mixture of JSON lines, nothing kept": "data = open_dataset(MIXTURE); told()",
     "open a mixture of JSON lines, kept": "data = open_dataset(MIXTURE); told()",
+    "fingerprint of a mixture by texts, nothing kept": "data = open_dataset(MIXTURE); before = used(); data.survey(); told()",
+    "open and fingerprint of a mixture by texts, kept": "data = open_dataset(MIXTURE); data.survey(); told()",
     "seal the cache": "seal(Path(CACHE)); told()",
     "open the cache": "cache = open_cache(Path(CACHE)); told()",
     "join": "cache = open_cache(Path(CACHE)); data = open_dataset(TARS); before = used(); "
@@ -134,7 +136,7 @@ def main() -> None:
             )
             each = found["seconds"] / options.samples * 1e6
             print(
-                f"{name:42s} {found['seconds']:9.2f} s {each:8.2f} us a sample {found['peak_mb']:8.1f} MB", flush=True
+                f"{name:48s} {found['seconds']:9.2f} s {each:8.2f} us a sample {found['peak_mb']:8.1f} MB", flush=True
             )
 
 

@@ -16,7 +16,9 @@ from vlm_distill_cache.data.sources.kept.surveys import kept_survey
 class FileDataset(EntryDataset):
     """The entries of a file."""
 
-    def __init__(self, path: Path, *, image_root: Path, kind: str, find: Callable[[Path], Kept], in_parts: bool) -> None:
+    def __init__(
+        self, path: Path, *, image_root: Path, kind: str, find: Callable[[Path], Kept], in_parts: bool
+    ) -> None:
         """Find the entries, or what is kept of them.
 
         Args:
@@ -26,15 +28,18 @@ class FileDataset(EntryDataset):
         """
         self.name = path.name
         self.image_root = image_root
+        self._of = [str(image_root.absolute()), _made_of(kind, path)] if in_parts else None
         is_large = in_parts and path.stat().st_size >= KEPT_FROM
         self._entries = KeptEntries(partial(_made_of, kind, path) if is_large else None, partial(find, path))
         self.sample_ids, self.odd_ids = KeptIds(self._entries), self._entries.odd
 
+    def made_of(self) -> Any:
+        """The folder of its pictures and the file; None of one that is held in memory."""
+        return self._of
+
     def survey(self) -> Survey:
         """As of all data; of a large file what was found once is kept."""
-        if self._entries.of is None:
-            return super().survey()
-        return kept_survey(self, [str(self.image_root.absolute()), self._entries.of])
+        return super().survey() if self._entries.of is None else kept_survey(self, self._of)
 
 
 def _made_of(kind: str, path: Path) -> list[Any]:

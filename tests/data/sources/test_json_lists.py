@@ -135,7 +135,9 @@ IDS = [None, 0, 3, "3", "a", "a", "a#2", "", "\ud83d", 1.5, True, ["x"], "é"]
 def test_a_list_has_the_ids_and_entries_of_the_whole(tmp_path, encoding):
     draw, path = random.Random(encoding), tmp_path / "any.json"
     for _ in range(25):
-        entries = [{draw.choice(["id", "question_id"]): draw.choice(IDS), "caption": draw.choice("é[")} for _ in range(9)]
+        entries = [
+            {draw.choice(["id", "question_id"]): draw.choice(IDS), "caption": draw.choice("é[")} for _ in range(9)
+        ]
         entries += [None, 3, "x", [], {}, {"caption": "one"}]
         draw.shuffle(entries)
         for text in (json.dumps(entries, indent=draw.choice([None, 1])), json.dumps(entries[:6], ensure_ascii=False)):

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
 
 import numpy as np
@@ -43,6 +43,14 @@ class Values(Sequence[T]):
     def __getitem__(self, index: int | slice) -> T | list[T]:
         places = range(len(self))[index]
         return self.at(places) if isinstance(places, int) else [self.at(place) for place in places]
+
+    def index(self, value: Any, start: int = 0, stop: int | None = None) -> int:
+        """The position of the first one that is equal, from ``start`` on and before ``stop``; ValueError: none is."""
+        within = range(len(self))[start:stop]
+        for place, one in enumerate(islice(self, within.start, within.stop), start=within.start):
+            if one == value:
+                return place
+        raise ValueError(f"{value!r} is not there")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
@@ -292,6 +300,10 @@ class Dataset(Protocol):
 
     def weighting(self) -> "Weighting | None":
         """How often stage two sees each sample in an epoch; None: once."""
+        return None
+
+    def made_of(self) -> Any:
+        """What tells all that its samples say from what others say, JSON: files' names, sizes, times; None: only a look does."""
         return None
 
     def survey(self) -> "Survey":

@@ -1,6 +1,6 @@
 """CSV and TSV files: a header, then an entry a row; cells may be long, quoted and of several lines.
 
-Ids and where rows begin are found once and kept of a large file (`kept.entries`). An empty cell says nothing. A cell that
+Ids and where rows begin are found once and kept of a large file (`kept.files`). An empty cell says nothing. A cell that
 holds a list or an object, as JSON or as pandas writes it, is that list or object where a key is known to hold such.
 """
 
@@ -8,7 +8,7 @@ import csv
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -16,11 +16,11 @@ from typing import Any, BinaryIO, NoReturn
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import ImageSource, resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
-from vlm_distill_cache.data.sources.entries import ID_KEYS, EntryDataset
+from vlm_distill_cache.data.sources.entries import ID_KEYS
 from vlm_distill_cache.data.sources.json_text import decode, is_plain
-from vlm_distill_cache.data.sources.kept.entries import KeptEntries, pack_entries
-from vlm_distill_cache.data.sources.kept.ids import KeptIds
-from vlm_distill_cache.data.sources.kept.store import KEPT_FROM, Kept, stamp_of
+from vlm_distill_cache.data.sources.kept.entries import pack_entries
+from vlm_distill_cache.data.sources.kept.files import FileDataset
+from vlm_distill_cache.data.sources.kept.store import Kept
 from vlm_distill_cache.data.sources.pictures import image_folder
 from vlm_distill_cache.data.sources.printed import printed
 from vlm_distill_cache.data.sources.rows import repeated_columns
@@ -37,22 +37,18 @@ _LISTS = frozenset(_HELD.split())
 _MEANT = ("answers", "choices", "options")  # a text there that begins as a list of texts is one
 
 
-class CsvDataset(EntryDataset):
+class CsvDataset(FileDataset):
     """A CSV or TSV file; ``images`` as for JSON. A row of another length than the header is its sample's error."""
 
     def __init__(self, path: Path, *, images: Path | None = None) -> None:
-        self.name = path.name
-        self.image_root = image_folder(images, path)
+        root = image_folder(images, path)
         self._rows = CsvRows(path)
         header = self._rows.header
         if not are_columns(header, pictures=False):
             raise DataError(f"{path}: its header has none of {FORMS}; it has {header[:12]}")
-        named = next((header.index(name) for name in _IDS if name in header), None)
-        is_large = self._rows.is_plain and path.stat().st_size >= KEPT_FROM
-        self._entries = KeptEntries(partial(_made_of, path) if is_large else None, partial(_find, path, named))
-        if not len(self._entries):
+        super().__init__(path, image_root=root, kind="rows", find=_find, in_parts=self._rows.is_plain)
+        if not len(self):
             raise DataError(f"{path} holds no row under its header; nothing to learn from")
-        self.sample_ids, self.odd_ids = KeptIds(self._entries), self._entries.odd
         self.tell_unread()
 
     def read(self, index: int) -> Mapping[str, Any]:
@@ -77,13 +73,10 @@ class CsvDataset(EntryDataset):
         return {name: place for place, name in enumerate(self.sample_ids)}
 
 
-def _made_of(path: Path) -> list[Any]:
-    return ["rows", stamp_of(path)]
-
-
-def _find(path: Path, named: int | None) -> Kept:
+def _find(path: Path) -> Kept:
     """Look at all rows."""
     rows = CsvRows(path)
+    named = next((rows.header.index(name) for name in _IDS if name in rows.header), None)
     ids, odd = resolve_ids(rows.scan(named), where=str(path))
     return pack_entries(ids, odd, offsets=rows.offsets, notes={})
 

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm_distill_cache.common.files.hashing import fingerprint
-from vlm_distill_cache.data.sample import Dataset, Picked, Same, Sample, Survey, Weighting, number_names, number_repeats
+from vlm_distill_cache.common.files.hashing import checksum, fingerprint
+from vlm_distill_cache.data.sample import Dataset, Picked, Same, Sample, Survey, Weighting, number_names
+from vlm_distill_cache.data.sources.kept.ids import JoinedIds, tell_apart
+from vlm_distill_cache.data.sources.kept.surveys import survey_of_several
 
 
 class ChosenSamples(Dataset):
@@ -28,6 +30,15 @@ class ChosenSamples(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         return self._dataset[self._positions[index]]
+
+    def made_of(self) -> Any:
+        """What the data set is made of, and which samples they are."""
+        of = self._dataset.made_of()
+        return None if of is None else [of, checksum(np.asarray(self._positions, dtype=np.int64).data)]
+
+    def survey(self) -> Survey:
+        """As of all data; of many samples what was found once is kept."""
+        return survey_of_several(self)
 
     def image_keys(self) -> Sequence[str | None]:
         """Names of these samples' images."""
@@ -47,7 +58,7 @@ class ChosenSamples(Dataset):
 
 
 class JoinedSamples(Dataset):
-    """Several data sets as one, in any order of their samples.
+    """Several data sets as one, in any order of their samples that keeps the order of each.
 
     Attributes:
         parts: Which data set each sample comes from, int64 ``[n]``.
@@ -58,29 +69,38 @@ class JoinedSamples(Dataset):
         datasets: Sequence[Dataset],
         *,
         name: str,
-        sample_ids: Sequence[str] | None = None,
+        names: Sequence[str] | None = None,
         order: NDArray[np.int64] | None = None,
     ) -> None:
         """Join; no sample is read.
 
         Args:
-            sample_ids: Of all samples, one data set after another; None: their own, repeats numbered.
-            order: Positions in this sequence; None: as they stand.
+            names: Of each data set: an id that several have gets it in front, in each of them. None: repeats are numbered.
+            order: Positions in all samples, one data set after another, those of each data set rising; None: as they stand.
         """
         self.name = name
         self._datasets = list(datasets)
+        self._how = [names, order is not None and checksum(order.data)]
         sizes = [len(dataset) for dataset in self._datasets]
         owners = np.repeat(np.arange(len(sizes)), sizes)
-        places = np.concatenate([np.arange(size) for size in sizes])
-        ids = number_repeats([i for d in self._datasets for i in d.sample_ids]) if sample_ids is None else sample_ids
         order = np.arange(len(owners)) if order is None else order
         self.parts: NDArray[np.int64] = owners[order]
-        self._places: NDArray[np.int64] = places[order]
-        self.sample_ids: Sequence[str] = [ids[position] for position in order.tolist()]
+        self._places: NDArray[np.int64] = order - np.cumsum([0, *sizes])[self.parts]
+        ids = tell_apart([dataset.sample_ids for dataset in self._datasets], names)
+        self.sample_ids: Sequence[str] = JoinedIds(ids, self.parts, self._places)
 
     def __getitem__(self, index: int) -> Sample:
         part, place = int(self.parts[index]), int(self._places[index])
         return replace(self._datasets[part][place], sample_id=self.sample_ids[index])
+
+    def made_of(self) -> Any:
+        """What the data sets are made of, and how they are joined."""
+        parts = [dataset.made_of() for dataset in self._datasets]
+        return None if None in parts else ["joined", self._how, parts]
+
+    def survey(self) -> Survey:
+        """As of all data; of many samples what was found once is kept."""
+        return survey_of_several(self)
 
     def image_keys(self) -> Sequence[str | None]:
         """Names of the samples' images, each with the number of its data set: two may call theirs alike."""

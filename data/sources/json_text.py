@@ -2,7 +2,12 @@
 
 import codecs
 import json
-from typing import Any
+import re
+from array import array
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from vlm_distill_cache.common.errors import DataError
 
@@ -18,11 +23,34 @@ _OTHERS = {  # by how a file begins: what it is, and what to do
     b"<": "is a page of HTML or XML, not JSON: download the file itself",
 }
 _PYTHON = ("True", "False", "None")
+_WHITE = re.compile(r"[ \t\n\r]*")
+_READ = 1 << 20  # bytes at a time
 
 
 def is_plain(head: bytes) -> bool:
     """Whether a file that begins so is UTF-8 without a byte order mark, so that its lines can be found as bytes."""
     return not head.startswith(_MARKS) and _encoding_of(head) == "utf-8"
+
+
+def held_text(path: Path) -> bytes | None:
+    """All of a file as UTF-8, if it is written otherwise or has a byte order mark; None: it can be read in parts.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            if is_plain(file.read(4)):
+                return None
+            file.seek(0)
+            return decode(file.read(), where=str(path)).encode()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def open_text(path: Path, held: bytes | None) -> BinaryIO:
+    """A file as UTF-8; ``held``: what `held_text` found of it."""
+    return path.open("rb") if held is None else BytesIO(held)
 
 
 def decode(data: bytes, *, where: str, encoding: str = "") -> str:
@@ -76,6 +104,95 @@ def parse_bytes(data: bytes, *, where: str) -> Any:
 def parse_line(data: bytes, *, where: str) -> Any:
     """Parse a line of a file that is UTF-8; `DataError` as for a whole one."""
     return parse(decode(data, where=where, encoding="utf-8"), where=where)
+
+
+def scan_list(file: BinaryIO, offsets: "array[int]") -> Iterator[Any]:
+    """Yield the values of a JSON list one after another, of which only some text is held; white space may follow it.
+
+    Args:
+        file: UTF-8 without a byte order mark.
+        offsets: To which is added where each value begins, before it is yielded, and at last where the list's bracket stands.
+
+    Raises:
+        ValueError: The file holds anything else, or is broken somewhere: parsed as a whole, it tells what and where.
+        RecursionError: A value is nested too deeply.
+    """
+    window = _Window(file)
+    window.take("[")
+    closed = window.following() == "]"
+    while not closed:
+        window.following()
+        offsets.append(window.offset)
+        yield window.value()
+        closed = window.following() == "]"
+        if not closed:
+            window.take(",")
+    offsets.append(window.offset)
+    window.take("]")
+    if window.following():
+        raise ValueError("more follows")
+
+
+class _Window:
+    """Some text of a file.
+
+    Attributes:
+        offset: Where in the file the text begins that is not taken yet, bytes.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.offset = 0
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._parse = json.JSONDecoder().raw_decode
+        self._text, self._at = "", 0
+
+    def following(self) -> str:
+        """Pass over white space; the character behind it, which is not taken; "" at the end of the file."""
+        while True:
+            self._pass_to(self._behind_white(self._at))
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._read_on():
+                return ""
+
+    def take(self, character: str) -> None:
+        """Take white space and this character."""
+        if self.following() != character:
+            raise ValueError(f"no {character!r}")
+        self._pass_to(self._at + 1)
+
+    def value(self) -> Any:
+        """Take a value of a list, of which all is seen only where what may stand behind it is: 1 may go on as 1e5."""
+        while True:
+            try:
+                found, end = self._parse(self._text, self._at)
+            except json.JSONDecodeError:
+                if not self._read_on():
+                    raise
+                continue
+            behind = self._behind_white(end)
+            if self._text[behind : behind + 1] in (",", "]"):
+                self._pass_to(end)
+                return found
+            if not self._read_on():
+                raise ValueError("it ends in the middle")
+
+    def _behind_white(self, at: int) -> int:
+        found = _WHITE.match(self._text, at)
+        return at if found is None else found.end()
+
+    def _pass_to(self, at: int) -> None:
+        passed = at - self._at
+        self.offset += passed if self._text.isascii() else len(self._text[self._at : at].encode())
+        self._at = at
+
+    def _read_on(self) -> bool:
+        """Read as much again as is not taken yet, or more; returns whether there was any."""
+        rest = self._text[self._at :]
+        data = self._file.read(max(_READ, len(rest)))
+        self._text, self._at = rest + self._decoder.decode(data, final=not data), 0
+        return bool(data)
 
 
 def _remedy(error: json.JSONDecodeError, text: str) -> str:

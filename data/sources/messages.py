@@ -1,42 +1,35 @@
 """One JSON entry a line, in any of the forms of `data.sources.conversations`; mostly OpenAI's and TRL's ``messages``.
 
 A line is parsed when its sample is asked for. Ids and where lines begin are found once and kept of a large file
-(`kept.entries`), and take 28 bytes and the id's own of a small one. A file in UTF-16, or with a byte order mark, is held in
+(`kept.files`), and take 28 bytes and the id's own of a small one. A file in UTF-16, or with a byte order mark, is held in
 memory as a whole.
 """
 
 from array import array
 from collections.abc import Iterator, Mapping
-from functools import partial
-from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from vlm_distill_cache.common.errors import DataError, SampleError
-from vlm_distill_cache.data.sample import Survey, resolve_ids
+from vlm_distill_cache.data.sample import resolve_ids
 from vlm_distill_cache.data.sources.conversations import FORMS, brief_keys, is_entry
-from vlm_distill_cache.data.sources.entries import EntryDataset, id_and_content
-from vlm_distill_cache.data.sources.json_text import decode, is_plain, parse_line
-from vlm_distill_cache.data.sources.kept.entries import KeptEntries, pack_entries
-from vlm_distill_cache.data.sources.kept.ids import KeptIds
-from vlm_distill_cache.data.sources.kept.store import KEPT_FROM, Kept, stamp_of
-from vlm_distill_cache.data.sources.kept.surveys import kept_survey
+from vlm_distill_cache.data.sources.entries import id_and_content
+from vlm_distill_cache.data.sources.json_text import decode, held_text, is_plain, open_text, parse_line
+from vlm_distill_cache.data.sources.kept.entries import pack_entries
+from vlm_distill_cache.data.sources.kept.files import FileDataset
+from vlm_distill_cache.data.sources.kept.store import Kept
 from vlm_distill_cache.data.sources.pictures import brief, image_folder
 
 
-class MessagesDataset(EntryDataset):
+class MessagesDataset(FileDataset):
     """A JSON lines file; ``images`` as for `LlavaDataset`. A line that is no JSON object is its sample's error."""
 
     def __init__(self, path: Path, *, images: Path | None = None) -> None:
-        self.name = path.name
-        self.image_root = image_folder(images, path)
-        self._path = path
-        self._held = _held(path)
-        is_large = self._held is None and path.stat().st_size >= KEPT_FROM
-        self._entries = KeptEntries(partial(_made_of, path) if is_large else None, partial(_find, path))
-        if not len(self._entries):
+        root = image_folder(images, path)
+        self._path, self._held = path, held_text(path)
+        super().__init__(path, image_root=root, kind="lines", find=_find, in_parts=self._held is None)
+        if not len(self):
             raise DataError(f"{path} holds no sample; expected one JSON object a line")
-        self.sample_ids, self.odd_ids = KeptIds(self._entries), self._entries.odd
         self._broken = {int(place): reason for place, reason in self._entries.notes["broken"].items()}
         if not self._entries.notes["has_text"]:
             first = self._broken.get(0) or f"the first has {brief_keys(self.read(0))}"
@@ -48,38 +41,12 @@ class MessagesDataset(EntryDataset):
         if index in self._broken:
             raise SampleError(self._broken[index])
         # Opened per sample: a shared handle would share its position between forked workers.
-        with _open(self._path, self._held) as file:
+        with open_text(self._path, self._held) as file:
             file.seek(self._entries.offset(index))
             entry = parse_line(file.readline(), where=f"{self._path} has changed: sample {self.sample_ids[index]!r}")
         if not isinstance(entry, dict):
             raise DataError(f"{self._path} has changed: sample {self.sample_ids[index]!r} is no object any more")
         return entry
-
-    def survey(self) -> Survey:
-        """As of all data; of a large file what was found once is kept."""
-        if self._entries.of is None:
-            return super().survey()
-        return kept_survey(self, [str(self.image_root.absolute()), self._entries.of])
-
-
-def _made_of(path: Path) -> list[Any]:
-    return ["lines", stamp_of(path)]
-
-
-def _held(path: Path) -> bytes | None:
-    """All of a file as UTF-8, if it is written otherwise."""
-    try:
-        with path.open("rb") as file:
-            if is_plain(file.read(4)):
-                return None
-            file.seek(0)
-            return decode(file.read(), where=str(path)).encode()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _open(path: Path, held: bytes | None) -> BinaryIO:
-    return path.open("rb") if held is None else BytesIO(held)
 
 
 def _find(path: Path) -> Kept:
@@ -107,9 +74,9 @@ class _Lines:
 
     def entries(self) -> Iterator[tuple[object, object]]:
         """Note where each line begins and yield its id and, where there is none, its content."""
-        held = _held(self._path)
+        held = held_text(self._path)
         try:
-            with _open(self._path, held) as file:
+            with open_text(self._path, held) as file:
                 offset = 0
                 for number, line in enumerate(file, start=1):
                     if line.strip():
@@ -142,6 +109,12 @@ def holds_lines(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             plain = is_plain(file.read(4))
+            file.seek(0)
+            while plain and (head := file.read(1 << 10)):
+                if head.lstrip().startswith(b"["):  # all of a list may stand in one line
+                    return False
+                if head.strip():
+                    break
             file.seek(0)
             lines = file if plain else iter(decode(file.read(), where=str(path)).encode().splitlines())
             first = next((line.strip() for line in lines if line.strip()), b"")

@@ -7,7 +7,6 @@ all parts by their sizes, so that a limit or a share of the data is a smaller mi
 
 import difflib
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +74,7 @@ class MixtureDataset(JoinedSamples):
             [dataset.name.removesuffix(f"[:{part.limit}]") for part, dataset in zip(parts, datasets, strict=True)]
         )
         sizes = [len(dataset) for dataset in datasets]
-        super().__init__(datasets, name=name, sample_ids=_unique_ids(datasets, names), order=deal(sizes))
+        super().__init__(datasets, name=name, names=names, order=deal(sizes))
         self._weights = tuple(part.weight for part in parts)
         self.origin = {
             "mixture": [
@@ -288,20 +287,8 @@ def _has_options(data: str) -> bool:
     return bool(colon) and "=" in rest and "/" not in rest
 
 
-def _unique_ids(datasets: Sequence[Dataset], names: Sequence[str]) -> list[str]:
-    """Ids of all parts one after another; one that several parts have gets the name of its part in front."""
-    holders = Counter(sample_id for dataset in datasets for sample_id in dataset.sample_ids)
-    return number_repeats(
-        [
-            f"{name}/{sample_id}" if holders[sample_id] > 1 else sample_id
-            for dataset, name in zip(datasets, names, strict=True)
-            for sample_id in dataset.sample_ids
-        ]
-    )
-
-
 def deal(sizes: Sequence[int]) -> np.ndarray:
-    """Positions in the concatenation such that each part is spread evenly over the whole, int64 ``[n]``."""
+    """Positions in the concatenation such that each part is spread evenly over the whole, in its order, int64 ``[n]``."""
     keys = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
     owners = np.repeat(np.arange(len(sizes)), sizes)
     return np.lexsort((owners, keys)).astype(np.int64)

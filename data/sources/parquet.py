@@ -201,22 +201,27 @@ class ParquetDataset(TableDataset):
         self._has_folder, self._by_files = image_root is not None, by_files
         table = ParquetTable(sources)
         self._rows = table.rows
-        made_of = partial(_made_of, tuple(sources)) if len(table) >= SHARED_FROM else None
-        self._of: Any = None if made_of is None else made_of()
-        super().__init__(table, name=name, where=where, image_root=image_root or Path(), made_of=made_of)
+        made_of = partial(_made_of, tuple(sources))
+        self._of: Any = made_of()
+        is_large = len(table) >= SHARED_FROM
+        super().__init__(
+            table, name=name, where=where, image_root=image_root or Path(), made_of=made_of if is_large else None
+        )
 
     def sources(self) -> NDArray[np.int64]:
         """Those of each file, told from those of the others."""
         files = np.repeat(np.arange(len(self._rows.counts)), self._rows.counts)
         return number_names(zip(files.tolist(), super().sources().tolist(), strict=True))
 
+    def made_of(self) -> Any:
+        """The folder of its pictures, the files, and which columns have types."""
+        folder = str(self.image_root.absolute()) if self._has_folder else None
+        return [folder, self._of, sorted(self._table.features)]
+
     def survey(self) -> Survey:
         """As of all data, kept of many rows; by the files alone where these tell the data from others."""
-        if not self._by_files and self._of is None:
-            return super().survey()
         if not self._by_files:
-            folder = str(self.image_root.absolute()) if self._has_folder else None
-            return kept_survey(self, [folder, self._of, sorted(self._table.features)])
+            return kept_survey(self, self.made_of()) if len(self) >= SHARED_FROM else super().survey()
         lists = [
             self._rows.schema.field(name).type for name in self.picture_keys | {*_PICTURES} & {*self._rows.columns}
         ]

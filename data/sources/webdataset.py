@@ -198,12 +198,15 @@ class WebDataset(EntryDataset):
         """None: only the pictures tell."""
         return Same(None, len(self))
 
+    def made_of(self) -> Any:
+        """The folder that names start from, and the archives."""
+        return [str(self.image_root.absolute()), self._samples.of]
+
     def survey(self) -> Survey:
         """As of all data; of much of it what was found once is kept."""
         if self._by_files:
             return self._samples.survey()
-        of = [str(self.image_root.absolute()), self._samples.of]
-        return kept_survey(self, of) if self._samples.kept else super().survey()
+        return kept_survey(self, self.made_of()) if self._samples.kept else super().survey()
 
     def sources(self) -> NDArray[np.int64]:
         """By their archives."""

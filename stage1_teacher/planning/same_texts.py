@@ -8,6 +8,7 @@ cache of parts of several data sets: there the teacher reads some samples again,
 import logging
 import random
 from dataclasses import replace
+from typing import Any
 
 from vlm_distill_cache.common.cache.plan import described_parts
 from vlm_distill_cache.common.cache.reader import TeacherCache
@@ -89,6 +90,10 @@ class _Unread(ChosenSamples):
         if self.sample_ids[index] in self.failed:
             raise SampleError("failed before")
         return super().__getitem__(index)
+
+    def made_of(self) -> Any:
+        """As of all chosen samples; None where some do not say what their files do."""
+        return None if self.failed else super().made_of()
 
 
 def _was_there(dataset: Dataset, cache: TeacherCache) -> bool:

@@ -25,7 +25,8 @@ def pack_entries(
 
     Args:
         ids: And what is wrong with them, ``odd``, as of `data.sample.resolve_ids`.
-        offsets: Where each begins in its file, if that is known; bytes.
+        offsets: Where each begins in its file, if that is known, and, if they stand one behind the other, where the last one
+            ends; bytes.
         notes: What else was found out; JSON.
     """
     sizes = np.fromiter((len(sample_id.encode()) for sample_id in ids), dtype=np.uint64, count=len(ids))
@@ -51,11 +52,11 @@ class KeptEntries:
 
         Args:
             of: Says what it is made of, at this moment: what changes meanwhile is not kept. None: of few, nothing is.
-            find: Looks at all entries; picklable.
+            find: Looks at all entries; both picklable.
         """
         self.of: Any = None if of is None else of()
-        self._find = find
-        self._kept = find() if of is None else self._open(of)
+        self._now, self._find = of, find
+        self._kept = self._open()
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) if self.of is None else vars(self) | {"_kept": None}
@@ -63,14 +64,16 @@ class KeptEntries:
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
         if self.of is not None:
-            self._kept = self._open(lambda: self.of)
+            self._kept = self._open()
 
-    def _open(self, now: Callable[[], Any]) -> Kept:
+    def _open(self) -> Kept:
+        if self._now is None:
+            return self._find()
         path = kept_path("entries", self.of)
         found = read_kept(path, self.of)
         if found is None:
             made = self._find()
-            written = now() == self.of and write_kept(path, self.of, made)
+            written = self._now() == self.of and write_kept(path, self.of, made)
             found = (read_kept(path, self.of) if written else None) or made
         return found
 
@@ -107,5 +110,5 @@ class KeptEntries:
         return [data[a - ends[0] : b - ends[0]].decode() for a, b in pairwise(ends)]
 
     def offset(self, index: int) -> int:
-        """Where an entry begins in its file."""
+        """Where an entry begins in its file, or where the one before it ends."""
         return int(self._kept.arrays["offset"][index])

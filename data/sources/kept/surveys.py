@@ -39,6 +39,12 @@ def kept_survey(dataset: Dataset, of: Any) -> Survey:
     return survey
 
 
+def survey_of_several(dataset: Dataset) -> Survey:
+    """The survey of data that consist of others; kept of many samples, where all of these say what they are made of."""
+    of = dataset.made_of() if len(dataset) >= SHARED_FROM else None
+    return survey_samples(dataset) if of is None else kept_survey(dataset, of)
+
+
 def _survey_together(dataset: Dataset) -> Survey:
     global _surveyed
     count = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)

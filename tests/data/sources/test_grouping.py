@@ -3,13 +3,16 @@
 import json
 import random
 
+import numpy as np
 import pytest
 
 from vlm_distill_cache.data.registry import open_dataset
 from vlm_distill_cache.data.sample import fingerprint_samples
-from vlm_distill_cache.data.sources.grouping import ChosenSamples, GroupedByImage, group_by_image
+from vlm_distill_cache.data.sources.grouping import ChosenSamples, GroupedByImage, JoinedSamples, group_by_image
+from vlm_distill_cache.data.sources.kept import surveys
 from vlm_distill_cache.data.sources.llava import LlavaDataset
 from vlm_distill_cache.data.sources.messages import MessagesDataset
+from vlm_distill_cache.stage1_teacher.planning.same_texts import _Unread
 
 IMAGES = ["b.png", "a.png", None, "b.png", "c.png", "a.png", None, "b.png"]
 ORDER = [0, 3, 7, 1, 5, 2, 4, 6]  # by the first appearance of the image; those without one stay single
@@ -123,3 +126,33 @@ def test_text_columns_of_a_saved_folder_name_their_images(tmp_path):
     }
     datasets.Dataset.from_dict(table).save_to_disk(str(tmp_path / "saved"))
     assert group_by_image(open_dataset(str(tmp_path / "saved"))).sample_ids == ["x", "z", "y"]
+
+
+def test_samples_chosen_or_joined_otherwise_are_made_of_something_else(tmp_path, monkeypatch):
+    """And are told apart where what was found out about them is kept."""
+    monkeypatch.setenv("VLM_DISTILL_CACHE_DIR", str(tmp_path / "near"))
+    monkeypatch.setattr(surveys, "SHARED_FROM", 0)
+    monkeypatch.setattr(surveys.os, "sched_getaffinity", lambda _: {0})
+    lines = messages_file(tmp_path)
+    lines.write_text(lines.read_text().replace("question", "asked"))
+    one, other = LlavaDataset(llava_file(tmp_path)), MessagesDataset(lines)
+    count = len(one) + len(other)
+    made = [
+        ChosenSamples(one, [0, 1], name="a"),
+        ChosenSamples(one, [1, 0], name="b"),
+        ChosenSamples(other, range(2), name="c"),
+        JoinedSamples([one, other], name="d"),
+        JoinedSamples([one, other], name="e", names=["x", "y"]),
+        JoinedSamples([one, other], name="f", names=["x", "z"]),
+        JoinedSamples([one, other], name="g", order=np.arange(count).reshape(2, -1).T.ravel()),
+        JoinedSamples([other, one], name="h"),
+    ]
+    expected = [fingerprint_samples(data) for data in made]
+    assert [data.fingerprint() for data in made] == expected
+    assert [data.fingerprint() for data in made] == expected  # kept by now
+    assert len({*expected}) == len(made)
+    unread = _Unread(one, [0, 1], name="a")
+    assert unread.made_of() == made[0].made_of()
+    unread.failed = frozenset({"s0"})
+    assert unread.made_of() is None
+    assert unread.fingerprint() == fingerprint_samples(unread) != expected[0]

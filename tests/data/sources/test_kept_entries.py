@@ -1,7 +1,8 @@
-"""Ids of large JSON lines, CSV and parquet files: what a look at the file says, found once, never believed of another file."""
+"""Ids of large JSON, CSV and parquet files: what a look at the file says, found once, never believed of another file."""
 
 import csv
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 
 from vlm_distill_cache.common.cache.index import hash_ids
-from vlm_distill_cache.common.errors import SampleError
+from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.registry import open_dataset
-from vlm_distill_cache.data.sources import csv_rows, messages, parquet, table
+from vlm_distill_cache.data.sources import csv_rows, llava, messages, parquet, table
+from vlm_distill_cache.data.sources.kept import files, surveys
+
+READERS = {".jsonl": messages, ".json": llava, ".csv": csv_rows, ".parquet": table}
 
 COUNT = 60
 IDS = [None if i % 7 == 6 else f"né-{i % 40}" if i % 2 else i % 40 for i in range(COUNT)]  # some missing, some repeated
@@ -25,6 +29,9 @@ def write(path, answer="a circle"):
         lines = [json.dumps(entry) for entry in entries]
         lines[3], lines[5] = '{"id": ', ""
         path.write_text("\n".join(lines))
+    elif path.suffix == ".json":
+        entries[3] = ["no", "entry"]
+        path.write_text(json.dumps(entries, indent=1, ensure_ascii=False))
     elif path.suffix == ".csv":
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, entries[0])
@@ -55,7 +62,7 @@ def copied(data):
     return pickle.loads(pickle.dumps(data))  # noqa: S301 - made here
 
 
-@pytest.fixture(params=["a.jsonl", "a.csv", "a.parquet"])
+@pytest.fixture(params=["a.jsonl", "a.json", "a.csv", "a.parquet"])
 def path(request, tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_DISTILL_CACHE_DIR", str(tmp_path / "near"))
     return write(tmp_path / request.param)
@@ -65,20 +72,18 @@ def path(request, tmp_path, monkeypatch):
 def looks(monkeypatch):
     """From now on files of any size are kept; how often one is looked at."""
     found = []
-    for module in (messages, csv_rows, table):
+    for module in READERS.values():
         monkeypatch.setattr(
             module, "resolve_ids", lambda *a, inner=module.resolve_ids, **k: found.append(1) or inner(*a, **k)
         )
-    for module in (messages, csv_rows):
-        monkeypatch.setattr(module, "KEPT_FROM", 0)
+    monkeypatch.setattr(files, "KEPT_FROM", 0)
     monkeypatch.setattr(parquet, "SHARED_FROM", 0)
     return found
 
 
 def test_what_is_kept_says_what_a_look_at_the_file_says_and_no_later_process_looks(path, looks, monkeypatch, tmp_path):
     with monkeypatch.context() as small:
-        for module in (messages, csv_rows):
-            small.setattr(module, "KEPT_FROM", 1 << 30)
+        small.setattr(files, "KEPT_FROM", 1 << 30)
         small.setattr(parquet, "SHARED_FROM", 1 << 30)
         plain = open_dataset(str(path))
         expected, survey = seen(plain), plain.survey()
@@ -88,6 +93,7 @@ def test_what_is_kept_says_what_a_look_at_the_file_says_and_no_later_process_loo
     for _ in range(3):
         data = open_dataset(str(path))
         assert (seen(data), data.survey()) == (expected, survey)
+        monkeypatch.setattr(surveys, "survey_samples", pytest.fail)  # it is made once
     assert len(looks) == 1
     assert seen(copied(data)) == expected
     assert len(looks) == 1
@@ -120,7 +126,7 @@ def test_a_file_that_has_changed_and_a_damaged_kept_one_are_looked_at_again(path
 
 
 def test_what_changes_while_it_is_looked_at_is_not_kept(path, looks, monkeypatch, tmp_path):
-    module = {".jsonl": messages, ".csv": csv_rows, ".parquet": table}[path.suffix]
+    module = READERS[path.suffix]
     resolve = module.resolve_ids
 
     def and_touch(*arguments, **options):
@@ -130,3 +136,51 @@ def test_what_changes_while_it_is_looked_at_is_not_kept(path, looks, monkeypatch
     monkeypatch.setattr(module, "resolve_ids", and_touch)
     open_dataset(str(path))
     assert not [*(tmp_path / "near").rglob("entries/*")]
+
+
+def test_another_process_never_takes_a_changed_file_for_the_one_that_was_opened(path, looks, tmp_path):
+    data = pickle.dumps(open_dataset(str(path)))
+    expected, stamp = seen(open_dataset(str(path))), path.stat()
+    shutil.rmtree(tmp_path / "near")
+    before = path.read_bytes()
+    write(path, "an unlike shape")
+    os.utime(path, ns=(7, 7))
+    pickle.loads(data)  # noqa: S301 - made here
+    path.write_bytes(before)
+    os.utime(path, ns=(stamp.st_mtime_ns, stamp.st_mtime_ns))
+    assert seen(open_dataset(str(path))) == expected
+
+
+def _open(path, where):
+    where.put(seen(open_dataset(str(path))))
+
+
+@pytest.mark.parametrize("path", ["a.jsonl", "a.json", "a.csv"], indirect=True)
+def test_two_processes_that_look_at_a_file_at_once_agree(path, looks):
+    fork = multiprocessing.get_context("fork")
+    where = fork.SimpleQueue()
+    processes = [fork.Process(target=_open, args=(path, where)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = [where.get() for _ in processes]
+    for process in processes:
+        process.join()
+    assert found[0] == found[1] == seen(open_dataset(str(path)))
+
+
+@pytest.mark.parametrize("path", ["a.jsonl", "a.json"], indirect=True)
+def test_an_entry_of_a_file_that_changes_under_a_process_is_refused(path, looks):
+    data = open_dataset(str(path))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=r"has changed: sample"):
+        seen(data)
+
+
+def test_of_a_list_in_one_line_only_its_beginning_is_looked_at_to_tell_it_from_lines(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text(" \n" * 2000 + json.dumps([{"question": "what?", "answer": "x" * 100_000}]))
+    monkeypatch.setattr(messages, "parse_line", pytest.fail)
+    assert not messages.holds_lines(path)
+    path.write_text(" \n" * 2000 + json.dumps({"question": "what?", "answer": "x"}) + "\n{}")
+    monkeypatch.undo()
+    assert messages.holds_lines(path)

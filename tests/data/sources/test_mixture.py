@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from vlm_distill_cache.common.errors import DataError
 from vlm_distill_cache.data.registry import open_dataset, open_evaluation
-from vlm_distill_cache.data.sample import Weighting
+from vlm_distill_cache.data.sample import Weighting, fingerprint_samples
 from vlm_distill_cache.data.sources.grouping import group_by_image
+from vlm_distill_cache.data.sources.kept import surveys
 from vlm_distill_cache.data.sources.mixture import Part, deal, mixture_weights, read_mixture
 
 
@@ -197,3 +198,36 @@ def test_a_weight_is_a_number_however_it_is_written(tmp_path, written, weight):
 def test_the_smaller_limit_holds(own, given):
     limits = [limit for limit in (own, given) if limit]
     assert Part(data="x", limit=own).limit_within(given) == (min(limits) if limits else None)
+
+
+def test_the_fingerprint_of_many_samples_is_made_once_and_is_that_of_a_look_at_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_DISTILL_CACHE_DIR", str(tmp_path / "near"))
+    for name in ("a.json", "b.jsonl", "sub/a.json", "c.csv"):
+        write(tmp_path, name, [f"{name[0]}{i}" for i in range(6)])
+    (tmp_path / "b.jsonl").write_text('{"id": 1, "caption": "x"}\n{"id": 2, "caption": "y"}')
+    (tmp_path / "c.csv").write_text("id,caption\n1,x\n")
+    texts = [
+        "- a.json\n- b.jsonl\n",
+        "- b.jsonl\n- a.json\n",
+        "- {data: a.json, limit: 3}\n- b.jsonl\n",
+        "- {data: a.json, limit: 4}\n- b.jsonl\n",
+        "- a.json\n- sub/a.json\n",
+        "- a.json\n- c.csv\n",
+    ]
+    expected = [fingerprint_samples(open_dataset(mixture(tmp_path, text))) for text in texts]
+    assert len({*expected}) == len(texts)
+    assert not (tmp_path / "near").exists()
+    monkeypatch.setattr(surveys, "SHARED_FROM", 0)
+    monkeypatch.setattr(surveys.os, "sched_getaffinity", lambda _: {0})
+    with monkeypatch.context() as once:
+        for _ in range(2):
+            found = [open_dataset(mixture(tmp_path, text)).fingerprint() for text in texts]
+            assert found == expected
+            once.setattr(surveys, "survey_samples", pytest.fail)
+    write(tmp_path, "a.json", [f"a{i}" for i in range(7)])
+    assert open_dataset(mixture(tmp_path, texts[0])).fingerprint() != expected[0]
+    drawn = open_dataset(mixture(tmp_path, "- a.json\n- shapes:images=3\n"))
+    kept = {*(tmp_path / "near").rglob("*.bin")}
+    assert drawn.made_of() is None
+    assert drawn.fingerprint() == fingerprint_samples(drawn)
+    assert {*(tmp_path / "near").rglob("*.bin")} == kept

@@ -1,6 +1,6 @@
 """Where a shard lies in a cache: ``shards/01234.tar``, or, of more than 5,000 shards, ``shards/12/12345.tar``.
 
-A shard is two entries of a folder or more, and hubs take no more than 10,000 entries in one.
+A shard is two entries of a folder, and the hub wants no more than 10,000 in one.
 """
 
 from __future__ import annotations

@@ -169,12 +169,12 @@ def test_killed_anywhere_and_resumed_the_bytes_are_the_same(tmp_path, store):
     script = Path(__file__).parents[1] / "kill_everywhere.py"
     root = script.parents[2]
     result = subprocess.run(
-        [sys.executable, script, store, tmp_path, "1", "1"],
+        [sys.executable, script, store, tmp_path, {"zarr": "29", "webdataset": "4"}[store], "1"],
         env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{script.parent}"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) > 8
+    assert int(result.stdout) > 5
 
 
 def test_damage_to_any_file_is_found_and_mended(cache):
@@ -269,20 +269,22 @@ def test_parts_are_merged_into_the_whole(cache, tmp_path):
     assert_reads(tmp_path / "merged")
 
 
-@pytest.mark.parametrize("signals", [None, ("logits",)])
-def test_a_part_is_pulled_with_folders_or_without_as_its_own_size_says(cache, tmp_path, signals):
-    for shards, first in (((1, 2), "shards/00000.json"), ((0, 1, 2), "shards/00/00000.json")):
-        place = tmp_path / str(len(shards))
-        pull_partial(cache, place, Selection(shards=shards, signals=signals))
-        assert verify(place) == []
-        assert (place / first).is_file()
-        opened = open_cache(place)
-        expected = [sample_id(p) for s in shards for p in plan_of().shard_range(s) if p != FAILED]
-        assert list(opened.sample_ids) == expected
-        names = {field.name for field in plan_of().all_fields if field in opened.plan.all_fields}
-        for name in expected:
-            record = make_record(int(name.rpartition(".")[2]))
-            assert_equal_records(opened.read(name, names), {key: record[key] for key in names})
+@pytest.mark.parametrize(
+    ("shards", "signals", "first"),
+    [((1, 2), None, "shards/00000.json"), ((0, 1, 2), ("logits",), "shards/00/00000.json")],
+)
+def test_a_part_lies_in_folders_or_not_as_its_own_size_says(cache, tmp_path, shards, signals, first):
+    place = tmp_path / "part"
+    pull_partial(cache, place, Selection(shards=shards, signals=signals))
+    assert verify(place) == []
+    assert (place / first).is_file()
+    opened = open_cache(place)
+    expected = [sample_id(p) for s in shards for p in plan_of().shard_range(s) if p != FAILED]
+    assert list(opened.sample_ids) == expected
+    names = {field.name for field in plan_of().all_fields if field in opened.plan.all_fields}
+    for name in expected:
+        record = make_record(int(name.rpartition(".")[2]))
+        assert_equal_records(opened.read(name, names), {key: record[key] for key in names})
 
 
 def test_a_cache_goes_to_a_folder_and_back_and_over_another(cache, tmp_path):
@@ -356,7 +358,7 @@ def test_places_follow_a_plan_that_takes_anothers_place(folders, tmp_path):
     assert planned_shards(tmp_path) == 0
     for samples in (4, 6, 4):
         shutil.rmtree(tmp_path / "c", ignore_errors=True)
-        build_cache(tmp_path / "c", make_plan(samples=samples, shard_size=2))
+        build_cache(tmp_path / "c", make_plan("webdataset", samples=samples, shard_size=2, signals={}, fields={}))
         assert planned_shards(tmp_path / "c") == samples // 2
         assert (tmp_path / "c" / "shards/00000.json").exists() == (samples == 4)
 

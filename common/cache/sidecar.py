@@ -221,12 +221,13 @@ def missing_shards(cache_dir: Path, plan: Plan) -> list[int]:
     """Return the shards without a sidecar: the work that is left."""
     count, there = plan.shard_count, set()
     for folder in shard_folders(cache_dir, count):
+        within = folder.relative_to(cache_dir).as_posix()
         with (
             contextlib.suppress(FileNotFoundError, NotADirectoryError),
             os.scandir(folder) as entries,  # of many shards, far less than to ask for each
         ):
-            there |= {entry.path for entry in entries if entry.name.endswith(".json") and entry.is_file()}
-    return [index for index in range(count) if str(cache_dir / sidecar_name(index, count)) not in there]
+            there |= {f"{within}/{entry.name}" for entry in entries if entry.name.endswith(".json") and entry.is_file()}
+    return [index for index in range(count) if sidecar_name(index, count) not in there]
 
 
 def read_files(data: Mapping[str, Any], where: str) -> dict[str, FileEntry]:

@@ -158,7 +158,7 @@ def _verify(cache_dir: Path, *, deep: bool, on_shard: Callable[[], object] | Non
     known = {MANIFEST, CARD, PLAN}
     if manifest is not None:
         damages += _check_manifest(cache_dir, plan, manifest)
-        known |= manifest.files.keys()
+        known.update(manifest.files)
     unlisted: list[str] = []
     builder, field_bytes = IndexBuilder(), Counter({field.name: 0 for field in plan.all_fields})
     for index in range(plan.shard_count):
@@ -166,7 +166,7 @@ def _verify(cache_dir: Path, *, deep: bool, on_shard: Callable[[], object] | Non
         found, sidecar = verify_shard(cache_dir, index, plan, manifest, deep=deep)
         damages += found
         if sidecar is not None:
-            known |= sidecar.files.keys()
+            known.update(sidecar.files)  # `|=` with keys would copy all that is known
             builder.add(sidecar)
             field_bytes.update(sidecar.field_bytes)
         else:  # nobody can say which files belong to it

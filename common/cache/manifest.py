@@ -20,6 +20,7 @@ from vlm_distill_cache.common.cache.documents import (
     write_document,
 )
 from vlm_distill_cache.common.cache.index import INDEX, build_index
+from vlm_distill_cache.common.cache.layout import shard_folders
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import ONE_PICTURE
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, SINKS, check_digests, side_files
@@ -248,7 +249,7 @@ def seal(cache_dir: Path, *, fidelity: dict[str, Any] | None = None, rewritten: 
         sealed = read_manifest(cache_dir).files
         # The index is written anew from the sidecars, and the sinks from the records, whatever became of them.
         check_digests(cache_dir, {name: entry for name, entry in sealed.items() if name not in (INDEX, SINKS)})
-    for folder in (cache_dir, cache_dir / SHARDS):
+    for folder in (cache_dir, *shard_folders(cache_dir, read_plan(cache_dir).shard_count)):
         clean_stale(folder)
     manifest, index = derive_manifest(cache_dir, fidelity=fidelity)
     with index:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vlm_distill_cache.common.cache.documents import (
     read_document,
     write_document,
 )
+from vlm_distill_cache.common.cache.layout import refuse_flat
 from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field, base_fields, check_fields
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.hashing import fingerprint
@@ -179,18 +181,38 @@ def read_plan(cache_dir: Path, *, sketch: bool = False) -> Plan:
         sketch: Take that of a sketch, too.
 
     Raises:
-        CacheFormatError: If there is none, or it is damaged or from a newer format.
+        CacheFormatError: If there is none, or it is damaged or from a newer format, or its shards lie elsewhere.
     """
     path = cache_dir / PLAN
     if not sketch and other_folders.is_sketch(cache_dir):
         raise CacheFormatError(f"{cache_dir}: {other_folders.IS_SKETCH}")
     try:
-        return Plan.from_dict(read_document(path, max_bytes=MAX_PLAN_BYTES), str(path))
+        plan = Plan.from_dict(read_document(path, max_bytes=MAX_PLAN_BYTES), str(path))
     except FileNotFoundError:
         raise CacheFormatError(
             f"{cache_dir}: not a teacher cache (no {PLAN}): {other_folders.describe_folder(cache_dir)}; build one with "
             "`teacher-cache build`, or give the folder that holds plan.json"
         ) from None
+    refuse_flat(cache_dir, plan.shard_count)
+    return plan
+
+
+def planned_shards(cache_dir: Path) -> int:
+    """Number of shards of the plan in a folder, on which depends where they lie; 0 where there is none.
+
+    Raises:
+        CacheFormatError: As `read_plan`.
+    """
+    try:
+        found = (cache_dir / PLAN).stat()
+    except OSError:
+        return 0
+    return _planned_shards(cache_dir, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=64)
+def _planned_shards(cache_dir: Path, *_identity: int) -> int:
+    return read_plan(cache_dir).shard_count
 
 
 def refuse_changed_plan(old: Plan, new: Plan, *, where: str = "the cache") -> None:

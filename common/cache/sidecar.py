@@ -1,4 +1,4 @@
-"""Sidecars: what one finished shard holds, ``shards/00000.json``.
+"""Sidecars: what one finished shard holds, ``shards/00000.json`` (`layout.shard_stem`).
 
 A shard exists if and only if its sidecar does; it is written last. So the work left is the plan minus the
 sidecars, whoever asks and however many processes share it.
@@ -6,6 +6,7 @@ sidecars, whoever asks and however many processes share it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 
 from vlm_distill_cache.common.cache.document_rules import SIDECAR
 from vlm_distill_cache.common.cache.documents import parse_document, safe_path, write_document
-from vlm_distill_cache.common.cache.plan import SHARDS, Plan
+from vlm_distill_cache.common.cache.layout import shard_folders, shard_stem
+from vlm_distill_cache.common.cache.plan import Plan, planned_shards
 from vlm_distill_cache.common.cache.schema import ONE_PICTURE
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import read_bounded
@@ -159,14 +161,19 @@ class ShardSidecar:
         )
 
 
+def shard_path(cache_dir: Path, index: int, suffix: str) -> Path:
+    """Return where a file of shard ``index`` lies, as the plan in the folder says."""
+    return cache_dir / f"{shard_stem(index, planned_shards(cache_dir))}{suffix}"
+
+
 def sidecar_path(cache_dir: Path, index: int) -> Path:
-    """Return where the sidecar of shard ``index`` lies."""
-    return cache_dir / sidecar_name(index)
+    """Return where the sidecar of shard ``index`` lies, as the plan in the folder says."""
+    return shard_path(cache_dir, index, "json")
 
 
-def sidecar_name(index: int) -> str:
-    """Return the path of a sidecar relative to the cache."""
-    return f"{SHARDS}/{index:05d}.json"
+def sidecar_name(index: int, shard_count: int) -> str:
+    """Return the path of a sidecar relative to its cache of so many shards."""
+    return f"{shard_stem(index, shard_count)}json"
 
 
 def write_sidecar(cache_dir: Path, sidecar: ShardSidecar) -> None:
@@ -212,12 +219,15 @@ def parse_sidecar(data: bytes, index: int, where: str) -> ShardSidecar:
 
 def missing_shards(cache_dir: Path, plan: Plan) -> list[int]:
     """Return the shards without a sidecar: the work that is left."""
-    try:
-        with os.scandir(cache_dir / SHARDS) as entries:  # of many shards, far less than to ask for each
-            there = {entry.name for entry in entries if entry.name.endswith(".json") and entry.is_file()}
-    except (FileNotFoundError, NotADirectoryError):
-        there = set()
-    return [i for i in range(plan.shard_count) if f"{i:05d}.json" not in there]
+    count, there = plan.shard_count, set()
+    for folder in shard_folders(cache_dir, count):
+        within = folder.relative_to(cache_dir).as_posix()
+        with (
+            contextlib.suppress(FileNotFoundError, NotADirectoryError),
+            os.scandir(folder) as entries,  # of many shards, far less than to ask for each
+        ):
+            there |= {f"{within}/{entry.name}" for entry in entries if entry.name.endswith(".json") and entry.is_file()}
+    return [index for index in range(count) if sidecar_name(index, count) not in there]
 
 
 def read_files(data: Mapping[str, Any], where: str) -> dict[str, FileEntry]:
@@ -240,7 +250,7 @@ def check_sidecar(sidecar: ShardSidecar, plan: Plan, where: str) -> None:
     names = {f.name for f in plan.all_fields}
     if sidecar.field_bytes.keys() != names:
         raise CacheFormatError(f"{where}: fields {sorted(sidecar.field_bytes)}; the plan has {sorted(names)}")
-    stem = f"{SHARDS}/{sidecar.index:05d}."
+    stem = shard_stem(sidecar.index, plan.shard_count)
     for name in sidecar.files:
         if not name.startswith(stem):
             raise CacheFormatError(f"{where}: lists {name}, which is not a file of shard {sidecar.index}")

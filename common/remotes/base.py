@@ -33,7 +33,7 @@ class Remote(ABC):
         location: The address, for people; secrets in it are left out.
         upload_files: How many files one call to ``upload`` should hold at least: many where each call is a commit.
         upload_jobs: How many calls to ``upload`` may run at once.
-        folder_files: How many files a folder may hold; None: any number.
+        advised_files: How many files a place should hold at most, as its host asks; None: any number.
         keeps_conditions: Whether a file can be written on the condition that no other has come before; False where a
             lock keeps others off, and once a store has said that it cannot.
         commits: Each write holds only if nobody has written since the one before: nothing needs to be looked at later.
@@ -41,7 +41,7 @@ class Remote(ABC):
 
     upload_files = 1
     upload_jobs = 8
-    folder_files: int | None = None
+    advised_files: int | None = None
     keeps_conditions = True
     commits = False
 

@@ -163,7 +163,8 @@ def in_parallel(tasks: Iterable[Callable[[], _T]], jobs: int) -> list[_T]:
 
 def descriptions(manifest: Manifest) -> dict[str, FileEntry]:
     """Return everything of a cache that its manifest lists: sidecars, and the files beside the shards."""
-    return manifest.files | {sidecar_name(shard.index): shard.sidecar for shard in manifest.shards}
+    count = len(manifest.shards)
+    return manifest.files | {sidecar_name(shard.index, count): shard.sidecar for shard in manifest.shards}
 
 
 def cache_bytes(manifest: Manifest) -> int:

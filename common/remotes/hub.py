@@ -47,7 +47,7 @@ class HubRemote(WebRemote):
 
     upload_files = 500
     upload_jobs = 1
-    folder_files = 10_000  # https://huggingface.co/docs/hub/repositories-recommendations
+    advised_files = 100_000  # https://huggingface.co/docs/hub/repositories-recommendations
     commits = True
     no_access = NO_ACCESS
 

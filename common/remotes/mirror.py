@@ -23,8 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vlm_distill_cache.common.cache.document_rules import MAX_SHARDS
+from vlm_distill_cache.common.cache.layout import files_of_shard, shard_stem
 from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest
-from vlm_distill_cache.common.cache.plan import SHARDS, read_plan
+from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.cache.side_files import MANIFEST, SINKS, check_digests, check_sizes
 from vlm_distill_cache.common.cache.sidecar import FileEntry, check_sidecar, read_sidecar, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
@@ -241,11 +243,11 @@ def _evict(path: Path) -> bool:
     if free is None:
         return False
     try:
-        shards = path.parent.with_name(_CACHE) / SHARDS
-        for file in shards.glob(f"{path.name}.*"):
-            if file.suffix != ".json":
+        folder, shard = path.parent.with_name(_CACHE), int(path.name)
+        for stem in (shard_stem(shard, 0), shard_stem(shard, MAX_SHARDS)):  # of few shards, or of many
+            for file in files_of_shard(folder, stem):
                 remove(file)
-        clean_stale(shards, f"{path.name}.")
+            clean_stale((folder / stem).parent, f"{path.name}.")
         path.write_bytes(b"")
     finally:
         free.release()

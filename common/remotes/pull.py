@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vlm_distill_cache.common.cache.documents import parse_document
+from vlm_distill_cache.common.cache.layout import shard_folders
 from vlm_distill_cache.common.cache.manifest import Manifest, refuse_other_plan
 from vlm_distill_cache.common.cache.other_folders import refuse_inside
-from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
+from vlm_distill_cache.common.cache.plan import PLAN, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, MAX_CARD_BYTES
 from vlm_distill_cache.common.cache.sidecar import FileEntry, check_sidecar, read_sidecar, sidecar_name, sidecar_path
 from vlm_distill_cache.common.config import save_replay
@@ -111,7 +112,7 @@ def _pull_held(
     finally:
         if lock is not None:
             lock.release()
-    for folder in (target, target / SHARDS):
+    for folder in (target, *shard_folders(target, plan.shard_count)):
         clean_stale(folder)
     return moved
 
@@ -160,7 +161,7 @@ def _check_descriptions(target: Path, plan: Plan, manifest: Manifest) -> None:
         sidecar = read_sidecar(target, index)
         path = sidecar_path(target, index)
         check_sidecar(sidecar, plan, str(path))
-        if sidecar_name(index) in sidecar.files or len(sidecar.files) > MAX_SHARD_FILES:
+        if sidecar_name(index, plan.shard_count) in sidecar.files or len(sidecar.files) > MAX_SHARD_FILES:
             raise CacheFormatError(
                 f"{path}: lists itself, or {len(sidecar.files)} files, above {MAX_SHARD_FILES}; damaged or hostile, "
                 "run `cachectl verify` on the source"

@@ -9,6 +9,7 @@ killed goes on with the shards whose sidecars are not there yet. One push at a t
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from vlm_distill_cache.common.cache.plan import PLAN, Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import CARD, MANIFEST, refuse_occupied
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, read_sidecar, sidecar_name, sidecar_path
 from vlm_distill_cache.common.config import save_replay
-from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
+from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, TransferError
 from vlm_distill_cache.common.files.atomic import MAX_JSON_BYTES, hold_folder
 from vlm_distill_cache.common.files.disk import refuse_overlap
 from vlm_distill_cache.common.locations import by_make, is_url
@@ -41,6 +42,7 @@ from vlm_distill_cache.common.remotes.fetch import (
 from vlm_distill_cache.common.remotes.streams import stoppable
 
 _T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 
 def push(
@@ -85,13 +87,8 @@ def _push_held(
 ) -> tuple[Manifest, Transferred]:
     """Push a cache whose folder stays what it is."""
     manifest, counts = read_whole(cache_dir)
-    if remote.folder_files is not None and 2 * len(counts) > remote.folder_files:
-        samples = manifest.totals["samples"] + manifest.totals["failed"]
-        raise ConfigError(
-            f"{remote.location}: keeps at most {remote.folder_files} files in a folder, and the {len(counts)} shards of "
-            f"{cache_dir} are two or more each; push the cache to s3://BUCKET/PREFIX or a folder, or build it with a larger "
-            f"shard_size ({by_make('CACHE_SET=', '--set ')}shard_size={-(-2 * samples // remote.folder_files)} or more)"
-        )
+    if said := many_files(remote, manifest, counts):
+        _log.warning("%s", said)
     progress = Progress(cache_bytes(manifest), on_progress)
     there = None if overwrite else read_remote_state(remote)
     with contextlib.nullcontext(lambda: None) if there == manifest else remote.hold() as check:
@@ -125,7 +122,7 @@ def read_whole(cache_dir: Path) -> tuple[Manifest, list[int]]:
     counts = []
     for index, summary in enumerate(manifest.shards):
         if not is_intact(sidecar_path(cache_dir, index), summary.sidecar):
-            raise _damaged(cache_dir, sidecar_name(index))
+            raise _damaged(cache_dir, sidecar_name(index, plan.shard_count))
         files = read_sidecar(cache_dir, index).files
         counts.append(len(files) + 1)
         for name, entry in files.items():
@@ -133,6 +130,19 @@ def read_whole(cache_dir: Path) -> tuple[Manifest, list[int]]:
             if not path.is_file() or path.stat().st_size != entry.size:
                 raise _damaged(cache_dir, name)
     return manifest, counts
+
+
+def many_files(remote: Remote, manifest: Manifest, counts: list[int]) -> str:
+    """What to say of a cache of more files than the place asks for; nothing if it is not."""
+    files = sum(counts) + len(manifest.files) + 1
+    if remote.advised_files is None or files <= remote.advised_files:
+        return ""
+    tars = "" if sum(counts) == 2 * len(counts) else "`cachectl convert --store webdataset` makes two files of a shard; else "
+    return (
+        f"{remote.location}: the cache has {files:,} files, and no more than {remote.advised_files:,} are advised there: commits, "
+        f"listings and clones of the repository will be slow; {tars}push to s3://BUCKET/PREFIX or a folder, or build it with a "
+        f"larger shard_size ({by_make('CACHE_SET=', '--set ')}shard_size=...)"
+    )
 
 
 def _damaged(cache_dir: Path, name: str) -> CacheFormatError:
@@ -228,7 +238,7 @@ class _Push:
 
     def sidecars(self) -> list[str]:
         """The names of all sidecars."""
-        return [sidecar_name(shard) for shard in range(len(self.counts))]
+        return [sidecar_name(shard, len(self.counts)) for shard in range(len(self.counts))]
 
     def publish(self, there: Manifest | str | None) -> None:
         """Write the manifest last, and take it back if what it names is not what is there."""
@@ -263,7 +273,7 @@ class _Push:
         files: dict[str, Path] = {}
         present = size = 0
         for shard in shards:
-            name, sidecar = sidecar_name(shard), read_sidecar(self.cache_dir, shard)
+            name, sidecar = sidecar_name(shard, len(self.counts)), read_sidecar(self.cache_dir, shard)
             shard_bytes = sidecar.stored_bytes + (self.cache_dir / name).stat().st_size
             if begun and self._is_there(name):
                 present += len(sidecar.files) + 1
@@ -304,12 +314,12 @@ class _Push:
             count = Plan.from_dict(parse_document(data, f"{self.remote.location}/{PLAN}")).shard_count
         except (FileNotFoundError, CacheFormatError):
             count = 0  # no plan of ours: what else is there is not ours to judge
-        self._by_shard(self._clear_batch, [1] * count)
+        self._by_shard(partial(self._clear_batch, count), [1] * count)
         self.remote.delete([PLAN])
 
-    def _clear_batch(self, shards: list[int]) -> None:
+    def _clear_batch(self, count: int, shards: list[int]) -> None:
         names: list[str] = []
-        for name in map(sidecar_name, shards):
+        for name in (sidecar_name(shard, count) for shard in shards):
             try:
                 data = self.remote.read(name, max_bytes=MAX_JSON_BYTES)
                 files = ShardSidecar.from_dict(parse_document(data, name), name).files

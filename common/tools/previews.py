@@ -21,7 +21,7 @@ from vlm_distill_cache.common.remotes import open_remote
 from vlm_distill_cache.common.remotes.base import Remote
 from vlm_distill_cache.common.remotes.fetch import cache_bytes, in_parallel, read_remote_manifest
 from vlm_distill_cache.common.remotes.pull import refuse_other_content
-from vlm_distill_cache.common.remotes.push import read_remote_state, read_whole
+from vlm_distill_cache.common.remotes.push import many_files, read_remote_state, read_whole
 from vlm_distill_cache.common.tools.convert import open_source
 from vlm_distill_cache.common.tools.derive import another_folder
 from vlm_distill_cache.common.tools.merge import check_sources
@@ -34,7 +34,7 @@ def preview_push(cache_dir: Path, location: str, *, jobs: int, overwrite: bool) 
     outlook = Outlook([f"cachectl push would copy {cache_dir} to {location}"])
     manifest: Manifest | None = None
     with outlook.checking():
-        manifest, _ = read_whole(cache_dir)
+        manifest, counts = read_whole(cache_dir)
     with outlook.checking():
         refuse_overlap(cache_dir, location)
         if not is_url(location):
@@ -66,7 +66,7 @@ def preview_push(cache_dir: Path, location: str, *, jobs: int, overwrite: bool) 
             []
             if there is not None
             else in_parallel(
-                [partial(_shard_there, remote, cache_dir, index) for index in range(len(manifest.shards))], jobs
+                [partial(_shard_there, remote, cache_dir, len(manifest.shards), index) for index in range(len(manifest.shards))], jobs
             )
         )
         done = sum(present)
@@ -75,16 +75,18 @@ def preview_push(cache_dir: Path, location: str, *, jobs: int, overwrite: bool) 
             f"  {manifest.totals['samples']} samples in {len(manifest.shards)} shards; to send: {size_words(left)} of "
             f"{size_words(cache_bytes(manifest))}{', replacing what is there' if there is not None else ''}"
         )
+        if said := many_files(remote, manifest, counts):
+            outlook.lines.append(f"  {said}")
         if not is_url(location):
             outlook.needs_room(Path(location), left, "cache")
     return outlook
 
 
-def _shard_there(remote: Remote, cache_dir: Path, index: int) -> int:
+def _shard_there(remote: Remote, cache_dir: Path, shard_count: int, index: int) -> int:
     """The bytes of a shard that an earlier push has sent; 0 if it has not."""
     ours = sidecar_path(cache_dir, index).read_bytes()
     with contextlib.suppress(FileNotFoundError, CacheFormatError):
-        if remote.read(sidecar_name(index), max_bytes=len(ours)) == ours:
+        if remote.read(sidecar_name(index, shard_count), max_bytes=len(ours)) == ours:
             return read_sidecar(cache_dir, index).stored_bytes + len(ours)
     return 0
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from vlm_distill_cache.common.cache.index import INDEX, index_file
+from vlm_distill_cache.common.cache.layout import files_of_shard, shard_stem
 from vlm_distill_cache.common.cache.manifest import read_manifest
-from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
+from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, planned_shards, read_plan
 from vlm_distill_cache.common.cache.side_files import MANIFEST, is_below_links
-from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_name, sidecar_path
+from vlm_distill_cache.common.cache.sidecar import FileEntry, sidecar_name
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.files.atomic import fsync_directory, hold_folder, remove, try_lock, write_stream_atomic
 from vlm_distill_cache.common.printing import brief, one_line
@@ -105,7 +106,7 @@ def _plan_steps(cache_dir: Path, damages: list[Damage]) -> Iterator[Repair]:
             dropped.setdefault(damage.shard or 0, []).append(f"{damage.path}: {damage.reason}")
     for shard, reasons in sorted(dropped.items()):
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-        yield Repair(path=sidecar_name(shard), action="remove", reason=reasons[0] + more)
+        yield Repair(path=sidecar_name(shard, plan.shard_count), action="remove", reason=reasons[0] + more)
     for damage in by_kind.get("missing", []):
         for path in () if damage.shard in spared else _shard_files(cache_dir, damage.shard or 0):
             if (lock := try_lock(path)) is not None:  # else its writer is about to publish the sidecar
@@ -159,8 +160,7 @@ def _keep(damage: Damage, why: str = "") -> Repair:
 
 
 def _shard_files(cache_dir: Path, shard: int) -> list[Path]:
-    sidecar = sidecar_path(cache_dir, shard)
-    return sorted(p for p in sidecar.parent.glob(f"{shard:05d}.*") if p != sidecar)
+    return files_of_shard(cache_dir, shard_stem(shard, planned_shards(cache_dir)))
 
 
 def _do(cache_dir: Path, step: Repair) -> None:

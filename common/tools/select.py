@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from vlm_distill_cache.common.cache.index import INDEX, SampleIndex
 from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, refuse_other_plan
-from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
+from vlm_distill_cache.common.cache.layout import files_of_shard, shard_stem
+from vlm_distill_cache.common.cache.plan import PLAN, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import SEVERAL_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages
 from vlm_distill_cache.common.cache.side_files import refuse_occupied
@@ -401,10 +402,11 @@ class _Source:
 
     def sidecars(self, shards: Sequence[int]) -> dict[int, ShardSidecar]:
         """Download sidecars, checked against the manifest."""
-        self._fetch({sidecar_name(shard): self.manifest.shards[shard].sidecar for shard in shards})
+        count = self.plan.shard_count
+        self._fetch({sidecar_name(shard, count): self.manifest.shards[shard].sidecar for shard in shards})
         self.chosen_sidecars = {shard: read_sidecar(self._folder, shard) for shard in shards}
         for shard, sidecar in self.chosen_sidecars.items():
-            where = f"{self.remote.location}/{sidecar_name(shard)}"
+            where = f"{self.remote.location}/{sidecar_name(shard, count)}"
             check_sidecar(sidecar, self.plan, where)
             if ShardSummary.of(sidecar) != self.manifest.shards[shard]:
                 raise CacheFormatError(f"{where}: says other things than the manifest; damaged")
@@ -441,9 +443,8 @@ class _Source:
             shard, reader, _ = self._open
             reader.close()
             self._open = None
-            for path in (self._folder / SHARDS).glob(f"{shard:05d}.*"):
-                if path.suffix != ".json":
-                    remove(path)
+            for path in files_of_shard(self._folder, shard_stem(shard, self.plan.shard_count)):
+                remove(path)
 
     def _fetch(self, files: Mapping[str, FileEntry]) -> None:
         fetch_files(self.remote, self._folder, files, jobs=self._jobs)
@@ -461,7 +462,7 @@ def needed_files(files: Mapping[str, FileEntry], names: frozenset[str] | None) -
     arrays |= {f"{name}_offsets" for name in arrays}
     wanted = {}
     for path, entry in files.items():
-        parts = path.split("/")  # shards/00000.zarr/ARRAY/c/0
-        if len(parts) < 4 or parts[2] in arrays:
+        inside = path.partition(".zarr/")[2].split("/")  # shards/00000.zarr/ARRAY/c/0
+        if len(inside) < 2 or inside[0] in arrays:
             wanted[path] = entry
     return wanted

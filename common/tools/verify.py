@@ -6,7 +6,6 @@ Holds one shard in memory at a time, and 24 bytes a sample to notice repeated id
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from vlm_distill_cache.common.cache.index import INDEX, IndexBuilder, index_damage
+from vlm_distill_cache.common.cache.layout import shard_folders, shard_of, shard_stem, stem_of
 from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, read_manifest
 from vlm_distill_cache.common.cache.other_folders import is_part_of_cache
 from vlm_distill_cache.common.cache.plan import PLAN, SHARDS, Plan, read_plan
@@ -49,8 +49,6 @@ _READ_IT = "it may be sound: make it readable first (mode and owner, of the fold
 _MAX_REASON = 600
 _SEAL = "run `teacher-cache seal`"
 _MAKE_ANEW = "run `cachectl repair` (--deep, where only that found it), then `teacher-cache build` again to"
-_SHARD_NAME = re.compile(rf"{SHARDS}/(\d{{5}})\.")
-_SHARD_START = len(f"{SHARDS}/00000.")
 
 Kind = Literal[
     "newer", "plan", "manifest", "unsealed", "shard", "missing", "index", "side file", "data", "leftover", "stranger"
@@ -97,8 +95,7 @@ class Damage:
     @property
     def shard(self) -> int | None:
         """The shard whose file it is, or None."""
-        found = _SHARD_NAME.match(self.path)
-        return int(found[1]) if found else None
+        return shard_of(self.path)
 
     def __str__(self) -> str:
         return f"{one_line(self.path)}: {brief(self.reason, limit=_MAX_REASON)}; {self.remedy}"
@@ -136,7 +133,7 @@ def verify(cache_dir: str | Path, *, deep: bool = False, on_shard: Callable[[], 
 
 def _verify(cache_dir: Path, *, deep: bool, on_shard: Callable[[], object] | None) -> list[Damage]:
     if (cache_dir / SHARDS).is_symlink():
-        return [Damage(SHARDS, "plan", "a link; a cache holds plain files and folders only")]
+        return [_linked(SHARDS)]
     try:
         plan = read_plan(cache_dir)
     except (CacheFormatError, OSError) as error:
@@ -147,6 +144,9 @@ def _verify(cache_dir: Path, *, deep: bool, on_shard: Callable[[], object] | Non
         ):
             raise
         return [_failed(PLAN, "plan", error)]
+    for folder in shard_folders(cache_dir, plan.shard_count):
+        if folder.is_symlink():
+            return [_linked(folder.relative_to(cache_dir).as_posix())]
     damages: list[Damage] = verify_codecs(plan) if deep else []
     deep = deep and not damages  # what its codec may write is not known
     manifest: Manifest | None = None
@@ -158,19 +158,19 @@ def _verify(cache_dir: Path, *, deep: bool, on_shard: Callable[[], object] | Non
     known = {MANIFEST, CARD, PLAN}
     if manifest is not None:
         damages += _check_manifest(cache_dir, plan, manifest)
-        known |= manifest.files.keys()
+        known.update(manifest.files)
     unlisted: list[str] = []
     builder, field_bytes = IndexBuilder(), Counter({field.name: 0 for field in plan.all_fields})
     for index in range(plan.shard_count):
-        known.add(sidecar_name(index))
+        known.add(sidecar_name(index, plan.shard_count))
         found, sidecar = verify_shard(cache_dir, index, plan, manifest, deep=deep)
         damages += found
         if sidecar is not None:
-            known |= sidecar.files.keys()
+            known.update(sidecar.files)  # `|=` with keys would copy all that is known
             builder.add(sidecar)
             field_bytes.update(sidecar.field_bytes)
         else:  # nobody can say which files belong to it
-            unlisted.append(f"{SHARDS}/{index:05d}.")
+            unlisted.append(shard_stem(index, plan.shard_count))
         if on_shard is not None:
             on_shard()
     if not unlisted:  # all sidecars are there
@@ -183,6 +183,10 @@ def _verify(cache_dir: Path, *, deep: bool, on_shard: Callable[[], object] | Non
     if manifest is None:
         unlisted += [path.name for path in cache_dir.iterdir() if path.name != SHARDS]
     return _one_each(damages + _unexpected(cache_dir, known, unlisted))
+
+
+def _linked(folder: str) -> Damage:
+    return Damage(folder, "plan", "a link; a cache holds plain files and folders only")
 
 
 def split_unfinished(damages: list[Damage]) -> tuple[list[Damage], list[Damage]]:
@@ -252,7 +256,7 @@ def verify_shard(
     cache_dir: Path, index: int, plan: Plan, manifest: Manifest | None, *, deep: bool
 ) -> tuple[list[Damage], ShardSidecar | None]:
     """Check one shard as ``verify`` does, and give its sidecar if that can be read."""
-    name = sidecar_name(index)
+    name = sidecar_name(index, plan.shard_count)
     try:
         sidecar, data = read_sidecar_file(cache_dir, index)
         check_sidecar(sidecar, plan, name)
@@ -302,7 +306,7 @@ def _index_damage(cache_dir: Path, builder: IndexBuilder, shard_count: int) -> l
             sidecar = read_sidecar(cache_dir, second.shard)
             names = [name for name, _ in sidecar.failed] if second.failed else sidecar.sample_ids
             reason = f"sample {names[second.position]!r} is in shard {first.shard} too"
-            return [Damage(sidecar_name(second.shard), "data", reason)]
+            return [Damage(sidecar_name(second.shard, shard_count), "data", reason)]
         try:
             wrong = index_damage(cache_dir, expected) if (cache_dir / INDEX).exists() else None
         except (CacheFormatError, OSError) as error:
@@ -313,7 +317,7 @@ def _index_damage(cache_dir: Path, builder: IndexBuilder, shard_count: int) -> l
 def _unexpected(cache_dir: Path, known: set[str], unlisted: list[str]) -> list[Damage]:
     """Find links, leftovers of killed runs, and files on no list; ``unlisted`` begins names to excuse."""
     damages: list[Damage] = []
-    of_shards = {start for start in unlisted if _SHARD_NAME.match(start)}  # there may be many thousands
+    of_shards = {start for start in unlisted if stem_of(start)}  # there may be many thousands
     others = tuple(start for start in unlisted if start not in of_shards)
     folders = [cache_dir]
     while folders:
@@ -341,7 +345,7 @@ def _unexpected(cache_dir: Path, known: set[str], unlisted: list[str]) -> list[D
                 damages.append(Damage(name, "stranger", "a link or device", "replace it by a plain file or folder"))
             elif is_folder:
                 folders.append(path)
-            elif name not in known and name[:_SHARD_START] not in of_shards and not name.startswith(others):
+            elif name not in known and stem_of(name) not in of_shards and not name.startswith(others):
                 damages.append(Damage(name, "stranger", "belongs to no shard and no list"))
     return damages
 
@@ -377,7 +381,7 @@ def content_damage(cache_dir: Path, plan: Plan, sidecar: ShardSidecar, *, deep: 
     Args:
         deep: Decode all records; else only ids, dtypes, shapes and offsets.
     """
-    name = sidecar_name(sidecar.index)
+    name = sidecar_name(sidecar.index, plan.shard_count)
     try:
         reader = open_reader(plan.store, cache_dir, sidecar.index, plan.all_fields)
         try:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm_distill_cache.common.cache.index import INDEX
+from vlm_distill_cache.common.cache.layout import shard_folders
 from vlm_distill_cache.common.cache.manifest import Manifest, read_manifest
 from vlm_distill_cache.common.cache.other_folders import IS_SKETCH, is_sketch, refuse_inside
 from vlm_distill_cache.common.cache.plan import (
@@ -220,9 +221,9 @@ def refuse_others_files(cache_dir: Path, plan: Plan, manifest: Manifest) -> None
         ConfigError: Naming them.
         CacheFormatError: If a list is damaged, or there is a link or a device.
     """
-    shards = range(plan.shard_count)
-    listed = {CARD, MANIFEST, *manifest.files, *map(sidecar_name, shards)}
-    listed |= {name for index in shards for name in read_sidecar(cache_dir, index).files}
+    listed = {CARD, MANIFEST, *manifest.files}
+    for index in range(plan.shard_count):
+        listed |= {sidecar_name(index, plan.shard_count), *read_sidecar(cache_dir, index).files}
     if found := [name for name in walk_files(cache_dir) if name not in listed]:
         raise ConfigError(
             f"{cache_dir} holds {', '.join(found[:5])}{' ...' if len(found) > 5 else ''}, which is not part of the cache and "
@@ -248,7 +249,7 @@ def intact_manifest(cache_dir: Path) -> Manifest | None:
         logger.warning("%s; it is written again from the shards that are there", error)
         return None
     with contextlib.suppress(OSError):  # a read-only disk keeps what a killed run left; it is no part of the cache
-        for folder in (cache_dir, cache_dir / SHARDS, cache_dir / "processor"):
+        for folder in (cache_dir, cache_dir / "processor", *shard_folders(cache_dir, len(manifest.shards))):
             clean_stale(folder)
     return manifest
 

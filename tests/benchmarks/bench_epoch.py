@@ -14,8 +14,9 @@ import numpy as np
 
 from tests.benchmarks.bench_measure import Spread, Values, ratio
 from vlm_distill_cache.common.cache.documents import document_bytes
+from vlm_distill_cache.common.cache.layout import shard_stem
 from vlm_distill_cache.common.cache.manifest import seal
-from vlm_distill_cache.common.cache.plan import SHARDS, Plan, write_plan
+from vlm_distill_cache.common.cache.plan import Plan, write_plan
 from vlm_distill_cache.common.cache.schema import Record
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, sidecar_path
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
@@ -76,7 +77,7 @@ def make_cache(folder: Path, like: Plan, records: Sequence[Record], samples: int
             continue
         sidecar = ShardSidecar(
             index=shard, sample_ids=tuple(map(sample_name, places)), rows=100 * len(places), field_bytes=sizes,
-            files={f"{SHARDS}/{shard:05d}.zarr/zarr.json": FileEntry.of_bytes(str(shard).encode())},
+            files={f"{shard_stem(shard, plan.shard_count)}zarr/zarr.json": FileEntry.of_bytes(str(shard).encode())},
         )  # fmt: skip
         sidecar_path(folder, shard).write_bytes(document_bytes(sidecar.to_dict()))
     seal(folder)

@@ -13,8 +13,9 @@ import numpy as np
 
 from tests.benchmarks.bench_measure import Spread, Values, median_seconds, scaled
 from vlm_distill_cache.common.cache.documents import document_bytes
+from vlm_distill_cache.common.cache.layout import shard_stem
 from vlm_distill_cache.common.cache.manifest import seal
-from vlm_distill_cache.common.cache.plan import SHARDS, Plan, write_plan
+from vlm_distill_cache.common.cache.plan import Plan, write_plan
 from vlm_distill_cache.common.cache.sidecar import FileEntry, ShardSidecar, sidecar_path
 from vlm_distill_cache.common.codecs.logits import LogitCodec
 from vlm_distill_cache.common.opening import open_cache
@@ -50,6 +51,7 @@ assert join.sample_ids[0] == "sample/00000000" and len(join.places) == len(cache
 print(json.dumps({"seconds": seconds, "peak": status("VmHWM") - before}))
 """
 _SEAL = """
+from vlm_distill_cache.common.cache.layout import shard_stem
 from vlm_distill_cache.common.cache.manifest import seal
 before, started = status("VmHWM"), time.perf_counter()
 seal(Path(sys.argv[1]))
@@ -76,9 +78,11 @@ def describe_cache(folder: Path, samples: int, shard_size: int) -> Path:
             sample_ids=tuple(f"sample/{position:08d}" for position in plan.shard_range(shard)),
             rows=100 * len(plan.shard_range(shard)),
             field_bytes=sizes,
-            files={f"{SHARDS}/{shard:05d}.tar": FileEntry.of_bytes(str(shard).encode())},
+            files={f"{shard_stem(shard, plan.shard_count)}tar": FileEntry.of_bytes(str(shard).encode())},
         )
-        sidecar_path(folder, shard).write_bytes(document_bytes(sidecar.to_dict()))
+        path = sidecar_path(folder, shard)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(document_bytes(sidecar.to_dict()))
     seal(folder)
     return folder
 

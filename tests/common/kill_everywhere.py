@@ -1,6 +1,6 @@
 """Kill a build at every file operation, resume it, compare with an uninterrupted build.
 
-Run as ``python kill_everywhere.py STORE FOLDER STRIDE``: a process of its own, because zarr must not have
+Run as ``python kill_everywhere.py STORE FOLDER STRIDE [FLAT_SHARDS]``: a process of its own, because zarr must not have
 been used before the forks. Prints the number of places it was killed at.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cache_factory import build_shard, make_plan, tree
 
+from vlm_distill_cache.common.cache import layout
 from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.plan import write_plan
 from vlm_distill_cache.common.cache.sidecar import missing_shards
@@ -77,6 +78,8 @@ def kill_everywhere(make, folder, stride):
 
 def main():
     store, folder, stride = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    if sys.argv[4:]:
+        layout.FLAT_SHARDS, layout.FOLDER_SHARDS = int(sys.argv[4]), 1
     plan = make_plan(store, samples=5, shard_size=3, signals={}, fields={})  # base fields: fewer files
     sys.stdout.write(f"{kill_everywhere(partial(build, plan), folder, stride)}\n")
 

@@ -11,14 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from vlm_distill_cache.common.cache.plan import SHARDS
 from vlm_distill_cache.common.cache.schema import Field, Record, check_record, version_of
 from vlm_distill_cache.common.cache.side_files import walk_files
-from vlm_distill_cache.common.cache.sidecar import UnknownWords, sidecar_path
+from vlm_distill_cache.common.cache.sidecar import UnknownWords, shard_path, sidecar_path
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.atomic import (
     HeldLock,
     clean_stale,
+    fsync_directory,
     publish_directory,
     publish_file,
     remove,
@@ -116,7 +116,8 @@ class ShardWriter(ABC):
                 ) from None
             remove(temporary)
         self._temporary = None
-        return [f"{SHARDS}/{self._final.name}{name}" for name in names]
+        final = self._final.relative_to(self.cache_dir).as_posix()
+        return [f"{final}{name}" for name in names]
 
     def abort(self) -> None:
         """Drop what is not published, and the lock; may be called at any time, any number of times."""
@@ -193,11 +194,6 @@ def _digests(shard: Path) -> list[tuple[str, str, str, int]]:
     return [(name, *file_digests(shard / name)) for name in names]
 
 
-def shard_path(cache_dir: Path, index: int, suffix: str) -> Path:
-    """Return the final place of a shard."""
-    return cache_dir / SHARDS / f"{index:05d}.{suffix}"
-
-
 def prepare_shard(cache_dir: Path, index: int, suffixes: Sequence[str]) -> None:
     """Make room to write a shard: remove what a killed run left of it.
 
@@ -207,9 +203,12 @@ def prepare_shard(cache_dir: Path, index: int, suffixes: Sequence[str]) -> None:
     Raises:
         CacheMismatchError: If the shard is already finished.
     """
-    (cache_dir / SHARDS).mkdir(parents=True, exist_ok=True)
+    folder = sidecar_path(cache_dir, index).parent
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        fsync_directory(folder.parent)
     _refuse_finished(cache_dir, index)
-    clean_stale(cache_dir / SHARDS, f"{index:05d}.")
+    clean_stale(folder, f"{index:05d}.")
     for suffix in suffixes:
         path = shard_path(cache_dir, index, suffix)
         if (lock := try_lock(path)) is not None:

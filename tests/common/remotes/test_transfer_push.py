@@ -9,14 +9,16 @@ from cache_factory import build_cache, make_plan, make_record, sample_id, tree
 
 import vlm_distill_cache.common.remotes.directory
 import vlm_distill_cache.common.remotes.push
-from vlm_distill_cache.common.cache.manifest import seal
+import vlm_distill_cache.common.tools.previews
+from vlm_distill_cache.common.cache.manifest import read_manifest, seal
 from vlm_distill_cache.common.cache.plan import PLAN
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.stores import finish_shard, open_writer
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError, ConfigError, TransferError
 from vlm_distill_cache.common.remotes.directory import DirectoryRemote
 from vlm_distill_cache.common.remotes.pull import pull
-from vlm_distill_cache.common.remotes.push import push
+from vlm_distill_cache.common.remotes.push import many_files, push
+from vlm_distill_cache.common.tools.previews import preview_push
 
 
 def make_cache(folder: Path, **changes: object) -> Path:
@@ -92,13 +94,21 @@ def test_a_push_that_dies_anywhere_leaves_no_manifest_and_the_next_completes_it(
     assert not done & set(recorder.written)  # a shard that was there is not sent again
 
 
-def test_a_place_whose_folders_hold_few_files_gets_no_cache_of_many_shards(cache, recorder, place, monkeypatch):
-    monkeypatch.setattr(type(recorder), "folder_files", 5)
-    with pytest.raises(ConfigError, match=r"keeps at most 5 files in a folder, and the 3 shards.*shard_size=4 or more"):
-        push(cache, place)
-    assert not recorder.written
-    monkeypatch.setattr(type(recorder), "folder_files", 6)
+def test_a_place_that_advises_few_files_is_pushed_to_with_a_warning(cache, recorder, place, monkeypatch, caplog):
+    files = len(tree(cache)) - 1  # but for the card
+    monkeypatch.setattr(type(recorder), "advised_files", files - 1)
+    monkeypatch.setattr(vlm_distill_cache.common.tools.previews, "open_remote", lambda _: recorder)
+    said = f"{place}: the cache has {files} files, and no more than {files - 1} are advised there"
+    assert said in "\n".join(preview_push(cache, str(place), jobs=1, overwrite=False).lines)
     push(cache, place)
+    assert [said in message for message in caplog.messages] == [True]
+    assert "cachectl convert" not in caplog.text  # its shards are tars already
+    assert "cachectl convert" in many_files(recorder, read_manifest(cache), [3, 2, 3, 2])  # some are not
+    caplog.clear()
+    monkeypatch.setattr(type(recorder), "advised_files", files)
+    push(cache, place, overwrite=True)
+    assert not caplog.messages
+    assert tree(place) == tree(cache)
 
 
 def test_a_damaged_or_unfinished_cache_is_not_pushed(cache, place):

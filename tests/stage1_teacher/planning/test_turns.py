@@ -14,6 +14,7 @@ import pytest
 from cache_factory import build_shard, make_plan, tree
 from click.testing import CliRunner
 
+from vlm_distill_cache.common.cache import layout
 from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.plan import Plan, write_plan
 from vlm_distill_cache.common.cache.sidecar import missing_shards
@@ -222,6 +223,26 @@ def test_workers_beside_parts_make_the_same_bytes(workers, whole):
     workers.wait_for_all()
     assert workers.wait(workers.start()) == 0
     assert tree(workers.cache) == whole
+
+
+@pytest.fixture
+def folders(monkeypatch):
+    """A cache of so many shards keeps them in folders."""
+    monkeypatch.setattr(layout, "FLAT_SHARDS", COUNT - 1)
+    monkeypatch.setattr(layout, "FOLDER_SHARDS", 5)
+
+
+def test_workers_of_a_cache_with_folders_are_killed_and_join_as_ever(folders, workers, whole):
+    killed = workers.start(until=("begun", 4))
+    helper = workers.start(until=("made", 2))
+    workers.kill(killed)
+    workers.go_on(helper)
+    assert workers.wait(helper) == 0
+    assert workers.wait(workers.start()) == 0  # finds nothing to do
+    assert tree(workers.cache) == whole
+    assert {"shards/00/00004.tar", "shards/01/00005.json", "shards/02/00011.tar"} <= whole.keys()
+    assert status(workers.cache) == f"{workers.cache}: sealed, {COUNT} shards, {COUNT} samples\n"
+    assert verify(workers.cache) == []
 
 
 def test_a_cache_that_lost_a_shard_is_sealed_anew(workers, whole):

@@ -5,12 +5,10 @@ A shard is two entries of a folder, and the hub wants no more than 10,000 in one
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 from vlm_distill_cache.common.cache.other_folders import SHARDS
-from vlm_distill_cache.common.errors import CacheFormatError
 
 FLAT_SHARDS = 5_000  # a cache of more keeps them in folders
 FOLDER_SHARDS = 1_000
@@ -31,20 +29,6 @@ def shard_folders(cache_dir: Path, shard_count: int) -> list[Path]:
     """Return ``shards`` and the folders in it that shards lie in, whether they are there or not."""
     stems = (shard_stem(index, shard_count) for index in range(0, shard_count, FOLDER_SHARDS))
     return list(dict.fromkeys([cache_dir / SHARDS, *((cache_dir / stem).parent for stem in stems)]))
-
-
-def refuse_flat(cache_dir: Path, shard_count: int) -> None:
-    """Refuse a cache of many shards that lie side by side, as for some days they were written.
-
-    Raises:
-        CacheFormatError: With what to do.
-    """
-    if shard_count > FLAT_SHARDS and os.path.lexists(old := cache_dir / f"{shard_stem(0, 0)}json"):
-        raise CacheFormatError(
-            f"{old}: of {shard_count} shards, the first lies in {shard_stem(0, shard_count).rpartition('/')[0]}: this cache was "
-            "written by a version that was never released; build it anew (the same command and --overwrite), or, if "
-            "this file is none of the cache's, delete it"
-        )
 
 
 def stem_of(path: str) -> str:

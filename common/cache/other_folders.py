@@ -30,7 +30,8 @@ def is_part_of_cache(folder: Path) -> bool:
     """Whether a folder holds names that a cache has; others have them, too: for the words of an error, never for a refusal."""
     shards = folder / SHARDS
     return any((folder / name).is_file() for name in (PLAN, MANIFEST, _INDEX)) or (
-        shards.is_dir() and any(path.suffix == ".json" or (len(path.name) == 2 and path.name.isdigit()) for path in shards.iterdir())
+        shards.is_dir()
+        and any(path.suffix == ".json" or (len(path.name) == 2 and path.name.isdigit()) for path in shards.iterdir())
     )
 
 

@@ -20,7 +20,6 @@ from vlm_distill_cache.common.cache.documents import (
     read_document,
     write_document,
 )
-from vlm_distill_cache.common.cache.layout import refuse_flat
 from vlm_distill_cache.common.cache.schema import ONE_PICTURE, Field, base_fields, check_fields
 from vlm_distill_cache.common.errors import CacheFormatError, CacheMismatchError
 from vlm_distill_cache.common.files.hashing import fingerprint
@@ -181,20 +180,18 @@ def read_plan(cache_dir: Path, *, sketch: bool = False) -> Plan:
         sketch: Take that of a sketch, too.
 
     Raises:
-        CacheFormatError: If there is none, or it is damaged or from a newer format, or its shards lie elsewhere.
+        CacheFormatError: If there is none, or it is damaged or from a newer format.
     """
     path = cache_dir / PLAN
     if not sketch and other_folders.is_sketch(cache_dir):
         raise CacheFormatError(f"{cache_dir}: {other_folders.IS_SKETCH}")
     try:
-        plan = Plan.from_dict(read_document(path, max_bytes=MAX_PLAN_BYTES), str(path))
+        return Plan.from_dict(read_document(path, max_bytes=MAX_PLAN_BYTES), str(path))
     except FileNotFoundError:
         raise CacheFormatError(
             f"{cache_dir}: not a teacher cache (no {PLAN}): {other_folders.describe_folder(cache_dir)}; build one with "
             "`teacher-cache build`, or give the folder that holds plan.json"
         ) from None
-    refuse_flat(cache_dir, plan.shard_count)
-    return plan
 
 
 def planned_shards(cache_dir: Path) -> int:

@@ -137,7 +137,11 @@ def many_files(remote: Remote, manifest: Manifest, counts: list[int]) -> str:
     files = sum(counts) + len(manifest.files) + 1
     if remote.advised_files is None or files <= remote.advised_files:
         return ""
-    tars = "" if sum(counts) == 2 * len(counts) else "`cachectl convert --store webdataset` makes two files of a shard; else "
+    tars = (
+        ""
+        if sum(counts) == 2 * len(counts)
+        else "`cachectl convert --store webdataset` makes two files of a shard; else "
+    )
     return (
         f"{remote.location}: the cache has {files:,} files, and no more than {remote.advised_files:,} are advised there: commits, "
         f"listings and clones of the repository will be slow; {tars}push to s3://BUCKET/PREFIX or a folder, or build it with a "

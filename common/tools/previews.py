@@ -66,7 +66,11 @@ def preview_push(cache_dir: Path, location: str, *, jobs: int, overwrite: bool) 
             []
             if there is not None
             else in_parallel(
-                [partial(_shard_there, remote, cache_dir, len(manifest.shards), index) for index in range(len(manifest.shards))], jobs
+                [
+                    partial(_shard_there, remote, cache_dir, len(manifest.shards), index)
+                    for index in range(len(manifest.shards))
+                ],
+                jobs,
             )
         )
         done = sum(present)

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_distill_cache.common.cache.index import INDEX, SampleIndex
-from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, refuse_other_plan
 from vlm_distill_cache.common.cache.layout import files_of_shard, shard_stem
+from vlm_distill_cache.common.cache.manifest import Manifest, ShardSummary, refuse_other_plan
 from vlm_distill_cache.common.cache.plan import PLAN, Plan, read_plan
 from vlm_distill_cache.common.cache.schema import SEVERAL_FIELDS, Record
 from vlm_distill_cache.common.cache.shared_images import SharedImages

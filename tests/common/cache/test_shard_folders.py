@@ -17,7 +17,6 @@ from cache_factory import (
     sample_id,
     tree,
 )
-from click.testing import CliRunner
 from servers import s3_environment
 
 from tests.benchmarks.bench_scale import describe_cache
@@ -35,7 +34,6 @@ from vlm_distill_cache.common.cache.sidecar import (
     sidecar_name,
     sidecar_path,
 )
-from vlm_distill_cache.common.cli import main
 from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.opening import open_cache
 from vlm_distill_cache.common.remotes import mirror as mirror_module
@@ -331,20 +329,6 @@ def assert_read_in_little_room(url, tmp_path, monkeypatch):
     assert planned_shards(held) == 3
     assert not files_of_shard(held, shard_stem(0, 3))  # it made room
     assert files_of_shard(held, shard_stem(2, 3))
-
-
-def test_many_shards_side_by_side_are_refused_with_what_to_do(made, folders, tmp_path):
-    old = tmp_path / "old"
-    shutil.copytree(made / "flat-webdataset", old)
-    with pytest.raises(CacheFormatError, match=r"00000\.json: of 3 shards, the first lies in shards/00: .*--overwrite"):
-        open_cache(old)
-    before = tree(old)
-    assert [damage.kind for damage in verify(old)] == ["plan"]
-    assert [step.action for step in repair(old)] == ["keep"]
-    assert tree(old) == before
-    result = CliRunner().invoke(main, ["verify", str(old)])
-    assert result.exit_code == 1
-    assert "never released; build it anew" in result.output
 
 
 def test_a_cache_without_its_plan_is_still_known_as_one(cache):

@@ -43,6 +43,8 @@ def picture_extensions() -> frozenset[str]:
 
 def extension_of(name: str) -> str:
     """The part behind the last dot of a file's name or of an address, lower case; empty without one."""
+    if "." not in name:
+        return ""
     name = name.strip()
     if "://" in name or name.startswith("//"):
         name = name.split("//", 1)[1].partition("/")[2]  # an address's host ends in no extension
@@ -50,12 +52,17 @@ def extension_of(name: str) -> str:
     return base.rpartition(".")[2].partition(":")[0].lower() if "." in base else ""
 
 
+def may_name_file(text: str) -> bool:
+    """Whether a text may be the name of a file, or hold one; if not, `names_picture` and its like need not look."""
+    return "." in text or len(text) >= _LEAST_BASE64 or ":" in text[:16] or ";" in text
+
+
 def names_picture(text: str) -> bool:
     """Whether a text is the name or address of a picture file, or holds a picture as base64."""
     if text[:16].lstrip().lower().startswith("data:image/"):
         return True
     extension = extension_of(text) if len(text) <= _LONGEST_NAME else ""
-    if extension in picture_extensions() - _RARE and _is_name(text):
+    if extension in picture_extensions() and extension not in _RARE and _is_name(text):
         return True
     return base64_picture(text) is not None
 

@@ -31,6 +31,7 @@ from vlm_distill_cache.data.sources.markers import (
 )
 from vlm_distill_cache.data.sources.options import says_nothing, with_options, with_options_beside
 from vlm_distill_cache.data.sources.pictures import (
+    MAPPING,
     MODEL_NAMES,
     SYSTEM_KEYS,
     USER_NAMES,
@@ -326,9 +327,10 @@ def _opened(rows: Iterable[Any]) -> list[Any]:
 
 def _role(message: Any) -> str | None:
     """Whose a message is, as we call it; None if it does not say, or says something else."""
-    if not isinstance(message, Mapping):
+    if not isinstance(message, MAPPING):
         return None
-    role = message.get("role") if message.get("role") is not None else message.get("from")
+    role = message.get("role")
+    role = message.get("from") if role is None else role
     return _ROLES.get(role.lower()) if isinstance(role, str) else None
 
 

@@ -101,7 +101,7 @@ class EntryDataset(Dataset):
         where = f"of {self.name}, sample {self.sample_ids[index]!r}"
         return open_picture(value, self.image_root, where=where, kind=kind)
 
-    def refuse_text_only(self, index: int, entry: Mapping[str, Any]) -> None:
+    def refuse_text_only(self, index: int, entry: Mapping[str, Any], said: Conversation) -> None:
         """Refuse a sample without a picture that speaks of one, describes one, or that all others of its kind have.
 
         Of entries in one file, those without a picture are text where they ask something: that is how LLaVA mixes both.
@@ -110,7 +110,6 @@ class EntryDataset(Dataset):
         are text, and those that say so (``"image": null``).
         """
         refuse_unread(entry)
-        said = read_conversation(entry)
         if said.describes:
             raise SampleError(
                 f"its {said.form!r} would be the caption of a picture, and it has none; give a text by itself as "
@@ -158,11 +157,13 @@ class EntryDataset(Dataset):
         beside = self.attached(index)
         placed = self._placed(index, entry, said, beside)
         images = tuple(
-            value if isinstance(value, ImageSource | VideoSource) else self._opened(kind, value, index)
+            value
+            if not isinstance(value, str) and isinstance(value, ImageSource | VideoSource)
+            else self._opened(kind, value, index)
             for kind, value in placed.media
         )
         if not images:
-            self.refuse_text_only(index, entry)
+            self.refuse_text_only(index, entry, said)
         return Sample(sample_id=sample_id, images=images, turns=placed.turns, system=said.system)
 
     def _placed(self, index: int, entry: Mapping[str, Any], said: Conversation, beside: Sequence[Medium]) -> Placed:

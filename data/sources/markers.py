@@ -121,6 +121,8 @@ def read_markers(question: str, parts: Sequence[tuple[int, Shown]] = ()) -> tupl
     Raises:
         SampleError: It has a video's tag of HTML, whose file is not read.
     """
+    if not parts and not _may_mark(question):
+        return ((question,) if question else ()), False
     pieces: list[Piece | _Frame] = []
     waiting = list(parts)
     mentions, at = False, 0
@@ -138,7 +140,7 @@ def read_markers(question: str, parts: Sequence[tuple[int, Shown]] = ()) -> tupl
         pieces.append(question[at:end])
         at = end
 
-    for match in _MARKERS.finditer(question) if any(sign in question for sign in "<[!") else ():
+    for match in _MARKERS.finditer(question) if _may_mark(question) else ():
         if match["player"]:
             raise SampleError(
                 f"a question has {match['player'][:60]!r}, a page's video, which is not read: write <video> in its place and "
@@ -160,6 +162,11 @@ def read_markers(question: str, parts: Sequence[tuple[int, Shown]] = ()) -> tupl
             pieces.append(_shown(match))
     take_text(len(question))
     return _without_frames(pieces), mentions
+
+
+def _may_mark(text: str) -> bool:
+    """Whether a text has one of the signs that markers begin with."""
+    return "<" in text or "[" in text or "!" in text
 
 
 def _is_inside(question: str, match: re.Match[str]) -> bool:
@@ -255,6 +262,8 @@ def take_markers(question: str) -> tuple[str, list[str], int]:
     Raises:
         SampleError: It speaks of a video.
     """
+    if not _may_mark(question):
+        return question.strip(), [], 0
     pieces, mentions = read_markers(question)
     shown = [piece for piece in pieces if isinstance(piece, Shown)]
     if any(one.kind == "video" for one in shown):

@@ -19,6 +19,7 @@ from vlm_distill_cache.data.images.recognise import (
     base64_picture,
     extension_of,
     is_picture,
+    may_name_file,
     names_picture,
     names_sound,
     names_video,
@@ -82,6 +83,8 @@ _RATING = frozenset("rating ratings score scores min max mean correspondence sim
 _NUMBERS = re.compile(r"(?:[\d\s\[\].,+-]|null|None|nan)*")  # as a table of texts holds them
 _VALUE_KEYS = ("bytes", "path", "file_name", "filename", "image", "image_url", "url", "source", "base64", "data")
 _TYPES = frozenset({"image", "image_url", "input_image", "image_path", "video", "video_url", "input_video"})
+_NAMED = (("video", names_video), ("sound", names_sound), ("picture", names_picture))
+MAPPING = (dict, Mapping)  # the first is found at once
 _ZEROS = ("0", "0.0", "false", "no", "none")
 _FILES_KEYS = _KNOWN_KEYS | _FILE_KEYS | VIDEO_KEYS | {*_PLAIN_KEYS, "frames", "video_frames"}
 _LONGEST_PATH = 4096
@@ -245,7 +248,7 @@ def refuse_unread(entry: Mapping[str, Any]) -> None:
         place, value, is_text = waiting.pop()
         if says_none(value):
             continue
-        if isinstance(value, Mapping):
+        if isinstance(value, MAPPING):
             kind = value.get("type")
             if isinstance(kind, str) and kind.lower() in _TYPES:
                 _refuse(f"{place}.type".lstrip("."), kind, "video" if "video" in kind.lower() else "picture")
@@ -268,7 +271,7 @@ def refuse_unread(entry: Mapping[str, Any]) -> None:
             # A text may end in a file's name; only a line that is nothing else names the file.
             lines = [line for line in value.split("\n") if len(line.split()) == 1] if is_text else [value]
             for line in lines:
-                for kind, names in (("video", names_video), ("sound", names_sound), ("picture", names_picture)):
+                for kind, names in _NAMED if may_name_file(line) else ():
                     if names(line):
                         _refuse(place, line, kind)
             if take_markers(value)[2]:
@@ -332,9 +335,9 @@ def says_none(value: Any) -> bool:
         return True
     if isinstance(value, str):
         return not value.strip()
-    if isinstance(value, Mapping):
-        return all(item is None for item in value.values())
-    return isinstance(value, list | tuple | bytes) and not value
+    if isinstance(value, list | tuple | bytes):
+        return not value
+    return isinstance(value, MAPPING) and all(item is None for item in value.values())
 
 
 def key_numbers(entry: Mapping[str, Any]) -> list[int]:

@@ -26,6 +26,8 @@ _TEXTS = "prompt completion chosen question query instruction input problem answ
 _MESSAGES = tuple(_TEXTS.split())
 _FORMS = ("caption", "text")  # further ones, of `data.sources.conversations`
 LISTS = (*_ALWAYS_LISTS, *_ROUNDS, "prompt", "completion", "chosen")
+_MADE_LISTS = tuple(dict.fromkeys((*_ALWAYS_LISTS, *_ROUNDS, *_MESSAGES)))
+_ALL_FORMS = (*_FORMS, *LISTS, *_MESSAGES)
 _WHOSE, _SAID = r"""["'](?:role|from)["']\s*:""", r"""["'](?:content|value)["']\s*:"""
 _BEGINS_AS_MESSAGES = re.compile(rf"\s*\[\s*\{{\s*(?:{_WHOSE}|{_SAID})")
 
@@ -43,6 +45,10 @@ def repeated_columns(names: Sequence[str], where: str) -> str:
     return ", ".join(sorted(name for name, count in Counter(names).items() if count > 1)[:3])
 
 
+class Rows(dict[str, Any]):
+    """An entry as `with_rows` makes it."""
+
+
 def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """An entry whose lists of messages and files are lists: `datasets` keeps some as dicts of lists, and tables as texts.
 
@@ -50,25 +56,27 @@ def with_rows(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     has lists of different lengths, stays as it is. Of a list of a video's captions the one of the whole is its caption,
     and ``QA`` (VideoChat2, TimeChat) is a conversation.
 
+    An entry that was made so stays as it is.
+
     Raises:
         SampleError: Answers are a list of texts that cannot be read.
     """
+    if isinstance(entry, Rows):
+        return entry
     texts = ((key, value) for key, value in entry.items() if isinstance(value, str))
     made: dict[str, Any] = {key: files for key, text in texts if (files := files_in(key, text)) is not None}
-    for key in (*_ALWAYS_LISTS, *_ROUNDS, *_MESSAGES):
-        value = entry.get(key)
+    for key in [key for key in _MADE_LISTS if key in entry]:
+        value = entry[key]
         if isinstance(value, str) and (found := _listed(value, key)) is not None:
             made[key] = value = found
-        with suppress(SampleError):
-            if key in LISTS and is_dict_of_lists(value):
+        if key in LISTS and is_dict_of_lists(value):
+            with suppress(SampleError):
                 made[key] = rows_of(value, key)
-    if (rounds := _rounds_of(entry.get("QA"))) and all(
-        says_none(entry.get(key)) for key in (*_FORMS, *LISTS, *_MESSAGES)
-    ):
+    if "QA" in entry and (rounds := _rounds_of(entry["QA"])) and all(says_none(entry.get(key)) for key in _ALL_FORMS):
         made["conversations"] = rounds
     if "caption" not in entry and (whole := _whole_caption(entry.get("captions"))) is not None:
         made["caption"] = whole
-    return {**entry, **made} if made else entry
+    return Rows({**entry, **made})
 
 
 def _rounds_of(listed: Any) -> list[dict[str, Any]]:
@@ -89,7 +97,7 @@ def _whole_caption(captions: Any) -> Any:
 
 def is_dict_of_lists(value: Any) -> TypeGuard[Mapping[str, Any]]:
     """Whether a value holds one list for each key, or nothing."""
-    if not isinstance(value, Mapping):
+    if isinstance(value, str | list) or not isinstance(value, Mapping):
         return False
     filled = [item for item in value.values() if item is not None]
     return bool(filled) and all(isinstance(item, list | tuple) for item in filled)

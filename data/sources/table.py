@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vlm_distill_cache.common.errors import DataError, SampleError
 from vlm_distill_cache.data.sample import Same, Values, number_names, resolve_ids
-from vlm_distill_cache.data.sources.conversations import FORMS, are_columns
+from vlm_distill_cache.data.sources.conversations import FORMS, Conversation, are_columns
 from vlm_distill_cache.data.sources.entries import ID_KEYS, SOURCE_KEYS, EntryDataset
 from vlm_distill_cache.data.sources.kept.entries import KeptEntries, pack_entries
 from vlm_distill_cache.data.sources.kept.ids import KeptIds
@@ -110,14 +110,14 @@ class TableDataset(EntryDataset):
         ) as error:  # a time or number that Python cannot hold; text not UTF-8
             raise SampleError(f"the row cannot be read: {error}") from error
 
-    def refuse_text_only(self, index: int, entry: Mapping[str, Any]) -> None:
+    def refuse_text_only(self, index: int, entry: Mapping[str, Any], said: Conversation) -> None:
         """As for every entry; a column of pages is one, whatever its name, and so on."""
         for column, kind in self._unread.items():
             if not says_none(entry[column]):
                 raise SampleError(
                     f"column {column!r} holds a {kind}; only pictures and videos are read, from columns of type Image and Video"
                 )
-        super().refuse_text_only(index, entry)
+        super().refuse_text_only(index, entry, said)
 
     def image_keys(self) -> Sequence[str | None]:
         """The path of each row's image or video, where a column of texts names it; None where they are stored."""

@@ -24,7 +24,7 @@ from vlm_distill_cache.data.images.load import FileSlice, ImageBytes
 from vlm_distill_cache.data.images.recognise import extension_of, is_picture
 from vlm_distill_cache.data.images.video import FrameFolder, VideoSlice
 from vlm_distill_cache.data.sample import ImageSource, Medium, Same, Survey, refuse_repeats
-from vlm_distill_cache.data.sources.conversations import has_text
+from vlm_distill_cache.data.sources.conversations import Conversation, has_text
 from vlm_distill_cache.data.sources.entries import EntryDataset
 from vlm_distill_cache.data.sources.json_text import decode, parse
 from vlm_distill_cache.data.sources.kept.headers import Archive
@@ -184,7 +184,7 @@ class WebDataset(EntryDataset):
             f"it names the {kind} {brief(value)}, which does not lie beside it as {self._samples.key(index)}.EXTENSION"
         )
 
-    def refuse_text_only(self, index: int, entry: Mapping[str, Any]) -> None:
+    def refuse_text_only(self, index: int, entry: Mapping[str, Any], said: Conversation) -> None:
         """Also refuse a sample with a member that is neither text nor a picture: what it shows would be lost."""
         for part in self._samples.sample(index).others:
             head = part.read(most=_HEAD)
@@ -192,7 +192,7 @@ class WebDataset(EntryDataset):
                 raise SampleError(
                     f"{part.name} is no picture that can be read, and there is no other; expected one, or text alone"
                 )
-        super().refuse_text_only(index, entry)
+        super().refuse_text_only(index, entry, said)
 
     def image_keys(self) -> Sequence[str | None]:
         """None: only the pictures tell."""

@@ -20,6 +20,8 @@ from vlm_distill_cache.commands import group_of
 from vlm_distill_cache.common.cache.plan import read_plan
 from vlm_distill_cache.common.files.disk import refuse_no_disk
 from vlm_distill_cache.common.terminal import general
+from vlm_distill_cache.common.tools.outlook import looking_only
+from vlm_distill_cache.data.sources.kept.store import Kept, kept_path, read_kept, write_kept
 from vlm_distill_cache.stage2_student.final_folder import read_provenance
 from vlm_distill_cache.stage2_student.run import train_alone
 
@@ -347,3 +349,20 @@ def test_sections_and_shared_options_that_there_are_not_are_refused(tmp_path):
         told = invoke(*stage, "--config", path, "--dry-run")
         assert told.exit_code == 1
         assert problem in told.output, told.output
+
+
+def test_what_is_found_out_about_large_data_is_kept_by_a_look_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_DISTILL_CACHE_DIR", str(tmp_path / "home"))
+    of = ["made", "of"]
+    with looking_only():
+        assert write_kept(kept_path("surveys", of), of, Kept({"found": 1}, {}))
+    with looking_only(), looking_only():
+        found = read_kept(kept_path("surveys", of), of)
+    assert found is not None
+    assert found.notes == {"found": 1}
+    assert kept_path("surveys", of).is_relative_to(tmp_path / "home")
+    assert read_kept(kept_path("surveys", of), of).notes == {"found": 1}
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VLM_DISTILL_CACHE_DIR", str(tmp_path / "file"))  # no folder can be made there
+    with looking_only():
+        assert not write_kept(kept_path("surveys", of), of, Kept({"found": 2}, {}))

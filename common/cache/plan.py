@@ -283,6 +283,9 @@ def _moved(old: Plan, new: Plan) -> list[str]:
         )
     if old.fingerprints.get("data") == new.fingerprints.get("data"):
         return lines
+    known = "data" in old.fingerprints and "data" in new.fingerprints
+    if known and old.data.get("name") == new.data.get("name") and old.sample_count == new.sample_count:
+        lines.append("  the data are not what they were: questions, answers or ids changed, or their order")
     if kept := _left(old.data, new.data):
         lines.append(f"  the data were {kept}: {by_make(f'DATA={kept} (--data)', f'--data {kept}')} goes on with them")
     entries = [described_parts(plan.data.get("mixture")) for plan in (old, new)]

@@ -55,8 +55,11 @@ def stopped_by_sigterm() -> Iterator[None]:
     Raises:
         SystemExit: With 143, after SIGTERM.
     """
+    process = os.getpid()
 
     def stop(*_: object) -> NoReturn:
+        if os.getpid() != process:  # forked from this one, which says it
+            os._exit(128 + signal.SIGTERM)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: a second one must not stop the cleaning up
         logger.warning("stopped by SIGTERM; run the same command again to continue")
         raise SystemExit(128 + signal.SIGTERM)

@@ -15,12 +15,12 @@ import click
 import yaml
 
 from vlm_distill_cache.common.config import STAGES, ConfigT, read_yaml
-from vlm_distill_cache.common.errors import DistillError
+from vlm_distill_cache.common.errors import ConfigError, DistillError
 from vlm_distill_cache.common.files.disk import disk_words, free_bytes, nearest_there, refuse_no_disk
 from vlm_distill_cache.common.files.notes import without_notes
 from vlm_distill_cache.common.hub import without_downloads
 from vlm_distill_cache.common.printing import message, size_words
-from vlm_distill_cache.common.remotes.mirror import FOLDER_VARIABLE
+from vlm_distill_cache.common.remotes.mirror import FOLDER_VARIABLE, mirror_settings
 from vlm_distill_cache.common.terminal.command_line import say, tell
 from vlm_distill_cache.common.terminal.general import answer
 
@@ -189,19 +189,28 @@ class _Checking:
 
 @contextmanager
 def looking_only() -> Iterator[dict[str, int | None]]:
-    """Fetch no weights and keep nothing that is fetched.
+    """Fetch no weights and keep nothing that is fetched; what is found out about large data is kept, and read, as ever.
 
     Yields:
         Bytes of each model that would be downloaded, by name; None: not known.
     """
     before = os.environ.get(FOLDER_VARIABLE)
     with tempfile.TemporaryDirectory() as scratch, without_notes(), without_downloads(Path(scratch)) as missing:
+        _link_kept_data(Path(scratch) / "caches")
         os.environ[FOLDER_VARIABLE] = f"{scratch}/caches"
         try:
             yield missing
         finally:
             os.environ.pop(FOLDER_VARIABLE)
             os.environ |= {} if before is None else {FOLDER_VARIABLE: before}
+
+
+def _link_kept_data(folder: Path) -> None:
+    """Let what is kept of large data (`data.sources.kept.store`) be the same in another folder, if it can be."""
+    with suppress(ConfigError, OSError, RuntimeError):
+        kept = mirror_settings()[0] / "data"
+        folder.mkdir()
+        (folder / kept.name).symlink_to(kept.absolute(), target_is_directory=True)
 
 
 def download_lines(missing: dict[str, int | None]) -> list[str]:

@@ -96,7 +96,7 @@ def write_kept(path: Path | None, of: Any, kept: Kept) -> bool:
     if path is None:
         return False
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.resolve().mkdir(parents=True, exist_ok=True)  # behind a link that a look makes, too
         with temporary_for(path) as temporary:
             temporary.write_bytes(_bytes_of(of, kept))
             # Not flushed to the disk: of many archives that takes minutes, and a cut one is known.

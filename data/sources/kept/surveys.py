@@ -4,6 +4,7 @@ Reading and understanding the texts takes most of what comes before the first ba
 the parts are joined in order, so that a fingerprint is the same however it was made.
 """
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from vlm_distill_cache.data.sample import (
 )
 from vlm_distill_cache.data.sources.kept.store import Kept, kept_path, read_kept, write_kept
 
+logger = logging.getLogger(__name__)
+
 SHARED_FROM = 50_000  # samples, from which on several processes look at them
 MOST_PROCESSES = 64
 _surveyed: Dataset | None = None  # what processes that are forked from this one look at
@@ -34,6 +37,8 @@ def kept_survey(dataset: Dataset, of: Any) -> Survey:
     found = read_kept(path, of)
     if found is not None:
         return Survey(**found.notes)
+    if len(dataset) >= SHARED_FROM:
+        logger.info("%s: the texts of %d samples are read, once", dataset.name, len(dataset))
     survey = _survey_together(dataset)
     write_kept(path, of, Kept(asdict(survey), {}))
     return survey

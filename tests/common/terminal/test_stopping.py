@@ -12,6 +12,16 @@ from vlm_distill_cache.common.terminal.command_line import PARENT, run_command, 
 from vlm_distill_cache.stage2_student import cli
 
 
+def test_a_process_that_is_forked_inside_ends_without_a_word(capfd):
+    with stopped_by_sigterm():
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    assert capfd.readouterr() == ("", "")
+
+
 def test_sigterm_unwinds_with_143_and_the_handler_is_put_back():
     before, cleaned = signal.getsignal(signal.SIGTERM), []
 

@@ -60,7 +60,7 @@ from vlm_distill_cache.stage2_student.training.checkpoint import (
 from vlm_distill_cache.stage2_student.training.checks import check_machine, refuse_device, refuse_undivided
 from vlm_distill_cache.stage2_student.training.extension import differing_options
 from vlm_distill_cache.stage2_student.training.log import TrainingLog
-from vlm_distill_cache.stage2_student.training.output_folder import CONFIG, drop_pixels
+from vlm_distill_cache.stage2_student.training.output_folder import CONFIG, drop_pixels, refuse_pixel_folder
 from vlm_distill_cache.stage2_student.training.parts import (
     TrainedParts,
     checkpoint_layers,
@@ -122,6 +122,7 @@ def train(
     refuse_undivided(config, divides=divides)
     refuse_callers_modes()
     check_machine(config, processes=enter_launch().size)
+    refuse_pixel_folder(config)
     meet(enter_launch())
     # All processes: everything that can be wrong is found here, before the first step.
     run = prepare(config, caches)

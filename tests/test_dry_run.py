@@ -205,6 +205,15 @@ def test_a_training_that_is_refused_at_once_leaves_no_folder(cache, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_place_for_pixels_that_is_refused_is_so_before_anything_is_written(cache, tmp_path, dry):
+    words = run_options(cache, tmp_path / "new", f"pixel_cache={cache}/pixels")
+    told = invoke("stage2_student", "train", *(word for word in words if dry or word != "--dry-run"))
+    assert told.exit_code == 1
+    assert f"{cache}/pixels and {cache} are one folder or lie inside each other" in told.output
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_part_that_cannot_be_pulled_is_refused_before_as_it_is_after(tmp_path):
     build_cache(tmp_path / "one", make_plan())
     ids = tmp_path / "ids.txt"

@@ -139,7 +139,9 @@ class RecordFile:
                 os.close(self._file)
                 self._file = None
             self._places, self._end = {}, 0
-            self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = os.open(
+                self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+            )  # of a pipe, nobody is waited for
         size = os.fstat(self._file).st_size
         while self._end + _HEADER <= size:
             header = os.pread(self._file, _HEADER, self._end)

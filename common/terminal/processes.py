@@ -97,9 +97,10 @@ def start_beside(
         started.append((name, process, here))
 
     def watch() -> None:
-        wait([process.sentinel for _, process, _ in started])
+        ended = wait([process.sentinel for _, process, _ in started])
         if not closing.is_set():
-            name, process, here = next(entry for entry in started if entry[1].exitcode is not None)
+            name, process, here = next(entry for entry in started if entry[1].sentinel in ended)
+            process.join()  # its end may be seen before its exit code
             on_end(f"the process of {name} failed: {_told(here) or _ended(process)}")
 
     def close() -> None:

@@ -270,8 +270,13 @@ class LeaseHolder(Leases):
                 )  # fmt: skip
                 self._renew()
                 temporary.rename(self.folder / f"{name}{WORKER}")
-            except FileNotFoundError:  # another worker has sealed the cache and removed the folder
+            except FileNotFoundError as error:  # another worker has sealed the cache and removed the folder
                 self._leave()
+                if not self.folder.parent.is_dir():
+                    raise ConfigError(
+                        f"{self.folder.parent} was moved or removed while this build ran; give its place now (cache=FOLDER), or run "
+                        "the same command again to begin it anew"
+                    ) from error
             except BaseException:
                 self._leave()
                 raise

@@ -12,7 +12,7 @@ from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.config import read_yaml
 from vlm_distill_cache.common.errors import ConfigError
 from vlm_distill_cache.common.files.atomic import TEMPORARY_PREFIX, clean_stale, hold_folder
-from vlm_distill_cache.common.files.disk import name_full_disk, refuse_overlap
+from vlm_distill_cache.common.files.disk import name_full_disk, nearest_there, refuse_overlap
 from vlm_distill_cache.common.terminal.launch import enter_launch
 from vlm_distill_cache.stage2_student.config import TrainConfig
 
@@ -72,6 +72,21 @@ def pixel_folder(config: TrainConfig) -> Path | None:
     if config.pixel_cache == "none":
         return None
     return Path(config.output) / PIXELS if config.pixel_cache == "auto" else Path(config.pixel_cache)
+
+
+def refuse_pixel_folder(config: TrainConfig) -> None:
+    """Refuse a folder for scaled pictures that is, or lies in, a file, a cache or a student; needs nothing loaded.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    folder = pixel_folder(config)
+    if folder is None or config.pixel_cache == "auto":  # where the output may be is asked for it
+        return
+    if not (there := nearest_there(folder)).is_dir():
+        raise ConfigError(f"pixel_cache={config.pixel_cache}: {there} is a file; give another folder, or none")
+    refuse_overlap(folder, *filter(None, (config.phase(name).cache for name in config.phases)))
+    refuse_inside(folder)
 
 
 def with_shared_pixels(config: TrainConfig) -> TrainConfig:

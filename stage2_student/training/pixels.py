@@ -3,10 +3,8 @@
 import logging
 from collections.abc import Sequence
 
-from vlm_distill_cache.common.cache.other_folders import refuse_inside
 from vlm_distill_cache.common.errors import ConfigError
-from vlm_distill_cache.common.files.disk import disk_words, free_bytes, refuse_overlap
-from vlm_distill_cache.common.locations import is_url
+from vlm_distill_cache.common.files.disk import disk_words, free_bytes
 from vlm_distill_cache.data.text.pixel_cache import PixelCache, bytes_kept
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.training.output_folder import pixel_folder
@@ -24,9 +22,6 @@ def keep_pixels(config: TrainConfig, phases: Sequence[PreparedPhase], pixels: Pi
     folder, is_own = pixel_folder(config), config.pixel_cache == "auto"
     if folder is None or (is_own and not reads_again(phases)):
         return
-    caches = [str(phase.config.cache) for phase in phases]
-    refuse_overlap(folder, *(place for place in caches if not is_url(place)))
-    refuse_inside(folder)
     try:
         most = (free_bytes(folder) + bytes_kept(folder)) // 2  # checkpoints need room, too
         pixels.open(folder, min(round(config.pixel_cache_gib * 2**30), most))

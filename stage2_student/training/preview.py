@@ -43,7 +43,7 @@ from vlm_distill_cache.stage2_student.training.checks import (
 )
 from vlm_distill_cache.stage2_student.training.extension import as_begun, earlier_training
 from vlm_distill_cache.stage2_student.training.log import read_log
-from vlm_distill_cache.stage2_student.training.output_folder import refuse_misplaced
+from vlm_distill_cache.stage2_student.training.output_folder import refuse_misplaced, refuse_pixel_folder
 from vlm_distill_cache.stage2_student.training.preparation import (
     cache_notes,
     check_phase,
@@ -137,6 +137,8 @@ def preview(
             refuse_overlap(output, *(found.path for found in caches.values()), *([] if is_url(cache) else [cache]))
         with outlook.checking():
             refuse_misplaced(output)
+        with outlook.checking():
+            refuse_pixel_folder(config)
         if caches:
             look_at_folder(outlook, config, caches)
             parts = look_at_student(outlook, config, caches, known=not any(one.startswith("student=") for one in left))

@@ -85,6 +85,12 @@ def test_behind_a_prefix_stands_the_python_of_whatever_it_opens(tmp_path):
         (["--engine", "slurm", "--address", "auto"], "--address goes with --engine ray"),
         (["--engine", "slurm", "--engine-set", "time=10"], "--engine-set time: give --hours in its place"),
         (["--engine", "slurm", "--engine-set", "gpus-per-node=1"], "give --gpus in its place"),
+        (["--engine", "slurm", "--engine-set", "ntasks-per-node=4"], "give --workers in its place"),
+        (
+            ["--engine", "slurm", "--engine-set", "nodes=4"],
+            "--engine-set nodes: this command says it itself; leave it out",
+        ),
+        *((["--engine", "slurm", "--hours", hours], f"{hours} is not a finite number") for hours in ("nan", "inf")),
         (["--engine", "ray", "--engine-set", "resources={a"], "--engine-set resources:"),
         (["--engine", "ray", "--env", "HF_HOME"], "--env 'HF_HOME': expected NAME=VALUE"),
         (["--engine", "ray", "--prefix", "a 'b"], "--prefix: No closing quotation"),

@@ -23,10 +23,11 @@ from vlm_distill_cache.common.terminal.engines.on_ray import NEW, connect_to_ray
 from vlm_distill_cache.common.terminal.engines.on_slurm import submit_to_slurm
 from vlm_distill_cache.common.terminal.engines.options import HOURS, PACKAGES
 
-# of sbatch, that options here are for
+# Of sbatch and of Ray, that options here are for
 _OURS = {
     "time": "--hours", "nodes": "--nodes", "gpus_per_node": "--gpus", "cpus_per_task": "--cpus",
-    "array": "--workers", "num_cpus": "--cpus", "num_gpus": "--gpus", "max_retries": "--restarts",
+    "array": "--workers", "ntasks": "--workers", "ntasks_per_node": "--workers",
+    "num_cpus": "--cpus", "num_gpus": "--gpus", "max_retries": "--restarts",
 }  # fmt: skip
 
 
@@ -68,7 +69,9 @@ def take_engine(options: dict[str, Any]) -> Engine:
         raise click.UsageError("--address goes with --engine ray: SLURM is found by `sbatch`")
     settings = {key.replace("-", "_"): value for key, value in settings.items()}
     for key in settings.keys() & _OURS.keys():
-        raise click.UsageError(f"--engine-set {key}: give {_OURS[key]} in its place")
+        there = any(_OURS[key] in param.opts for param in click.get_current_context().command.params)
+        instead = f"give {_OURS[key]} in its place" if there else "this command says it itself; leave it out"
+        raise click.UsageError(f"--engine-set {key}: {instead}")
     try:
         prefix = tuple(shlex.split(options.pop("prefix")))
     except ValueError as error:

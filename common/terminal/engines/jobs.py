@@ -210,7 +210,7 @@ def submissions(place: str | Path) -> list[dict[str, Any]]:
         for folder in sorted(Path(f"{os.path.realpath(place)}{JOBS}").iterdir()):
             with suppress(OSError, CacheFormatError):
                 told = check(read_json(folder / _RECORD), _STORED, str(folder / _RECORD))
-                failed = {path.stem: path.read_text() for path in sorted(folder.glob(f"*{_FAILED}"))}
+                failed = {path.stem: path.read_text(errors="replace") for path in sorted(folder.glob(f"*{_FAILED}"))}
                 found.append({**told, "folder": folder, "failed": failed})
     return found
 

@@ -3,6 +3,7 @@
 import click
 
 from vlm_distill_cache.common.terminal.command_line import shared_options
+from vlm_distill_cache.common.terminal.result_files import Finite
 
 PACKAGES = {"ray": "ray", "slurm": "submitit"}
 HOURS = 12.0
@@ -18,7 +19,7 @@ ENGINE_OPTIONS = shared_options(
     click.option("--cpus", type=click.IntRange(min=1), default=8, show_default=True, help="CPU cores on each machine."),
     click.option(
         "--hours",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Finite(min=0, min_open=True),
         help=f"With slurm: time limit, after which a worker goes back into the queue, and on from there; default: {HOURS:g}.",
     ),
     click.option(

@@ -188,3 +188,15 @@ def test_a_file_that_somebody_else_wrote_is_neither_read_nor_written(tmp_path, t
     begins_as_ours = theirs == b"V"
     assert (path.read_bytes() == theirs) != begins_as_ours
     assert (file.get(key(0)) is None) != begins_as_ours
+
+
+def test_a_pipe_in_its_place_is_not_waited_for(tmp_path):
+    path = tmp_path / "records"
+    os.mkfifo(path)
+    reading = multiprocessing.Process(target=RecordFile(path, BIG).get, args=(key(0),))
+    reading.start()
+    reading.join(30)
+    waits = reading.is_alive()
+    reading.kill()
+    reading.join()
+    assert not waits

@@ -142,6 +142,8 @@ def test_submissions_are_recorded_without_secrets_and_listed_with_their_failures
     assert f"{mine.folder}/worker-*.log; `scancel 5` ends it" in first
     assert second == "  worker-3 failed: worker-3 ended with exit code 1. error: no such teacher"
     assert submissions(tmp_path / "other") == []
+    failed(mine).write_bytes(b"error: \xff")  # by another program, or cut
+    assert "worker-3 failed: error: " in submission_lines(submissions(tmp_path / "cache"))[1]
 
 
 @pytest.fixture

@@ -175,6 +175,15 @@ def test_leases_that_are_removed_under_a_worker_are_written_again(worker, tmp_pa
     assert worker().take_first(SHARDS[1:]) == SHARDS[2]
 
 
+def test_a_cache_that_is_gone_is_said_and_not_waited_for(worker, tmp_path: Path):
+    holder = worker()
+    tmp_path.rename(tmp_path.with_name("moved"))
+    with pytest.raises(
+        ConfigError, match=r"was moved or removed while this build ran; give its place now \(cache=FOLDER\)"
+    ):
+        holder.take_first(SHARDS)
+
+
 def make_hostile(place: Path, what: str) -> None:
     place.parent.mkdir(exist_ok=True)
     if what == "link":

@@ -17,7 +17,7 @@ from vlm_distill_cache.data.text.pixel_cache import FILE, PixelCache
 from vlm_distill_cache.stage2_student.config import TrainConfig
 from vlm_distill_cache.stage2_student.run import arms
 from vlm_distill_cache.stage2_student.train import train
-from vlm_distill_cache.stage2_student.training.output_folder import PIXELS, drop_pixels
+from vlm_distill_cache.stage2_student.training.output_folder import PIXELS, drop_pixels, refuse_pixel_folder
 from vlm_distill_cache.stage2_student.training.pixels import keep_pixels, reads_again
 
 
@@ -147,10 +147,11 @@ def test_a_place_where_nothing_can_be_kept_is_refused_or_left_out(tmp_path):
     with pytest.raises(ConfigError, match=r"pixel_cache=.*/file: .*give another folder, or none"):
         keep_pixels(given, phases_of(9, 20), PixelCache())
     in_cache = replace(given, cache=str(tmp_path / "cache"), pixel_cache=str(tmp_path / "cache" / "pixels"))
-    phases = phases_of(9, 20)
-    phases[0].config.cache = str(tmp_path / "cache")
     with pytest.raises(ConfigError, match="lie inside each other"):
-        keep_pixels(in_cache, phases, PixelCache())
+        refuse_pixel_folder(in_cache)
+    for place in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=r"pixel_cache=.*/file is a file; give another folder, or none"):
+            refuse_pixel_folder(replace(given, pixel_cache=str(tmp_path / place)))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / PIXELS).touch()
     keep_pixels(replace(given, pixel_cache="auto"), phases_of(9, 20), PixelCache())  # it trains without

@@ -76,6 +76,8 @@ def test_a_training_is_started_by_torchs_launcher_with_a_process_for_each_gpu(ca
         (["--engine", "ray", "--nodes", "2"], "--nodes goes with --engine slurm and --job train"),
         (["--engine", "slurm", "--nodes", "2", "--job", "run"], "--nodes goes with --engine slurm and --job train"),
         (["--engine", "slurm", "--teacher", "t"], "--teacher goes with --job run"),
+        (["--engine", "slurm", "--engine-set", "array=0-3"], "--engine-set array: this command says it itself"),
+        (["--engine", "slurm", "--engine-set", "nodes=2"], "--engine-set nodes: give --nodes in its place"),
         (["--engine", "slurm", "--set", "dft.lr=fast"], "dft.lr is 'fast'"),
         (["--engine", "slurm", "--cache", "nowhere"], "nowhere is neither a folder nor an address"),
     ],

@@ -274,8 +274,8 @@ class LeaseHolder(Leases):
                 self._leave()
                 if not self.folder.parent.is_dir():
                     raise ConfigError(
-                        f"{self.folder.parent} was moved or removed while this build ran; give its place now (cache=FOLDER), or run "
-                        "the same command again to begin it anew"
+                        f"{self.folder.parent} was moved or removed while this build ran; give its place now (cache=FOLDER), or "
+                        "run the same command again to begin it anew"
                     ) from error
             except BaseException:
                 self._leave()

@@ -139,7 +139,9 @@ def scoring_notes(
                 f"Questions are scored on the cache's data ({data}). Whether the student was trained on them is not recorded: "
                 f"if it was, these scores include memorisation. Name held-out questions with {option}."
             ]
-        return [f"{MEMORISED} ({data}), {remedy}"]
+        limits = [] if cache is None else [limit for _, limit in splits_and_limits(cache) if limit is not None]
+        part = f"; the cache holds its first {limits[0]} samples" if len(limits) == 1 else ""
+        return [f"{MEMORISED} ({data}{part}), {remedy}"]
     shared, total = _trained_on(config, data, cache)
     some = "All questions that are scored" if shared == total else f"{shared} of the {total} questions"
     return [f"{some} of {data} are of the training data, too, {remedy}"] if shared else []

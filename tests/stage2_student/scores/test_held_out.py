@@ -275,3 +275,16 @@ def test_data_of_one_part_of_a_merge_is_training_data(tmp_path):
     assert held_out._is_training_data(config, str(data), cache)
     parts[1]["limit"] = 1
     assert not held_out._is_training_data(config, str(data), cache)
+
+
+def test_of_a_cache_of_some_of_the_data_the_note_says_how_many(tmp_path):
+    data = write_data(tmp_path, ["red", "blue", "green"])
+    build_tiny_cache(tmp_path / "c", data=str(data))
+    config = make_config(tmp_path / "c", tmp_path / "run", data)
+    plan = SimpleNamespace(
+        data={"split": "train", "limit": 2}, fingerprints={"data": open_dataset(str(data), limit=2).fingerprint()}
+    )
+    (note,) = scoring_notes(config, SimpleNamespace(plan=plan), scorable=True, option="X")
+    assert note.startswith(
+        f"Questions are scored on the training data itself ({data}; the cache holds its first 2 samples)"
+    )

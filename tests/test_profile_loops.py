@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.benchmarks.bench_docs import ROOT, TABLE_PAGE, table_in
-from tests.benchmarks.profile_loops import BEGIN, END, LOOPS, STORED, graph_of, on_top, read_stacks, table
+from tests.benchmarks.profile_loops import BEGIN, END, LOOPS, STORED, entitled, graph_of, on_top, read_stacks, table
 
 
 def test_looks_are_counted_by_function_and_imports_are_left_out():
@@ -26,7 +26,10 @@ def test_the_table_in_the_documentation_is_that_of_the_stored_profile():
     stored = json.loads(STORED.read_text())
     assert table_in((ROOT / TABLE_PAGE).read_text(), BEGIN, END) == table(stored)
     for loop in LOOPS:
-        assert graph_of(loop).read_text().startswith("<?xml")
+        graph = graph_of(loop).read_text()
+        assert graph.startswith("<?xml")
+        assert "--output" not in graph  # the command, with folders of the machine that it ran on
+        assert entitled(graph, LOOPS[loop]) == graph
         shares = [*stored["on_top"][loop].values()]
         assert shares == sorted(shares, reverse=True)
         assert sum(shares) <= 100

@@ -73,6 +73,11 @@ def on_top(stacks: Stacks) -> dict[str, float]:
     return {name: 100 * looks / tops.total() for name, looks in tops.most_common()}
 
 
+def entitled(graph: str, title: str) -> str:
+    """A flame graph with a title in place of the command that py-spy writes there, which names folders of this machine."""
+    return re.sub(r'(<text id="title"[^>]*>)[^<]*', rf"\g<1>{title}", graph, count=1)
+
+
 def table(stored: Mapping[str, Any]) -> str:
     """The functions of both loops side by side, as Markdown; empty without results."""
     if not stored:
@@ -101,6 +106,7 @@ def main() -> None:
         for loop in LOOPS:
             for form, output in (("flamegraph", graph_of(loop)), ("raw", folder / "stacks")):
                 look_at(options.spy, command_of(loop, folder, options.samples, form), output, form)
+            graph_of(loop).write_text(entitled(graph_of(loop).read_text(), LOOPS[loop]))
             tops = on_top(read_stacks((folder / "stacks").read_text()))
             stored["on_top"][loop] = {name: rounded(tops[name]) for name in [*tops][:SHOWN]}
     STORED.write_text(json.dumps(stored, indent=1) + "\n")

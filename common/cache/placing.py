@@ -1,6 +1,6 @@
 """Where a cache's samples are in a data set: what the plan says, confirmed by all ids' hashes, or looked up.
 
-At ten million samples it takes a fifth of looking all of them up. What shares a shard with samples that failed is looked
+It takes about half of looking all of them up, and half of the memory (docs/scale.md). What shares a shard with samples that failed is looked
 up; and so is everything where the data are in another order, are others, or are too many for their hashes to be held at once.
 """
 
@@ -38,7 +38,7 @@ def planned_places(
     if not index.confirms(high, low, np.where(whole, begins, -1), samples):
         return None
     if whole.all():
-        del high, low
+        del high, low  # before as many places are made
         return np.arange(count, dtype=np.int64)
     places = np.full(int(starts[-1]), -1, dtype=np.int64)
     for shard in np.flatnonzero(whole).tolist():

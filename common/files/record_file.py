@@ -139,9 +139,8 @@ class RecordFile:
                 os.close(self._file)
                 self._file = None
             self._places, self._end = {}, 0
-            self._file = os.open(
-                self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-            )  # of a pipe, nobody is waited for
+            # Without blocking: nobody is waited for where it is a pipe.
+            self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         size = os.fstat(self._file).st_size
         while self._end + _HEADER <= size:
             header = os.pread(self._file, _HEADER, self._end)

@@ -1,7 +1,8 @@
 """Where a cache's samples are in a data set: what the plan says, confirmed by all ids' hashes, or looked up.
 
-It takes about half of looking all of them up, and half of the memory (docs/scale.md). What shares a shard with samples that failed is looked
-up; and so is everything where the data are in another order, are others, or are too many for their hashes to be held at once.
+It takes about half of looking all of them up, and half of the memory (docs/scale.md). What shares a shard with samples that
+failed is looked up; and so is everything where the data are in another order, are others, or are too many for their hashes to
+be held at once.
 """
 
 from collections.abc import Sequence

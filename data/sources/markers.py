@@ -166,7 +166,7 @@ def read_markers(question: str, parts: Sequence[tuple[int, Shown]] = ()) -> tupl
 
 def _may_mark(text: str) -> bool:
     """Whether a text has one of the signs that markers begin with."""
-    return "<" in text or "[" in text or "!" in text
+    return "<" in text or "[" in text
 
 
 def _is_inside(question: str, match: re.Match[str]) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from vlm_distill_cache.common.cache import placing
 from vlm_distill_cache.common.cache.documents import document_bytes
-from vlm_distill_cache.common.cache.index import SampleIndex
+from vlm_distill_cache.common.cache.index import SampleIndex, hash_ids
 from vlm_distill_cache.common.cache.manifest import seal
 from vlm_distill_cache.common.cache.plan import Plan, write_plan
 from vlm_distill_cache.common.cache.reader import TeacherCache
@@ -88,3 +88,18 @@ def test_more_than_may_be_held_are_looked_up(tmp_path: Path, monkeypatch: pytest
     ids = [f"sample/{number:03d}" for number in range(30)]
     cache = describe(tmp_path / "cache", ids, set(), shard_size=7)
     assert cache.places_in(ids).tolist() == [*range(30)]
+
+
+def test_both_halves_of_every_hash_must_fit(tmp_path: Path) -> None:
+    """Ids whose hashes share one half are other ids."""
+    ids = [f"sample/{number:03d}" for number in range(30)]
+    cache = describe(tmp_path / "cache", ids, set(), shard_size=10)
+    index = cache._indexed()
+    begins, samples = np.array([0, 10, 20]), np.array([10, 10, 10])
+    high, low = hash_ids(ids)
+    assert index.confirms(high, low, begins, samples)
+    for half in (high, low):
+        half[17] ^= np.uint64(1)
+        assert not index.confirms(high, low, begins, samples)
+        assert index.confirms(high, low, np.array([0, -1, 20]), samples)  # that shard is not asked about
+        half[17] ^= np.uint64(1)

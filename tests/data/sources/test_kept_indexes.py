@@ -10,6 +10,8 @@ import tarfile
 import numpy as np
 import PIL.Image
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlm_distill_cache.common.cache.index import hash_ids
 from vlm_distill_cache.common.errors import DataError, SampleError
@@ -245,3 +247,32 @@ def test_a_sample_beyond_the_end_of_its_archive_is_its_own_error(kept):
         file.truncate(len(data) // 4)
     with pytest.raises(SampleError, match="cut off"):
         seen(dataset)
+
+
+PARTS = [
+    "a",
+    "0",
+    "é",
+    ".",
+    "..",
+    "/",
+    "__x__",
+    "__",
+    "__MACOSX/",
+    "._",
+    ".DS_Store",
+    "Thumbs.db",
+    "desktop.ini",
+    "json",
+    "\n",
+]
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=6).map("".join))
+def test_a_member_that_is_not_looked_at_closer_has_the_key_that_the_rules_give(name):
+    """Or is no plain one: then the rules themselves decide."""
+    key, extension = tars._plain_key(name)
+    if key:
+        assert not tars._HIDDEN.fullmatch(name)
+        assert not tars._METADATA.fullmatch(name)
+        assert tars._KEY.fullmatch(name).groups() == (key, extension)

@@ -9,9 +9,19 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from vlm_distill_cache.common.errors import SampleError
-from vlm_distill_cache.data.images.recognise import base64_picture, is_picture, names_picture, picture_extensions
+from vlm_distill_cache.data.images.recognise import (
+    base64_picture,
+    is_picture,
+    may_name_file,
+    names_picture,
+    names_sound,
+    names_video,
+    picture_extensions,
+)
 from vlm_distill_cache.data.sources.messages import MessagesDataset
 
 TURN = {"question": "What?", "answer": "A circle."}
@@ -411,3 +421,30 @@ def test_names_of_pictures():
         assert names_picture(name), name
     for name in ("png", "a.txt", "", "a.png is a file", "one\ntwo.png", "x" * 5000 + ".png"):
         assert not names_picture(name), name
+
+
+LETTERS = [
+    "data:",
+    "image/png",
+    "video/mp4",
+    "audio/wav",
+    ";base64",
+    ",",
+    "QUJD",
+    ".png",
+    ".mp4",
+    ".wav",
+    "a",
+    " ",
+    "://",
+    "/",
+]
+
+
+@given(st.lists(st.sampled_from(LETTERS), max_size=6).map("".join))
+@example("image/png;base64,QUJD")
+@example(" data:video/mp4,x")
+@example(base64.b64encode(encoded()).decode())
+def test_a_text_that_may_not_name_a_file_names_none(text):
+    named = names_picture(text) or names_video(text) or names_sound(text)
+    assert may_name_file(text) or not named

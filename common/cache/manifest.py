@@ -32,7 +32,7 @@ from vlm_distill_cache.common.cache.sidecar import (
     read_sidecar,
     read_sidecar_file,
 )
-from vlm_distill_cache.common.errors import CacheFormatError
+from vlm_distill_cache.common.errors import CacheFormatError, NewerFormatError
 from vlm_distill_cache.common.files.atomic import clean_stale, write_stream_atomic
 from vlm_distill_cache.common.files.hashing import fingerprint_parsed
 from vlm_distill_cache.common.files.rules import AGAIN, check
@@ -162,6 +162,10 @@ def read_manifest(cache_dir: Path) -> Manifest:
     path = cache_dir / MANIFEST
     try:
         return Manifest.from_dict(read_document(path), str(path))
+    except NewerFormatError:
+        raise
+    except CacheFormatError as error:
+        raise error if AGAIN in str(error) else CacheFormatError(f"{error}; {AGAIN}") from None
     except FileNotFoundError:
         read_plan(cache_dir)  # which says so if it is no cache
         raise CacheFormatError(

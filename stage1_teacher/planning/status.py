@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm_distill_cache.common.cache.manifest import format_ranges
-from vlm_distill_cache.common.cache.plan import read_plan
+from vlm_distill_cache.common.cache.manifest import format_ranges, read_manifest, refuse_other_plan
+from vlm_distill_cache.common.cache.plan import Plan, read_plan
 from vlm_distill_cache.common.cache.side_files import MANIFEST
 from vlm_distill_cache.common.cache.sidecar import missing_shards
+from vlm_distill_cache.common.errors import CacheFormatError
 from vlm_distill_cache.common.printing import one_line
 from vlm_distill_cache.stage1_teacher.planning.leases import BEAT_S, SEAL, Leases, Worker
 
@@ -46,6 +47,7 @@ class CacheStatus:
         missing: Those that are not there.
         samples: In all.
         samples_left: Of the shards that are missing.
+        damage: Why a manifest that is there is of no use; None: it is, or there is none.
         workers: Those that took shards from a queue since the cache was begun; none once it is sealed.
     """
 
@@ -55,6 +57,7 @@ class CacheStatus:
     missing: tuple[int, ...]
     samples: int
     samples_left: int
+    damage: str | None
     workers: tuple[WorkerStatus, ...]
 
     @property
@@ -83,7 +86,7 @@ def cache_status(cache_dir: Path) -> CacheStatus:
     plan = read_plan(cache_dir)
     leases = Leases(cache_dir)
     states = _states(leases)
-    sealed = (cache_dir / MANIFEST).is_file()  # before the shards: a build that goes on only adds some
+    sealed, damage = _manifest_state(cache_dir, plan)  # before the shards: a build that goes on only adds some
     missing = dict.fromkeys(missing_shards(cache_dir, plan))
     had = {of: leases.holder(lease) for of, lease in leases.newest().items()}
     made = Counter(name for of, name in had.items() if of != SEAL and int(of) not in missing)
@@ -108,8 +111,20 @@ def cache_status(cache_dir: Path) -> CacheStatus:
         missing=tuple(missing),
         samples=plan.sample_count,
         samples_left=sum(len(plan.shard_range(index)) for index in missing),
+        damage=damage,
         workers=workers,
     )
+
+
+def _manifest_state(cache_dir: Path, plan: Plan) -> tuple[bool, str | None]:
+    """Whether there is a manifest that can be read and is this plan's, and what is wrong with one that is not."""
+    if not (cache_dir / MANIFEST).is_file():
+        return False, None
+    try:
+        refuse_other_plan(read_manifest(cache_dir), plan, str(cache_dir))
+    except CacheFormatError as error:
+        return False, str(error)
+    return True, None
 
 
 def _states(leases: Leases) -> list[tuple[Worker, State]]:
@@ -142,6 +157,7 @@ def status_values(status: CacheStatus) -> dict[str, Any]:
     return {
         "cache": status.cache,
         "sealed": status.sealed,
+        "damage": status.damage,
         "shards": {"all": status.shards, "done": done, "leased": status.leased, "left": left},
         "samples": {"all": status.samples, "done": status.samples - status.samples_left},
         "samples_per_second": status.rate,
@@ -174,6 +190,8 @@ def status_text(status: CacheStatus) -> str:
         f"{_speed(status)}; not sealed"
     ]
     lines += [f"  {_worker_text(entry)}" for entry in status.workers]
+    if status.damage is not None:
+        lines.append(f"  {status.damage}")
     if not any(entry.state == "works" for entry in status.workers):
         lines.append(
             "  no worker of a queue is at work (builds of one process, and parts R/N, are not listed); `teacher-cache build "

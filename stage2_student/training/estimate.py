@@ -5,6 +5,7 @@ it is, is measured by the code of a real training, which is stopped before it wr
 trained here, for lack of its weights or of memory, its decoder is passed without values, and hours are not known.
 """
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ from vlm_distill_cache.stage2_student.training.preparation import Found, find_al
 LOOKED_AT = 8  # samples that tell how long a pass is, where none is run
 MOST_PROCESSES = 64
 _FLOAT = 4
+_log = logging.getLogger(__name__)
 Train = Callable[..., Any]
 
 
@@ -183,6 +185,7 @@ def estimate(
     for name, (count, samples) in sizes.items():
         passed = -(-samples // _passes(config, name))
         if unknown is None:
+            _log.info("%s: %d steps of %d samples are run to be measured", name, steps + 2, samples)
             seconds, taken = _measure(config, name, count, caches, train=train, steps=steps)
             beside = max(0, taken - held[name].gradients)
         else:

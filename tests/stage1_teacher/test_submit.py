@@ -136,6 +136,21 @@ def test_what_was_submitted_is_recorded_with_a_copy_of_its_options_and_listed_be
     assert "2 workers by slurm (job 77)" in shown
 
 
+def test_a_submission_that_is_refused_leaves_nothing_behind(tmp_path, monkeypatch):
+    """By a program of sbatch's name that takes no job."""
+    pytest.importorskip("submitit", reason="needs submitit: pip install 'vlm-distill-cache[slurm]'")
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\necho invalid partition >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    place = tmp_path / "place"
+    place.mkdir()
+    told = submit("--engine", "slurm", "--cache", place / "cache")
+    assert told.exit_code == 1
+    assert "sbatch refused the job" in told.output
+    assert not [*place.iterdir()]
+
+
 def tree(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import shlex
@@ -164,15 +165,24 @@ def start_workers(
     if config is not None and not config.is_file():
         raise ConfigError(f"--config {config}: is no file that can be kept for the workers; write the options to one")
     folder.mkdir(parents=True, mode=0o700)  # submitit's files hold variables, too, and are run
-    if config is not None:
-        shutil.copyfile(config, kept)
+    try:
+        if config is not None:
+            shutil.copyfile(config, kept)
+        number, where = "", ""
+        if engine.name == "slurm":
+            number = submit_to_slurm(asked, hours=engine.hours)
+        else:
+            where = connect_to_ray(engine.address)
+    except ConfigError:  # nothing was started, and nothing of it is left
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+        raise
     if engine.name == "slurm":
-        number = submit_to_slurm(asked, hours=engine.hours)
         write_record(asked, engine=engine.name, identity=f"job {number}", stop=f"`scancel {number}` ends it")
         say(f"Submitted as job {number}: {quoted(folder / f'{number}_submission.sh')}")
         tell(f"`squeue --job {number}` and {_watch(place, name)} say how far it is; `scancel {number}` ends it")
         return told | {"job": number}
-    where = connect_to_ray(engine.address)
     tell(f"Ray cluster: {where}")
     write_record(asked, engine=engine.name, identity=where, stop="it ends with the command that started it")
     tell(f"{_watch(place, name)} says how far it is; Ctrl-C ends the workers, and the same command goes on")

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -82,8 +83,12 @@ def test_a_complete_cache_only_mentions_a_strangers_file(cache: Path, build_cach
 def test_a_damaged_manifest_is_derived_again_from_the_sidecars(cache: Path, build_cache, caplog, damage: bytes):
     before = tree(cache)
     (cache / "manifest.json").write_bytes(damage)
+    told = CliRunner().invoke(main, ["status", str(cache)]).output
+    assert "shards done, 0 leased, 0 left; not sealed" in told
+    assert re.search(r"manifest\.json: .*damaged.*; copy the cache again .*or build it again", told)
     with caplog.at_level(logging.WARNING):
         assert rebuild(build_cache, cache).built == 0
+    assert ": sealed, " in CliRunner().invoke(main, ["status", str(cache)]).output
     assert "written again from the shards" in caplog.text
     assert tree(cache) == before
 

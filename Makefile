@@ -72,7 +72,7 @@ export TOKENIZERS_PARALLELISM := false
 # Recipes are not echoed: what is shown is what the tools print. `make -n` still shows them.
 .SILENT:
 
-.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-several experiment-smollm experiment-photos test test-all checks format docs bench bench-compare bench-codec bench-peers bench-scale profile full-size gpu-check battery matrix harness lock sbom audit clean
+.PHONY: help setup teacher-cache distill evaluate report suite demo demo-teacher experiment experiment-seeds experiment-several experiment-smollm experiment-photos test test-all checks format docs bench bench-compare bench-codec bench-instructions bench-peers bench-scale profile full-size gpu-check battery matrix harness lock sbom audit clean
 
 help: ## Show this list
 	grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -188,6 +188,9 @@ bench: $(STAMP) ## Speed and size table, ratios measured side by side (about 20 
 
 bench-compare: $(STAMP) ## Measure again and compare with the stored results
 	$(BIN)/python -m tests.benchmarks.bench_compare
+
+bench-instructions: $(STAMP) ## The ratios of bench in instructions, which other work does not disturb (valgrind; an hour of one core)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_instructions
 
 bench-scale: $(STAMP) ## Costs a sample of opening and joining large data; SAMPLES=100000
 	$(BIN)/python -m tests.benchmarks.bench_data --samples $(or $(SAMPLES),100000)

@@ -70,8 +70,8 @@ SURFACE = {
 TARGETS = {
     "help", "setup", "teacher-cache", "distill", "evaluate", "report", "suite", "demo", "demo-teacher", "experiment",
     "experiment-seeds", "experiment-several", "experiment-smollm", "experiment-photos",
-    "test", "test-all", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "bench-peers", "full-size",
-    "gpu-check", "battery", "matrix",
+    "test", "test-all", "checks", "format", "docs", "bench", "bench-compare", "bench-codec", "bench-instructions", "bench-peers",
+    "full-size", "gpu-check", "battery", "matrix",
     "bench-scale", "profile", "harness", "lock", "sbom", "audit", "clean",
 }  # fmt: skip
 

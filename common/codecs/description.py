@@ -7,7 +7,7 @@ decode.
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -71,8 +71,7 @@ class Codec(ABC):
         Raises:
             CacheFormatError: Naming the field, what it holds and what it could hold.
         """
-        for line in self.ranges(record):
-            raise CacheFormatError(f"{line}; no teacher says so, the cache is damaged: run `cachectl verify --deep`")
+        refuse_first(self.ranges(record))
 
     def to_dict(self) -> dict[str, Any]:
         """The exact JSON stored in a cache's plan: the signal under `codec`, then the settings."""
@@ -133,6 +132,12 @@ class Codec(ABC):
 def setting_names(codec: type[Codec]) -> list[str]:
     """Names of a codec's settings, in the order in which a plan stores them."""
     return [field.name for field in dataclasses.fields(codec)]  # type: ignore[arg-type]
+
+
+def refuse_first(impossible: Iterable[str]) -> None:
+    """Refuse a record of which something is said; a CacheFormatError with the first of it."""
+    for line in impossible:
+        raise CacheFormatError(f"{line}; no teacher says so, the cache is damaged: run `cachectl verify --deep`")
 
 
 def out_of_range(name: str, values: np.ndarray, low: float, high: float, *, said: str = "") -> Iterator[str]:

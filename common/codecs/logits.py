@@ -15,6 +15,7 @@ the tail's mass, and decoding makes use of it (`balanced`).
 Dims: A supervised rows, K most entries of a row, E entries of all rows.
 """
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from vlm_distill_cache.common.codecs.description import (
     check_whole_number,
     is_number,
     out_of_range,
+    refuse_first,
     shown,
 )
 from vlm_distill_cache.common.codecs.quantise import (
@@ -38,7 +40,6 @@ from vlm_distill_cache.common.codecs.quantise import (
     GAP_TABLE,
     ZERO_CODE,
     ArrayT,
-    CodeArray,
     balance,
     encode_gaps,
     gap_codes,
@@ -61,7 +62,7 @@ _FIXED = re.compile(r"fixed:([0-9]{1,4})")
 
 _ROUNDING = 2e-3  # of a float16 near 1, twice over
 _LEAST_TOP = -math.log(2**32) - 0.1  # ids are 32 bits, and the likeliest of n tokens has at least one n-th of the mass
-_REACH = GAP_REACH.astype(np.float64)
+_GAPS, _REACH = GAP_TABLE.astype(np.float64), GAP_REACH.astype(np.float64)
 _REACH[0, ZERO_CODE - 1] = math.inf  # larger gaps share the code of the largest
 _MASS_ERROR = 1e-3  # kept mass and tail may miss 1 by this beyond the rounding of gaps and of float16
 
@@ -234,9 +235,9 @@ class LogitCodec(Codec):
                 f"{entries} ids, {len(record['log_gap'])} gaps, {len(record['top_logprob'])} tops and tails "
                 f"{tails.shape}; the cache is damaged: run `cachectl verify`"
             )
-        self.refuse_impossible(record)
-        width = int(counts.max(initial=0))
         codes = self._codes(record, counts)
+        refuse_first(self._impossible(record, counts, codes))
+        width = int(counts.max(initial=0))
         where = _entry_positions(counts, width)
         ids = np.zeros(rows * width, np.int64)
         ids[where] = record["token_ids"]
@@ -257,13 +258,18 @@ class LogitCodec(Codec):
 
     def ranges(self, record: Record) -> Iterator[str]:
         """Yield log-probabilities above 0, entries out of order or twice in a row, and masses that cannot have been one."""
+        counts = record["entry_count"].astype(np.int64)  # [A]
+        whole = counts.min(initial=1) >= 1  # other rows are refused by `damage` and `decode`
+        return self._impossible(record, counts, self._codes(record, counts) if whole else None)
+
+    def _impossible(self, record: Record, counts: np.ndarray, codes: np.ndarray | None) -> Iterator[str]:
+        """What `ranges` yields, of entries with these codes; None: only what can be said without them."""
         top, tail = record["top_logprob"], record["tail_logmass"]
         yield from out_of_range("top_logprob", top, _LEAST_TOP, _ROUNDING, said="log-probabilities of at most 0")
         yield from out_of_range("tail_logmass", tail, -math.inf, _ROUNDING, said="log-probabilities of at most 0")
-        counts = record["entry_count"].astype(np.int64)  # [A]
-        if not len(counts) or counts.min() < 1:  # no rows, or rows that `damage` and `decode` refuse
+        if not len(counts) or codes is None:
             return
-        codes, starts = self._codes(record, counts), np.cumsum(counts) - counts  # [E], [A]
+        starts = np.cumsum(counts) - counts  # [A]
         gaps = codes if self.exact else GAP_TABLE[codes]
         rises = gaps[1:] >= gaps[:-1]  # not of NaN
         rises[starts[1:] - 1] = True
@@ -274,7 +280,7 @@ class LogitCodec(Codec):
         pairs = np.sort(rows + record["token_ids"])  # int64: a row's number before its ids, which are below 2^32
         if (pairs[1:] == pairs[:-1]).any():
             yield "token_ids of a row repeat"
-        yield from self._mass_damage(codes, gaps.astype(np.float64), counts, starts, record)
+        yield from self._mass_damage(codes, counts, starts, record)
         # A tail of no mass at all has none at any temperature, but for what a low one makes too small to write.
         empty = np.isinf(tail[:, np.argsort(self.temperatures)])  # [A, T]
         if (empty[:, 1:] & ~empty[:, :-1]).any():
@@ -294,19 +300,12 @@ class LogitCodec(Codec):
         if not np.bincount(rows[truth], minlength=len(counts)).all():
             yield "token_ids lack the ground truth of a row, which the codec always keeps"
 
-    def _mass_damage(
-        self, codes: CodeArray, gaps: np.ndarray, counts: np.ndarray, starts: np.ndarray, record: Record
-    ) -> Iterator[str]:
+    def _mass_damage(self, codes: np.ndarray, counts: np.ndarray, starts: np.ndarray, record: Record) -> Iterator[str]:
         """Check that kept tokens and tail can have summed to one before rounding, and the tail at each temperature with it."""
         top, tails = record["top_logprob"].astype(np.float64), record["tail_logmass"].astype(np.float64)
-        above = below = np.zeros(1)
-        if not self.exact:
-            above, below = _REACH[:, codes]  # [E]
-            above[starts] = below[starts] = 0
-        fewest, most = -gaps - above, below - gaps  # [E], of the logarithms, relative to the top
         tail = np.minimum(tails[:, self.temperatures.index(1.0)], 0)  # [A]
         others = np.exp(tail)
-        least, largest = (np.exp(top) * np.add.reduceat(np.exp(logs), starts) for logs in (fewest, most))
+        least, largest = (np.exp(top) * mass for mass in self._masses(codes, starts, 1.0))
         allowed = np.full(len(top), _MASS_ERROR)
         if not self.exact:
             allowed += 2.0**-10 * (largest * np.abs(top) + others * np.abs(np.where(others > 0, tail, 0)))
@@ -318,7 +317,9 @@ class LogitCodec(Codec):
         some = np.isfinite(tail)  # [A]
         tail = np.where(some, tail, 0)
         # No token of the tail is likelier than the last entry but one: the last may be a ground truth of any rank.
-        cap = np.minimum(top + most[starts + np.maximum(counts - 2, 0)], tail)
+        code = codes[starts + np.maximum(counts - 2, 0)]
+        gap = code.astype(np.float64) if self.exact else np.where(counts > 2, _GAPS[code] - _REACH[1, code], 0)
+        cap = np.minimum(top - gap, tail)
         tiniest = float(np.finfo(record["tail_logmass"].dtype).min)
         for column, temperature in enumerate(self.temperatures):
             if temperature == 1.0 or not some.any():
@@ -326,7 +327,7 @@ class LogitCodec(Codec):
             power = 1 / temperature
             # Spread over all ids that there are, or in as few tokens as can be.
             ends = (1 - power) * math.log(2**32) + power * tail, tail + (power - 1) * cap
-            kept = [power * top + np.log(np.add.reduceat(np.exp(power * logs), starts)) for logs in (fewest, most)]
+            kept = [power * top + np.log(mass) for mass in self._masses(codes, starts, power)]
             found = np.clip(tails[:, column], tiniest, -(2.0**-24))
             odds = found - np.log(-np.expm1(found))
             room = 0.02 + 2.0**-10 * (max(power, 1) * (np.abs(top) + np.abs(tail) + np.abs(cap)) + np.abs(found))
@@ -339,9 +340,33 @@ class LogitCodec(Codec):
                     f"{ends_of_row[0]:.4g} to {ends_of_row[1]:.4g}"
                 )
 
+    def _masses(self, codes: np.ndarray, starts: np.ndarray, power: float) -> tuple[np.ndarray, np.ndarray]:
+        """What each row's entries had together before rounding, at least and at most: float64 `[A]`, the top token's being 1.
+
+        Args:
+            power: That probabilities are taken to.
+        """
+        if self.exact:
+            mass = np.add.reduceat(np.exp(-power * codes.astype(np.float64)), starts)
+            return mass, mass
+        low, high = (np.take(shares, codes) for shares in _shares(power))  # [E]
+        low[starts] = high[starts] = 1.0  # nothing was rounded there
+        return np.add.reduceat(low, starts), np.add.reduceat(high, starts)
+
     def _codes(self, record: Record, counts: np.ndarray) -> np.ndarray:
-        """The 8-bit code of each entry's gap, or with `exact` the gap itself, `[E]`."""
-        return gap_codes(record["log_gap"], counts) if self.gap_steps else record["log_gap"]
+        """The code of each entry's gap, as an index of tables, or with `exact` the gap itself, `[E]`."""
+        codes = gap_codes(record["log_gap"], counts) if self.gap_steps else record["log_gap"]
+        return codes if self.exact else codes.astype(np.intp)
+
+
+@functools.cache
+def _shares(power: float) -> np.ndarray:
+    """The mass of an entry by its gap's code, at least and at most, the top token's being 1: float64 `[2, 256]`.
+
+    Args:
+        power: That probabilities are taken to.
+    """
+    return np.exp(power * np.stack([-_GAPS - _REACH[0], _REACH[1] - _GAPS]))
 
 
 def _entry_positions(counts: np.ndarray, width: int) -> np.ndarray:

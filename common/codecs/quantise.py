@@ -143,7 +143,7 @@ def balance(log_probs: FloatArray, codes: CodeArray, counts: npt.NDArray[np.int6
     if not len(counts):
         return log_probs
     starts = np.cumsum(counts) - counts
-    above, below = GAP_REACH[0][codes], GAP_REACH[1][codes]  # [E]
+    above, below = GAP_REACH[:, codes]  # [E]
     above[starts] = below[starts] = 0
     probabilities = np.exp(log_probs)
     halves = (above + below) * np.float32(0.5)

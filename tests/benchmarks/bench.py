@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from tests.benchmarks.bench_commands import bench_commands
 from tests.benchmarks.bench_docs import bench_table, rewrite_pages
 from tests.benchmarks.bench_epoch import bench_epoch
 from tests.benchmarks.bench_fused import bench_fused
@@ -71,10 +72,11 @@ PARTS: dict[str, tuple[str, Callable[[Scratch], Measured]]] = {
     "processes": ("Processes", lambda scratch: bench_processes(scratch.folder("processes"))),
     "fused": ("Fused loss", lambda _: bench_fused()),
     "bytes": ("Cache", lambda scratch: ({}, scratch.builtin[0])),
-    "codecs": ("Cache", lambda _: ({}, bench_codecs())),
+    "codecs": ("Cache", lambda _: bench_codecs()),
     "readers": ("Cache", lambda scratch: bench_readers(scratch.builtin[1], scratch.folder("readers"))),
     "epoch": ("Cache", lambda scratch: bench_epoch(scratch.builtin[1], scratch.folder("epoch"))),
     "scale": ("Cache", lambda scratch: bench_scale(scratch.folder("scale"))),
+    "commands": ("Commands", lambda scratch: ({}, bench_commands(scratch.builtin[1]))),
 }
 """Of each part, the group of its rows, and what measures it."""
 

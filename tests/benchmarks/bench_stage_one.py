@@ -36,6 +36,7 @@ from vlm_distill_cache.stage2_student.training.live_bytes import LiveBytes
 
 SIZE = "135M parameters"
 PICTURE = 336  # pixels; 24 x 24 patches
+TEACHER_OPTIONS = {"template": "short", "batch_size": 2, "max_length": 4096}
 TURN = ("is there a square ?", "yes there is a red square left of the circle")
 
 
@@ -53,14 +54,14 @@ def bench_stage_one(folder: Path) -> tuple[Values, Values]:
     ratios: Values = {}
     figures: Values = {}
     # The whole demonstration: its first shard's reading has nothing to hide behind, as in every build.
-    overhead, rate = _against_bare(folder / "built-in", rounds=7, threads=threads, batch_size=16)
+    overhead, rate = _againstbare_pass(folder / "built-in", rounds=7, threads=threads, batch_size=16)
     ratios["stage one / bare forward, built-in teacher"] = overhead
     figures["stage one, built-in teacher, samples/s"] = rate
 
     teacher = save_random_llava(folder / "teacher")
-    options = {"teacher": str(teacher), "template": "short", "batch_size": 2, "max_length": 4096}
+    options: dict[str, Any] = {"teacher": str(teacher), **TEACHER_OPTIONS}
     data = write_conversations(folder / "short", samples=4, turns=7)
-    overhead, rate = _against_bare(folder / "large", rounds=7, threads=threads, data=str(data), **options)
+    overhead, rate = _againstbare_pass(folder / "large", rounds=7, threads=threads, data=str(data), **options)
     ratios[f"stage one / bare forward, {SIZE}"] = overhead
     figures[f"stage one, {SIZE}, samples/s"] = rate
     for name, turns, rounds in (("short", 7, 7), ("long", 72, 3)):
@@ -71,7 +72,7 @@ def bench_stage_one(folder: Path) -> tuple[Values, Values]:
     return ratios, figures
 
 
-def _against_bare(folder: Path, *, rounds: int, threads: int, **options: Any) -> tuple[Spread, Spread]:
+def _againstbare_pass(folder: Path, *, rounds: int, threads: int, **options: Any) -> tuple[Spread, Spread]:
     """Main loop of a build over bare passes, pairs run in turn; and the build's samples a second."""
     settings: dict[str, Any] = {"fidelity_samples": 0, "threads": threads} | options
 
@@ -82,15 +83,15 @@ def _against_bare(folder: Path, *, rounds: int, threads: int, **options: Any) ->
 
     work = open_build(BuildConfig(cache=str(folder), **settings))
     work.teacher.model.set_attn_implementation("sdpa")
-    batches = list(_batches(work))
+    batches = list(batches_of(work))
 
     def bare() -> Seconds:
         watch = Watch()
         for batch in batches:
-            _bare(work.teacher, batch)
+            bare_pass(work.teacher, batch)
         return watch.seconds()
 
-    _bare(work.teacher, batches[0])  # warm-up
+    bare_pass(work.teacher, batches[0])  # warm-up
     pairs = [(bare(), stage_one()) for _ in range(rounds)]
     samples = sum(map(len, batches))
     bares, builds = zip(*pairs, strict=True)
@@ -99,24 +100,7 @@ def _against_bare(folder: Path, *, rounds: int, threads: int, **options: Any) ->
 
 def _against_eager(folder: Path, *, rounds: int, **options: Any) -> tuple[int, Spread, float]:
     """Tokens of one sample; eager attention over the captured pass in seconds, and in bytes alive at the peak."""
-    work = open_build(BuildConfig(cache=str(folder), **options))
-    (batch,) = _batches(work)
-    dtype = getattr(torch, work.teacher.dtype)
-    inputs = dict(work.teacher.family.model_inputs(work.teacher.config, batch, dtype=dtype))
-    inputs["attention_mask"] = additive_mask(inputs["attention_mask"], dtype)
-    eager: Any = LlavaForConditionalGeneration.from_pretrained(
-        work.teacher.directory, dtype=dtype, attn_implementation="eager"
-    ).eval()
-    models = (work.teacher.model, eager)
-    existing = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-
-    @torch.inference_mode()
-    def ours() -> None:
-        reduce_output(work.run(batch), batch, work.codecs)
-
-    @torch.inference_mode()
-    def theirs() -> None:
-        eager(**inputs, use_cache=False, output_attentions=True)
+    tokens, theirs, ours, existing = eager_and_ours(folder, **options)
 
     def seconds(call: Callable[[], None]) -> Seconds:
         watch = Watch()
@@ -132,10 +116,36 @@ def _against_eager(folder: Path, *, rounds: int, **options: Any) -> tuple[int, S
     memory = peak(theirs) / peak(ours)  # the warm-up too
     pairs = [(seconds(theirs), seconds(ours)) for _ in range(rounds)]
     slow, fast = zip(*pairs, strict=True)
-    return max(batch.lengths), ratio(slow, fast), memory
+    return tokens, ratio(slow, fast), memory
 
 
-def _batches(work: Build) -> Iterator[Batch]:
+def eager_and_ours(
+    folder: Path, **options: Any
+) -> tuple[int, Callable[[], None], Callable[[], None], list[torch.Tensor]]:
+    """Tokens of one sample; its pass with eager attention and all maps, and with capture; the tensors of both models."""
+    work = open_build(BuildConfig(cache=str(folder), **options))
+    (batch,) = batches_of(work)
+    dtype = getattr(torch, work.teacher.dtype)
+    inputs = dict(work.teacher.family.model_inputs(work.teacher.config, batch, dtype=dtype))
+    inputs["attention_mask"] = additive_mask(inputs["attention_mask"], dtype)
+    eager: Any = LlavaForConditionalGeneration.from_pretrained(
+        work.teacher.directory, dtype=dtype, attn_implementation="eager"
+    ).eval()
+
+    @torch.inference_mode()
+    def ours() -> None:
+        reduce_output(work.run(batch), batch, work.codecs)
+
+    @torch.inference_mode()
+    def theirs() -> None:
+        eager(**inputs, use_cache=False, output_attentions=True)
+
+    models = (work.teacher.model, eager)
+    existing = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    return max(batch.lengths), theirs, ours, existing
+
+
+def batches_of(work: Build) -> Iterator[Batch]:
     """The batches that a build makes, in its order."""
     for index in range(work.plan.shard_count):
         samples = [work.encoder(work.dataset[position]) for position in work.plan.shard_range(index)]
@@ -144,7 +154,8 @@ def _batches(work: Build) -> Iterator[Batch]:
 
 
 @torch.inference_mode()
-def _bare(teacher: Teacher, batch: Batch) -> torch.Tensor:
+def bare_pass(teacher: Teacher, batch: Batch) -> torch.Tensor:
+    """The library's own pass over a batch: logits of its supervised rows, ``[A, V]``."""
     inputs = teacher.family.model_inputs(teacher.config, batch, dtype=getattr(torch, teacher.dtype))
     return row_logits(teacher.model, inputs, batch.labels != IGNORE_INDEX)
 

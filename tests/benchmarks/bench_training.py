@@ -111,7 +111,9 @@ def bench_training(cache: Path, folder: Path, *, steps: int = 90, wider_steps: i
     for student, options in students.items():
         for phase in TRAINABLE:
             place = folder / f"{phase}{student}"
-            train: Callable[..., TrainResult] = partial(_train, cache=cache, folder=place, phase=phase, **options)
+            train: Callable[..., TrainResult] = partial(
+                train_for_bench, cache=cache, folder=place, phase=phase, **options
+            )
             seconds = in_turn({name: partial(train, name) for name in LOSSES})
             kept = {name: times[options["steps"] // 3 :] for name, times in seconds.items()}
             for name in LOSSES:
@@ -123,7 +125,7 @@ def bench_training(cache: Path, folder: Path, *, steps: int = 90, wider_steps: i
     return ratios, figures | {"data_wait, %": Spread.of(waits)}
 
 
-def _train(
+def train_for_bench(
     name: str,
     after_step: AfterStep | None = None,
     *,

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import vlm_distill_cache.data.families.models as family_models
 import vlm_distill_cache.stage2_student.train as training
-from tests.benchmarks.bench_stage_one import _bare, _batches, save_random_llava, write_conversations
+from tests.benchmarks.bench_stage_one import bare_pass, batches_of, save_random_llava, write_conversations
 from tests.benchmarks.bench_training import LOSSES, step_seconds
 from tests.benchmarks.full_size_models import MOBILEVLM, TOWER, write_llava, write_mobilevlm
 from tests.benchmarks.train_student import train_student
@@ -113,12 +113,12 @@ def _bare_passes(place: Place, teacher: Path) -> tuple[Figures, float, int]:
     if gpus := work.teacher.gpus:
         found |= _probed(work, gpus)
     size = min(work.plan.batch_size, work.plan.shard_size)
-    batches = list(_batches(replace(work, plan=replace(work.plan, batch_size=size))))
+    batches = list(batches_of(replace(work, plan=replace(work.plan, batch_size=size))))
 
     def bare() -> float:
         started = time.perf_counter()
         for batch in batches:
-            _bare(work.teacher, batch)
+            bare_pass(work.teacher, batch)
         _wait(place)
         return time.perf_counter() - started
 

@@ -1,7 +1,8 @@
-"""The values of one array of a shard, decoded chunk by chunk into their place; nothing of a chunk is copied on the way.
+"""The values of one array of a shard: its one file, of chunks and their places behind them.
 
-zarr-python reads any array of any store, through an event loop: for a shard's fifty small arrays that took more time than the
-decoding. Here an array is what `zarr_metadata` lets pass: one file, its chunks' places at the end of it.
+zarr-python reads and writes any array of any store, through an event loop: for a shard's fifty small arrays that took more time
+than the coding. Here an array is what `zarr_metadata` lets pass, decoded chunk by chunk into its place; what is written is byte for
+byte what zarr-python writes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 import google_crc32c  # which zarr needs for the same checksums
 import numpy as np
 from numcodecs import blosc, zstd
+from numcodecs.blosc import Blosc
 
 from vlm_distill_cache.common.cache.stores.base import frame_content_bytes
 from vlm_distill_cache.common.cache.stores.zarr_metadata import ArrayLayout
@@ -52,6 +54,20 @@ def read_chunks(path: Path, layout: ArrayLayout, dtype: np.dtype) -> np.ndarray:
         os.close(descriptor)
     rows = values.view(dtype).reshape(-1, *layout.shape[1:])
     return rows[: layout.shape[0]]
+
+
+def encode_chunks(values: np.ndarray, rows: int, compressor: Blosc) -> bytes:
+    """The file of an array of at least one row, in chunks of so many; the last one is filled up with zeros."""
+    chunks, places, begin = list[bytes](), list[int](), 0
+    for first in range(0, len(values), rows):
+        part = values[first : first + rows]
+        if len(part) < rows:
+            part = np.concatenate([part, np.zeros((rows - len(part), *part.shape[1:]), part.dtype)])
+        chunks.append(compressor.encode(np.ascontiguousarray(part)))
+        places += (begin, len(chunks[-1]))
+        begin += len(chunks[-1])
+    index = np.array(places, "<u8").tobytes()
+    return b"".join((*chunks, index, google_crc32c.value(index).to_bytes(_CRC_BYTES, "little")))
 
 
 def _decode(chunk: bytes, layout: ArrayLayout, into: np.ndarray) -> None:

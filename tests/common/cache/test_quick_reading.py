@@ -1,4 +1,4 @@
-"""What readers do to be quick gives what zarr-python, safetensors and tarfile give, and refuses what they refuse."""
+"""What readers and writers do to be quick gives what zarr-python, safetensors and tarfile give, and refuses what they refuse."""
 
 import json
 import tarfile
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs.zstd import Zstd
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, MemoryStore
 
 from vlm_distill_cache.common.cache.schema import SEVERAL_FIELDS, Field, check_record
 from vlm_distill_cache.common.cache.stores import finish_shard, open_reader, open_writer, webdataset_store
@@ -187,3 +187,72 @@ def test_arrays_are_those_that_zarr_reads_and_damage_is_seen_as_zarr_sees_it(tmp
         except DAMAGE_ERRORS:
             continue  # a chunk that declares another size: refused before it is decoded
         np.testing.assert_array_equal(ours, theirs, strict=True)
+
+
+def written_by_zarr(fields, ids, parts, version):
+    """The files of a shard's group, each array made, compressed and consolidated by zarr-python."""
+    stored = {}
+    group = zarr.create_group(
+        MemoryStore(stored), zarr_format=3, attributes={"format_version": version, "samples": len(ids)}
+    )
+
+    def put(name, data, axis, *, written=True):
+        row_bytes = data.itemsize * int(np.prod(data.shape[1:]))
+        rows = max(1, min((256 << 10) // row_bytes, len(data)))
+        array = group.create_array(
+            name, shape=data.shape, dtype=data.dtype, chunks=(rows, *data.shape[1:]), filters=None, fill_value=0,
+            shards=(max(1, -(-len(data) // rows)) * rows, *data.shape[1:]), config={"write_empty_chunks": True},
+            dimension_names=[axis, *[None] * (data.ndim - 1)],
+            compressors=BloscCodec(
+                cname="zstd", clevel=7 if row_bytes <= 8 else 5, typesize=data.itemsize,
+                shuffle="shuffle" if data.itemsize > 1 else "noshuffle",
+            ),
+        )  # fmt: skip
+        if len(data) and written:
+            array[...] = data
+
+    def bounds(lengths):
+        return np.cumsum([0, *lengths], dtype=np.int64)
+
+    for field in fields:
+        data = np.concatenate([field.empty(), *parts[field.name]])
+        put(field.name, data, field.axis)
+        empty = version == 2 and not len(data)
+        put(
+            f"{field.name}_offsets",
+            bounds([len(part) for part in parts[field.name]]),
+            "sample_bounds",
+            written=not empty,
+        )
+    put("sample_ids", np.frombuffer("".join(ids).encode(), np.uint8), "byte")
+    put("sample_ids_offsets", bounds([len(name.encode()) for name in ids]), "sample_bounds")
+    zarr.consolidate_metadata(group.store)
+    return {name: buffer.to_bytes() for name, buffer in stored.items()}
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+@pytest.mark.parametrize("fields", [ENTRY_FIELDS, FIELDS], ids=["several", "one picture"])
+@pytest.mark.parametrize("lengths", [[], [0], [3, 0, 70], [70_000, 1], [131_072, 131_072]], ids=str)
+def test_a_shard_is_written_as_zarr_writes_it(fields, lengths, tmp_path):
+    rng = np.random.default_rng(len(lengths))
+    extra = Field(name="cells", dtype="f4", axis="look", trailing=(3, 5))
+    fields, ids = (*fields, extra), [f"s\xe9{number}" for number in range(len(lengths))]
+    parts = {
+        field.name: [
+            rng.integers(0, 9, (min(length, 700) if field.trailing else length, *field.trailing)).astype(
+                field.numpy_dtype
+            )
+            for length in lengths
+        ]
+        for field in fields
+    }
+    writer = open_writer("zarr", tmp_path, 0, fields)
+    writer.sample_ids, writer._parts = ids, parts
+    written = writer._encode()
+    expected = written_by_zarr(fields, ids, parts, writer.format_version)
+    assert list(written) == sorted(expected)
+    for name, data in expected.items():
+        if name.endswith("zarr.json"):
+            assert json.loads(written[name]) == json.loads(data), name
+        else:
+            assert written[name] == data, name

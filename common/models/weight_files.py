@@ -7,6 +7,7 @@ Names, kinds and shapes are known as soon as a file is opened, and what is wrong
 tensor at a time, so that a model in another precision never lies beside the whole of its file in memory.
 """
 
+import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ GGUF = (
     "a GGUF file is a language model for llama.cpp and cannot be used here; download the original repository of the model: "
     "config.json, safetensors, tokenizer and preprocessor_config.json"
 )
+_MAPPED_BYTES = 64 << 20  # that are read of a pickle before it is mapped anew
 _LISTED = 5  # names of wrong tensors an error shows
 
 
@@ -184,11 +186,30 @@ def _open_pickle(path: Path) -> Weights:
     found = _read_pickle(path)
     if not zipfile.is_zipfile(path):  # the format of old cannot be mapped: all of it has been read
         return dict(found)
-    return {name: _stored(value, partial(_of_pickle, path, name)) for name, value in found.items()}
+    mapped = _MappedPickle(path, found)
+    return {name: _stored(value, partial(mapped.read, name)) for name, value in found.items()}
 
 
-def _of_pickle(path: Path, name: str) -> Tensor:
-    return _read_pickle(path)[name]
+class _MappedPickle:
+    """Tensors of a pickle, by name.
+
+    Who maps it goes through all of its tensors, so that is not done for each of them; nor once for all, as what was read stays
+    in memory with the mapping.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Begin with a mapping of which nothing has been read."""
+        self._path, self._tensors, self._bytes = path, tensors, 0
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in memory of its own: what is done to it is done to no other, and to none that is read later."""
+        with self._lock:
+            if self._bytes > _MAPPED_BYTES:
+                self._tensors, self._bytes = _read_pickle(self._path), 0
+            value = self._tensors[name]
+            self._bytes += value.nbytes
+        return value.clone()
 
 
 def _stored(value: Tensor, read: Callable[[], Tensor]) -> StoredTensor:

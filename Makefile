@@ -189,7 +189,7 @@ bench: $(STAMP) ## Speed and size table, ratios measured side by side (about 20 
 bench-compare: $(STAMP) ## Measure again and compare with the stored results
 	$(BIN)/python -m tests.benchmarks.bench_compare
 
-bench-instructions: $(STAMP) ## The ratios of bench in instructions, which other work does not disturb (valgrind; an hour of one core)
+bench-instructions: $(STAMP) ## The ratios of bench in instructions, which other work does not disturb (valgrind; half an hour of one core)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_instructions
 
 bench-scale: $(STAMP) ## Costs a sample of opening and joining large data; SAMPLES=100000

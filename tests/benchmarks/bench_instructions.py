@@ -1,9 +1,9 @@
 """Ratios of ``make bench`` in instructions, which a shared machine does not disturb.
 
-    make bench-instructions    # opt-in: needs valgrind; an hour on one core
+    make bench-instructions    # opt-in: needs valgrind; half an hour on one core
 
 callgrind counts what one thread executes, of Python and arithmetic alike, but neither waiting nor what memory costs: of a
-training the thread that computes its steps, over the same steps with each of its losses; of stage one the thread that drives
+training the thread that computes its steps, over the same step with each of its losses; of stage one the thread that drives
 the teacher. Two runs on one kind of processor agree to some in a thousand. Stores the ratios, and writes the table of
 docs/results.md.
 """
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from tests.benchmarks.bench_docs import short, table_in
 
 STORED = Path(__file__).parent / "results" / "bench_instructions.json"
 BEGIN, END = "<!-- bench-instructions -->\n", "<!-- /bench-instructions -->\n"
-UNCOUNTED, COUNTED = 1, 2  # steps of each training: those that prepare what later ones use, and those that are counted
-SAMPLES = 160  # of the cache: none comes twice in so few steps
-CONVERSATIONS = {"short": 7, "long": 72}  # turns of the one that the teacher reads, by its folder
+SAMPLES = 96  # of the cache: none comes twice in the steps of a training
+OF_STAGE_ONE = 16  # samples, one batch
 NOTHING = "nothing"  # what telling callgrind to count takes itself
 _TOTAL = re.compile(r"^desc: Trigger: dump (.+?)$.*?^summary: (\d+)$", re.MULTILINE | re.DOTALL)
 
@@ -85,61 +85,49 @@ class Counter:
         subprocess.run(["callgrind_control", what, str(os.getpid())], check=True, capture_output=True)
 
 
-def prepare(scratch: Path) -> None:
-    """What is counted on: a cache, a wider student's language model, a teacher of 135M parameters and its data."""
-    from tests.benchmarks.bench_models import save_language_model
-    from tests.benchmarks.bench_stage_one import save_random_llava, write_conversations
-    from tests.benchmarks.bench_storage import build_builtin_cache
-
-    build_builtin_cache(scratch / "builtin", limit=SAMPLES)
-    save_language_model(scratch / "language-model")
-    save_random_llava(scratch / "teacher")
-    for folder, turns in CONVERSATIONS.items():
-        write_conversations(scratch / folder, samples=1, turns=turns)
-
-
 def count_all(scratch: Path) -> None:
     """What is counted, in a process under callgrind, which is slow from its start on."""
     counter = Counter()
     counter.call(NOTHING, lambda: None)
     _count_steps(counter, scratch)
     _count_stage_one(counter, scratch)
-    _count_attention(counter, scratch)
+
+
+class _Enough(Exception):  # noqa: N818 - not an error
+    """What was to be counted is."""
 
 
 def _count_steps(counter: Counter, scratch: Path) -> None:
-    from tests.benchmarks.bench_models import STUDENT_LAYERS, STUDENT_WIDTH
+    """The second step of each training: the first prepares what later ones use."""
     from tests.benchmarks.bench_training import LOSSES, TRAINABLE, train_for_bench
 
-    cache, wider = scratch / "builtin" / "cache", str(scratch / "language-model")
-    for student, model in (("", None), (f", student {STUDENT_LAYERS} x {STUDENT_WIDTH}", wider)):
-        for phase in TRAINABLE:
-            for name in LOSSES:
-                taken = 0
+    cache = scratch / "builtin" / "cache"
+    for phase in TRAINABLE:
+        for losses in LOSSES:
+            taken = 0
 
-                def after_step(*_: object, name: str = f"{phase} step{student}: {name}") -> None:
-                    nonlocal taken
-                    taken += 1
-                    if taken == UNCOUNTED:
-                        counter.begin()
-                    if taken == UNCOUNTED + COUNTED:
-                        counter.end(name)
+            def after_step(*_: object, name: str = f"{phase} step: {losses}") -> None:
+                nonlocal taken
+                taken += 1
+                if taken == 1:
+                    counter.begin()
+                    return
+                counter.end(name)
+                raise _Enough
 
-                train_for_bench(
-                    name, after_step, cache=cache, folder=scratch / f"{phase}{student}", phase=phase,
-                    steps=UNCOUNTED + COUNTED + 1, language_model=model,
-                )  # fmt: skip
+            with suppress(_Enough):
+                train_for_bench(losses, after_step, cache=cache, folder=scratch / phase, phase=phase, steps=4)
 
 
 def _count_stage_one(counter: Counter, scratch: Path) -> None:
-    """The teacher's thread over one shard, and bare passes over its batches."""
+    """The teacher's thread over a shard of one batch, and a bare pass over this batch."""
     from tests.benchmarks.bench_stage_one import bare_pass, batches_of
     from vlm_distill_cache.stage1_teacher.config import BuildConfig
     from vlm_distill_cache.stage1_teacher.loop.forward import run_shard
     from vlm_distill_cache.stage1_teacher.loop.writer import EncodedShard
     from vlm_distill_cache.stage1_teacher.planning.open import open_build
 
-    work = open_build(BuildConfig(cache=str(scratch / "bare"), limit=64, threads=1))
+    work = open_build(BuildConfig(cache=str(scratch / "bare"), limit=OF_STAGE_ONE, threads=1))
     samples = [work.encoder(work.dataset[position]) for position in work.plan.shard_range(0)]
     batches = list(batches_of(work))
 
@@ -158,17 +146,6 @@ def _count_stage_one(counter: Counter, scratch: Path) -> None:
     counter.call("bare forward, built-in teacher", bare)
 
 
-def _count_attention(counter: Counter, scratch: Path) -> None:
-    from tests.benchmarks.bench_stage_one import SIZE, TEACHER_OPTIONS, eager_and_ours
-
-    options = {"teacher": str(scratch / "teacher"), **TEACHER_OPTIONS}
-    for folder in CONVERSATIONS:
-        data = str(scratch / folder / "data.json")
-        tokens, eager, ours, _ = eager_and_ours(scratch / "eager", data=data, **options)
-        counter.call(f"stage one's pass, {SIZE}, {tokens} tokens", ours)
-        counter.call(f"eager output_attentions, {SIZE}, {tokens} tokens", eager)
-
-
 def ratios_of(counts: Mapping[str, int]) -> dict[str, float]:
     """Ratios by the names that ``make bench`` gives them."""
 
@@ -177,11 +154,9 @@ def ratios_of(counts: Mapping[str, int]) -> dict[str, float]:
             step, _, losses = name.rpartition(": ")
             if step and losses != "SFT":
                 yield f"{name} / SFT", count / counts[f"{step}: SFT"]
-            kind, comma, rest = name.partition(", ")
+            kind, _, rest = name.partition(", ")
             if kind == "stage one":
                 yield f"stage one / bare forward, {rest}", count / counts[f"bare forward, {rest}"]
-            if kind == "eager output_attentions":
-                yield f"{kind} / stage one's pass{comma}{rest}", count / counts[f"stage one's pass, {rest}"]
 
     return dict(ratios())
 
@@ -195,6 +170,7 @@ def table(ratios: Mapping[str, float], machine: Mapping[str, Any]) -> str:
 def main() -> None:
     """Count, store, and write the page."""
     from tests.benchmarks.bench_results import describe_machine, rounded, write_results
+    from tests.benchmarks.bench_storage import build_builtin_cache
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--counted", type=Path, help="do what is counted, in this folder, under callgrind")
@@ -204,7 +180,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        prepare(folder)
+        build_builtin_cache(folder / "builtin", limit=SAMPLES)
         words = [sys.executable, "-m", "tests.benchmarks.bench_instructions", "--counted", scratch]
         counts = count_under_callgrind(words, folder)
     machine = describe_machine()

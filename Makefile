@@ -183,7 +183,7 @@ format: $(STAMP) ## Format the code, apply what the linter can fix
 docs: $(STAMP) ## Write docs/options.md and docs/commands.md from the code
 	$(BIN)/python docs/generate.py
 
-bench: $(STAMP) ## Speed and size table, ratios measured side by side (about 20 minutes on 2 cores)
+bench: $(STAMP) ## Speed and size table, ratios measured side by side (40 minutes on 2 cores)
 	$(BIN)/python -m tests.benchmarks.bench
 
 bench-compare: $(STAMP) ## Measure again and compare with the stored results

@@ -165,7 +165,9 @@ def read_manifest(cache_dir: Path) -> Manifest:
     except NewerFormatError:
         raise
     except CacheFormatError as error:
-        raise error if AGAIN in str(error) else CacheFormatError(f"{error}; {AGAIN}") from None
+        if AGAIN in str(error) or isinstance(error.__cause__, OSError):  # which is no matter of the file
+            raise
+        raise CacheFormatError(f"{error}; {AGAIN}") from error.__cause__
     except FileNotFoundError:
         read_plan(cache_dir)  # which says so if it is no cache
         raise CacheFormatError(

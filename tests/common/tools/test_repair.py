@@ -228,6 +228,7 @@ def test_what_cannot_be_read_stays_and_is_named(cache, part, number, monkeypatch
     assert named
     for name in named:
         assert os.strerror(number) in str(kept[name])
+        assert "build it again" not in str(kept[name])
         assert "make it readable first" in str(kept[name])
     gone = before.keys() - tree(cache).keys()
     assert not any(part in Path(name).parts or "/00001." in name for name in gone)

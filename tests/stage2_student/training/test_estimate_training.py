@@ -93,10 +93,14 @@ def test_a_published_student_is_told_from_its_configuration(tmp_path):
     assert sizes[3] < 0.2 * sizes[0]
 
 
-def test_a_probe_measures_a_phase_and_leaves_nothing_where_the_student_would_be(tiny_cache, tmp_path):
+def test_a_probe_says_what_it_runs_and_measures_it_and_leaves_nothing_where_the_student_would_be(
+    tiny_cache, tmp_path, caplog
+):
+    caplog.set_level("INFO")
     dpt = {"steps": 2, "batch_size": 2, "trainable": "projector"}
     config = make_config(tiny_cache[0], tmp_path / "out", phases=["dpt"], dpt=dpt)
     found = estimate(config, open_caches(config), train=train, steps=1, memory=1.0)
+    assert "dpt: 3 steps of 2 samples are run to be measured" in caplog.text
     (phase,) = found.phases
     assert (phase.name, phase.steps, phase.samples, phase.passed) == ("dpt", 2, 2, 2)
     assert phase.seconds > 0
